@@ -1,0 +1,932 @@
+"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, without touching the weights.
+
+After "Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask Training" (Liu et al., NAACL 2022).
+
+    python tamt.py --model bert-base --sparsity 0.7 --objective kd
+
+The algorithm in eight steps, in the order in which main() takes them:
+
+    1  open_model    read an original checkpoint; its weights W are frozen for good
+    2  open_text     cut plain text into rows of T tokens
+    3  start_masks   one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
+    4  Scores        one real score per weight: 2 phi where OMP keeps, 0 where it prunes             Eq. 5
+    5  batch_loss    run W * M on text: masked-LM loss, distance to the dense model, or both         Eq. 3, 6
+    6  train         gradients pass straight through M to the scores; AdamW moves them               Eq. 4
+    7  Scores.rank   rank all scores: exactly round(N s) are pruned after every update               Eq. 2
+    8  finish        save the mask, and say what it is worth on held-out text
+
+Baselines on the way: `--method omp` stops after step 3, `random` draws that mask, `imp` trains W between prunings.
+
+Glossary: B sequences, T tokens, D hidden, L layers, V vocabulary, M scored positions (M only in shapes), and
+    W    pre-trained weights (theta in the paper)       S    scores (underlined M in the paper)
+    M    binary mask, True = kept                       phi  the cut between pruned and kept scores
+    s    sparsity, the fraction REMOVED                 N    entries of the masked set, n of one matrix
+
+Same as the released code: the start and its constants, the masked set with pooler and word embeddings, signed scores,
+the gate S > phi, a decoder that shares the word embeddings but not their mask, an MLM head that trains along, the
+losses, steps, batch, length, dropout, learning rates, linear decay over 27,920 steps, clipping at 1.0.
+Deliberately different:
+    * one rank over all scores (--rank global); released: inside each matrix (--rank local)
+    * exact after every step (--refresh-every 1); released: phi stands still for 1000 (MLM) or 100 (KD) steps
+    * round(N s), and ties go to the lower index; released: int(n s), and all ties at the cut are pruned
+    * the pooler never gets a gradient: under --rank global it keeps its start mask, inside the budget
+    * KD reads the blocks that MLM reads, averages over real tokens, and its teacher runs without dropout; released:
+      sentence pairs of its own with one corrupted token each, padding averaged in, teacher dropout on
+    * AdamW without decay and one global clip for KD, too; released: BertAdam, decay 0.01, a clip per tensor
+    * --steps sets the horizon of the schedule and, without --lr, raises lr so that scores travel as far as in the paper
+    * no special token, [UNK] included, is chosen for corruption
+    * IMP rewinds truly; released (--no-rewind): its rewind copies the trained weights onto themselves
+Not included: attention distillation, sparsity schedules (inert in the released code), several hosts, FSDP.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bert
+import data
+
+PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
+HORIZON = 27920  # steps of two epochs of WikiText-103 at 16 x 512, the released schedule's length
+STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
+
+# ---------------------------------------------------------------- masked layers
+
+
+class StraightThrough(torch.autograd.Function):
+    """W * M, as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4). Shapes of W, S and M are equal."""
+
+    @staticmethod
+    def forward(ctx, W, S, M):
+        ctx.save_for_backward(W)
+        return W * M
+
+    @staticmethod
+    def backward(ctx, grad):
+        (W,) = ctx.saved_tensors
+        return None, grad * W, None
+
+
+class Masked(nn.Module):
+    """A layer whose weight W is seen through a mask M. It has scores S while a mask is learned; without scores, W may
+    train under the mask (IMP). `dense` switches the mask off: the KD teacher is the same layer with the switch on."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
+        self.padding_idx = getattr(layer, "padding_idx", None)
+        self.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool), persistent=False)
+        self.register_parameter("scores", None)
+        self.dense = False
+
+    def seen(self, W, S, M):
+        if self.dense:
+            return W
+        return W * M if S is None else StraightThrough.apply(W, S, M)
+
+
+class MaskedLinear(Masked):
+    def forward(self, x):  # (.., in) -> (.., out)
+        return F.linear(x, self.seen(self.weight, self.scores, self.mask), self.bias)
+
+
+class MaskedEmbedding(Masked):
+    """Masks the rows that are looked up, so the tied decoder keeps the whole matrix; the pad row gets no gradient."""
+
+    def forward(self, ids):  # (B, T) -> (B, T, D)
+        rows = [None if m is None else F.embedding(ids, m, self.padding_idx) for m in (self.weight, self.scores)]
+        return self.seen(*rows, self.mask[ids])
+
+
+def maskable(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
+    """{parameter name: layer} of the masked set, in model order: word embeddings (not in scope "encoder"), six matrices
+    per layer, pooler if there is one. Their weights are the paper's theta, and the pooler as in the released code."""
+    return {f"{name}.weight": layer for name, layer in model.base.named_modules(prefix=model.config.model_type)
+            if isinstance(layer, nn.Linear) or name.endswith("word_embeddings") and scope == "all"}
+
+
+def mask_model(model: bert.Model, scope: str = "all") -> dict[str, Masked]:
+    """Replaces the maskable layers by masked ones, all entries kept."""
+    layers = {}
+    for name, layer in maskable(model, scope).items():
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        layers[name] = (MaskedLinear if isinstance(layer, nn.Linear) else MaskedEmbedding)(layer)
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers
+
+
+@contextmanager
+def dense_teacher(model):
+    """The frozen model itself, unmasked, without dropout and gradients: no second copy of the weights."""
+    layers, training = [m for m in model.modules() if isinstance(m, Masked)], model.training
+    for layer in layers:
+        layer.dense = True
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for layer in layers:
+            layer.dense = False
+        model.train(training)
+
+
+# ---------------------------------------------------------------- one exact rank, for every method
+
+
+def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None = None):
+    """Marks all but the `prune` smallest of values (n,) -> (keep (n,) bool, phi).
+
+    Exactly `prune` entries are False. Among equals at the cut the lower index is kept:
+        values 3 1 2 2 2, prune 3  ->  keep 1 0 1 0 0: the 1 goes, then the last 2, then the 2 before it
+    phi lies midway between the last pruned and the first kept value, so that values > phi says the same where these
+    two differ. `near` = (low, high) is a guess of where the cut lies. If it is right only the few entries between are
+    sorted (RANK_GAIN); if it is wrong nothing is lost but time."""
+    if near is not None:
+        low, high = near
+        keep = values > high
+        between = (keep ^ (values > low)).nonzero().squeeze(1)  # ascending positions, so ties keep their order
+        left = prune - (len(values) - int(keep.sum()) - len(between))  # how many of those between must go
+        if 0 <= left <= len(between):
+            keep[between], phi = keep_mask(values[between], left) if len(between) else (keep[between], sum(near) / 2)
+            return keep, min(max(phi, low), high)
+    if not 0 < prune < len(values):
+        return torch.full_like(values, prune == 0, dtype=torch.bool), -math.inf if prune == 0 else math.inf
+    last = kth_smallest(values, prune)
+    keep = values > last
+    ties = (values == last).nonzero().squeeze(1)
+    keep[ties[:len(ties) - (prune - int((values < last).sum()))]] = True
+    first = values[keep].min()
+    return keep, float(last) if first == last else min(float((last + first) / 2), float(torch.nextafter(first, last)))
+
+
+def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th smallest, k from 1. numpy's partition is the fastest exact selection on a CPU; CUDA sorts by radix."""
+    if values.is_cuda:
+        return values.sort().values[k - 1]
+    return torch.tensor(np.partition(values.detach().cpu().numpy(), k - 1)[k - 1], device=values.device)
+
+
+def prune(values: dict[str, torch.Tensor], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
+    """Masks that remove the smallest values: round(n s) in each matrix ("local") or round(N s) of all ("global")."""
+    if rule == "local":
+        return {name: keep_mask(v.flatten(), round(v.numel() * sparsity))[0].view(v.shape) for name, v in values.items()}
+    flat = torch.cat([v.flatten() for v in values.values()])
+    keep = keep_mask(flat, round(len(flat) * sparsity))[0].split([v.numel() for v in values.values()])
+    return {name: mask.view(v.shape) for mask, (name, v) in zip(keep, values.items(), strict=True)}
+
+
+def magnitude_masks(layers: dict[str, Masked], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
+    """|W| decides among the entries that still stand: OMP on fresh layers, a level of IMP on masked ones (nested)."""
+    return prune({name: torch.where(m.mask, m.weight.detach().abs(), -1.0) for name, m in layers.items()}, sparsity, rule)
+
+
+def random_masks(layers: dict[str, Masked], sparsity: float, rule: str, seed: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng([seed, 0x7A])
+    draws = {name: torch.from_numpy(rng.random(tuple(m.weight.shape), np.float32)) for name, m in layers.items()}
+    return {name: mask.to(layers[name].weight.device) for name, mask in prune(draws, sparsity, rule).items()}
+
+
+class Scores:
+    """One score per maskable weight, in one vector of which each layer holds a view, and the masks ranked from it.
+
+    The pooler gets no gradient from either loss: it keeps its start mask, and the others are ranked to the rest of
+    the budget. Otherwise a wandering cut would pass its two values, 0 and 2 phi, and prune it to nothing."""
+
+    def __init__(self, layers: dict[str, Masked], start: dict[str, torch.Tensor], sparsity: float, rule: str):
+        sizes = [layer.weight.numel() for layer in layers.values()]
+        self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
+        self.mask = self.vector > PHI
+        fixed = sum(n for n, name in zip(sizes, layers, strict=True) if "pooler" in name)  # the last of the vector
+        ends = np.cumsum(sizes)
+        if rule == "local":
+            self.groups = [(int(e) - n, int(e), round(n * sparsity)) for n, e in zip(sizes, ends, strict=True)
+                           if e <= ends[-1] - fixed]
+        else:
+            free = int(ends[-1]) - fixed
+            self.groups = [(0, free, round(int(ends[-1]) * sparsity) - int((~self.mask[free:]).sum()))]
+        self.phi = [PHI] * len(self.groups)
+        for at, n, (name, layer) in zip(ends - sizes, sizes, layers.items(), strict=True):
+            layer.mask = self.mask[at:at + n].view(layer.weight.shape)
+            layer.scores = nn.Parameter(self.vector[at:at + n].view(layer.weight.shape), "pooler" not in name)
+        self.rank()  # the start rounds per matrix: the few entries by which their sum misses round(N s) ...
+        self.vector.copy_(2 * PHI * self.mask)  # ... begin on the other side, so that step 0 is exact, too
+        self.phi = [PHI] * len(self.groups)
+
+    @torch.no_grad()
+    def rank(self, reach: float = 0.0):
+        """Prunes exactly the budget. `reach`: how far the cut can have moved since the last rank, about; 0: unknown."""
+        for i, ((a, b, budget), phi) in enumerate(zip(self.groups, self.phi, strict=True)):
+            near = (phi - reach, phi + reach) if reach and math.isfinite(phi) else None
+            self.mask[a:b], self.phi[i] = keep_mask(self.vector[a:b], budget, near)
+
+    @torch.no_grad()
+    def gate(self):
+        """The released code between two refreshes: phi stands still, S > phi decides, and the sparsity drifts."""
+        for (a, b, _), phi in zip(self.groups, self.phi, strict=True):
+            torch.gt(self.vector[a:b], phi, out=self.mask[a:b])
+
+
+# ---------------------------------------------------------------- losses
+
+
+def mlm_loss(logits, labels, total=None):  # (M, V), (M,) -> scalar
+    """Masked-LM cross-entropy: the sum over the scored positions, divided by `total` (default M)."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100) / max(total or len(labels), 1)
+
+
+def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D), (B, T) bool -> scalar
+    """Eq. 6: 1 - cos between teacher and student, mean over tokens and layers 1 .. L (not the embedding output).
+
+    `total`: number of tokens to divide by, default the real ones. 0 for equal states, 2 for opposite ones."""
+    loss = sum((1 - F.cosine_similarity(t.float(), s.float(), dim=-1)).mul(1 if keep is None else keep).sum()
+               for t, s in zip(teacher[1:], student[1:], strict=True))
+    return loss / ((len(teacher) - 1) * (total or (teacher[0][..., 0].numel() if keep is None else int(keep.sum()))))
+
+
+class Batch:
+    """Rows of token ids (B, T) and what the masked-LM loss needs: corrupted ids, and which positions to predict."""
+
+    def __init__(self, ids: np.ndarray, vocab: data.Vocabulary, rng: np.random.Generator):
+        self.ids = ids.astype(np.int64)
+        self.shown, self.chosen = data.corrupt(self.ids, vocab, rng)
+        self.real = self.ids != vocab.pad
+        self.tokens, self.scored = int(self.real.sum()), int(self.chosen.sum())
+
+    def part(self, rows: slice, device):
+        """-> ids, shown (b, T), keep (b, T) or None without padding, positions (M,) in the flattened part, labels (M,)"""
+        at = np.flatnonzero(self.chosen[rows])
+        keep = None if self.real[rows].all() else self.real[rows]
+        arrays = self.ids[rows], self.shown[rows], keep, at, self.ids[rows].reshape(-1)[at]
+        return [None if x is None else torch.from_numpy(x).to(device, non_blocking=True) for x in arrays]
+
+
+def batch_loss(model, net, objective: str, part, tokens: int, scored: int):
+    """The loss of one part of a batch, as its share in the mean over `tokens` and `scored` positions of the whole.
+
+    net(ids, keep) is the student: the model itself, compiled or data-parallel. mlm+kd: 1 : 1, and teacher and student
+    both see the corrupted text; kd alone: the clean text."""
+    ids, shown, keep, at, labels = part
+    seen = ids if objective == "kd" else shown
+    student, loss = net(seen, keep), 0.0
+    if "mlm" in objective:
+        loss = loss + mlm_loss(model.mlm_logits(student[-1].flatten(0, 1)[at]), labels, scored)
+    if "kd" in objective:
+        with dense_teacher(model):
+            teacher = model(seen, keep)
+        loss = loss + kd_loss(teacher, student, keep, tokens)
+    return loss
+
+
+# ---------------------------------------------------------------- mask files
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Bits of a mask, row-major, first entry in the highest bit, 1 = kept."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack(bits: torch.Tensor, shape) -> torch.Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).view(bool)).view(*shape)
+
+
+def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
+    """Writes {name: bool tensor} bit-packed with its metadata (plain types); equal masks and metadata, equal bytes."""
+    write_torch(path, {"format": 1, "shapes": {name: list(m.shape) for name, m in masks.items()},
+                       "bits": {name: pack(m) for name, m in masks.items()}, "meta": meta})
+
+
+def load_mask(path) -> dict[str, torch.Tensor]:
+    """{`<module>.weight`: bool tensor, True = kept} from our mask.pt or from the released codes' dicts of bool or 0/1
+    tensors, whose names may end in `.weight_mask`. Raises ValueError for anything else."""
+    return read_mask(path)[0]
+
+
+def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """load_mask and the metadata (empty for foreign files)."""
+    content = bert.read_pickle(Path(path))
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: no mask file: expected a dict of tensors")
+    masks, meta = {}, {}
+    if "format" in content:
+        shapes, bits, meta = (content.get(key) for key in ("shapes", "bits", "meta"))
+        if content["format"] != 1 or not all(isinstance(x, dict) for x in (shapes, bits, meta)) or shapes.keys() != bits.keys():
+            raise ValueError(f"{path}: no mask file of format 1")
+        for name, shape in shapes.items():
+            n, packed = math.prod(shape), bits[name]
+            if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8 or packed.shape != (-(-n // 8),):
+                raise ValueError(f"{path}: the bits of {name} do not fit its shape {shape}")
+            masks[name] = unpack(packed, shape)
+        return masks, meta
+    for name, mask in content.items():
+        if not isinstance(mask, torch.Tensor) or not str(name).endswith((".weight", ".weight_mask")):
+            raise ValueError(f"{path}: {name} is no mask: expected tensors named <module>.weight or <module>.weight_mask")
+        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{path}: {name} holds values other than 0 and 1")
+        masks[name.removesuffix("_mask")] = mask.bool()
+    return masks, meta
+
+
+def fit_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
+    """The masks in the order of `layers` (mask_model, scope "all"), or a ValueError that lists what does not fit.
+
+    Pooler and word embeddings may be absent on either side; absent is dense."""
+    optional = [name for name in {*layers, *masks} if "pooler" in name or "word_embeddings" in name]
+    missing = [name for name in layers if name not in masks and name not in optional]
+    unexpected = [name for name in masks if name not in layers and name not in optional]
+    wrong = [f"{name} {list(mask.shape)} instead of {list(layers[name].weight.shape)}" for name, mask in masks.items()
+             if name in layers and mask.shape != layers[name].weight.shape]
+    problems = [f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" for what, names
+                in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)) if names]
+    if problems:
+        raise ValueError(f"{source}: mask of another model: {'; '.join(problems)}")
+    return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
+
+
+def set_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor]):
+    for name, layer in layers.items():
+        layer.mask = masks.get(name, torch.ones_like(layer.mask))
+
+
+def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
+    """Fractions removed, in the three ways people count: the masked set; the 6L encoder matrices alone; the whole
+    model (all parameters of embeddings, encoder and pooler; heads not counted). And of each matrix."""
+    zeros = {name: int(mask.numel() - mask.sum()) for name, mask in masks.items()}
+    encoder = [name for name in masks if ".encoder." in name]
+    share = lambda names: sum(zeros[n] for n in names) / max(sum(masks[n].numel() for n in names), 1)  # noqa: E731
+    return {"pruned": sum(zeros.values()), "entries": sum(mask.numel() for mask in masks.values()),
+            "masked_set": share(masks), "encoder": share(encoder),
+            "whole_model": sum(zeros.values()) / sum(p.numel() for n, p in model.base.named_parameters() if "scores" not in n),
+            "matrices": {name: share([name]) for name in masks}}
+
+
+def similarity(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Unweighted mean over matrices of the Jaccard similarity of kept entries (released code: compare_mask.py).
+
+    Matrices are paired by name; where both keep nothing the similarity is 1."""
+    if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
+        raise ValueError("masks of different models or scopes cannot be compared")
+    pairs = [(int((a[name] & b[name]).sum()), int((a[name] | b[name]).sum())) for name in a]
+    return sum(both / either if either else 1.0 for both, either in pairs) / len(pairs)
+
+
+# ---------------------------------------------------------------- what a mask is worth
+
+
+@torch.no_grad()
+def dev_losses(model: bert.Model, rows: np.ndarray, vocab, batch_size: int, device, dtype) -> dict[str, float]:
+    """Held-out losses of a masked model in eval mode, each the mean of batch means, rows in order:
+    dev_mlm_loss on one fixed corruption (seed 42), the same for every model, left out without an MLM head;
+    dev_kd_loss, Eq. 6, on the clean rows."""
+    training, sums, rng = model.training, {}, np.random.default_rng(42)
+    model.eval()
+    starts = range(0, len(rows), batch_size)
+    for at in starts:
+        batch = Batch(rows[at:at + batch_size], vocab, rng)
+        part = batch.part(slice(None), device)
+        with autocast(device, dtype):
+            for name in ["mlm", "kd"] if model.has("mlm") else ["kd"]:
+                loss = batch_loss(model, model, name, part, batch.tokens, batch.scored)
+                sums[f"dev_{name}_loss"] = sums.get(f"dev_{name}_loss", 0.0) + float(loss)
+    model.train(training)
+    return {name: value / len(starts) for name, value in sums.items()}
+
+
+# ---------------------------------------------------------------- training
+
+
+def adamw(params, device):
+    """The paper's optimiser: betas .9 and .999, eps 1e-8, no weight decay. The schedule sets lr at every step."""
+    return torch.optim.AdamW(params, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+
+
+def imp_levels(sparsity: float) -> list[float]:
+    """10 %, 20 %, ... of the original count; a target that is no multiple of 10 % ends with a smaller round."""
+    return [level / 10 for level in range(1, 10) if level / 10 < sparsity - 1e-9] + [sparsity]
+
+
+def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
+    """Freezes all but the scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains everything."""
+    for name, p in model.named_parameters():
+        head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name and "mlm" in args.objective
+        p.requires_grad_(p.requires_grad if name.endswith(".scores") else head or args.method == "imp")
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def swap(model: bert.Model, weights: dict[str, torch.Tensor]):
+    """Exchanges the model's weights with these: pre-trained ones come in for an evaluation, and go out again."""
+    for name in weights:
+        p = model.get_parameter(name)
+        p.data, weights[name] = weights[name], p.data
+
+
+def next_level(model, layers, original, done: int, args):
+    """A round of IMP: prune the next 10 %, then rewind all but the head to the pre-trained weights, bit for bit."""
+    level = imp_levels(args.sparsity)[done // args.prune_every]
+    set_masks(layers, magnitude_masks(layers, level, args.rank))
+    for name in original if args.rewind else ():
+        if name.startswith(model.config.model_type):
+            model.get_parameter(name).data.copy_(original[name])
+    save_step(layers, done, level, args)
+
+
+def save_step(layers, done: int, sparsity: float, args):
+    if not args.rank_id:
+        folder = args.out / f"step-{done}"
+        folder.mkdir(exist_ok=True)
+        save_mask(folder / "mask.pt", {n: m.mask for n, m in layers.items()}, metadata(args, done, sparsity))
+
+
+def train(model, vocab, layers, scores, rows, evaluate, args, state):
+    """Steps 5 to 7 and the rounds of IMP: the one training loop, from `state` (or the start) to the last update."""
+    imp, device, learns = args.method == "imp", args.device, what_learns(model, args)
+    original = {name: p.detach().clone() for name, p in learns.items() if not name.endswith(".scores")}
+    optimizer, log = adamw(learns.values(), device), Log(args, layers)
+    if state:
+        restore(state, learns, optimizer, scores, layers, log)
+    elif imp:
+        next_level(model, layers, original, 0, args)
+    net = torch.compile(model) if args.compile else model
+    if args.world > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    size, share, saved = args.batch_size * args.accumulate, args.batch_size // args.world, time.time()
+    model.train()
+    for step in range(state["step"] if state else 0, args.updates):
+        lr = args.lr * max(1 - (step % args.prune_every if imp else step) / args.horizon, 0.0)
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)  # dropout: a function of the step
+        at = data.batch_rows(len(rows), args.seed, step * size, size)
+        batch, loss = Batch(rows[at], vocab, np.random.default_rng([args.seed, step])), torch.zeros((), device=device)
+        for start in range(args.rank_id * share, size, args.batch_size):
+            meet = args.world == 1 or start + args.batch_size >= size  # gradients of all processes meet once a step
+            with nullcontext() if meet else net.no_sync():
+                part = batch.part(slice(start, start + share), device)
+                with autocast(device, args.dtype):
+                    piece = batch_loss(model, net, args.objective if not imp else "mlm", part, batch.tokens, batch.scored)
+                (piece * args.world).backward()  # processes average their gradients
+            loss += piece.detach()
+        if args.world > 1:
+            torch.distributed.all_reduce(loss)
+        nn.utils.clip_grad_norm_(learns.values(), args.clip)
+        if not math.isfinite(loss := float(loss)):
+            raise ValueError(f"the loss is {loss} at step {step + 1}: a lower --lr (here {lr:.2g}) or --dtype fp32 may help; "
+                             f"{args.out} keeps the last good state")
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        eval_due, save_due = (done % every == 0 and done < args.updates for every in (args.eval_every, args.save_every))
+        if imp and done % args.prune_every == 0:
+            next_level(model, layers, original, done, args)
+            optimizer = adamw(learns.values(), device)
+        elif scores and (done % args.refresh_every == 0 or eval_due or save_due or done == args.updates):
+            scores.rank(reach=2 * lr if args.refresh_every == 1 else 0.0)
+        elif scores:
+            scores.gate()
+        losses = {}
+        if scores and eval_due and not args.rank_id:
+            swap(model, original)
+            losses = evaluate()
+            swap(model, original)
+        log.step(done, loss, lr, losses)
+        if scores and save_due:
+            save_step(layers, done, args.sparsity, args)
+        if save_due or done == args.updates or time.time() - saved > 300:
+            saved = time.time()
+            save_state(learns, optimizer, scores, layers, log, done, args)
+    swap(model, original)  # only the mask is the result
+    model.eval()
+
+
+class Log:
+    """A progress line per interval on the terminal, the same figures as a line of log.jsonl."""
+
+    def __init__(self, args, layers):
+        self.args, self.layers, self.began = args, layers, time.time()
+        self.loss, self.steps, self.bits = 0.0, 0, self.packed()
+
+    def packed(self) -> np.ndarray:
+        return np.concatenate([pack(layer.mask).numpy() for layer in self.layers.values()])
+
+    def step(self, done: int, loss: float, lr: float, losses: dict):
+        a, self.loss, self.steps = self.args, self.loss + loss, self.steps + 1
+        if a.rank_id or not losses and done % a.log_every and done != a.updates:
+            return
+        seconds, bits = (time.time() - self.began) / self.steps, self.packed()
+        entries = sum(layer.mask.numel() for layer in self.layers.values())
+        line = {"step": done, "loss": self.loss / self.steps, "kept": int(np.bitwise_count(bits).sum()) / entries,
+                "flips": int(np.bitwise_count(bits ^ self.bits).sum()) / entries, "lr": lr, **losses}
+        speed, left = a.batch_size * a.accumulate * a.seq_len / seconds, round(seconds * (a.updates - done))
+        print(f"step {done}/{a.updates}  loss {line['loss']:.4f}  kept {line['kept']:.4%}  flips {line['flips']:.4%}  "
+              f"lr {lr:.2e}  {seconds * 1e3:.0f} ms/step  {speed:,.0f} tokens/s  ETA {left // 60}:{left % 60:02}"
+              + "".join(f"  {name} {value:.4f}" for name, value in losses.items()), flush=True)
+        data.append_line(a.out / "log.jsonl", line | {"ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)})
+        self.began, self.loss, self.steps, self.bits = time.time(), 0.0, 0, bits
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon", "batch_size",
+            "accumulate", "seq_len", "lr", "clip", "seed", "refresh_every", "prune_every", "rewind", "dtype", "log_every")
+
+
+def write_torch(path, content):
+    """torch.save by way of memory: the bytes depend on the content alone and arrive whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with data.replacing(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def write_json(path, content: dict):
+    with data.replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_state(learns, optimizer, scores, layers, log, done: int, args):
+    """state.pt: all that the next step depends on. Dropout, corruption and order are functions of (seed, step)."""
+    if not args.rank_id:
+        write_torch(args.out / "state.pt", {
+            "format": 1, "settings": identity(args), "step": done, "learns": {n: p.data for n, p in learns.items()},
+            "optimizer": optimizer.state_dict(), "masks": [pack(layer.mask) for layer in layers.values()],
+            "phi": scores.phi if scores else [], "log": [log.loss, log.steps, torch.from_numpy(log.bits)]})
+
+
+def restore(state: dict, learns, optimizer, scores, layers, log):
+    with torch.no_grad():
+        for name, p in learns.items():
+            p.copy_(state["learns"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for bits, layer in zip(state["masks"], layers.values(), strict=True):
+        layer.mask.copy_(unpack(bits, layer.mask.shape))
+    if scores:
+        scores.phi = state["phi"]
+    log.loss, log.steps, log.bits = state["log"][0], state["log"][1], state["log"][2].numpy()
+
+
+def identity(args) -> dict:
+    """The settings that make a run this run; --resume refuses others."""
+    return {name: plain(getattr(args, name)) for name in IDENTITY}
+
+
+def plain(value):
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def open_run(out: Path, asked: dict, again: bool, result: str, rank_id: int) -> dict | None:
+    """The state to continue from (`again`: --resume), or None to start anew in `out`, whose run ends with file `result`.
+
+    Another run in `out` is an error, an unfinished one without --resume as well; a finished one with --resume exits 0."""
+    finished, saved, log = out / result, out / "state.pt", out / "log.jsonl"
+    if rank_id and not again:
+        return None
+    state = bert.read_pickle(saved) if saved.exists() else None
+    if state is not None and (not isinstance(state, dict) or state.get("format") != 1):
+        raise ValueError(f"{saved}: not a state of this version; remove it to start anew")
+    held = state["settings"] if state else bert.read_json(finished).get("settings") if finished.exists() else asked
+    if held != asked:
+        other = ", ".join(f"{k} {held.get(k)!r} there, {asked[k]!r} here" for k in asked if held.get(k) != asked[k])
+        raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
+    if finished.exists() and again:
+        print(f"{out} is finished; {finished} has its figures")
+        sys.exit(0)
+    if state and not again and not finished.exists():
+        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue it with --resume, or choose "
+                         "another --out, or remove that folder")
+    if rank_id:
+        return state
+    out.mkdir(parents=True, exist_ok=True)
+    if not again or not state:
+        for old in (finished, saved, log):
+            old.unlink(missing_ok=True)
+        return None
+    print(f"resuming {out} at step {state['step']}")
+    if log.exists():
+        lines = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= state["step"]]
+        with data.replacing(log) as part:  # what was logged after the last save will be logged again
+            part.write_text("".join(f"{line}\n" for line in lines))
+    return state
+
+
+def metadata(args, step: int, sparsity: float, **more) -> dict:
+    """What a mask file says of itself. No times and no versions: equal runs give equal bytes."""
+    names = ("model", "method", "objective", "rank", "scope", "init", "seed", "lr", "data")
+    return {name: plain(getattr(args, name)) for name in names} | {
+        "step": step, "sparsity": sparsity, "ties": "among equals the lower index is kept",
+        "bits": "row-major, first entry in the highest bit, 1 = kept", **more}
+
+
+def finish(model, layers, losses: dict, began: float, args):
+    """Step 8: mask.pt and its readable twin mask.json."""
+    if args.rank_id:
+        return
+    masks = {name: layer.mask for name, layer in layers.items()}
+    report = sparsity_report(model, masks)
+    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
+    if empty := [name for name, share in report["matrices"].items() if share == 1]:
+        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {', '.join(empty[:4])}{' ...' if empty[4:] else ''}")
+    save_mask(args.out / "mask.pt", masks, metadata(args, args.updates, args.sparsity, found=found, **losses))
+    content = {"settings": identity(args), "sparsity": report, **losses, "seconds": round(time.time() - began, 1),
+               "device": str(args.device), "threads": torch.get_num_threads(), "versions": versions()}
+    write_json(args.out / "mask.json", content)
+    ending(args.out / "mask.pt", content)
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def ending(mask, content: dict):
+    """The block that grep reads, and what to do next."""
+    print(f"---\nmask: {mask}\nsparsity: {content['sparsity']['masked_set']:.4f}")
+    for name in ("dev_mlm_loss", "dev_kd_loss", "seconds"):
+        if name in content:
+            print(f"{name}: {content[name]:.4f}")
+    print(f"next: python finetune.py --task sst2 --mask {mask}" if mask else "next: python tamt.py")
+
+
+def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
+    """The subnetwork as a folder that transformers' AutoModelForMaskedLM loads, zeros baked in. The decoder stays dense:
+    where the embeddings are masked it can no longer be tied to them and is written by itself.
+
+    packed: only the encoder, as kept values and mask bits (unpack_export gives the tensors back)."""
+    family = model.config.model_type
+    tensors = {name: p.data for name, p in model.named_parameters() if not name.endswith(".scores")}
+    if packed:
+        tensors = {name: t for name, t in tensors.items() if name.startswith(family)}
+        for name, mask in masks.items():
+            tensors |= {f"{name}.kept": tensors[name][mask], f"{name}.bits": pack(mask), f"{name}.shape": torch.tensor(mask.shape)}
+            del tensors[name]
+    else:
+        words, head = f"{family}.embeddings.word_embeddings.weight", {"bert": "cls.predictions", "roberta": "lm_head"}[family]
+        untied = words in masks and model.has("mlm")
+        if untied:
+            print("the masked word embeddings no longer equal the dense decoder: written as two matrices, untied")
+            tensors |= {f"{head}.decoder.weight": tensors[words], f"{head}.decoder.bias": tensors[f"{head}.bias"]}
+        tensors |= {name: tensors[name] * mask for name, mask in masks.items()}
+    bert.save(folder, model.config, tensors, "ForMaskedLM", **({} if packed else {"tie_word_embeddings": not untied}))
+    data.save_vocabulary(vocab, folder, model.config.positions)
+
+
+def unpack_export(path) -> dict[str, torch.Tensor]:
+    """The dense tensors, zeros in place, of a model.safetensors that --export --packed wrote."""
+    tensors = bert.read_safetensors(Path(path))
+    for name in [name.removesuffix(".bits") for name in tensors if name.endswith(".bits")]:
+        mask = unpack(tensors.pop(f"{name}.bits"), tensors.pop(f"{name}.shape").tolist())
+        tensors[name] = torch.zeros(mask.shape).masked_scatter_(mask, tensors.pop(f"{name}.kept"))
+    return tensors
+
+
+# ---------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def fraction(text: str) -> float:
+    value = positive(float)(text) if text.strip("0.") else 0.0
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no fraction in [0, 1); 0.7 removes 70 %")
+    return value
+
+
+def positive(kind):
+    def number(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is no positive {'whole ' if kind is int else ''}number")
+        return value
+    return number
+
+
+# The toy's defaults in place of the paper's: a run takes a minute on two cores.
+TOY = {"data": "toy", "steps": 300, "seq_len": 64, "prune_every": 50, "log_every": 50, "eval_every": 100, "save_every": 100}
+
+
+def settings(argv=None) -> argparse.Namespace:
+    """The command line with every default resolved."""
+    parser = Parser(description="Find a sparse subnetwork of a pre-trained BERT by task-agnostic mask training.")
+    add, whole, number = parser.add_argument, positive(int), positive(float)
+    add("--model", default="toy", help=f"{', '.join(data.MODELS)}, toy (default), or a path: a folder, .safetensors, .bin, "
+        ".pt, TensorFlow .index, .zip, .tar.gz")
+    add("--method", choices=["tamt", "imp", "omp", "random"], default="tamt", help="how the mask is found (tamt)")
+    add("--objective", choices=["mlm", "kd", "mlm+kd"], default="mlm", help="loss: masked LM (default), distillation, both")
+    add("--sparsity", type=fraction, default=0.7, help="fraction of weights REMOVED, in [0, 1) (0.7)")
+    add("--rank", choices=["global", "local"], help="entries compete in one list or inside each matrix (global for tamt, "
+        "local for omp, imp and random)")
+    add("--scope", choices=["all", "encoder"], default="all", help="masked set; encoder: word embeddings stay dense (all)")
+    add("--init", choices=["omp", "random"], default="omp", help="start of the scores (omp)")
+    add("--data", help="wikitext-103 (default), wikitext-2, toy, a text file, or a folder with wiki.train.raw, wiki.valid.raw")
+    add("--steps", type=whole, help="updates of tamt, horizon of imp's schedule (by sparsity, as in the paper)")
+    add("--batch-size", type=whole, default=16, help="sequences per forward pass, all processes together (16)")
+    add("--accumulate", type=whole, default=1, help="forward passes per update (1)")
+    add("--seq-len", type=whole, help="tokens per row, two specials included (512, or the model's positions if fewer)")
+    add("--lr", type=number, help="learning rate (5e-5, kd 2e-5; raised when --steps shortens the run)")
+    add("--clip", type=number, default=1.0, help="largest l2 norm of all gradients together (1.0)")
+    add("--seed", type=int, default=1, help="of data order, corruption, dropout and random masks (1)")
+    add("--refresh-every", type=whole, default=1, help="updates between two rankings; 1 keeps the sparsity exact (1)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (auto)")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the forward pass; scores stay fp32 (auto)")
+    add("--compile", action="store_true", help="run the student through torch.compile")
+    add("--out", type=Path, help="folder of the run (out/MODEL-METHOD-OBJECTIVE-SPARSITY-sSEED)")
+    add("--log-every", type=whole, default=100, help="updates between progress lines (100)")
+    add("--eval-every", type=whole, default=1000, help="updates between dev evaluations (1000)")
+    add("--save-every", type=whole, default=1000, help="updates between saved masks and states (1000)")
+    add("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
+    add("--prune-every", type=whole, default=2792, help="imp: updates between two prunings (2792)")
+    add("--no-rewind", dest="rewind", action="store_false", help="imp: go on with the trained weights, as released")
+    add("--evaluate", action="store_true", help="only report dev losses and sparsity of --mask, or of the dense model")
+    add("--mask", type=Path, help="mask file for --evaluate and --export")
+    add("--compare", nargs="+", metavar="MASK", help="only print the mean Jaccard similarities of these masks")
+    add("--export", type=Path, metavar="DIR", help="write the subnetwork as a folder that transformers loads")
+    add("--packed", action="store_true", help="with --export: the encoder alone, as kept values and mask bits")
+    if parser.parse_known_args(argv)[0].model == "toy":
+        parser.set_defaults(**TOY)
+    args = parser.parse_args(argv)
+    if args.mask and not (args.evaluate or args.export):
+        raise ValueError("--mask goes with --evaluate or --export")
+    args.rank = args.rank or ("global" if args.method == "tamt" else "local")
+    args.data = args.data or (None if args.method in ("omp", "random") and not args.evaluate else "wikitext-103")
+    args.lr, args.horizon, args.updates, args.lr_reason = schedule(args)
+    args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % args.world:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {args.world} processes")
+    if args.model not in data.MODELS and args.model != "toy":
+        args.model = str(Path(args.model).resolve())
+    name = f"{Path(args.model).name}-{args.method}-{args.objective}-{args.sparsity:g}-s{args.seed}"
+    args.out = args.out or Path("out") / name
+    return args
+
+
+def schedule(args) -> tuple[float, int, int, str]:
+    """-> lr, horizon of its linear decay, number of updates, and where the lr comes from.
+
+    Adam moves a score by at most lr per step, and a gate flips after about phi = 0.01: 600 steps at the paper's 2e-5
+    flip nothing. So --steps without --lr keeps the paper's distance, lr x steps, up to lr = 0.01."""
+    if args.method in ("omp", "random"):
+        return 0.0, 0, 0, "nothing is trained"
+    if args.method == "imp":
+        updates = args.prune_every * (len(imp_levels(args.sparsity)) - 1)
+        return args.lr or 5e-5, args.steps or 10 * args.prune_every, updates, "as asked" if args.lr else "the paper's"
+    paper, lr = round(np.interp(args.sparsity, list(STEPS), list(STEPS.values()))), 2e-5 if args.objective == "kd" else 5e-5
+    horizon, updates = args.steps or HORIZON, args.steps or paper
+    if args.lr or not args.steps:
+        return args.lr or lr, horizon, updates, "as asked" if args.lr else "the paper's"
+    reason = f"the paper's {lr:g} x its {paper:,} steps / {updates:,}, at most 0.01, so that scores travel as far"
+    return min(lr * paper / updates, 1e-2), horizon, updates, reason
+
+
+def pick_device(args):
+    """Resolves args.device and args.dtype, says why, and joins the other processes of a torchrun."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    name = args.device if args.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and not cuda or name == "mps" and not mps:
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds none here; --device cpu always works")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+    half = args.dtype == "bf16" or args.dtype == "auto" and "cuda" in name and torch.cuda.is_bf16_supported()
+    why = "as asked" if args.dtype != "auto" else "this GPU has it; scores stay fp32" if half else "exact"
+    args.device, args.dtype = torch.device(name), torch.bfloat16 if half else torch.float32
+    if args.world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if "cuda" in name else "gloo")
+    if not args.rank_id:
+        print(f"device {name} with {torch.get_num_threads()} threads, {args.world} process{'es' * (args.world > 1)}, "
+              f"{'bf16' if half else 'fp32'} forward pass ({why}), torch {torch.__version__}")
+
+
+def autocast(device, dtype):
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def toy_folder(part: str) -> Path:
+    """The embedded example: made at its first use, from then on files like any others."""
+    folder = data.cache() / "toy"
+    if not (folder / "model" / "config.json").exists():
+        from dev import toy
+        toy.make(folder)
+    return folder / part
+
+
+def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
+    """A model and its vocabulary, by name or path."""
+    path = toy_folder("model") if name == "toy" else data.model_path(name)
+    model, vocab = bert.load(path), data.vocabulary(path)
+    if vocab.size != model.config.vocab_size:
+        raise ValueError(f"{path}: a vocabulary of {vocab.size} tokens, but the model has {model.config.vocab_size}")
+    return model, vocab
+
+
+def open_model(args) -> tuple[bert.Model, data.Vocabulary]:
+    """Step 1: the checkpoint, frozen. A masked-LM head comes from the file, or fresh where a loss needs one."""
+    model, vocab = load_model(args.model)
+    needs_head = args.method == "imp" or args.method == "tamt" and "mlm" in args.objective
+    if needs_head and not model.has("mlm") and not (args.evaluate or args.mask):
+        print(f"{args.model} has no masked-LM head: a fresh one is trained along, and dev_mlm_loss refers to its start")
+        torch.manual_seed(args.seed)
+        model.new_head("mlm")
+    args.seq_len = args.seq_len or min(512, model.config.positions)
+    if not 3 <= args.seq_len <= model.config.positions:
+        raise ValueError(f"--seq-len {args.seq_len}: expected 3 to {model.config.positions}, the positions of {args.model}")
+    return model.to(args.device).requires_grad_(False), vocab
+
+
+def open_text(args, vocab, part: str) -> np.ndarray:
+    """Step 2: rows of token ids (n, T), of "train" or "dev"."""
+    return data.corpus(toy_folder("text") if args.data == "toy" else args.data, vocab, args.seq_len, part)
+
+
+def start_masks(layers, args) -> dict[str, torch.Tensor]:
+    """Step 3: the OMP or the random mask. As the start of scores always inside each matrix, as in the paper."""
+    rule = "local" if args.method == "tamt" else args.rank
+    if args.method == "random" or args.method == "tamt" and args.init == "random":
+        return random_masks(layers, args.sparsity, rule, args.seed)
+    return magnitude_masks(layers, args.sparsity, rule)
+
+
+def judge(args):
+    """--evaluate and --export of a finished mask, or of the dense model."""
+    began, (model, vocab), masks, meta = time.time(), open_model(args), {}, {}
+    layers = mask_model(model)
+    if args.mask:
+        masks, meta = read_mask(args.mask)
+        masks = fit_masks(layers, masks, args.mask)
+        set_masks(layers, masks)
+    content = {"sparsity": sparsity_report(model, masks)}
+    print(json.dumps({"metadata": meta, **content}, indent=1))
+    if args.evaluate:
+        content |= dev_losses(model, open_text(args, vocab, "dev"), vocab, args.batch_size, args.device, args.dtype)
+    if args.export:
+        export(model, masks, vocab, args.export, args.packed)
+    ending(args.mask, content | {"seconds": time.time() - began})
+
+
+def compare(files: list[str]):
+    """Mean Jaccard similarity of each mask with every other, and its distance (1 - similarity) from the first."""
+    masks = [load_mask(file) for file in files]
+    for file, a in zip(files, masks, strict=True):
+        row = [similarity(a, b) for b in masks]
+        print("  ".join(f"{value:.4f}" for value in row) + f"  distance {1 - row[0]:.4f}  {file}")
+
+
+def run(main):
+    """Calls a program. What its user can mend becomes one line and exit status 2; Ctrl-C is 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues from the last saved state", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main():
+    args = settings()
+    if args.compare:
+        return compare(args.compare)
+    pick_device(args)
+    if args.evaluate or args.mask:
+        return judge(args)
+    began, trains = time.time(), args.method in ("tamt", "imp")
+    model, vocab = open_model(args)                                                             # step 1
+    rows = open_text(args, vocab, "train") if trains else None                                  # step 2
+    dev = open_text(args, vocab, "dev") if args.data else None
+    state = open_run(args.out, identity(args), args.resume, "mask.json", args.rank_id)
+    layers, scores = mask_model(model, args.scope), None
+    if args.method != "imp":
+        masks = start_masks(layers, args)                                                       # step 3
+        set_masks(layers, masks)
+    if args.method == "tamt":
+        scores = Scores(layers, masks, args.sparsity, args.rank)                                # step 4
+
+    def evaluate():
+        return dev_losses(model, dev, vocab, args.batch_size, args.device, args.dtype)
+    if trains:
+        if not args.rank_id:
+            print(f"{len(rows):,} rows of {args.seq_len} tokens; {args.updates:,} updates; lr {args.lr:.3g}, {args.lr_reason}")
+        train(model, vocab, layers, scores, rows, evaluate, args, state)                        # steps 5, 6, 7
+    finish(model, layers, evaluate() if args.data else {}, began, args)                         # step 8
+    if args.export:
+        export(model, {name: layer.mask for name, layer in layers.items()}, vocab, args.export, args.packed)
+
+
+if __name__ == "__main__":
+    run(main)
