@@ -53,7 +53,7 @@ TASKS = {task.name: task for task in (
     Task("qqp", "QQP", BINARY, ("accuracy", "f1"), ("question1", "question2"), "is_duplicate",
          downloads=("QQP-clean.zip",)),
     Task("mnli", "MNLI", ("entailment", "neutral", "contradiction"), ("accuracy", "accuracy_mm"),
-         label="gold_label", downloads=("AX.tsv", "MNLI.zip"), files={"ax": ["AX.tsv", "diagnostic.tsv"],
+         label="gold_label", downloads=("MNLI.zip", "AX.tsv"), files={"ax": ["AX.tsv", "diagnostic.tsv"],
          "train": ["train.tsv"], "dev": ["dev_matched.tsv"], "dev_mm": ["dev_mismatched.tsv"],
          "test": ["test_matched.tsv"], "test_mm": ["test_mismatched.tsv"]}),
     Task("qnli", "QNLI", ENTAILMENT, ("accuracy",), ("question", "sentence"), downloads=("QNLIv2.zip",)),
@@ -134,14 +134,15 @@ def find(task: Task, split: str, folder) -> Path:
 
 
 def download(task, folder=None) -> Path:
-    """Fetches what is missing of a task's official files (default: into the cache) -> the folder."""
-    task, folder = find_task(task), Path(folder or data.cache() / "glue")
+    """Fetches what is missing of a task's files below `folder` (default: the cache) -> the folder to read."""
+    task = find_task(task)
+    folder = Path(folder or data.cache() / "glue") / task.folder
     for name in task.downloads or (f"{task.folder}.zip",):
         place, size, sha256 = PUBLISHED[name]
         if not name.endswith(".zip"):
-            data.fetch([place + name], folder / task.folder / name, size, sha256)
-        elif not all((folder / task.folder / names[0]).is_file() for names in task.files.values()):
-            data.unpack(data.fetch([place + name], folder / name, size, sha256), folder, (".tsv",))
+            data.fetch([place + name], folder / name, size, sha256)
+        elif not folder.exists():  # appears when complete; holds the archive's own folder: CoLA/CoLA/dev.tsv
+            data.unpack(data.fetch([place + name], folder.with_name(name), size, sha256), folder, (".tsv",))
     return folder
 
 
