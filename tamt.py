@@ -1,4 +1,4 @@
-"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, without touching the weights.
+"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, without changing any of them.
 
 After "Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask Training" (Liu et al., NAACL 2022).
 
@@ -9,31 +9,31 @@ The algorithm in eight steps, in the order in which main() takes them:
     1  open_model    read an original checkpoint; its weights W are frozen for good
     2  open_text     cut plain text into rows of T tokens
     3  start_masks   one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
-    4  Scores        one real score per weight: 2 phi where OMP keeps, 0 where it prunes             Eq. 5
-    5  batch_loss    run W * M on text: masked-LM loss, distance to the dense model, or both         Eq. 3, 6
-    6  train         gradients pass straight through M to the scores; AdamW moves them               Eq. 4
-    7  Scores.rank   rank all scores: exactly round(N s) are pruned after every update               Eq. 2
+    4  Scores        one real score per weight: 2 phi where OMP keeps, 0 where it prunes           Eq. 5
+    5  batch_loss    run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
+    6  train         gradients pass straight through M to the scores; AdamW moves them             Eq. 4
+    7  Scores.rank   rank all scores: exactly round(N s) are pruned after every update             Eq. 2
     8  finish        save the mask, and say what it is worth on held-out text
 
 Baselines on the way: `--method omp` stops after step 3, `random` draws that mask, `imp` trains W between prunings.
 
-Glossary: B sequences, T tokens, D hidden, L layers, V vocabulary, M scored positions (M only in shapes), and
+Glossary: B sequences, T tokens, D hidden, L layers, V vocabulary; in shapes alone M is scored positions. Else
     W    pre-trained weights (theta in the paper)       S    scores (underlined M in the paper)
     M    binary mask, True = kept                       phi  the cut between pruned and kept scores
     s    sparsity, the fraction REMOVED                 N    entries of the masked set, n of one matrix
 
-Same as the released code: the start and its constants, the masked set with pooler and word embeddings, signed scores,
-the gate S > phi, a decoder that shares the word embeddings but not their mask, an MLM head that trains along, the
-losses, steps, batch, length, dropout, learning rates, linear decay over 27,920 steps, clipping at 1.0.
+Same as the released code: the start, the masked set with pooler and word embeddings, signed scores, the gate S > phi,
+a decoder that shares the word embeddings but not their mask, an MLM head that trains along, losses, steps, batch,
+length, dropout, learning rates, linear decay over 27,920 steps, clipping at 1.0.
 Deliberately different:
     * one rank over all scores (--rank global); released: inside each matrix (--rank local)
     * exact after every step (--refresh-every 1); released: phi stands still for 1000 (MLM) or 100 (KD) steps
     * round(N s), and ties go to the lower index; released: int(n s), and all ties at the cut are pruned
     * the pooler never gets a gradient: under --rank global it keeps its start mask, inside the budget
-    * KD reads the blocks that MLM reads, averages over real tokens, and its teacher runs without dropout; released:
+    * KD reads the rows that MLM reads, averages over real tokens, and its teacher runs without dropout; released:
       sentence pairs of its own with one corrupted token each, padding averaged in, teacher dropout on
     * AdamW without decay and one global clip for KD, too; released: BertAdam, decay 0.01, a clip per tensor
-    * --steps sets the horizon of the schedule and, without --lr, raises lr so that scores travel as far as in the paper
+    * --steps sets the schedule's horizon and, without --lr, raises lr so that scores travel as far as in the paper
     * no special token, [UNK] included, is chosen for corruption
     * IMP rewinds truly; released (--no-rewind): its rewind copies the trained weights onto themselves
 Not included: attention distillation, sparsity schedules (inert in the released code), several hosts, FSDP.
@@ -59,14 +59,14 @@ import bert
 import data
 
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
-HORIZON = 27920  # steps of two epochs of WikiText-103 at 16 x 512, the released schedule's length
-STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
+HORIZON = 27920  # steps of the released schedule: two epochs of WikiText-103 at 16 x 512
+STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}  # Table 2
 
 # ---------------------------------------------------------------- masked layers
 
 
 class StraightThrough(torch.autograd.Function):
-    """W * M, as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4). Shapes of W, S and M are equal."""
+    """W * M forward; backward as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4). Equal shapes."""
 
     @staticmethod
     def forward(ctx, W, S, M):
@@ -80,8 +80,8 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Masked(nn.Module):
-    """A layer whose weight W is seen through a mask M. It has scores S while a mask is learned; without scores, W may
-    train under the mask (IMP). `dense` switches the mask off: the KD teacher is the same layer with the switch on."""
+    """A layer whose weight is seen through a mask. It has scores while a mask is learned; without them W itself may
+    train under the mask (IMP). `dense` takes the mask off: the KD teacher is this very layer."""
 
     def __init__(self, layer):
         super().__init__()
@@ -103,22 +103,23 @@ class MaskedLinear(Masked):
 
 
 class MaskedEmbedding(Masked):
-    """Masks the rows that are looked up, so the tied decoder keeps the whole matrix; the pad row gets no gradient."""
+    """Masks the rows that are looked up: the tied decoder keeps the whole matrix. No gradient for the pad row."""
 
     def forward(self, ids):  # (B, T) -> (B, T, D)
-        rows = [None if m is None else F.embedding(ids, m, self.padding_idx) for m in (self.weight, self.scores)]
-        return self.seen(*rows, self.mask[ids])
+        W = F.embedding(ids, self.weight, self.padding_idx)
+        S = None if self.scores is None else F.embedding(ids, self.scores, self.padding_idx)
+        return self.seen(W, S, self.mask[ids])
 
 
 def maskable(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
-    """{parameter name: layer} of the masked set, in model order: word embeddings (not in scope "encoder"), six matrices
-    per layer, pooler if there is one. Their weights are the paper's theta, and the pooler as in the released code."""
+    """{parameter name: layer} of the masked set in model order: word embeddings (not in scope "encoder"), six
+    matrices per layer, pooler if there is one."""
     return {f"{name}.weight": layer for name, layer in model.base.named_modules(prefix=model.config.model_type)
             if isinstance(layer, nn.Linear) or name.endswith("word_embeddings") and scope == "all"}
 
 
 def mask_model(model: bert.Model, scope: str = "all") -> dict[str, Masked]:
-    """Replaces the maskable layers by masked ones, all entries kept."""
+    """Puts masked layers, all entries kept, in the place of the maskable ones."""
     layers = {}
     for name, layer in maskable(model, scope).items():
         parent, _, child = name.removesuffix(".weight").rpartition(".")
@@ -129,7 +130,7 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, Masked]:
 
 @contextmanager
 def dense_teacher(model):
-    """The frozen model itself, unmasked, without dropout and gradients: no second copy of the weights."""
+    """The model itself, unmasked, without dropout and gradients: no second copy of the weights."""
     layers, training = [m for m in model.modules() if isinstance(m, Masked)], model.training
     for layer in layers:
         layer.dense = True
@@ -147,94 +148,93 @@ def dense_teacher(model):
 
 
 def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None = None):
-    """Marks all but the `prune` smallest of values (n,) -> (keep (n,) bool, phi).
+    """Marks all but the `prune` smallest of values (n,) -> keep (n,) bool with exactly `prune` False, and phi.
 
-    Exactly `prune` entries are False. Among equals at the cut the lower index is kept:
+    Among equals at the cut the lower index is kept:
         values 3 1 2 2 2, prune 3  ->  keep 1 0 1 0 0: the 1 goes, then the last 2, then the 2 before it
-    phi lies midway between the last pruned and the first kept value, so that values > phi says the same where these
-    two differ. `near` = (low, high) is a guess of where the cut lies. If it is right only the few entries between are
-    sorted (RANK_GAIN); if it is wrong nothing is lost but time."""
+    phi lies midway between the last pruned and the first kept value: where they differ, values > phi says the same.
+    `near` = (low, high) guesses where the cut lies. If that is right, only the few values in between are sorted;
+    if not, nothing is lost but time."""
     if near is not None:
         low, high = near
         keep = values > high
-        between = (keep ^ (values > low)).nonzero().squeeze(1)  # ascending positions, so ties keep their order
-        left = prune - (len(values) - int(keep.sum()) - len(between))  # how many of those between must go
+        between = (keep ^ (values > low)).nonzero().squeeze(1)  # ascending, so that ties keep their order
+        left = prune - (len(values) - int(keep.sum()) - len(between))  # how many of those in between must go
         if 0 <= left <= len(between):
-            keep[between], phi = keep_mask(values[between], left) if len(between) else (keep[between], sum(near) / 2)
+            keep[between], phi = keep_mask(values[between], left)
             return keep, min(max(phi, low), high)
     if not 0 < prune < len(values):
         return torch.full_like(values, prune == 0, dtype=torch.bool), -math.inf if prune == 0 else math.inf
     last = kth_smallest(values, prune)
     keep = values > last
     ties = (values == last).nonzero().squeeze(1)
-    keep[ties[:len(ties) - (prune - int((values < last).sum()))]] = True
+    keep[ties[:len(ties) + int((values < last).sum()) - prune]] = True
     first = values[keep].min()
-    return keep, float(last) if first == last else min(float((last + first) / 2), float(torch.nextafter(first, last)))
+    middle = torch.minimum((last + first) / 2, torch.nextafter(first, last))  # rounding must not reach `first`
+    return keep, float(middle)
 
 
 def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th smallest, k from 1. numpy's partition is the fastest exact selection on a CPU; CUDA sorts by radix."""
+    """k from 1. On a CPU numpy's partition is the fastest exact selection; CUDA sorts (radix)."""
     if values.is_cuda:
         return values.sort().values[k - 1]
     return torch.tensor(np.partition(values.detach().cpu().numpy(), k - 1)[k - 1], device=values.device)
 
 
 def prune(values: dict[str, torch.Tensor], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
-    """Masks that remove the smallest values: round(n s) in each matrix ("local") or round(N s) of all ("global")."""
+    """Masks that remove the smallest values: round(n s) of each matrix ("local"), round(N s) of all ("global")."""
     if rule == "local":
-        return {name: keep_mask(v.flatten(), round(v.numel() * sparsity))[0].view(v.shape) for name, v in values.items()}
-    flat = torch.cat([v.flatten() for v in values.values()])
-    keep = keep_mask(flat, round(len(flat) * sparsity))[0].split([v.numel() for v in values.values()])
-    return {name: mask.view(v.shape) for mask, (name, v) in zip(keep, values.items(), strict=True)}
+        return {n: keep_mask(v.flatten(), round(v.numel() * sparsity))[0].view(v.shape) for n, v in values.items()}
+    keep, _ = keep_mask(vector := torch.cat([v.flatten() for v in values.values()]), round(len(vector) * sparsity))
+    parts = keep.split([v.numel() for v in values.values()])
+    return {name: part.view(v.shape) for part, (name, v) in zip(parts, values.items(), strict=True)}
 
 
 def magnitude_masks(layers: dict[str, Masked], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
-    """|W| decides among the entries that still stand: OMP on fresh layers, a level of IMP on masked ones (nested)."""
-    return prune({name: torch.where(m.mask, m.weight.detach().abs(), -1.0) for name, m in layers.items()}, sparsity, rule)
+    """By |W|. What is pruned already stays pruned: OMP on fresh layers, the next nested level of IMP on others."""
+    sizes = {name: torch.where(m.mask, m.weight.detach().abs(), -1.0) for name, m in layers.items()}
+    return prune(sizes, sparsity, rule)
 
 
 def random_masks(layers: dict[str, Masked], sparsity: float, rule: str, seed: int) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng([seed, 0x7A])
-    draws = {name: torch.from_numpy(rng.random(tuple(m.weight.shape), np.float32)) for name, m in layers.items()}
-    return {name: mask.to(layers[name].weight.device) for name, mask in prune(draws, sparsity, rule).items()}
+    rng = np.random.default_rng([seed, 0])
+    draws = {n: torch.from_numpy(rng.random(m.weight.shape, np.float32)) for n, m in layers.items()}
+    return {n: mask.to(layers[n].weight.device) for n, mask in prune(draws, sparsity, rule).items()}
 
 
 class Scores:
-    """One score per maskable weight, in one vector of which each layer holds a view, and the masks ranked from it.
+    """One score per maskable weight, in one vector of which every layer holds a view; and the masks ranked from it.
 
-    The pooler gets no gradient from either loss: it keeps its start mask, and the others are ranked to the rest of
-    the budget. Otherwise a wandering cut would pass its two values, 0 and 2 phi, and prune it to nothing."""
+    The pooler gets no gradient from either loss. Under one global rank a wandering cut would pass its two values, 0
+    and 2 phi, and prune it to nothing: so it keeps its start mask, and the others share the rest of the budget."""
 
     def __init__(self, layers: dict[str, Masked], start: dict[str, torch.Tensor], sparsity: float, rule: str):
-        sizes = [layer.weight.numel() for layer in layers.values()]
         self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
-        self.mask = self.vector > PHI
-        fixed = sum(n for n, name in zip(sizes, layers, strict=True) if "pooler" in name)  # the last of the vector
-        ends = np.cumsum(sizes)
-        if rule == "local":
-            self.groups = [(int(e) - n, int(e), round(n * sparsity)) for n, e in zip(sizes, ends, strict=True)
-                           if e <= ends[-1] - fixed]
-        else:
-            free = int(ends[-1]) - fixed
-            self.groups = [(0, free, round(int(ends[-1]) * sparsity) - int((~self.mask[free:]).sum()))]
+        self.mask, at, spans = self.vector > PHI, 0, {}
+        for name, layer in layers.items():
+            spans[name] = (at, at := at + layer.weight.numel())
+            part, shape = slice(*spans[name]), layer.weight.shape
+            layer.scores = nn.Parameter(self.vector[part].view(shape), requires_grad="pooler" not in name)
+            layer.mask = self.mask[part].view(shape)
+        learned = [span for name, span in spans.items() if "pooler" not in name]
+        fixed = int((~self.mask[learned[-1][1]:]).sum())  # the pooler is the last of the vector
+        self.groups = [(a, b, round((b - a) * sparsity)) for a, b in learned] if rule == "local" else \
+            [(0, learned[-1][1], round(len(self.vector) * sparsity) - fixed)]
         self.phi = [PHI] * len(self.groups)
-        for at, n, (name, layer) in zip(ends - sizes, sizes, layers.items(), strict=True):
-            layer.mask = self.mask[at:at + n].view(layer.weight.shape)
-            layer.scores = nn.Parameter(self.vector[at:at + n].view(layer.weight.shape), "pooler" not in name)
-        self.rank()  # the start rounds per matrix: the few entries by which their sum misses round(N s) ...
+        self.rank()  # the start rounds in each matrix; the few entries that their sum lacks of round(N s) ...
         self.vector.copy_(2 * PHI * self.mask)  # ... begin on the other side, so that step 0 is exact, too
         self.phi = [PHI] * len(self.groups)
 
     @torch.no_grad()
-    def rank(self, reach: float = 0.0):
-        """Prunes exactly the budget. `reach`: how far the cut can have moved since the last rank, about; 0: unknown."""
+    def rank(self, reach: float | None = None):
+        """Prunes exactly the budget. `reach`: how far the cut may have moved since the last rank, if known."""
         for i, ((a, b, budget), phi) in enumerate(zip(self.groups, self.phi, strict=True)):
             near = (phi - reach, phi + reach) if reach and math.isfinite(phi) else None
             self.mask[a:b], self.phi[i] = keep_mask(self.vector[a:b], budget, near)
 
     @torch.no_grad()
     def gate(self):
-        """The released code between two refreshes: phi stands still, S > phi decides, and the sparsity drifts."""
+        """Between two refreshes of the released code: phi stands still, S > phi decides, the sparsity drifts."""
         for (a, b, _), phi in zip(self.groups, self.phi, strict=True):
             torch.gt(self.vector[a:b], phi, out=self.mask[a:b])
 
@@ -243,17 +243,17 @@ class Scores:
 
 
 def mlm_loss(logits, labels, total=None):  # (M, V), (M,) -> scalar
-    """Masked-LM cross-entropy: the sum over the scored positions, divided by `total` (default M)."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100) / max(total or len(labels), 1)
+    """Masked-LM cross-entropy, summed over the scored positions and divided by `total` (default M)."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(total or len(labels), 1)
 
 
-def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D), (B, T) bool -> scalar
-    """Eq. 6: 1 - cos between teacher and student, mean over tokens and layers 1 .. L (not the embedding output).
-
-    `total`: number of tokens to divide by, default the real ones. 0 for equal states, 2 for opposite ones."""
-    loss = sum((1 - F.cosine_similarity(t.float(), s.float(), dim=-1)).mul(1 if keep is None else keep).sum()
+def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D); (B, T) bool -> scalar
+    """Eq. 6: 1 - cos of teacher and student, mean over real tokens (or sum / `total`) and layers 1 .. L, without the
+    embedding output. 0 for equal states, 2 for opposite ones."""
+    keep = torch.ones_like(teacher[0][..., 0]) if keep is None else keep
+    loss = sum(((1 - F.cosine_similarity(t.float(), s.float(), dim=-1)) * keep).sum()
                for t, s in zip(teacher[1:], student[1:], strict=True))
-    return loss / ((len(teacher) - 1) * (total or (teacher[0][..., 0].numel() if keep is None else int(keep.sum()))))
+    return loss / ((len(teacher) - 1) * (total or keep.sum()))
 
 
 class Batch:
@@ -266,22 +266,22 @@ class Batch:
         self.tokens, self.scored = int(self.real.sum()), int(self.chosen.sum())
 
     def part(self, rows: slice, device):
-        """-> ids, shown (b, T), keep (b, T) or None without padding, positions (M,) in the flattened part, labels (M,)"""
-        at = np.flatnonzero(self.chosen[rows])
+        """-> ids, shown (b, T), keep (b, T) or None if nothing is padding, positions (M,) in b * T, labels (M,)"""
+        ids, at = self.ids[rows], np.flatnonzero(self.chosen[rows])
         keep = None if self.real[rows].all() else self.real[rows]
-        arrays = self.ids[rows], self.shown[rows], keep, at, self.ids[rows].reshape(-1)[at]
+        arrays = ids, self.shown[rows], keep, at, ids.reshape(-1)[at]
         return [None if x is None else torch.from_numpy(x).to(device, non_blocking=True) for x in arrays]
 
 
 def batch_loss(model, net, objective: str, part, tokens: int, scored: int):
-    """The loss of one part of a batch, as its share in the mean over `tokens` and `scored` positions of the whole.
+    """Loss of a part of a batch: its share in the mean over all `tokens` and `scored` positions of the batch.
 
-    net(ids, keep) is the student: the model itself, compiled or data-parallel. mlm+kd: 1 : 1, and teacher and student
-    both see the corrupted text; kd alone: the clean text."""
+    net(ids, keep) is the student: the model itself, compiled or data-parallel. In mlm+kd, 1 : 1, teacher and student
+    both see the corrupted text; in kd the clean one."""
     ids, shown, keep, at, labels = part
-    seen = ids if objective == "kd" else shown
-    student, loss = net(seen, keep), 0.0
-    if "mlm" in objective:
+    seen, loss = ids if objective == "kd" else shown, 0.0
+    student = net(seen, keep)
+    if "mlm" in objective:  # logits at the scored positions only: same loss and gradients, a seventh of the work
         loss = loss + mlm_loss(model.mlm_logits(student[-1].flatten(0, 1)[at]), labels, scored)
     if "kd" in objective:
         with dense_teacher(model):
@@ -290,7 +290,25 @@ def batch_loss(model, net, objective: str, part, tokens: int, scored: int):
     return loss
 
 
-# ---------------------------------------------------------------- mask files
+@torch.no_grad()
+def dev_losses(model: bert.Model, rows: np.ndarray, vocab, device, dtype, batch_size: int = 16) -> dict[str, float]:
+    """What a mask is worth on held-out rows, in eval mode, each loss the mean over batches in order:
+    dev_mlm_loss on one corruption (seed 42), the same for every model; left out without a masked-LM head;
+    dev_kd_loss (Eq. 6) on the clean rows."""
+    training, sums, rng = model.training, {}, np.random.default_rng(42)
+    model.eval()
+    for at in range(0, len(rows), batch_size):
+        batch = Batch(rows[at:at + batch_size], vocab, rng)
+        part = batch.part(slice(None), device)
+        with autocast(device, dtype):
+            for name in ("mlm", "kd") if model.has("mlm") else ("kd",):
+                loss = float(batch_loss(model, model, name, part, batch.tokens, batch.scored))
+                sums[f"dev_{name}_loss"] = sums.get(f"dev_{name}_loss", 0.0) + loss
+    model.train(training)
+    return {name: value / -(-len(rows) // batch_size) for name, value in sums.items()}
+
+
+# ---------------------------------------------------------------- masks as files
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
@@ -303,133 +321,144 @@ def unpack(bits: torch.Tensor, shape) -> torch.Tensor:
 
 
 def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
-    """Writes {name: bool tensor} bit-packed with its metadata (plain types); equal masks and metadata, equal bytes."""
+    """{name: bool tensor} and metadata of plain types, bit-packed. Equal masks and metadata give equal bytes."""
     write_torch(path, {"format": 1, "shapes": {name: list(m.shape) for name, m in masks.items()},
                        "bits": {name: pack(m) for name, m in masks.items()}, "meta": meta})
 
 
 def load_mask(path) -> dict[str, torch.Tensor]:
-    """{`<module>.weight`: bool tensor, True = kept} from our mask.pt or from the released codes' dicts of bool or 0/1
-    tensors, whose names may end in `.weight_mask`. Raises ValueError for anything else."""
+    """{`<module>.weight`: bool tensor, True = kept}, from our mask.pt or from a dict of bool or 0/1 tensors as the
+    released codes save them, whose names may end in `.weight_mask`. ValueError for anything else."""
     return read_mask(path)[0]
 
 
 def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """load_mask and the metadata (empty for foreign files)."""
+    """load_mask, and the metadata; a foreign file has none."""
     content = bert.read_pickle(Path(path))
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: no mask file: expected a dict of tensors")
-    masks, meta = {}, {}
     if "format" in content:
         shapes, bits, meta = (content.get(key) for key in ("shapes", "bits", "meta"))
-        if content["format"] != 1 or not all(isinstance(x, dict) for x in (shapes, bits, meta)) or shapes.keys() != bits.keys():
-            raise ValueError(f"{path}: no mask file of format 1")
-        for name, shape in shapes.items():
-            n, packed = math.prod(shape), bits[name]
-            if not isinstance(packed, torch.Tensor) or packed.dtype != torch.uint8 or packed.shape != (-(-n // 8),):
+        if content["format"] != 1 or not all(isinstance(x, dict) for x in (shapes, bits, meta)):
+            raise ValueError(f"{path}: no mask file of format 1, the one this version knows")
+        for name in {*shapes, *bits}:
+            shape, packed = shapes.get(name), bits.get(name)
+            if not (isinstance(shape, list) and all(type(n) is int and 0 < n < 2**31 for n in shape)
+                    and isinstance(packed, torch.Tensor) and packed.dtype == torch.uint8
+                    and packed.shape == (-(-math.prod(shape) // 8),)):
                 raise ValueError(f"{path}: the bits of {name} do not fit its shape {shape}")
-            masks[name] = unpack(packed, shape)
-        return masks, meta
+        return {name: unpack(bits[name], shape) for name, shape in shapes.items()}, meta
     for name, mask in content.items():
         if not isinstance(mask, torch.Tensor) or not str(name).endswith((".weight", ".weight_mask")):
-            raise ValueError(f"{path}: {name} is no mask: expected tensors named <module>.weight or <module>.weight_mask")
+            raise ValueError(f"{path}: {name} is no mask, which is a tensor <module>.weight or <module>.weight_mask")
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"{path}: {name} holds values other than 0 and 1")
-        masks[name.removesuffix("_mask")] = mask.bool()
-    return masks, meta
+    return {name.removesuffix("_mask"): mask.bool() for name, mask in content.items()}, {}
 
 
-def fit_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
-    """The masks in the order of `layers` (mask_model, scope "all"), or a ValueError that lists what does not fit.
+def fit_masks(layers: dict[str, nn.Module], masks: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
+    """The masks in the order of `layers` (maskable, mask_model), or a ValueError that lists what does not fit.
 
     Pooler and word embeddings may be absent on either side; absent is dense."""
-    optional = [name for name in {*layers, *masks} if "pooler" in name or "word_embeddings" in name]
-    missing = [name for name in layers if name not in masks and name not in optional]
-    unexpected = [name for name in masks if name not in layers and name not in optional]
-    wrong = [f"{name} {list(mask.shape)} instead of {list(layers[name].weight.shape)}" for name, mask in masks.items()
-             if name in layers and mask.shape != layers[name].weight.shape]
-    problems = [f"{what}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}" for what, names
-                in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)) if names]
-    if problems:
-        raise ValueError(f"{source}: mask of another model: {'; '.join(problems)}")
+    def needed(name):
+        return "pooler" not in name and "word_embeddings" not in name
+    problems = {"missing": [name for name in layers if name not in masks and needed(name)],
+                "unexpected": [name for name in masks if name not in layers and needed(name)],
+                "wrong shape": [f"{name} {list(mask.shape)}, not {list(layers[name].weight.shape)}" for name, mask
+                                in masks.items() if name in layers and mask.shape != layers[name].weight.shape]}
+    if any(problems.values()):
+        raise ValueError(f"{source}: mask of another model: " + "; ".join(
+            f"{what}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for what, names in problems.items() if names))
     return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
 
 
 def set_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor]):
     for name, layer in layers.items():
-        layer.mask = masks.get(name, torch.ones_like(layer.mask))
+        layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
 
 
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
-    """Fractions removed, in the three ways people count: the masked set; the 6L encoder matrices alone; the whole
-    model (all parameters of embeddings, encoder and pooler; heads not counted). And of each matrix."""
-    zeros = {name: int(mask.numel() - mask.sum()) for name, mask in masks.items()}
+    """Fractions removed, in the three ways people count: of the masked set; of the 6L encoder matrices; of the whole
+    model (all parameters of embeddings, encoder and pooler, heads not counted). And of each matrix."""
+    zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
+    sizes = {name: mask.numel() for name, mask in masks.items()}
     encoder = [name for name in masks if ".encoder." in name]
-    share = lambda names: sum(zeros[n] for n in names) / max(sum(masks[n].numel() for n in names), 1)  # noqa: E731
-    return {"pruned": sum(zeros.values()), "entries": sum(mask.numel() for mask in masks.values()),
-            "masked_set": share(masks), "encoder": share(encoder),
-            "whole_model": sum(zeros.values()) / sum(p.numel() for n, p in model.base.named_parameters() if "scores" not in n),
-            "matrices": {name: share([name]) for name in masks}}
+    parameters = sum(p.numel() for name, p in model.base.named_parameters() if not name.endswith("scores"))
+    return {"pruned": sum(zeros.values()), "entries": sum(sizes.values()),
+            "masked_set": sum(zeros.values()) / max(sum(sizes.values()), 1),
+            "encoder": sum(zeros[n] for n in encoder) / max(sum(sizes[n] for n in encoder), 1),
+            "whole_model": sum(zeros.values()) / parameters,
+            "matrices": {name: zeros[name] / sizes[name] for name in masks}}
 
 
 def similarity(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Unweighted mean over matrices of the Jaccard similarity of kept entries (released code: compare_mask.py).
-
-    Matrices are paired by name; where both keep nothing the similarity is 1."""
+    """Jaccard similarity of kept entries, unweighted mean over matrices (released code: compare_mask.py), paired by
+    name; 1 for a matrix that keeps nothing in both."""
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         raise ValueError("masks of different models or scopes cannot be compared")
     pairs = [(int((a[name] & b[name]).sum()), int((a[name] | b[name]).sum())) for name in a]
     return sum(both / either if either else 1.0 for both, either in pairs) / len(pairs)
 
 
-# ---------------------------------------------------------------- what a mask is worth
+def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
+    """The subnetwork as transformers' AutoModelForMaskedLM loads it, zeros baked in. The decoder stays dense: where
+    the embeddings are masked it cannot be tied to them any more and is written by itself.
+
+    packed: the encoder alone, as kept values and mask bits; unpack_export gives the tensors back."""
+    family = model.config.model_type
+    words, head = f"{family}.embeddings.word_embeddings.weight", "lm_head" if family == "roberta" else "cls.predictions"
+    tensors = {name: p.data for name, p in model.named_parameters() if not name.endswith(".scores")}
+    untied = words in masks and model.has("mlm") and not packed
+    if untied:
+        print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
+        tensors |= {f"{head}.decoder.weight": tensors[words], f"{head}.decoder.bias": tensors[f"{head}.bias"]}
+    if packed:
+        tensors = {name: t for name, t in tensors.items() if name.startswith(family)}
+    for name, mask in masks.items():
+        W = tensors.pop(name)
+        tensors |= {f"{name}.kept": W[mask], f"{name}.bits": pack(mask), f"{name}.shape": torch.tensor(W.shape)} \
+            if packed else {name: W * mask}
+    bert.save(folder, model.config, tensors, "ForMaskedLM", **({"tie_word_embeddings": False} if untied else {}))
+    data.save_vocabulary(vocab, folder, model.config.positions)
 
 
-@torch.no_grad()
-def dev_losses(model: bert.Model, rows: np.ndarray, vocab, batch_size: int, device, dtype) -> dict[str, float]:
-    """Held-out losses of a masked model in eval mode, each the mean of batch means, rows in order:
-    dev_mlm_loss on one fixed corruption (seed 42), the same for every model, left out without an MLM head;
-    dev_kd_loss, Eq. 6, on the clean rows."""
-    training, sums, rng = model.training, {}, np.random.default_rng(42)
-    model.eval()
-    starts = range(0, len(rows), batch_size)
-    for at in starts:
-        batch = Batch(rows[at:at + batch_size], vocab, rng)
-        part = batch.part(slice(None), device)
-        with autocast(device, dtype):
-            for name in ["mlm", "kd"] if model.has("mlm") else ["kd"]:
-                loss = batch_loss(model, model, name, part, batch.tokens, batch.scored)
-                sums[f"dev_{name}_loss"] = sums.get(f"dev_{name}_loss", 0.0) + float(loss)
-    model.train(training)
-    return {name: value / len(starts) for name, value in sums.items()}
+def unpack_export(path) -> dict[str, torch.Tensor]:
+    """The dense tensors, zeros in place, of a model.safetensors that --export --packed wrote."""
+    tensors = bert.read_safetensors(Path(path))
+    for name in [name.removesuffix(".bits") for name in tensors if name.endswith(".bits")]:
+        mask = unpack(tensors.pop(f"{name}.bits"), tensors.pop(f"{name}.shape").tolist())
+        tensors[name] = torch.zeros(mask.shape).masked_scatter_(mask, tensors.pop(f"{name}.kept"))
+    return tensors
 
 
 # ---------------------------------------------------------------- training
 
 
 def adamw(params, device):
-    """The paper's optimiser: betas .9 and .999, eps 1e-8, no weight decay. The schedule sets lr at every step."""
-    return torch.optim.AdamW(params, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
+    """The paper's optimiser: betas .9 and .999, eps 1e-8, no weight decay; lr is set anew at every step."""
+    return torch.optim.AdamW(params, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                             fused=device.type in ("cpu", "cuda"))
+
+
+def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
+    """Freezes all but scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains everything."""
+    for name, p in model.named_parameters():
+        head = "mlm" in args.objective and name.startswith(("cls.", "lm_head.")) and "decoder" not in name
+        if not name.endswith(".scores"):
+            p.requires_grad_(head or args.method == "imp")
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def swap(model: bert.Model, weights: dict[str, torch.Tensor]):
+    """Exchanges weights of the model with these: pre-trained ones come in for an evaluation, and go out again."""
+    for name in weights:
+        p = model.get_parameter(name)
+        p.data, weights[name] = weights[name], p.data
 
 
 def imp_levels(sparsity: float) -> list[float]:
     """10 %, 20 %, ... of the original count; a target that is no multiple of 10 % ends with a smaller round."""
     return [level / 10 for level in range(1, 10) if level / 10 < sparsity - 1e-9] + [sparsity]
-
-
-def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
-    """Freezes all but the scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains everything."""
-    for name, p in model.named_parameters():
-        head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name and "mlm" in args.objective
-        p.requires_grad_(p.requires_grad if name.endswith(".scores") else head or args.method == "imp")
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def swap(model: bert.Model, weights: dict[str, torch.Tensor]):
-    """Exchanges the model's weights with these: pre-trained ones come in for an evaluation, and go out again."""
-    for name in weights:
-        p = model.get_parameter(name)
-        p.data, weights[name] = weights[name], p.data
 
 
 def next_level(model, layers, original, done: int, args):
@@ -450,7 +479,7 @@ def save_step(layers, done: int, sparsity: float, args):
 
 
 def train(model, vocab, layers, scores, rows, evaluate, args, state):
-    """Steps 5 to 7 and the rounds of IMP: the one training loop, from `state` (or the start) to the last update."""
+    """Steps 5 to 7, and the rounds of IMP: the one training loop, from `state` or the start to the last update."""
     imp, device, learns = args.method == "imp", args.device, what_learns(model, args)
     original = {name: p.detach().clone() for name, p in learns.items() if not name.endswith(".scores")}
     optimizer, log = adamw(learns.values(), device), Log(args, layers)
@@ -467,36 +496,37 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
         lr = args.lr * max(1 - (step % args.prune_every if imp else step) / args.horizon, 0.0)
         torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)  # dropout: a function of the step
         at = data.batch_rows(len(rows), args.seed, step * size, size)
-        batch, loss = Batch(rows[at], vocab, np.random.default_rng([args.seed, step])), torch.zeros((), device=device)
+        batch = Batch(rows[at], vocab, np.random.default_rng([args.seed, step]))
+        loss = torch.zeros((), device=device)
         for start in range(args.rank_id * share, size, args.batch_size):
-            meet = args.world == 1 or start + args.batch_size >= size  # gradients of all processes meet once a step
-            with nullcontext() if meet else net.no_sync():
-                part = batch.part(slice(start, start + share), device)
+            last = start + args.batch_size >= size  # only then do the gradients of all processes meet
+            part = batch.part(slice(start, start + share), device)
+            with nullcontext() if last or args.world == 1 else net.no_sync():
                 with autocast(device, args.dtype):
-                    piece = batch_loss(model, net, args.objective if not imp else "mlm", part, batch.tokens, batch.scored)
-                (piece * args.world).backward()  # processes average their gradients
+                    piece = batch_loss(model, net, args.objective, part, batch.tokens, batch.scored)
+                (piece * args.world).backward()  # the processes' gradients are averaged
             loss += piece.detach()
         if args.world > 1:
             torch.distributed.all_reduce(loss)
-        nn.utils.clip_grad_norm_(learns.values(), args.clip)
         if not math.isfinite(loss := float(loss)):
-            raise ValueError(f"the loss is {loss} at step {step + 1}: a lower --lr (here {lr:.2g}) or --dtype fp32 may help; "
-                             f"{args.out} keeps the last good state")
+            raise ValueError(f"the loss is {loss} at step {step + 1}: try a lower --lr (here {lr:.2g}) or --dtype "
+                             f"fp32; {args.out} keeps the last good state")
+        nn.utils.clip_grad_norm_(learns.values(), args.clip)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
-        eval_due, save_due = (done % every == 0 and done < args.updates for every in (args.eval_every, args.save_every))
+        eval_due, save_due = (done % every == 0 for every in (args.eval_every, args.save_every))
         if imp and done % args.prune_every == 0:
             next_level(model, layers, original, done, args)
             optimizer = adamw(learns.values(), device)
         elif scores and (done % args.refresh_every == 0 or eval_due or save_due or done == args.updates):
-            scores.rank(reach=2 * lr if args.refresh_every == 1 else 0.0)
+            scores.rank(reach=2 * lr if args.refresh_every == 1 else None)
         elif scores:
             scores.gate()
         losses = {}
-        if scores and eval_due and not args.rank_id:
+        if scores and eval_due and done < args.updates and not args.rank_id:
             swap(model, original)
             losses = evaluate()
             swap(model, original)
@@ -511,7 +541,7 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
 
 
 class Log:
-    """A progress line per interval on the terminal, the same figures as a line of log.jsonl."""
+    """A progress line per interval on the terminal, and the same figures as a line of log.jsonl."""
 
     def __init__(self, args, layers):
         self.args, self.layers, self.began = args, layers, time.time()
@@ -526,20 +556,43 @@ class Log:
             return
         seconds, bits = (time.time() - self.began) / self.steps, self.packed()
         entries = sum(layer.mask.numel() for layer in self.layers.values())
-        line = {"step": done, "loss": self.loss / self.steps, "kept": int(np.bitwise_count(bits).sum()) / entries,
-                "flips": int(np.bitwise_count(bits ^ self.bits).sum()) / entries, "lr": lr, **losses}
+        kept, flips = (int(np.bitwise_count(b).sum()) / entries for b in (bits, bits ^ self.bits))
         speed, left = a.batch_size * a.accumulate * a.seq_len / seconds, round(seconds * (a.updates - done))
-        print(f"step {done}/{a.updates}  loss {line['loss']:.4f}  kept {line['kept']:.4%}  flips {line['flips']:.4%}  "
-              f"lr {lr:.2e}  {seconds * 1e3:.0f} ms/step  {speed:,.0f} tokens/s  ETA {left // 60}:{left % 60:02}"
+        line = {"step": done, "loss": self.loss / self.steps, "kept": kept, "flips": flips, "lr": lr, **losses}
+        print(f"step {done}/{a.updates}  loss {line['loss']:.4f}  kept {kept:.4%}  flips {flips:.4%}  lr {lr:.2e}  "
+              f"{seconds * 1e3:.0f} ms/step  {speed:,.0f} tokens/s  ETA {left // 60}:{left % 60:02}"
               + "".join(f"  {name} {value:.4f}" for name, value in losses.items()), flush=True)
-        data.append_line(a.out / "log.jsonl", line | {"ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)})
+        times = {"ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)}
+        data.append_line(a.out / "log.jsonl", line | times)
         self.began, self.loss, self.steps, self.bits = time.time(), 0.0, 0, bits
 
 
 # ---------------------------------------------------------------- the folder of a run
 
-IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon", "batch_size",
-            "accumulate", "seq_len", "lr", "clip", "seed", "refresh_every", "prune_every", "rewind", "dtype", "log_every")
+IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon", "seed",
+            "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every", "prune_every", "rewind", "dtype",
+            "log_every")
+
+
+def identity(args) -> dict:
+    """The settings that make a run this run; --resume refuses others."""
+    return {name: plain(getattr(args, name)) for name in IDENTITY}
+
+
+def plain(value):
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def metadata(args, step: int, sparsity: float, **more) -> dict:
+    """What a mask file says of itself. No times and no versions: equal runs give equal bytes."""
+    names = ("model", "method", "objective", "rank", "scope", "init", "seed", "lr", "data")
+    return {name: plain(getattr(args, name)) for name in names} | {
+        "step": step, "sparsity": sparsity, "ties": "among equals the lower index is kept",
+        "bits": "row-major, first entry in the highest bit, 1 = kept", **more}
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def write_torch(path, content):
@@ -559,9 +612,10 @@ def save_state(learns, optimizer, scores, layers, log, done: int, args):
     """state.pt: all that the next step depends on. Dropout, corruption and order are functions of (seed, step)."""
     if not args.rank_id:
         write_torch(args.out / "state.pt", {
-            "format": 1, "settings": identity(args), "step": done, "learns": {n: p.data for n, p in learns.items()},
-            "optimizer": optimizer.state_dict(), "masks": [pack(layer.mask) for layer in layers.values()],
-            "phi": scores.phi if scores else [], "log": [log.loss, log.steps, torch.from_numpy(log.bits)]})
+            "format": 1, "settings": identity(args), "step": done, "optimizer": optimizer.state_dict(),
+            "learns": {name: p.data for name, p in learns.items()}, "phi": scores.phi if scores else [],
+            "masks": [pack(layer.mask) for layer in layers.values()],
+            "log": [log.loss, log.steps, torch.from_numpy(log.bits)]})
 
 
 def restore(state: dict, learns, optimizer, scores, layers, log):
@@ -576,35 +630,26 @@ def restore(state: dict, learns, optimizer, scores, layers, log):
     log.loss, log.steps, log.bits = state["log"][0], state["log"][1], state["log"][2].numpy()
 
 
-def identity(args) -> dict:
-    """The settings that make a run this run; --resume refuses others."""
-    return {name: plain(getattr(args, name)) for name in IDENTITY}
-
-
-def plain(value):
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
 def open_run(out: Path, asked: dict, again: bool, result: str, rank_id: int) -> dict | None:
-    """The state to continue from (`again`: --resume), or None to start anew in `out`, whose run ends with file `result`.
+    """The state to continue from (`again`: --resume), or None to start in `out`; a run ends with the file `result`.
 
-    Another run in `out` is an error, an unfinished one without --resume as well; a finished one with --resume exits 0."""
+    Another run in `out` is an error, and so is an unfinished one without --resume; a finished one with it exits 0."""
     finished, saved, log = out / result, out / "state.pt", out / "log.jsonl"
     if rank_id and not again:
         return None
     state = bert.read_pickle(saved) if saved.exists() else None
     if state is not None and (not isinstance(state, dict) or state.get("format") != 1):
-        raise ValueError(f"{saved}: not a state of this version; remove it to start anew")
+        raise ValueError(f"{saved}: no state of this version; remove it to start anew")
     held = state["settings"] if state else bert.read_json(finished).get("settings") if finished.exists() else asked
     if held != asked:
         other = ", ".join(f"{k} {held.get(k)!r} there, {asked[k]!r} here" for k in asked if held.get(k) != asked[k])
         raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
     if finished.exists() and again:
-        print(f"{out} is finished; {finished} has its figures")
+        print(f"{out} is finished: its figures are in {finished}")
         sys.exit(0)
     if state and not again and not finished.exists():
-        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue it with --resume, or choose "
-                         "another --out, or remove that folder")
+        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue it with --resume, or "
+                         "choose another --out, or remove that folder")
     if rank_id:
         return state
     out.mkdir(parents=True, exist_ok=True)
@@ -620,23 +665,13 @@ def open_run(out: Path, asked: dict, again: bool, result: str, rank_id: int) -> 
     return state
 
 
-def metadata(args, step: int, sparsity: float, **more) -> dict:
-    """What a mask file says of itself. No times and no versions: equal runs give equal bytes."""
-    names = ("model", "method", "objective", "rank", "scope", "init", "seed", "lr", "data")
-    return {name: plain(getattr(args, name)) for name in names} | {
-        "step": step, "sparsity": sparsity, "ties": "among equals the lower index is kept",
-        "bits": "row-major, first entry in the highest bit, 1 = kept", **more}
-
-
 def finish(model, layers, losses: dict, began: float, args):
     """Step 8: mask.pt and its readable twin mask.json."""
-    if args.rank_id:
-        return
     masks = {name: layer.mask for name, layer in layers.items()}
     report = sparsity_report(model, masks)
-    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
     if empty := [name for name, share in report["matrices"].items() if share == 1]:
-        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {', '.join(empty[:4])}{' ...' if empty[4:] else ''}")
+        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {', '.join(empty[:4])}{' ...' * (len(empty) > 4)}")
+    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
     save_mask(args.out / "mask.pt", masks, metadata(args, args.updates, args.sparsity, found=found, **losses))
     content = {"settings": identity(args), "sparsity": report, **losses, "seconds": round(time.time() - began, 1),
                "device": str(args.device), "threads": torch.get_num_threads(), "versions": versions()}
@@ -644,49 +679,14 @@ def finish(model, layers, losses: dict, began: float, args):
     ending(args.out / "mask.pt", content)
 
 
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-
-
 def ending(mask, content: dict):
     """The block that grep reads, and what to do next."""
-    print(f"---\nmask: {mask}\nsparsity: {content['sparsity']['masked_set']:.4f}")
+    print("---")
+    print(*([f"mask: {mask}"] if mask else []), f"sparsity: {content['sparsity']['masked_set']:.4f}", sep="\n")
     for name in ("dev_mlm_loss", "dev_kd_loss", "seconds"):
         if name in content:
             print(f"{name}: {content[name]:.4f}")
     print(f"next: python finetune.py --task sst2 --mask {mask}" if mask else "next: python tamt.py")
-
-
-def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
-    """The subnetwork as a folder that transformers' AutoModelForMaskedLM loads, zeros baked in. The decoder stays dense:
-    where the embeddings are masked it can no longer be tied to them and is written by itself.
-
-    packed: only the encoder, as kept values and mask bits (unpack_export gives the tensors back)."""
-    family = model.config.model_type
-    tensors = {name: p.data for name, p in model.named_parameters() if not name.endswith(".scores")}
-    if packed:
-        tensors = {name: t for name, t in tensors.items() if name.startswith(family)}
-        for name, mask in masks.items():
-            tensors |= {f"{name}.kept": tensors[name][mask], f"{name}.bits": pack(mask), f"{name}.shape": torch.tensor(mask.shape)}
-            del tensors[name]
-    else:
-        words, head = f"{family}.embeddings.word_embeddings.weight", {"bert": "cls.predictions", "roberta": "lm_head"}[family]
-        untied = words in masks and model.has("mlm")
-        if untied:
-            print("the masked word embeddings no longer equal the dense decoder: written as two matrices, untied")
-            tensors |= {f"{head}.decoder.weight": tensors[words], f"{head}.decoder.bias": tensors[f"{head}.bias"]}
-        tensors |= {name: tensors[name] * mask for name, mask in masks.items()}
-    bert.save(folder, model.config, tensors, "ForMaskedLM", **({} if packed else {"tie_word_embeddings": not untied}))
-    data.save_vocabulary(vocab, folder, model.config.positions)
-
-
-def unpack_export(path) -> dict[str, torch.Tensor]:
-    """The dense tensors, zeros in place, of a model.safetensors that --export --packed wrote."""
-    tensors = bert.read_safetensors(Path(path))
-    for name in [name.removesuffix(".bits") for name in tensors if name.endswith(".bits")]:
-        mask = unpack(tensors.pop(f"{name}.bits"), tensors.pop(f"{name}.shape").tolist())
-        tensors[name] = torch.zeros(mask.shape).masked_scatter_(mask, tensors.pop(f"{name}.kept"))
-    return tensors
 
 
 # ---------------------------------------------------------------- command line
@@ -697,13 +697,6 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def fraction(text: str) -> float:
-    value = positive(float)(text) if text.strip("0.") else 0.0
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no fraction in [0, 1); 0.7 removes 70 %")
-    return value
-
-
 def positive(kind):
     def number(text: str):
         try:
@@ -711,39 +704,52 @@ def positive(kind):
         except ValueError:
             value = 0
         if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is no positive {'whole ' if kind is int else ''}number")
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no positive {what}")
         return value
     return number
 
 
-# The toy's defaults in place of the paper's: a run takes a minute on two cores.
-TOY = {"data": "toy", "steps": 300, "seq_len": 64, "prune_every": 50, "log_every": 50, "eval_every": 100, "save_every": 100}
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no fraction in [0, 1); 0.7 removes 70 %")
+    return value
+
+
+# In place of the paper's defaults: a run on the toy takes a minute on two cores.
+TOY = {"data": "toy", "steps": 300, "seq_len": 64, "prune_every": 50, "log_every": 50, "eval_every": 100,
+       "save_every": 100}
 
 
 def settings(argv=None) -> argparse.Namespace:
     """The command line with every default resolved."""
     parser = Parser(description="Find a sparse subnetwork of a pre-trained BERT by task-agnostic mask training.")
     add, whole, number = parser.add_argument, positive(int), positive(float)
-    add("--model", default="toy", help=f"{', '.join(data.MODELS)}, toy (default), or a path: a folder, .safetensors, .bin, "
-        ".pt, TensorFlow .index, .zip, .tar.gz")
+    add("--model", default="toy", help=f"{', '.join(data.MODELS)}, toy (default), or a path: folder, .safetensors, "
+        ".bin, .pt, TensorFlow prefix, .zip, .tar.gz")
     add("--method", choices=["tamt", "imp", "omp", "random"], default="tamt", help="how the mask is found (tamt)")
-    add("--objective", choices=["mlm", "kd", "mlm+kd"], default="mlm", help="loss: masked LM (default), distillation, both")
+    add("--objective", choices=["mlm", "kd", "mlm+kd"], default="mlm", help="masked LM (default), distillation, both")
     add("--sparsity", type=fraction, default=0.7, help="fraction of weights REMOVED, in [0, 1) (0.7)")
-    add("--rank", choices=["global", "local"], help="entries compete in one list or inside each matrix (global for tamt, "
-        "local for omp, imp and random)")
-    add("--scope", choices=["all", "encoder"], default="all", help="masked set; encoder: word embeddings stay dense (all)")
+    add("--rank", choices=["global", "local"], help="entries compete in one list, or inside each matrix (global for "
+        "tamt, local for omp, imp and random)")
+    add("--scope", choices=["all", "encoder"], default="all", help="encoder leaves the word embeddings dense (all)")
     add("--init", choices=["omp", "random"], default="omp", help="start of the scores (omp)")
-    add("--data", help="wikitext-103 (default), wikitext-2, toy, a text file, or a folder with wiki.train.raw, wiki.valid.raw")
-    add("--steps", type=whole, help="updates of tamt, horizon of imp's schedule (by sparsity, as in the paper)")
-    add("--batch-size", type=whole, default=16, help="sequences per forward pass, all processes together (16)")
+    add("--data", help="wikitext-103 (default), wikitext-2, toy, a text file, or a folder with wiki.train.raw and "
+        "wiki.valid.raw")
+    add("--steps", type=whole, help="updates of tamt; horizon of imp's schedule (as in the paper, by sparsity)")
+    add("--batch-size", type=whole, default=16, help="sequences per forward pass, over all processes (16)")
     add("--accumulate", type=whole, default=1, help="forward passes per update (1)")
-    add("--seq-len", type=whole, help="tokens per row, two specials included (512, or the model's positions if fewer)")
+    add("--seq-len", type=whole, help="tokens per row, two specials included (512, or all the model's positions)")
     add("--lr", type=number, help="learning rate (5e-5, kd 2e-5; raised when --steps shortens the run)")
     add("--clip", type=number, default=1.0, help="largest l2 norm of all gradients together (1.0)")
     add("--seed", type=int, default=1, help="of data order, corruption, dropout and random masks (1)")
-    add("--refresh-every", type=whole, default=1, help="updates between two rankings; 1 keeps the sparsity exact (1)")
+    add("--refresh-every", type=whole, default=1, help="updates between rankings; 1 keeps the sparsity exact (1)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (auto)")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the forward pass; scores stay fp32 (auto)")
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the forward pass (auto)")
     add("--compile", action="store_true", help="run the student through torch.compile")
     add("--out", type=Path, help="folder of the run (out/MODEL-METHOD-OBJECTIVE-SPARSITY-sSEED)")
     add("--log-every", type=whole, default=100, help="updates between progress lines (100)")
@@ -752,9 +758,9 @@ def settings(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     add("--prune-every", type=whole, default=2792, help="imp: updates between two prunings (2792)")
     add("--no-rewind", dest="rewind", action="store_false", help="imp: go on with the trained weights, as released")
-    add("--evaluate", action="store_true", help="only report dev losses and sparsity of --mask, or of the dense model")
+    add("--evaluate", action="store_true", help="only report on --mask, or on the dense model; no training")
     add("--mask", type=Path, help="mask file for --evaluate and --export")
-    add("--compare", nargs="+", metavar="MASK", help="only print the mean Jaccard similarities of these masks")
+    add("--compare", nargs="+", metavar="MASK", help="only print the mean Jaccard similarities of masks")
     add("--export", type=Path, metavar="DIR", help="write the subnetwork as a folder that transformers loads")
     add("--packed", action="store_true", help="with --export: the encoder alone, as kept values and mask bits")
     if parser.parse_known_args(argv)[0].model == "toy":
@@ -762,8 +768,11 @@ def settings(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mask and not (args.evaluate or args.export):
         raise ValueError("--mask goes with --evaluate or --export")
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed} is not in 0 .. {2**31 - 1}")
     args.rank = args.rank or ("global" if args.method == "tamt" else "local")
-    args.data = args.data or (None if args.method in ("omp", "random") and not args.evaluate else "wikitext-103")
+    if not args.data and (args.method in ("tamt", "imp") or args.evaluate):
+        args.data = "wikitext-103"
     args.lr, args.horizon, args.updates, args.lr_reason = schedule(args)
     args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % args.world:
@@ -785,7 +794,7 @@ def schedule(args) -> tuple[float, int, int, str]:
     if args.method == "imp":
         updates = args.prune_every * (len(imp_levels(args.sparsity)) - 1)
         return args.lr or 5e-5, args.steps or 10 * args.prune_every, updates, "as asked" if args.lr else "the paper's"
-    paper, lr = round(np.interp(args.sparsity, list(STEPS), list(STEPS.values()))), 2e-5 if args.objective == "kd" else 5e-5
+    paper, lr = round(np.interp(args.sparsity, [*STEPS], [*STEPS.values()])), 2e-5 if args.objective == "kd" else 5e-5
     horizon, updates = args.steps or HORIZON, args.steps or paper
     if args.lr or not args.steps:
         return args.lr or lr, horizon, updates, "as asked" if args.lr else "the paper's"
@@ -830,21 +839,22 @@ def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
     path = toy_folder("model") if name == "toy" else data.model_path(name)
     model, vocab = bert.load(path), data.vocabulary(path)
     if vocab.size != model.config.vocab_size:
-        raise ValueError(f"{path}: a vocabulary of {vocab.size} tokens, but the model has {model.config.vocab_size}")
+        raise ValueError(f"{path}: vocabulary of {vocab.size} tokens, but the model has {model.config.vocab_size}")
     return model, vocab
 
 
 def open_model(args) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen. A masked-LM head comes from the file, or fresh where a loss needs one."""
+    """Step 1: the checkpoint, frozen. The masked-LM head comes from the file, or is new where training needs one."""
     model, vocab = load_model(args.model)
-    needs_head = args.method == "imp" or args.method == "tamt" and "mlm" in args.objective
-    if needs_head and not model.has("mlm") and not (args.evaluate or args.mask):
-        print(f"{args.model} has no masked-LM head: a fresh one is trained along, and dev_mlm_loss refers to its start")
+    trains_head = args.method == "imp" or args.method == "tamt" and "mlm" in args.objective
+    if trains_head and not model.has("mlm") and not (args.evaluate or args.mask):
+        print(f"{args.model} has no masked-LM head: a fresh one is trained along; dev_mlm_loss refers to its start")
         torch.manual_seed(args.seed)
         model.new_head("mlm")
-    args.seq_len = args.seq_len or min(512, model.config.positions)
-    if not 3 <= args.seq_len <= model.config.positions:
-        raise ValueError(f"--seq-len {args.seq_len}: expected 3 to {model.config.positions}, the positions of {args.model}")
+    most = model.config.positions
+    args.seq_len = args.seq_len or min(512, most)
+    if not 3 <= args.seq_len <= most:
+        raise ValueError(f"--seq-len {args.seq_len}: {args.model} takes 3 to {most} tokens")
     return model.to(args.device).requires_grad_(False), vocab
 
 
@@ -872,7 +882,7 @@ def judge(args):
     content = {"sparsity": sparsity_report(model, masks)}
     print(json.dumps({"metadata": meta, **content}, indent=1))
     if args.evaluate:
-        content |= dev_losses(model, open_text(args, vocab, "dev"), vocab, args.batch_size, args.device, args.dtype)
+        content |= dev_losses(model, open_text(args, vocab, "dev"), vocab, args.device, args.dtype)
     if args.export:
         export(model, masks, vocab, args.export, args.packed)
     ending(args.mask, content | {"seconds": time.time() - began})
@@ -893,37 +903,42 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last saved state", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        advice = "out of memory: try a smaller --batch-size (tamt.py: with more --accumulate): " if memory else ""
+        print(f"error: {advice}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def main():
-    args = settings()
+def main(argv=None):
+    args = settings(argv)
     if args.compare:
         return compare(args.compare)
     pick_device(args)
     if args.evaluate or args.mask:
         return judge(args)
     began, trains = time.time(), args.method in ("tamt", "imp")
-    model, vocab = open_model(args)                                                             # step 1
-    rows = open_text(args, vocab, "train") if trains else None                                  # step 2
+    model, vocab = open_model(args)                                                         # step 1
+    rows = open_text(args, vocab, "train") if trains else None                              # step 2
     dev = open_text(args, vocab, "dev") if args.data else None
     state = open_run(args.out, identity(args), args.resume, "mask.json", args.rank_id)
     layers, scores = mask_model(model, args.scope), None
     if args.method != "imp":
-        masks = start_masks(layers, args)                                                       # step 3
+        masks = start_masks(layers, args)                                                   # step 3
         set_masks(layers, masks)
     if args.method == "tamt":
-        scores = Scores(layers, masks, args.sparsity, args.rank)                                # step 4
+        scores = Scores(layers, masks, args.sparsity, args.rank)                            # step 4
 
     def evaluate():
-        return dev_losses(model, dev, vocab, args.batch_size, args.device, args.dtype)
+        return dev_losses(model, dev, vocab, args.device, args.dtype) if args.data else {}
     if trains:
         if not args.rank_id:
-            print(f"{len(rows):,} rows of {args.seq_len} tokens; {args.updates:,} updates; lr {args.lr:.3g}, {args.lr_reason}")
-        train(model, vocab, layers, scores, rows, evaluate, args, state)                        # steps 5, 6, 7
-    finish(model, layers, evaluate() if args.data else {}, began, args)                         # step 8
+            print(f"{len(rows):,} rows of {args.seq_len} tokens, {args.updates:,} updates, lr {args.lr:.3g} "
+                  f"({args.lr_reason})")
+        train(model, vocab, layers, scores, rows, evaluate, args, state)                    # steps 5, 6, 7
+    if args.rank_id:
+        return
+    finish(model, layers, evaluate(), began, args)                                          # step 8
     if args.export:
         export(model, {name: layer.mask for name, layer in layers.items()}, vocab, args.export, args.packed)
 
