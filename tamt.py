@@ -1,6 +1,6 @@
-"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, without changing any of them.
+"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, and change none.
 
-After "Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask Training" (Liu et al., NAACL 2022).
+Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask Training, NAACL 2022.
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
@@ -15,25 +15,25 @@ The algorithm in eight steps, in the order in which main() takes them:
     7  Scores.rank   rank all scores: exactly round(N s) are pruned after every update             Eq. 2
     8  finish        save the mask, and say what it is worth on held-out text
 
-Baselines on the way: `--method omp` stops after step 3, `random` draws that mask, `imp` trains W between prunings.
+Baselines: `--method omp` stops after step 3, `random` draws that mask, `imp` trains W between prunings.
 
 Glossary: B sequences, T tokens, D hidden, L layers, V vocabulary; in shapes alone M is scored positions. Else
     W    pre-trained weights (theta in the paper)       S    scores (underlined M in the paper)
     M    binary mask, True = kept                       phi  the cut between pruned and kept scores
     s    sparsity, the fraction REMOVED                 N    entries of the masked set, n of one matrix
 
-Same as the released code: the start, the masked set with pooler and word embeddings, signed scores, the gate S > phi,
-a decoder that shares the word embeddings but not their mask, an MLM head that trains along, losses, steps, batch,
-length, dropout, learning rates, linear decay over 27,920 steps, clipping at 1.0.
+Same as the released code: the start, the masked set with pooler and word embeddings, signed scores, the gate
+S > phi, a decoder that shares the word embeddings but not their mask, an MLM head that trains along, losses,
+steps, batch, length, dropout, learning rates, linear decay over 27,920 steps, clipping at 1.0.
 Deliberately different:
     * one rank over all scores (--rank global); released: inside each matrix (--rank local)
     * exact after every step (--refresh-every 1); released: phi stands still for 1000 (MLM) or 100 (KD) steps
     * round(N s), and ties go to the lower index; released: int(n s), and all ties at the cut are pruned
     * the pooler never gets a gradient: under --rank global it keeps its start mask, inside the budget
-    * KD reads the rows that MLM reads, averages over real tokens, and its teacher runs without dropout; released:
+    * KD reads the rows that MLM reads, averages over real tokens, its teacher runs without dropout; released:
       sentence pairs of its own with one corrupted token each, padding averaged in, teacher dropout on
     * AdamW without decay and one global clip for KD, too; released: BertAdam, decay 0.01, a clip per tensor
-    * --steps sets the schedule's horizon and, without --lr, raises lr so that scores travel as far as in the paper
+    * --steps sets the schedule's horizon; without --lr it raises lr: scores travel as far as in the paper
     * no special token, [UNK] included, is chosen for corruption
     * IMP rewinds truly; released (--no-rewind): its rewind copies the trained weights onto themselves
 Not included: attention distillation, sparsity schedules (inert in the released code), several hosts, FSDP.
@@ -60,13 +60,13 @@ import data
 
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 HORIZON = 27920  # steps of the released schedule: two epochs of WikiText-103 at 16 x 512
-STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}  # Table 2
+STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 # ---------------------------------------------------------------- masked layers
 
 
 class StraightThrough(torch.autograd.Function):
-    """W * M forward; backward as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4). Equal shapes."""
+    """W * M forward; backward as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4)."""
 
     @staticmethod
     def forward(ctx, W, S, M):
@@ -80,8 +80,8 @@ class StraightThrough(torch.autograd.Function):
 
 
 class Masked(nn.Module):
-    """A layer whose weight is seen through a mask. It has scores while a mask is learned; without them W itself may
-    train under the mask (IMP). `dense` takes the mask off: the KD teacher is this very layer."""
+    """A layer whose weight is seen through a mask. It has scores while a mask is learned; without them W
+    itself may train under the mask (IMP). `dense` takes the mask off: the KD teacher is this very layer."""
 
     def __init__(self, layer):
         super().__init__()
@@ -103,7 +103,7 @@ class MaskedLinear(Masked):
 
 
 class MaskedEmbedding(Masked):
-    """Masks the rows that are looked up: the tied decoder keeps the whole matrix. No gradient for the pad row."""
+    """Masks the rows it looks up; the tied decoder keeps the whole matrix. The pad row gets no gradient."""
 
     def forward(self, ids):  # (B, T) -> (B, T, D)
         W = F.embedding(ids, self.weight, self.padding_idx)
@@ -114,7 +114,8 @@ class MaskedEmbedding(Masked):
 def maskable(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
     """{parameter name: layer} of the masked set in model order: word embeddings (not in scope "encoder"), six
     matrices per layer, pooler if there is one."""
-    return {f"{name}.weight": layer for name, layer in model.base.named_modules(prefix=model.config.model_type)
+    modules = model.base.named_modules(prefix=model.config.model_type)
+    return {f"{name}.weight": layer for name, layer in modules
             if isinstance(layer, nn.Linear) or name.endswith("word_embeddings") and scope == "all"}
 
 
@@ -148,13 +149,13 @@ def dense_teacher(model):
 
 
 def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None = None):
-    """Marks all but the `prune` smallest of values (n,) -> keep (n,) bool with exactly `prune` False, and phi.
+    """All but the `prune` smallest of values (n,) -> keep (n,) bool with exactly `prune` False, and phi.
 
     Among equals at the cut the lower index is kept:
         values 3 1 2 2 2, prune 3  ->  keep 1 0 1 0 0: the 1 goes, then the last 2, then the 2 before it
-    phi lies midway between the last pruned and the first kept value: where they differ, values > phi says the same.
-    `near` = (low, high) guesses where the cut lies. If that is right, only the few values in between are sorted;
-    if not, nothing is lost but time."""
+    phi lies midway between the last pruned and the first kept value: if they differ, values > phi is keep.
+    `near` = (low, high) guesses where the cut lies. If that is right, only the few values in between are
+    sorted; if not, nothing is lost but time."""
     if near is not None:
         low, high = near
         keep = values > high
@@ -170,7 +171,7 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     ties = (values == last).nonzero().squeeze(1)
     keep[ties[:len(ties) + int((values < last).sum()) - prune]] = True
     first = values[keep].min()
-    middle = torch.minimum((last + first) / 2, torch.nextafter(first, last))  # rounding must not reach `first`
+    middle = torch.minimum((last + first) / 2, torch.nextafter(first, last))  # rounding may not reach `first`
     return keep, float(middle)
 
 
@@ -182,16 +183,17 @@ def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def prune(values: dict[str, torch.Tensor], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
-    """Masks that remove the smallest values: round(n s) of each matrix ("local"), round(N s) of all ("global")."""
+    """Masks without the smallest: round(n s) of each matrix ("local") or round(N s) of all ("global")."""
     if rule == "local":
-        return {n: keep_mask(v.flatten(), round(v.numel() * sparsity))[0].view(v.shape) for n, v in values.items()}
-    keep, _ = keep_mask(vector := torch.cat([v.flatten() for v in values.values()]), round(len(vector) * sparsity))
+        return {name: prune({name: v}, sparsity, "global")[name] for name, v in values.items()}
+    vector = torch.cat([v.flatten() for v in values.values()])
+    keep, _ = keep_mask(vector, round(len(vector) * sparsity))
     parts = keep.split([v.numel() for v in values.values()])
     return {name: part.view(v.shape) for part, (name, v) in zip(parts, values.items(), strict=True)}
 
 
 def magnitude_masks(layers: dict[str, Masked], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
-    """By |W|. What is pruned already stays pruned: OMP on fresh layers, the next nested level of IMP on others."""
+    """By |W|; what is pruned stays pruned. OMP on fresh layers, the next nested level of IMP on others."""
     sizes = {name: torch.where(m.mask, m.weight.detach().abs(), -1.0) for name, m in layers.items()}
     return prune(sizes, sparsity, rule)
 
@@ -203,10 +205,10 @@ def random_masks(layers: dict[str, Masked], sparsity: float, rule: str, seed: in
 
 
 class Scores:
-    """One score per maskable weight, in one vector of which every layer holds a view; and the masks ranked from it.
+    """One score per maskable weight, in one vector that each layer holds a view of, and masks ranked from it.
 
-    The pooler gets no gradient from either loss. Under one global rank a wandering cut would pass its two values, 0
-    and 2 phi, and prune it to nothing: so it keeps its start mask, and the others share the rest of the budget."""
+    The pooler gets no gradient from either loss. Under one global rank a wandering cut would pass its two
+    values, 0 and 2 phi, and empty it: it keeps its start mask, the others share the rest of the budget."""
 
     def __init__(self, layers: dict[str, Masked], start: dict[str, torch.Tensor], sparsity: float, rule: str):
         self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
@@ -227,14 +229,14 @@ class Scores:
 
     @torch.no_grad()
     def rank(self, reach: float | None = None):
-        """Prunes exactly the budget. `reach`: how far the cut may have moved since the last rank, if known."""
+        """Prunes exactly the budget. `reach`: how far the cut may have moved since last time, if known."""
         for i, ((a, b, budget), phi) in enumerate(zip(self.groups, self.phi, strict=True)):
             near = (phi - reach, phi + reach) if reach and math.isfinite(phi) else None
             self.mask[a:b], self.phi[i] = keep_mask(self.vector[a:b], budget, near)
 
     @torch.no_grad()
     def gate(self):
-        """Between two refreshes of the released code: phi stands still, S > phi decides, the sparsity drifts."""
+        """Between two refreshes, as released: phi stands still, S > phi decides, the sparsity drifts."""
         for (a, b, _), phi in zip(self.groups, self.phi, strict=True):
             torch.gt(self.vector[a:b], phi, out=self.mask[a:b])
 
@@ -248,8 +250,8 @@ def mlm_loss(logits, labels, total=None):  # (M, V), (M,) -> scalar
 
 
 def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D); (B, T) bool -> scalar
-    """Eq. 6: 1 - cos of teacher and student, mean over real tokens (or sum / `total`) and layers 1 .. L, without the
-    embedding output. 0 for equal states, 2 for opposite ones."""
+    """Eq. 6: 1 - cos of teacher and student, mean over real tokens (or sum / `total`) and layers 1 .. L,
+    without the embedding output. 0 for equal states, 2 for opposite ones."""
     keep = torch.ones_like(teacher[0][..., 0]) if keep is None else keep
     loss = sum(((1 - F.cosine_similarity(t.float(), s.float(), dim=-1)) * keep).sum()
                for t, s in zip(teacher[1:], student[1:], strict=True))
@@ -257,7 +259,7 @@ def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T
 
 
 class Batch:
-    """Rows of token ids (B, T) and what the masked-LM loss needs: corrupted ids, and which positions to predict."""
+    """Rows of token ids (B, T) and what masked LM needs: corrupted ids, and which positions to predict."""
 
     def __init__(self, ids: np.ndarray, vocab: data.Vocabulary, rng: np.random.Generator):
         self.ids = ids.astype(np.int64)
@@ -266,7 +268,7 @@ class Batch:
         self.tokens, self.scored = int(self.real.sum()), int(self.chosen.sum())
 
     def part(self, rows: slice, device):
-        """-> ids, shown (b, T), keep (b, T) or None if nothing is padding, positions (M,) in b * T, labels (M,)"""
+        """-> ids, shown (b, T), keep (b, T) or None without padding, positions (M,) in b * T, labels (M,)"""
         ids, at = self.ids[rows], np.flatnonzero(self.chosen[rows])
         keep = None if self.real[rows].all() else self.real[rows]
         arrays = ids, self.shown[rows], keep, at, ids.reshape(-1)[at]
@@ -276,12 +278,12 @@ class Batch:
 def batch_loss(model, net, objective: str, part, tokens: int, scored: int):
     """Loss of a part of a batch: its share in the mean over all `tokens` and `scored` positions of the batch.
 
-    net(ids, keep) is the student: the model itself, compiled or data-parallel. In mlm+kd, 1 : 1, teacher and student
-    both see the corrupted text; in kd the clean one."""
+    net(ids, keep) is the student: the model itself, compiled or data-parallel. In mlm+kd, 1 : 1, teacher and
+    student both see the corrupted text; in kd the clean one."""
     ids, shown, keep, at, labels = part
     seen, loss = ids if objective == "kd" else shown, 0.0
     student = net(seen, keep)
-    if "mlm" in objective:  # logits at the scored positions only: same loss and gradients, a seventh of the work
+    if "mlm" in objective:  # logits at the scored positions alone give the same loss and gradients
         loss = loss + mlm_loss(model.mlm_logits(student[-1].flatten(0, 1)[at]), labels, scored)
     if "kd" in objective:
         with dense_teacher(model):
@@ -291,7 +293,7 @@ def batch_loss(model, net, objective: str, part, tokens: int, scored: int):
 
 
 @torch.no_grad()
-def dev_losses(model: bert.Model, rows: np.ndarray, vocab, device, dtype, batch_size: int = 16) -> dict[str, float]:
+def dev_losses(model: bert.Model, rows: np.ndarray, vocab, device, dtype, batch_size=16) -> dict[str, float]:
     """What a mask is worth on held-out rows, in eval mode, each loss the mean over batches in order:
     dev_mlm_loss on one corruption (seed 42), the same for every model; left out without a masked-LM head;
     dev_kd_loss (Eq. 6) on the clean rows."""
@@ -321,13 +323,13 @@ def unpack(bits: torch.Tensor, shape) -> torch.Tensor:
 
 
 def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
-    """{name: bool tensor} and metadata of plain types, bit-packed. Equal masks and metadata give equal bytes."""
+    """{name: bool tensor} and metadata of plain types, bit-packed; equal content gives equal bytes."""
     write_torch(path, {"format": 1, "shapes": {name: list(m.shape) for name, m in masks.items()},
                        "bits": {name: pack(m) for name, m in masks.items()}, "meta": meta})
 
 
 def load_mask(path) -> dict[str, torch.Tensor]:
-    """{`<module>.weight`: bool tensor, True = kept}, from our mask.pt or from a dict of bool or 0/1 tensors as the
+    """{`<module>.weight`: bool tensor, True = kept}, from our mask.pt or a dict of bool or 0/1 tensors as the
     released codes save them, whose names may end in `.weight_mask`. ValueError for anything else."""
     return read_mask(path)[0]
 
@@ -350,26 +352,31 @@ def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
         return {name: unpack(bits[name], shape) for name, shape in shapes.items()}, meta
     for name, mask in content.items():
         if not isinstance(mask, torch.Tensor) or not str(name).endswith((".weight", ".weight_mask")):
-            raise ValueError(f"{path}: {name} is no mask, which is a tensor <module>.weight or <module>.weight_mask")
+            raise ValueError(f"{path}: {name} is no mask: expected tensors <module>.weight or .weight_mask")
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"{path}: {name} holds values other than 0 and 1")
     return {name.removesuffix("_mask"): mask.bool() for name, mask in content.items()}, {}
 
 
-def fit_masks(layers: dict[str, nn.Module], masks: dict[str, torch.Tensor], source) -> dict[str, torch.Tensor]:
-    """The masks in the order of `layers` (maskable, mask_model), or a ValueError that lists what does not fit.
+def fit_masks(layers: dict[str, nn.Module], masks: dict, source) -> dict[str, torch.Tensor]:
+    """The masks in the order of `layers` (maskable, mask_model); a ValueError lists what does not fit.
 
     Pooler and word embeddings may be absent on either side; absent is dense."""
     def needed(name):
         return "pooler" not in name and "word_embeddings" not in name
+    shapes = {name: list(layer.weight.shape) for name, layer in layers.items()}
     problems = {"missing": [name for name in layers if name not in masks and needed(name)],
                 "unexpected": [name for name in masks if name not in layers and needed(name)],
-                "wrong shape": [f"{name} {list(mask.shape)}, not {list(layers[name].weight.shape)}" for name, mask
-                                in masks.items() if name in layers and mask.shape != layers[name].weight.shape]}
+                "wrong shape": [f"{name} {list(masks[name].shape)}, not {shapes[name]}" for name in masks
+                                if name in shapes and list(masks[name].shape) != shapes[name]]}
     if any(problems.values()):
         raise ValueError(f"{source}: mask of another model: " + "; ".join(
-            f"{what}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for what, names in problems.items() if names))
+            f"{what}: {some(names)}" for what, names in problems.items() if names))
     return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def set_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor]):
@@ -378,8 +385,8 @@ def set_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor]):
 
 
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
-    """Fractions removed, in the three ways people count: of the masked set; of the 6L encoder matrices; of the whole
-    model (all parameters of embeddings, encoder and pooler, heads not counted). And of each matrix."""
+    """Fractions removed, in the three ways people count: of the masked set, of the 6L encoder matrices, of the
+    model (all parameters of embeddings, encoder and pooler; heads not counted). And of each matrix."""
     zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
     encoder = [name for name in masks if ".encoder." in name]
@@ -392,8 +399,8 @@ def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
 
 
 def similarity(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Jaccard similarity of kept entries, unweighted mean over matrices (released code: compare_mask.py), paired by
-    name; 1 for a matrix that keeps nothing in both."""
+    """Jaccard similarity of kept entries, unweighted mean over matrices (released code: compare_mask.py),
+    paired by name; 1 for a matrix that keeps nothing in both."""
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         raise ValueError("masks of different models or scopes cannot be compared")
     pairs = [(int((a[name] & b[name]).sum()), int((a[name] | b[name]).sum())) for name in a]
@@ -401,12 +408,13 @@ def similarity(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
-    """The subnetwork as transformers' AutoModelForMaskedLM loads it, zeros baked in. The decoder stays dense: where
-    the embeddings are masked it cannot be tied to them any more and is written by itself.
+    """The subnetwork as transformers' AutoModelForMaskedLM loads it, zeros baked in. The decoder stays dense:
+    where the embeddings are masked it cannot be tied to them any more and is written by itself.
 
     packed: the encoder alone, as kept values and mask bits; unpack_export gives the tensors back."""
     family = model.config.model_type
-    words, head = f"{family}.embeddings.word_embeddings.weight", "lm_head" if family == "roberta" else "cls.predictions"
+    words = f"{family}.embeddings.word_embeddings.weight"
+    head = "lm_head" if family == "roberta" else "cls.predictions"
     tensors = {name: p.data for name, p in model.named_parameters() if not name.endswith(".scores")}
     untied = words in masks and model.has("mlm") and not packed
     if untied:
@@ -416,9 +424,9 @@ def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
         tensors = {name: t for name, t in tensors.items() if name.startswith(family)}
     for name, mask in masks.items():
         W = tensors.pop(name)
-        tensors |= {f"{name}.kept": W[mask], f"{name}.bits": pack(mask), f"{name}.shape": torch.tensor(W.shape)} \
-            if packed else {name: W * mask}
-    bert.save(folder, model.config, tensors, "ForMaskedLM", **({"tie_word_embeddings": False} if untied else {}))
+        parts = {"kept": W[mask], "bits": pack(mask), "shape": torch.tensor(W.shape)}
+        tensors |= {f"{name}.{part}": t for part, t in parts.items()} if packed else {name: W * mask}
+    bert.save(folder, model.config, tensors, "ForMaskedLM", tie_word_embeddings=not untied)
     data.save_vocabulary(vocab, folder, model.config.positions)
 
 
@@ -441,7 +449,7 @@ def adamw(params, device):
 
 
 def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
-    """Freezes all but scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains everything."""
+    """Freezes all but scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains all."""
     for name, p in model.named_parameters():
         head = "mlm" in args.objective and name.startswith(("cls.", "lm_head.")) and "decoder" not in name
         if not name.endswith(".scores"):
@@ -450,19 +458,19 @@ def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
 
 
 def swap(model: bert.Model, weights: dict[str, torch.Tensor]):
-    """Exchanges weights of the model with these: pre-trained ones come in for an evaluation, and go out again."""
+    """Exchanges the model's weights with these: pre-trained ones come for an evaluation and go again."""
     for name in weights:
         p = model.get_parameter(name)
         p.data, weights[name] = weights[name], p.data
 
 
 def imp_levels(sparsity: float) -> list[float]:
-    """10 %, 20 %, ... of the original count; a target that is no multiple of 10 % ends with a smaller round."""
+    """10 %, 20 %, ... of the original count; a target that is no multiple of 10 % ends with a smaller one."""
     return [level / 10 for level in range(1, 10) if level / 10 < sparsity - 1e-9] + [sparsity]
 
 
 def next_level(model, layers, original, done: int, args):
-    """A round of IMP: prune the next 10 %, then rewind all but the head to the pre-trained weights, bit for bit."""
+    """A round of IMP: prune the next 10 %, then rewind all but the head to the pre-trained weights."""
     level = imp_levels(args.sparsity)[done // args.prune_every]
     set_masks(layers, magnitude_masks(layers, level, args.rank))
     for name in original if args.rewind else ():
@@ -479,7 +487,7 @@ def save_step(layers, done: int, sparsity: float, args):
 
 
 def train(model, vocab, layers, scores, rows, evaluate, args, state):
-    """Steps 5 to 7, and the rounds of IMP: the one training loop, from `state` or the start to the last update."""
+    """Steps 5 to 7, and the rounds of IMP: the one training loop, from `state` or the start to the end."""
     imp, device, learns = args.method == "imp", args.device, what_learns(model, args)
     original = {name: p.detach().clone() for name, p in learns.items() if not name.endswith(".scores")}
     optimizer, log = adamw(learns.values(), device), Log(args, layers)
@@ -494,7 +502,7 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
     model.train()
     for step in range(state["step"] if state else 0, args.updates):
         lr = args.lr * max(1 - (step % args.prune_every if imp else step) / args.horizon, 0.0)
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)  # dropout: a function of the step
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)  # dropout, by (seed, step)
         at = data.batch_rows(len(rows), args.seed, step * size, size)
         batch = Batch(rows[at], vocab, np.random.default_rng([args.seed, step]))
         loss = torch.zeros((), device=device)
@@ -509,8 +517,8 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
         if args.world > 1:
             torch.distributed.all_reduce(loss)
         if not math.isfinite(loss := float(loss)):
-            raise ValueError(f"the loss is {loss} at step {step + 1}: try a lower --lr (here {lr:.2g}) or --dtype "
-                             f"fp32; {args.out} keeps the last good state")
+            raise ValueError(f"the loss is {loss} at step {step + 1}: try a lower --lr (here {lr:.2g}) or "
+                             f"--dtype fp32; {args.out} keeps the last good state")
         nn.utils.clip_grad_norm_(learns.values(), args.clip)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
@@ -558,8 +566,9 @@ class Log:
         entries = sum(layer.mask.numel() for layer in self.layers.values())
         kept, flips = (int(np.bitwise_count(b).sum()) / entries for b in (bits, bits ^ self.bits))
         speed, left = a.batch_size * a.accumulate * a.seq_len / seconds, round(seconds * (a.updates - done))
-        line = {"step": done, "loss": self.loss / self.steps, "kept": kept, "flips": flips, "lr": lr, **losses}
-        print(f"step {done}/{a.updates}  loss {line['loss']:.4f}  kept {kept:.4%}  flips {flips:.4%}  lr {lr:.2e}  "
+        mean = self.loss / self.steps
+        line = {"step": done, "loss": mean, "kept": kept, "flips": flips, "lr": lr, **losses}
+        print(f"step {done}/{a.updates}  loss {mean:.4f}  kept {kept:.4%}  flips {flips:.4%}  lr {lr:.2e}  "
               f"{seconds * 1e3:.0f} ms/step  {speed:,.0f} tokens/s  ETA {left // 60}:{left % 60:02}"
               + "".join(f"  {name} {value:.4f}" for name, value in losses.items()), flush=True)
         times = {"ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)}
@@ -569,9 +578,9 @@ class Log:
 
 # ---------------------------------------------------------------- the folder of a run
 
-IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon", "seed",
-            "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every", "prune_every", "rewind", "dtype",
-            "log_every")
+IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon",
+            "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every", "prune_every",
+            "rewind", "dtype", "log_every")
 
 
 def identity(args) -> dict:
@@ -609,7 +618,7 @@ def write_json(path, content: dict):
 
 
 def save_state(learns, optimizer, scores, layers, log, done: int, args):
-    """state.pt: all that the next step depends on. Dropout, corruption and order are functions of (seed, step)."""
+    """state.pt: all that the next step depends on; dropout, corruption and order follow from (seed, step)."""
     if not args.rank_id:
         write_torch(args.out / "state.pt", {
             "format": 1, "settings": identity(args), "step": done, "optimizer": optimizer.state_dict(),
@@ -631,25 +640,28 @@ def restore(state: dict, learns, optimizer, scores, layers, log):
 
 
 def open_run(out: Path, asked: dict, again: bool, result: str, rank_id: int) -> dict | None:
-    """The state to continue from (`again`: --resume), or None to start in `out`; a run ends with the file `result`.
+    """The state to continue from (`again`: --resume), or None to start; a run in `out` ends with `result`.
 
-    Another run in `out` is an error, and so is an unfinished one without --resume; a finished one with it exits 0."""
+    Another run there is an error, so is an unfinished one without --resume; finished, with it: exit 0."""
     finished, saved, log = out / result, out / "state.pt", out / "log.jsonl"
     if rank_id and not again:
         return None
     state = bert.read_pickle(saved) if saved.exists() else None
     if state is not None and (not isinstance(state, dict) or state.get("format") != 1):
         raise ValueError(f"{saved}: no state of this version; remove it to start anew")
-    held = state["settings"] if state else bert.read_json(finished).get("settings") if finished.exists() else asked
+    held = state["settings"] if state else asked
+    if finished.exists() and not state:
+        held = bert.read_json(finished).get("settings", {})
     if held != asked:
-        other = ", ".join(f"{k} {held.get(k)!r} there, {asked[k]!r} here" for k in asked if held.get(k) != asked[k])
+        differ = [key for key in asked if held.get(key) != asked[key]]
+        other = ", ".join(f"{key} {held.get(key)!r} there, {asked[key]!r} here" for key in differ)
         raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
     if finished.exists() and again:
         print(f"{out} is finished: its figures are in {finished}")
         sys.exit(0)
     if state and not again and not finished.exists():
-        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue it with --resume, or "
-                         "choose another --out, or remove that folder")
+        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue with --resume, "
+                         "or choose another --out, or remove that folder")
     if rank_id:
         return state
     out.mkdir(parents=True, exist_ok=True)
@@ -659,7 +671,8 @@ def open_run(out: Path, asked: dict, again: bool, result: str, rank_id: int) -> 
         return None
     print(f"resuming {out} at step {state['step']}")
     if log.exists():
-        lines = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= state["step"]]
+        lines = log.read_text().split("\n")[:-1]
+        lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
         with data.replacing(log) as part:  # what was logged after the last save will be logged again
             part.write_text("".join(f"{line}\n" for line in lines))
     return state
@@ -670,11 +683,12 @@ def finish(model, layers, losses: dict, began: float, args):
     masks = {name: layer.mask for name, layer in layers.items()}
     report = sparsity_report(model, masks)
     if empty := [name for name, share in report["matrices"].items() if share == 1]:
-        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {', '.join(empty[:4])}{' ...' * (len(empty) > 4)}")
+        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {some(empty)}")
     found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
     save_mask(args.out / "mask.pt", masks, metadata(args, args.updates, args.sparsity, found=found, **losses))
-    content = {"settings": identity(args), "sparsity": report, **losses, "seconds": round(time.time() - began, 1),
-               "device": str(args.device), "threads": torch.get_num_threads(), "versions": versions()}
+    content = {"settings": identity(args), "sparsity": report, **losses,
+               "seconds": round(time.time() - began, 1), "device": str(args.device),
+               "threads": torch.get_num_threads(), "versions": versions()}
     write_json(args.out / "mask.json", content)
     ending(args.out / "mask.pt", content)
 
@@ -682,7 +696,9 @@ def finish(model, layers, losses: dict, began: float, args):
 def ending(mask, content: dict):
     """The block that grep reads, and what to do next."""
     print("---")
-    print(*([f"mask: {mask}"] if mask else []), f"sparsity: {content['sparsity']['masked_set']:.4f}", sep="\n")
+    if mask:
+        print(f"mask: {mask}")
+    print(f"sparsity: {content['sparsity']['masked_set']:.4f}")
     for name in ("dev_mlm_loss", "dev_kd_loss", "seconds"):
         if name in content:
             print(f"{name}: {content[name]:.4f}")
@@ -727,27 +743,27 @@ TOY = {"data": "toy", "steps": 300, "seq_len": 64, "prune_every": 50, "log_every
 
 def settings(argv=None) -> argparse.Namespace:
     """The command line with every default resolved."""
-    parser = Parser(description="Find a sparse subnetwork of a pre-trained BERT by task-agnostic mask training.")
+    parser = Parser(description="Find a sparse subnetwork of a pre-trained BERT, by default with TAMT.")
     add, whole, number = parser.add_argument, positive(int), positive(float)
-    add("--model", default="toy", help=f"{', '.join(data.MODELS)}, toy (default), or a path: folder, .safetensors, "
-        ".bin, .pt, TensorFlow prefix, .zip, .tar.gz")
-    add("--method", choices=["tamt", "imp", "omp", "random"], default="tamt", help="how the mask is found (tamt)")
-    add("--objective", choices=["mlm", "kd", "mlm+kd"], default="mlm", help="masked LM (default), distillation, both")
+    add("--model", default="toy", help=f"{', '.join(data.MODELS)}, toy (default), or a path: a folder, "
+        ".safetensors, .bin, .pt, a TensorFlow prefix, .zip, .tar.gz")
+    add("--method", choices=["tamt", "imp", "omp", "random"], default="tamt", help="how masks are found")
+    add("--objective", choices=["mlm", "kd", "mlm+kd"], default="mlm", help="loss of tamt (mlm)")
     add("--sparsity", type=fraction, default=0.7, help="fraction of weights REMOVED, in [0, 1) (0.7)")
-    add("--rank", choices=["global", "local"], help="entries compete in one list, or inside each matrix (global for "
-        "tamt, local for omp, imp and random)")
-    add("--scope", choices=["all", "encoder"], default="all", help="encoder leaves the word embeddings dense (all)")
+    add("--rank", choices=["global", "local"], help="entries compete in one list, or inside each matrix "
+        "(global for tamt, local for omp, imp and random)")
+    add("--scope", choices=["all", "encoder"], default="all", help="encoder: embeddings stay dense (all)")
     add("--init", choices=["omp", "random"], default="omp", help="start of the scores (omp)")
-    add("--data", help="wikitext-103 (default), wikitext-2, toy, a text file, or a folder with wiki.train.raw and "
-        "wiki.valid.raw")
-    add("--steps", type=whole, help="updates of tamt; horizon of imp's schedule (as in the paper, by sparsity)")
+    add("--data", help="wikitext-103 (default), wikitext-2, toy, a text file, or a folder with "
+        "wiki.train.raw and wiki.valid.raw")
+    add("--steps", type=whole, help="updates of tamt; horizon of imp's schedule (the paper's)")
     add("--batch-size", type=whole, default=16, help="sequences per forward pass, over all processes (16)")
     add("--accumulate", type=whole, default=1, help="forward passes per update (1)")
-    add("--seq-len", type=whole, help="tokens per row, two specials included (512, or all the model's positions)")
+    add("--seq-len", type=whole, help="tokens per row, specials included (512, or all positions)")
     add("--lr", type=number, help="learning rate (5e-5, kd 2e-5; raised when --steps shortens the run)")
     add("--clip", type=number, default=1.0, help="largest l2 norm of all gradients together (1.0)")
     add("--seed", type=int, default=1, help="of data order, corruption, dropout and random masks (1)")
-    add("--refresh-every", type=whole, default=1, help="updates between rankings; 1 keeps the sparsity exact (1)")
+    add("--refresh-every", type=whole, default=1, help="updates between rankings; 1 keeps s exact (1)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (auto)")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the forward pass (auto)")
     add("--compile", action="store_true", help="run the student through torch.compile")
@@ -757,12 +773,12 @@ def settings(argv=None) -> argparse.Namespace:
     add("--save-every", type=whole, default=1000, help="updates between saved masks and states (1000)")
     add("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
     add("--prune-every", type=whole, default=2792, help="imp: updates between two prunings (2792)")
-    add("--no-rewind", dest="rewind", action="store_false", help="imp: go on with the trained weights, as released")
+    add("--no-rewind", dest="rewind", action="store_false", help="imp: keep the trained weights, as released")
     add("--evaluate", action="store_true", help="only report on --mask, or on the dense model; no training")
     add("--mask", type=Path, help="mask file for --evaluate and --export")
     add("--compare", nargs="+", metavar="MASK", help="only print the mean Jaccard similarities of masks")
     add("--export", type=Path, metavar="DIR", help="write the subnetwork as a folder that transformers loads")
-    add("--packed", action="store_true", help="with --export: the encoder alone, as kept values and mask bits")
+    add("--packed", action="store_true", help="with --export: the encoder as kept values and mask bits")
     if parser.parse_known_args(argv)[0].model == "toy":
         parser.set_defaults(**TOY)
     args = parser.parse_args(argv)
@@ -787,18 +803,19 @@ def settings(argv=None) -> argparse.Namespace:
 def schedule(args) -> tuple[float, int, int, str]:
     """-> lr, horizon of its linear decay, number of updates, and where the lr comes from.
 
-    Adam moves a score by at most lr per step, and a gate flips after about phi = 0.01: 600 steps at the paper's 2e-5
-    flip nothing. So --steps without --lr keeps the paper's distance, lr x steps, up to lr = 0.01."""
+    Adam moves a score by at most lr per step, and a gate flips after about phi = 0.01: 600 steps at the
+    paper's 2e-5 flip nothing. So --steps without --lr keeps the paper's lr x steps, up to lr = 0.01."""
+    reason = "as asked" if args.lr else "the paper's"
     if args.method in ("omp", "random"):
-        return 0.0, 0, 0, "nothing is trained"
+        return 0.0, 0, 0, reason
     if args.method == "imp":
         updates = args.prune_every * (len(imp_levels(args.sparsity)) - 1)
-        return args.lr or 5e-5, args.steps or 10 * args.prune_every, updates, "as asked" if args.lr else "the paper's"
-    paper, lr = round(np.interp(args.sparsity, [*STEPS], [*STEPS.values()])), 2e-5 if args.objective == "kd" else 5e-5
-    horizon, updates = args.steps or HORIZON, args.steps or paper
+        return args.lr or 5e-5, args.steps or 10 * args.prune_every, updates, reason
+    paper, lr = round(np.interp(args.sparsity, [*STEPS], [*STEPS.values()])), 5e-5
+    lr, horizon, updates = 2e-5 if args.objective == "kd" else lr, args.steps or HORIZON, args.steps or paper
     if args.lr or not args.steps:
-        return args.lr or lr, horizon, updates, "as asked" if args.lr else "the paper's"
-    reason = f"the paper's {lr:g} x its {paper:,} steps / {updates:,}, at most 0.01, so that scores travel as far"
+        return args.lr or lr, horizon, updates, reason
+    reason = f"the paper's {lr:g} x its {paper:,} steps / {updates:,}, at most 0.01: scores travel as far"
     return min(lr * paper / updates, 1e-2), horizon, updates, reason
 
 
@@ -807,7 +824,7 @@ def pick_device(args):
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = args.device if args.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
     if name == "cuda" and not cuda or name == "mps" and not mps:
-        raise ValueError(f"--device {name}: torch {torch.__version__} finds none here; --device cpu always works")
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds none; --device cpu always works")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
@@ -817,7 +834,7 @@ def pick_device(args):
     if args.world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if "cuda" in name else "gloo")
     if not args.rank_id:
-        print(f"device {name} with {torch.get_num_threads()} threads, {args.world} process{'es' * (args.world > 1)}, "
+        print(f"device {name}, {torch.get_num_threads()} threads, {args.world} process(es), "
               f"{'bf16' if half else 'fp32'} forward pass ({why}), torch {torch.__version__}")
 
 
@@ -839,16 +856,16 @@ def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
     path = toy_folder("model") if name == "toy" else data.model_path(name)
     model, vocab = bert.load(path), data.vocabulary(path)
     if vocab.size != model.config.vocab_size:
-        raise ValueError(f"{path}: vocabulary of {vocab.size} tokens, but the model has {model.config.vocab_size}")
+        raise ValueError(f"{path}: vocabulary of {vocab.size} tokens, model of {model.config.vocab_size}")
     return model, vocab
 
 
 def open_model(args) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen. The masked-LM head comes from the file, or is new where training needs one."""
+    """Step 1: the checkpoint, frozen. Its masked-LM head is new only where training needs one."""
     model, vocab = load_model(args.model)
     trains_head = args.method == "imp" or args.method == "tamt" and "mlm" in args.objective
     if trains_head and not model.has("mlm") and not (args.evaluate or args.mask):
-        print(f"{args.model} has no masked-LM head: a fresh one is trained along; dev_mlm_loss refers to its start")
+        print(f"{args.model} has no masked-LM head: a fresh one trains along, dev_mlm_loss uses its start")
         torch.manual_seed(args.seed)
         model.new_head("mlm")
     most = model.config.positions
@@ -864,7 +881,7 @@ def open_text(args, vocab, part: str) -> np.ndarray:
 
 
 def start_masks(layers, args) -> dict[str, torch.Tensor]:
-    """Step 3: the OMP or the random mask. As the start of scores always inside each matrix, as in the paper."""
+    """Step 3: the OMP or the random mask; as the start of scores inside each matrix, as in the paper."""
     rule = "local" if args.method == "tamt" else args.rank
     if args.method == "random" or args.method == "tamt" and args.init == "random":
         return random_masks(layers, args.sparsity, rule, args.seed)
@@ -889,7 +906,7 @@ def judge(args):
 
 
 def compare(files: list[str]):
-    """Mean Jaccard similarity of each mask with every other, and its distance (1 - similarity) from the first."""
+    """Mean Jaccard similarity of each mask with every other, and its distance (1 - that) from the first."""
     masks = [load_mask(file) for file in files]
     for file, a in zip(files, masks, strict=True):
         row = [similarity(a, b) for b in masks]
@@ -905,7 +922,7 @@ def run(main):
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
-        advice = "out of memory: try a smaller --batch-size (tamt.py: with more --accumulate): " if memory else ""
+        advice = "out of memory, try a smaller --batch-size (tamt.py: and --accumulate): " if memory else ""
         print(f"error: {advice}{' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
