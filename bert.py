@@ -1,22 +1,24 @@
 """BERT and RoBERTa as their papers draw them, and their original checkpoint files, in and out.
 
-Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al. 2019), section 3 and appendix A.
-Part 1 is the network: embeddings, L layers of attention and feed-forward, three heads (masked LM, classifier, span).
+Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al. 2019), section 3.
+Part 1 is the network: embeddings, L layers of attention and feed-forward, heads (masked LM, class, span).
 Part 2 reads what was published: Hugging Face folders, Google's TensorFlow checkpoints, fairseq's model.pt.
-Module names are checkpoint names (`bert.encoder.layer.0.attention.self.query`), so Hugging Face files need no name map.
+Module names are checkpoint names (bert.encoder.layer.0.attention.self.query): Hugging Face files need no map.
 
-Glossary: B sequences, T tokens, D hidden size, H heads, F feed-forward size, L layers, V vocabulary, C labels,
-M scored positions. `keep` is True at real tokens and False at padding.
+Glossary: B sequences, T tokens, D hidden, H heads, F feed-forward, L layers, V vocabulary, C labels.
+`keep` is True at real tokens and False at padding.
 """
 
 import argparse
 import io
 import json
 import math
+import os
 import pickletools
 import re
 import zipfile
-from dataclasses import MISSING, asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a model, under the names that config.json uses. Fields without a default must be in the file."""
+    """Sizes of a model under the names of config.json. Fields without a default must be in the file."""
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -47,7 +49,7 @@ class Config:
 
     @property
     def positions(self) -> int:
-        """Longest sequence in tokens. RoBERTa's table starts at row pad + 1, so that 514 rows serve 512 tokens."""
+        """Longest sequence in tokens. RoBERTa's table starts at row pad + 1: 514 rows serve 512 tokens."""
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
 
 
@@ -58,7 +60,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.token_type_embeddings = nn.Embedding(c.type_vocab_size, c.hidden_size)
         self.LayerNorm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.config = c
+        self.drop, self.config = nn.Dropout(c.hidden_dropout_prob), c
 
     def forward(self, ids, segments):  # (B, T), (B, T) or None -> (B, T, D)
         c = self.config
@@ -70,28 +72,28 @@ class Embeddings(nn.Module):
             positions = real.cumsum(1) * real + c.pad_token_id  # (B, T)
         else:
             positions = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-        kinds = self.token_type_embeddings.weight[0] if segments is None else self.token_type_embeddings(segments)
+        kinds = self.token_type_embeddings
+        kinds = kinds.weight[0] if segments is None else kinds(segments)  # (D,) or (B, T, D)
         x = self.word_embeddings(ids) + kinds + self.position_embeddings(positions)
-        return F.dropout(self.LayerNorm(x), c.hidden_dropout_prob, self.training)
+        return self.drop(self.LayerNorm(x))
 
 
 class Layer(nn.Module):
-    """Multi-head attention, then a feed-forward network; dropout, residual and LayerNorm after each (TAMT, Eq. 1).
+    """Multi-head attention, then a feed-forward network; after each, dropout, residual, LayerNorm (Eq. 1).
 
     Heads are counted from the rows of the query matrix, and `intermediate` may be None: a structured ticket
-    (finetune.py) takes heads and whole feed-forward networks out, and LayerNorm then acts on the residual alone.
-    """
+    (finetune.py) takes out heads and whole feed-forward networks; LayerNorm then acts on the residual."""
 
     def __init__(self, c: Config):
         super().__init__()
-        D, F_, norm = c.hidden_size, c.intermediate_size, lambda: nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
+        D, inner, eps = c.hidden_size, c.intermediate_size, c.layer_norm_eps
         self.attention = nn.ModuleDict({
-            "self": nn.ModuleDict({"query": nn.Linear(D, D), "key": nn.Linear(D, D), "value": nn.Linear(D, D)}),
-            "output": nn.ModuleDict({"dense": nn.Linear(D, D), "LayerNorm": norm()})})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, F_)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(F_, D), "LayerNorm": norm()})
+            "self": nn.ModuleDict({name: nn.Linear(D, D) for name in ("query", "key", "value")}),
+            "output": nn.ModuleDict({"dense": nn.Linear(D, D), "LayerNorm": nn.LayerNorm(D, eps)})})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(D, inner)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(inner, D), "LayerNorm": nn.LayerNorm(D, eps)})
         self.head_size = D // c.num_attention_heads
-        self.p_hidden, self.p_attention = c.hidden_dropout_prob, c.attention_probs_dropout_prob
+        self.drop, self.p_attention = nn.Dropout(c.hidden_dropout_prob), c.attention_probs_dropout_prob
 
     def attend(self, x, keep):  # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, H * head size)
         B, T, _ = x.shape
@@ -101,13 +103,12 @@ class Layer(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, keep, p).transpose(1, 2).flatten(2)
 
     def forward(self, x, keep):  # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, D)
-        drop = lambda y: F.dropout(y, self.p_hidden, self.training)  # noqa: E731
         sub = self.attention["output"]
-        x = sub["LayerNorm"](x + drop(sub["dense"](self.attend(x, keep))))
+        x = sub["LayerNorm"](x + self.drop(sub["dense"](self.attend(x, keep))))
         if self.intermediate is None:
             return self.output["LayerNorm"](x)
         h = F.gelu(self.intermediate["dense"](x))  # exact, with erf; (B, T, F)
-        return self.output["LayerNorm"](x + drop(self.output["dense"](h)))
+        return self.output["LayerNorm"](x + self.drop(self.output["dense"](h)))
 
 
 class Base(nn.Module):
@@ -120,16 +121,16 @@ class Base(nn.Module):
         if pooler:
             self.pooler = nn.ModuleDict({"dense": nn.Linear(c.hidden_size, c.hidden_size)})
 
-    def forward(self, ids, keep, segments):  # (B, T), (B, T) bool or None, (B, T) or None -> L + 1 times (B, T, D)
+    def forward(self, ids, keep, segments):  # (B, T), 2 x (B, T) or None -> L + 1 times (B, T, D)
         hidden = [self.embeddings(ids, segments)]
-        keep = None if keep is None else keep.bool()[:, None, None, :]  # (B, 1, 1, T): every query sees real keys
+        keep = None if keep is None else keep.bool()[:, None, None, :]  # (B, 1, 1, T): all see the real
         for layer in self.encoder["layer"]:
             hidden.append(layer(hidden[-1], keep))
         return hidden
 
 
 class MlmHead(nn.Module):
-    """Dense, GELU, LayerNorm, then one logit per word from the decoder, which is the word embedding unless untied."""
+    """Dense, GELU, LayerNorm, then one logit a word from the decoder: the word embeddings, unless untied."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -142,8 +143,7 @@ class MlmHead(nn.Module):
         self.decoder = None if c.tie_word_embeddings else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(self, hidden, words):  # (.., D), (V, D) -> (.., V)
-        parts = (self.dense, self.layer_norm) if hasattr(self, "dense") else self.transform.values()
-        dense, norm = parts
+        dense, norm = (self.dense, self.layer_norm) if hasattr(self, "dense") else self.transform.values()
         words = words if self.decoder is None else self.decoder.weight
         return F.linear(norm(F.gelu(dense(hidden))), words, self.bias)
 
@@ -153,7 +153,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config, pooler: bool = True, mlm: bool = True):
         super().__init__()
-        self.config = config
+        self.config, self.drop = config, nn.Dropout(config.hidden_dropout_prob)
         self.add_module(config.model_type, Base(config, pooler))
         if mlm:
             self.new_head("mlm")
@@ -176,8 +176,8 @@ class Model(nn.Module):
         return any(hasattr(holder, name) for holder in (self, self.base) for name in names)
 
     def new_head(self, part: str, labels: int = 2):
-        """Adds a fresh part drawn from torch's global generator: "mlm", "pooler", "classifier" (C = labels) or "span"."""
-        c, roberta = self.config, self.config.model_type == "roberta"
+        """Adds a part, fresh from torch's global generator: mlm, pooler, classifier (C = labels) or span."""
+        c, roberta, name = self.config, self.config.model_type == "roberta", part
         device, D = self.base.embeddings.word_embeddings.weight.device, c.hidden_size
         with torch.device(device):
             if part == "mlm":
@@ -186,11 +186,11 @@ class Model(nn.Module):
             elif part == "span":
                 head, name = nn.Linear(D, 2), "qa_outputs"
             elif part == "pooler":
-                head, name = nn.ModuleDict({"dense": nn.Linear(D, D)}), "pooler"
+                head = nn.ModuleDict({"dense": nn.Linear(D, D)})
             elif roberta:
-                head, name = nn.ModuleDict({"dense": nn.Linear(D, D), "out_proj": nn.Linear(D, labels)}), "classifier"
+                head = nn.ModuleDict({"dense": nn.Linear(D, D), "out_proj": nn.Linear(D, labels)})
             else:
-                head, name = nn.Linear(D, labels), "classifier"
+                head = nn.Linear(D, labels)
         head.apply(self._fresh)
         (self.base if part == "pooler" else self).add_module(name, head)
 
@@ -200,7 +200,7 @@ class Model(nn.Module):
 
         Raises ValueError if T exceeds the position table."""
         if ids.shape[1] > self.config.positions:
-            raise ValueError(f"sequence of {ids.shape[1]} tokens: the model has {self.config.positions} positions")
+            raise ValueError(f"{ids.shape[1]} tokens, but the model has {self.config.positions} positions")
         return self.base(ids, keep, segments)
 
     def mlm_logits(self, hidden):  # (.., D) -> (.., V)
@@ -208,81 +208,98 @@ class Model(nn.Module):
         return head(hidden, self.base.embeddings.word_embeddings.weight)
 
     def class_logits(self, hidden):  # last hidden state (B, T, D) -> (B, C)
-        drop = lambda y: F.dropout(y, self.config.hidden_dropout_prob, self.training)  # noqa: E731
         first = hidden[:, 0]  # [CLS] or <s>
-        if self.config.model_type == "roberta":  # its own dense layer; RoBERTa was trained without a pooler
-            return self.classifier["out_proj"](drop(torch.tanh(self.classifier["dense"](drop(first)))))
-        return self.classifier(drop(torch.tanh(self.base.pooler["dense"](first))))
+        if self.config.model_type == "bert":  # RoBERTa was trained without pooler
+            return self.classifier(self.drop(torch.tanh(self.base.pooler["dense"](first))))
+        x = self.drop(torch.tanh(self.classifier["dense"](self.drop(first))))
+        return self.classifier["out_proj"](x)
 
     def span_logits(self, hidden):  # last hidden state (B, T, D) -> (B, T, 2), start and end
         return self.qa_outputs(hidden)
 
 
 # ---------------------------------------------------------------- 2 checkpoint files
+# They come from strangers: no code in them runs, sizes are checked before memory is taken.
 
-
-SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-               "F64": torch.float64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-               "I64": torch.int64, "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16,
-               "U32": torch.uint32, "U64": torch.uint64}
-TENSORFLOW = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 5: torch.int16,
-              6: torch.int8, 9: torch.int64, 10: torch.bool, 14: torch.bfloat16, 17: torch.uint16,
-              19: torch.float16}
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+TENSORFLOW = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 9: torch.int64,
+              10: torch.bool, 14: torch.bfloat16, 19: torch.float16}
+TF_SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
 PICKLED = re.compile(r"collections OrderedDict|argparse Namespace|torch(\.cuda)? (\w+Storage|Size)|"
                      r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)")  # all that checkpoints need
 JSON_LIMIT = 10_000_000  # bytes; BERT-large needs 50,000, and hostile JSON of 25 MB takes 1 GB of memory
 INDEX_LIMIT = 2 << 20  # bytes of a TensorFlow index or of a pickle without its tensors; BERT-large: 100,000
 
 
+@contextmanager
+def blame(file):
+    """What parsing trips over becomes one ValueError of one line that names the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ValueError(f"{file}: {reason:.500}") from None
+
+
 def mapped(path):  # file -> uint8 (n,), copy-on-write: tensors on it may be changed, the file never is
     return np.memmap(path, np.uint8, "c") if Path(path).stat().st_size else np.zeros(0, np.uint8)
 
 
-def as_tensor(raw, dtypes, code, shape):
+def as_tensor(name, raw, dtypes, code, shape):
     """Little-endian bytes (n,) -> tensor of dtypes[code], a view where the alignment allows."""
     if code not in dtypes:
-        raise ValueError(f"dtype {code!r:.20} is not one of {', '.join(map(str, dtypes))}")
+        raise ValueError(f"{name!r:.200}: dtype {code!r:.20} is not one of {', '.join(map(str, dtypes))}")
     size, sane = dtypes[code].itemsize, len(shape) < 9 and all(type(d) is int and d >= 0 for d in shape)
     if not sane or math.prod(shape) * size != len(raw) or math.prod(max(d, 1) for d in shape) > 2**60:
-        raise ValueError(f"{len(raw):,} bytes do not make {code} of shape {str(shape[:8]):.80}")
+        raise ValueError(f"{name!r:.200}: {len(raw):,} bytes are no {code} of shape {str(shape[:8]):.80}")
     return torch.from_numpy(raw.copy() if raw.ctypes.data % size else raw).view(dtypes[code]).view(shape)
 
 
 def read_json(path, text=None):
-    """JSON object, from a file or from bytes of it -> dict. Duplicate keys and nesting bombs are errors."""
+    """The JSON object in a file, or in bytes of it -> dict. Duplicate keys and nesting bombs are errors."""
     def unique(pairs):
         if len(table := dict(pairs)) < len(pairs):
             raise ValueError("a key occurs twice")
         return table
-    text = mapped(path)[:JSON_LIMIT].tobytes() if text is None else text[:JSON_LIMIT]
-    try:
-        if isinstance(value := json.loads(text.decode(), object_pairs_hook=unique), dict):
-            return value
-        raise ValueError("not an object {...}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    text = mapped(path)[:JSON_LIMIT].tobytes() if text is None else text
+    with blame(f"{path}: not valid JSON"):
+        return {**json.loads(text.decode(), object_pairs_hook=unique)}
 
 
 def read_safetensors(path):
     """8 bytes N | N bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}} | data without holes."""
-    data, tensors, name, end = mapped(path), {}, "", 0
+    data, tensors, end = mapped(path), {}, 0
     n = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or n > min(len(data) - 8, JSON_LIMIT):
         raise ValueError(f"{path}: no whole safetensors file: {len(data):,} bytes, header of {n:,}")
     header, data = read_json(path, data[8:8 + n].tobytes()), data[8 + n:]
     header.pop("__metadata__", None)
-    try:
+    with blame(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, stop = entry["data_offsets"]
             if begin != end or not begin <= stop <= len(data):
-                raise ValueError(f"bytes {begin} to {stop} must follow {end}, inside {len(data):,}")
-            tensors[name] = as_tensor(data[begin:stop], SAFETENSORS, entry["dtype"], entry["shape"])
+                raise ValueError(f"{name!r:.200}: bytes {begin} to {stop}, not from {end} on")
+            tensors[name] = as_tensor(name, data[begin:stop], SAFETENSORS, entry["dtype"], entry["shape"])
             end = stop
         if end != len(data):
-            raise ValueError(f"it is the last and ends at byte {end:,} of {len(data):,}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: bad entry of tensor {name!r:.200}: {error}") from None
+            raise ValueError(f"the last tensor ends at byte {end:,} of {len(data):,}")
     return tensors
+
+
+@contextmanager
+def whole(path):
+    """Yields a part file that takes the place of `path` at the end, or goes; an OSError names the file."""
+    part = Path(f"{path}.{os.urandom(4).hex()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_safetensors(path, tensors):
@@ -290,15 +307,15 @@ def write_safetensors(path, tensors):
     codes, end = {dtype: code for code, dtype in SAFETENSORS.items()}, 0
     header = {"__metadata__": {"format": "pt"}}
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = dict(dtype=codes[tensor.dtype], shape=list(tensor.shape), data_offsets=(begin, end))
+    for name, t in tensors.items():
+        begin, end = end, end + t.nbytes
+        header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for t in tensors.values():
+            file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_pickle(path):
@@ -339,16 +356,14 @@ def state_dict(value, path):
 
 def read_sharded(path):
     """model.safetensors.index.json or pytorch_model.bin.index.json, shards beside it -> {name: tensor}."""
-    folder, tensors, files = Path(path).parent, {}, read_json(path).get("weight_map")
-    for file in files.values() if isinstance(files, dict) else [files]:
+    tensors, shards = {}, read_json(path).get("weight_map")
+    for file in shards.values() if isinstance(shards, dict) else [shards]:
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", file):
             raise ValueError(f'{path}: "weight_map" must name .safetensors, .bin beside it, not {file!r:.99}')
-    if absent := sorted({file for file in files.values() if not (folder / file).is_file()}):
-        raise FileNotFoundError(f"{path}: missing shards {', '.join(absent):.500}")
-    for shard in sorted({folder / file for file in files.values()}):
+    for shard in sorted({Path(path).parent / file for file in shards.values()}):
         pickled = shard.suffix == ".bin"
         tensors |= state_dict(read_pickle(shard), shard) if pickled else read_safetensors(shard)
-    if absent := sorted(files.keys() - tensors):
+    if absent := sorted(shards.keys() - tensors):
         raise ValueError(f"{path}: its shards lack {', '.join(absent):.500}")
     return tensors
 
@@ -384,11 +399,8 @@ def proto_fields(message):
     """Protocol buffer -> (tag, value) pairs; tag = 8 * field + 0 varint, 1 eight bytes, 2 counted, 5 four."""
     stream = io.BytesIO(message)
     while stream.tell() < len(message):
-        tag = varint(stream)
-        if tag & 7 == 0:
-            yield tag, varint(stream)
-        else:
-            yield tag, take(stream, varint(stream) if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7])
+        number = varint(stream) if (kind := (tag := varint(stream)) & 7) in (0, 2) else {1: 8, 5: 4}[kind]
+        yield tag, take(stream, number) if kind else number
 
 
 def snappy(data):
@@ -400,14 +412,14 @@ def snappy(data):
         kind, count = tag & 3, (tag >> 2) + 1
         width = (max(0, count - 60), 1, 2, 4)[kind]
         number = int.from_bytes(take(stream, width), "little")
+        if kind == 0:  # literal
+            out += take(stream, number + 1 if width else count)
+            continue
         if kind == 1:
             count, number = (tag >> 2 & 7) + 4, tag >> 5 << 8 | number
         start = len(out) - number
-        if kind == 0:  # literal
-            out += take(stream, number + 1 if width else count)
-        elif 0 <= start < len(out):
-            out += (out[start:start + count] * count)[:count]  # it may overlap itself
-        else:
+        out += (out[max(0, start):start + count] * count)[:count]  # it may overlap itself
+        if start < 0 or number == 0:
             raise ValueError("snappy copies from outside")
     if len(out) != length:
         raise ValueError(f"snappy gives {len(out):,} bytes of {length:,} (at most {INDEX_LIMIT:,})")
@@ -439,7 +451,7 @@ def tensorflow_index(path):
     """P.index -> (number of shards, {variable: {tag: value}}). Tags, left out where zero: 8 dtype, 18 shape,
     24 shard, 32 offset, 40 size, 53 crc, 58 slices; in the header, under the key "", 8 shards, 16 endian."""
     index, entries, end = mapped(path)[:INDEX_LIMIT + 1].tobytes(), {}, 0
-    try:
+    with blame(f"{path}: no TensorFlow V2 index, or a damaged one"):
         if index[-8:] != bytes.fromhex("57fb808b247547db"):
             raise ValueError(f"cut short, without its magic or above {INDEX_LIMIT:,} bytes")
         footer = io.BytesIO(index[-48:])
@@ -453,21 +465,19 @@ def tensorflow_index(path):
         header = entries.pop("")
         if header.get(16):
             raise ValueError("big-endian data")
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: no TensorFlow V2 index, or a damaged one: {error}") from None
     return header.get(8, 0), entries
 
 
 def read_tensorflow(path):
     """P, P.index or P.data-.. -> {variable: tensor}, names and layouts as they are; crc read up to 1 MB."""
-    prefix = re.sub(r"\.(index|meta|data-\d{5}-of-\d{5})$", "", str(path))
+    prefix = TF_SUFFIX.sub("", str(path))
     (shards, entries), data, used, tensors = tensorflow_index(prefix + ".index"), {}, {}, {}
     for name, entry in entries.items():
         file = f"{prefix}.data-{entry.get(24, 0):05d}-of-{shards:05d}"
         data[file] = data[file] if file in data else mapped(file)
         begin, size = entry.get(32, 0), entry.get(40, 0)
         raw, used[file] = data[file][begin:begin + size], used.get(file, 0) + size
-        try:
+        with blame(f"{file}: variable {name!r:.200}"):
             if name.startswith("\0") or 58 in entry:
                 raise ValueError("partitioned variables are not supported")
             if max(begin + size, used[file]) > len(data[file]):
@@ -475,10 +485,9 @@ def read_tensorflow(path):
             crc = int.from_bytes(entry.get(53, b""), "little")
             if size <= 1 << 20 and masked_crc32c(raw.tobytes()) != crc:
                 raise ValueError("fails its checksum")
-            shape = [dict(proto_fields(dim)).get(8, 0) for tag, dim in proto_fields(entry.get(18, b"")) if tag == 18]
-            tensors[name] = as_tensor(raw, TENSORFLOW, entry.get(8), shape)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{file}: variable {name!r}: {error}") from None
+            dims = [value for tag, value in proto_fields(entry.get(18, b"")) if tag == 18]
+            shape = [dict(proto_fields(dim)).get(8, 0) for dim in dims]
+            tensors[name] = as_tensor(name, raw, TENSORFLOW, entry.get(8), shape)
     return tensors
 
 
@@ -493,6 +502,7 @@ def from_tensorflow(tensors):
     return renamed
 
 
+HEADS = {"bert": "cls.predictions", "roberta": "lm_head"}
 FAIRSEQ = {"embed_tokens": "embeddings.word_embeddings", "embed_positions": "embeddings.position_embeddings",
            "emb_layer_norm": "embeddings.LayerNorm", "layernorm_embedding": "embeddings.LayerNorm",
            "self_attn.q_proj": "attention.self.query", "self_attn.k_proj": "attention.self.key",
@@ -501,37 +511,32 @@ FAIRSEQ = {"embed_tokens": "embeddings.word_embeddings", "embed_positions": "emb
            "fc2": "output.dense", "final_layer_norm": "output.LayerNorm"}
 
 
-def from_fairseq(checkpoint, path, heads=None):
-    """{"model", "args"} -> ({Hugging Face name: tensor}, config). Without args the caller tells the heads."""
-    new, args = {}, checkpoint.get("args")
-    for name, t in state_dict(checkpoint.get("model"), path).items():
-        match = re.fullmatch(
-            r"\w+\.(?:(lm_head)|sentence_encoder(?:\.layers\.(\d+))?)\.(?:(.+)[._])?(weight|bias)", name)
-        if match:  # else classification_heads, version and the like
-            head, layer, part, kind = match.groups()
-            where = "roberta." if layer is None else f"roberta.encoder.layer.{layer}."
-            if head:
-                new[f"lm_head.{part or 'decoder'}.{kind}"] = t
-            elif part == "self_attn.in_proj" and t.ndim:  # 2019: query, key, value in one, (3D, D)
-                new |= {f"{where}attention.self.{x}.{kind}": t[i * len(t) // 3:(i + 1) * len(t) // 3]
-                        for i, x in enumerate(("query", "key", "value"))}
-            elif part in FAIRSEQ:
-                new[f"{where}{FAIRSEQ[part]}.{kind}"] = t
-            else:
-                raise ValueError(f"{path}: {name} is no part of RoBERTa")
-    heads, parts = getattr(args, "encoder_attention_heads", heads), ("embed_tokens", "embed_positions")
-    if not heads or getattr(args, "activation_fn", "gelu") != "gelu":
-        raise ValueError(f"{path}: args must tell gelu and encoder_attention_heads (or a config.json)")
-    try:
-        (vocabulary, d), (positions, _) = (new[f"roberta.{FAIRSEQ[part]}.weight"].shape for part in parts)
-        f = len(new["roberta.encoder.layer.0.intermediate.dense.bias"])
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{path}: no RoBERTa: needs embed_tokens, embed_positions, layers") from None
-    new["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, d)
-    layers = getattr(args, "encoder_layers", sum(name.endswith("self.query.weight") for name in new))
-    return new, dict(model_type="roberta", vocab_size=vocabulary, hidden_size=d, num_hidden_layers=layers,
-                     num_attention_heads=heads, intermediate_size=f, max_position_embeddings=positions,
-                     type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1)
+def from_fairseq(tensors, args):
+    """fairseq's names -> {Hugging Face name: tensor}, and what shapes and args tell of a config.json."""
+    new, names = {}, re.compile(
+        r"\w+\.(?:(lm_head)|sentence_encoder(?:\.layers\.(\d+))?)\.(?:(.+)[._])?(weight|bias)")
+    for name, t in tensors.items():
+        if not (match := names.fullmatch(name)):  # classification_heads, version and the like
+            continue
+        head, layer, part, kind = match.groups()
+        where = "roberta." if layer is None else f"roberta.encoder.layer.{layer}."
+        if head:
+            new[f"lm_head.{part or 'decoder'}.{kind}"] = t
+        elif part == "self_attn.in_proj" and t.ndim:  # 2019: query, key, value in one, (3D, D)
+            for x, third in zip("qkv", t.tensor_split(3), strict=True):
+                new[f"{where}{FAIRSEQ[f'self_attn.{x}_proj']}.{kind}"] = third
+        elif part in FAIRSEQ:
+            new[f"{where}{FAIRSEQ[part]}.{kind}"] = t
+        else:
+            raise ValueError(f"{name} is no part of RoBERTa")
+    words, places = (new[f"roberta.{FAIRSEQ[x]}.weight"].shape for x in ("embed_tokens", "embed_positions"))
+    new["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, words[1])
+    layers = sum(name.endswith("self.query.weight") for name in new)
+    return new, {"model_type": "roberta", "vocab_size": words[0], "hidden_size": words[1],
+                 "num_hidden_layers": getattr(args, "encoder_layers", layers),
+                 "num_attention_heads": getattr(args, "encoder_attention_heads", None),
+                 "intermediate_size": len(new["roberta.encoder.layer.0.intermediate.dense.bias"]),
+                 "max_position_embeddings": places[0], "hidden_act": getattr(args, "activation_fn", "gelu")}
 
 
 def rename(tensors, family=None):
@@ -541,122 +546,135 @@ def rename(tensors, family=None):
     spelling = re.compile(r"(?:module\.|model\.)*(?:(bert|roberta)\.)?(.*)", re.DOTALL)
     parts = {name: spelling.fullmatch(name) for name in tensors}
     told = {{"cls": "bert", "lm_head": "roberta"}.get(m[2].split(".")[0], m[1]) for m in parts.values()}
-    if len(told := (told | {family}) - {None}) != 1 or not told <= {"bert", "roberta"}:
+    if len(told := (told | {family}) - {None}) != 1:
         raise ValueError(f"names and model_type must tell one family, bert or roberta, not {sorted(told)}")
     (family,), renamed = told, {}
     for name, match in parts.items():
         new = match[2].replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
         new = f"{family}.{new}" if new.startswith(("embeddings.", "encoder.", "pooler.")) else new
-        new = re.sub(r"^(cls\.predictions|lm_head)\.decoder\.bias$", r"\1.bias", new)  # equal, if both
-        if new in renamed and not new.endswith(("predictions.bias", "lm_head.bias")):
+        if new in renamed:
             raise ValueError(f"{name} and another name both mean {new}")
         if not new.endswith(("position_ids", "token_type_ids")):
             renamed[new] = tensors[name]
     return renamed, family
 
 
-def read_config(values: dict, family: str | None, source) -> Config:
-    """Config from the fields of a config.json; `family` is what the weight names say if the file does not.
+def read_config(values: dict, family: str) -> Config:
+    """The fields of a config.json, checked. The family comes from the names of the weights, since old files
+    lack it; old RoBERTa files also lack pad_token_id, Google's lack layer_norm_eps."""
+    only = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+    for name in only.keys() & values:
+        if values[name] not in (None, only[name]):
+            raise ValueError(f"{name} {values[name]!r:.50} is not supported: {only[name]}")
+    found = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5} if family == "roberta" else {}
+    found |= {name: value for name, value in values.items() if value is not None} | {"model_type": family}
+    found = {f.name: found.get(f.name, f.default) for f in fields(Config)}
+    if lacking := [name for name, value in found.items() if value is MISSING]:
+        raise ValueError(f"missing {', '.join(lacking)}")
+    ranges = {int: (1, 10**7), float: (0, 1), bool: (False, True), str: ("bert", "roberta")}
+    for name, kind in ((f.name, f.type) for f in fields(Config)):
+        value, (low, high) = found[name], ranges[kind]
+        low = 0 if name == "pad_token_id" else low
+        if type(value) not in (kind, type(low)) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r:.50}: expected {low} to {high}")
+    config = Config(**found)
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"num_attention_heads {config.num_attention_heads} do not divide hidden_size "
+                         f"{config.hidden_size}")
+    if config.pad_token_id >= config.vocab_size or config.positions < 1:
+        raise ValueError(f"pad_token_id {config.pad_token_id} leaves no words or no positions")
+    return config
 
-    Old RoBERTa files lack model_type and pad_token_id, Google's lack model_type and layer_norm_eps."""
-    kind = values.get("model_type", family) or "bert"
-    if kind not in ("bert", "roberta"):
-        raise ValueError(f"{source}: model_type {kind!r} is not supported: bert or roberta")
-    if values.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{source}: hidden_act {values['hidden_act']!r} is not supported: gelu")
-    defaults = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5} if kind == "roberta" else {}
-    known = {f.name: f.type for f in fields(Config)}
-    found = {"model_type": kind} | defaults | {k: v for k, v in values.items() if k in known and v is not None}
-    lacking = [f.name for f in fields(Config) if f.name not in found and f.default is MISSING]
-    if lacking:
-        raise ValueError(f"{source}: missing {', '.join(lacking)}")
-    for name, value in found.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= (name == "vocab_size")
-        if known[name] is int and not whole or known[name] is float and not isinstance(value, (int, float)):
-            raise ValueError(f"{source}: {name} is {value!r}, which is no valid size")
-    if found["hidden_size"] % max(found["num_attention_heads"], 1):
-        raise ValueError(f"{source}: hidden_size {found['hidden_size']} is no multiple of num_attention_heads "
-                         f"{found['num_attention_heads']}")
-    return Config(**found)
+
+def weights_file(path: Path) -> Path:
+    """The file that holds the weights: the path itself, the first in its folder, or a TensorFlow index."""
+    if path.is_dir():
+        names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                 "pytorch_model.bin.index.json", "*.index", "*.safetensors", "*.bin", "*.pt")
+        found = next((files for name in names if (files := sorted(path.glob(name)))), [])
+        if len(found) > 1:
+            raise ValueError(f"{path}: several checkpoints, name one: {', '.join(f.name for f in found)}")
+        path = found[0] if found else path / "model.safetensors, pytorch_model.bin, *.ckpt.index or model.pt"
+    index = Path(TF_SUFFIX.sub("", str(path)) + ".index")
+    if index.is_file():
+        return index
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
+    if not path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".index.json")):
+        raise ValueError(f"{path}: no checkpoint: expected .safetensors, .bin, .pt or TensorFlow's .index")
+    return path
+
+
+def read_tensors(file: Path) -> tuple[dict, dict]:
+    """-> tensors under Hugging Face's names in any spelling, and what a fairseq file tells of the config."""
+    if file.suffix == ".index":
+        return from_tensorflow(read_tensorflow(file)), {}
+    if file.suffix == ".json":
+        return read_sharded(file), {}
+    if file.suffix == ".safetensors":
+        return read_safetensors(file), {}
+    content = read_pickle(file)
+    outer = content if isinstance(content, dict) else {}  # of a training checkpoint
+    tensors = state_dict(outer.get("model", outer.get("state_dict", content)), file)
+    if any(".sentence_encoder." in name for name in tensors):
+        with blame(file):
+            return from_fairseq(tensors, outer.get("args"))
+    return tensors, {}
 
 
 def load(path) -> Model:
-    """A model in eval mode from an original checkpoint: a Hugging Face folder or one of its weight files, a TensorFlow
-    prefix, .index or .data file, fairseq's model.pt. It holds what the file holds of pooler and masked-LM head.
+    """A model in eval mode from an original checkpoint: a Hugging Face folder or one of its weight files, a
+    TensorFlow prefix, .index or .data file, fairseq's model.pt; with the pooler and masked-LM head it holds.
 
-    Raises ValueError that lists every missing and every mis-shaped tensor; what is left over is printed once."""
+    ValueError: every missing and mis-shaped tensor, in one list. What is left out is printed, in one line."""
     file = weights_file(Path(path))
-    source = next((f for f in (file.parent / "config.json", *sorted(file.parent.glob("*bert_config.json")))
-                   if f.is_file()), None)
-    values = read_json(source) if source else {}
-    tensors, told = read_tensors(file, values.get("num_attention_heads"))
-    if not (source or told):
-        raise FileNotFoundError(f"{file.parent}: no config.json (or Google's bert_config.json) beside {file.name}")
+    sources = [file.parent / "config.json", *sorted(file.parent.glob("*bert_config.json"))]
+    source = next((f for f in sources if f.is_file()), file)
+    values = {} if source == file else read_json(source)
+    if values.get("model_type") not in (None, "bert", "roberta"):
+        raise ValueError(f"{source}: model_type {values['model_type']!r:.50} is not bert or roberta")
+    tensors, told = read_tensors(file)
+    if not (values or told):
+        raise FileNotFoundError(f"{file.parent}: no config.json or bert_config.json beside {file.name}")
     values = told | values
-    try:
+    with blame(file):
         tensors, family = rename(tensors, values.get("model_type"))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    config = read_config(values, family, source or file)
+    with blame(source):
+        config = read_config(values, family)
+        if config.num_hidden_layers > len(tensors):
+            raise ValueError(f"num_hidden_layers {config.num_hidden_layers}: {file.name} has fewer")
+    head, words = HEADS[family], f"{family}.embeddings.word_embeddings.weight"
+    decoder = f"{head}.decoder.weight"
+    if f"{head}.decoder.bias" in tensors:  # newer files hold the bias twice, and this is the one that counts
+        tensors[f"{head}.bias"] = tensors.pop(f"{head}.decoder.bias")
+    both = [tensors[name].float() for name in (decoder, words) if name in tensors]
+    if len(both) == 2 and not torch.equal(*both):
+        config = replace(config, tie_word_embeddings=False)
+    pooler, mlm = (any(name.startswith(f"{x}.") for name in tensors) for x in (f"{family}.pooler", head))
     with torch.device("meta"):  # shapes only; the memory is the checkpoint's
-        model = Model(config, pooler=f"{family}.pooler.dense.weight" in tensors,
-                      mlm=any(name.startswith(("cls.predictions.", "lm_head.")) for name in tensors))
+        model = Model(config, pooler, mlm)
     expected = model.state_dict()
     missing = [name for name in expected if name not in tensors]
     wrong = [f"{name} {list(tensors[name].shape)} instead of {list(t.shape)}" for name, t in expected.items()
              if name in tensors and tensors[name].shape != t.shape]
-    if missing or wrong:
-        raise ValueError(f"{file}: " + "; ".join(f"{what}: {', '.join(names)}" for what, names in
-                                                 (("missing", missing), ("wrong shape", wrong)) if names))
-    tied = {"cls.predictions.decoder.weight", "lm_head.decoder.weight"}
-    if unused := sorted(tensors.keys() - expected - tied):
-        print(f"{file.name}: not used: {', '.join(unused[:6])}{f' and {len(unused) - 6} more' if unused[6:] else ''}")
-    model.load_state_dict({name: tensors[name].to(torch.float32, copy=True).contiguous() for name in expected},
-                          assign=True)
+    if problems := [f"{what}: {', '.join(names)}" for what, names in
+                    {"missing": missing, "wrong shape": wrong}.items() if names]:
+        raise ValueError(f"{file}: {'; '.join(problems)}")
+    if unused := sorted(tensors.keys() - expected - {decoder}):
+        more = f" and {len(unused) - 6} more" if unused[6:] else ""
+        print(f"{file.name}: not used: {', '.join(unused[:6])}{more}")
+    own = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in expected}
+    model.load_state_dict(own, assign=True)
     return model.eval()
 
 
-def read_tensors(file: Path, heads: int | None) -> tuple[dict, dict]:
-    """-> tensors under the names of the file's own kind, and the config that a fairseq file brings along."""
-    if file.suffix == ".index":
-        return from_tensorflow(read_tensorflow(file)), {}
-    if file.suffix == ".safetensors":
-        return read_safetensors(file), {}
-    if file.suffix == ".json":
-        return read_sharded(file), {}
-    content = read_pickle(file)
-    inner = content.get("model") if isinstance(content, dict) else None
-    if isinstance(inner, dict) and any("sentence_encoder" in str(name) for name in inner):
-        return from_fairseq(content, file, heads)
-    return state_dict(content, file), {}
-
-
-def weights_file(path: Path) -> Path:
-    """The file that holds the weights: the path itself, or the first in its folder, or a TensorFlow prefix's index."""
-    if path.is_dir():
-        names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                 "pytorch_model.bin.index.json", "*.index", "*.safetensors", "*.bin", "*.pt")
-        found = next((sorted(path.glob(name)) for name in names if list(path.glob(name))), [])
-        if len(found) != 1:
-            what = f"several checkpoints ({', '.join(f.name for f in found)}): name one" if found else \
-                "no checkpoint: expected model.safetensors, pytorch_model.bin, *.ckpt.index or model.pt"
-            raise FileNotFoundError(f"{path}: {what}")
-        return found[0]
-    prefix = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", str(path))
-    if Path(f"{prefix}.index").is_file():
-        return Path(f"{prefix}.index")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
-    if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-        raise ValueError(f"{path}: not a checkpoint; expected .safetensors, .bin, .pt, or a TensorFlow .index")
-    return path
-
-
 def save(folder, config: Config, tensors: dict, architecture: str, **extra):
-    """Writes config.json and model.safetensors so that transformers' from_pretrained loads them; `architecture` is the
-    class without its family ("ForMaskedLM"); `extra` goes into the config."""
-    folder, family = Path(folder), {"bert": "Bert", "roberta": "Roberta"}[config.model_type]
+    """Writes config.json and model.safetensors so that transformers' from_pretrained loads them; architecture
+    is the class without its family ("ForMaskedLM"), extra goes into the config. OSError: old files stay."""
+    folder, kind = Path(folder), config.model_type.title() + architecture  # BertForMaskedLM
+    values = asdict(config) | {"architectures": [kind], "hidden_act": "gelu"} | extra
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensors)
-    values = asdict(config) | {"architectures": [family + architecture], "hidden_act": "gelu"} | extra
-    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    with whole(folder / "config.json") as file:
+        file.write(f"{json.dumps(values, indent=1)}\n".encode())
+        file.flush()  # a full disk must tell before the weights are replaced
+        write_safetensors(folder / "model.safetensors", tensors)

@@ -37,6 +37,7 @@ class Task:
     lr: float = 2e-5
     batch_size: int = 32
     max_len: int = 128  # tokens
+    eval_every: int = 50  # updates between evaluations
 
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
@@ -51,16 +52,18 @@ TASKS = {task.name: task for task in (
          "ids": ["mrpc_dev_ids.tsv", "dev_ids.tsv"]}, downloads=(MSR_TRAIN, MSR_TEST, "mrpc_dev_ids.tsv")),
     Task("stsb", "STS-B", None, ("pearson", "spearman"), label="score"),
     Task("qqp", "QQP", BINARY, ("accuracy", "f1"), ("question1", "question2"), "is_duplicate",
-         downloads=("QQP-clean.zip",)),
+         downloads=("QQP-clean.zip",), eval_every=500),
     Task("mnli", "MNLI", ("entailment", "neutral", "contradiction"), ("accuracy", "accuracy_mm"),
-         label="gold_label", downloads=("MNLI.zip", "AX.tsv"), files={"ax": ["AX.tsv", "diagnostic.tsv"],
-         "train": ["train.tsv"], "dev": ["dev_matched.tsv"], "dev_mm": ["dev_mismatched.tsv"],
-         "test": ["test_matched.tsv"], "test_mm": ["test_mismatched.tsv"]}),
-    Task("qnli", "QNLI", ENTAILMENT, ("accuracy",), ("question", "sentence"), downloads=("QNLIv2.zip",)),
+         label="gold_label", eval_every=500, downloads=("MNLI.zip", "AX.tsv"), files={
+         "train": ["train.tsv"], "test": ["test_matched.tsv"], "test_mm": ["test_mismatched.tsv"],
+         "dev": ["dev_matched.tsv"], "dev_mm": ["dev_mismatched.tsv"], "ax": ["AX.tsv", "diagnostic.tsv"]}),
+    Task("qnli", "QNLI", ENTAILMENT, ("accuracy",), ("question", "sentence"), eval_every=500,
+         downloads=("QNLIv2.zip",)),
     Task("rte", "RTE", ENTAILMENT, ("accuracy",)),
     Task("wnli", "WNLI", BINARY, ("accuracy",)),
-    Task("squad", "squad", (), ("f1", "em"), epochs=2, lr=3e-5, batch_size=16, max_len=384, files={
-         s: [f"{s}-v1.1.json"] for s in ("train", "dev")}, downloads=("train-v1.1.json", "dev-v1.1.json")))}
+    Task("squad", "squad", (), ("f1", "em"), epochs=2, lr=3e-5, batch_size=16, max_len=384, eval_every=1000,
+         files={"train": ["train-v1.1.json"], "dev": ["dev-v1.1.json"]},
+         downloads=("train-v1.1.json", "dev-v1.1.json")))}
 
 FACEBOOK, SQUAD = "https://dl.fbaipublicfiles.com/", "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 GLUE, SENTEVAL = FACEBOOK + "glue/data/", FACEBOOK + "senteval/senteval_data/"
