@@ -664,6 +664,8 @@ def load(path) -> Model:
         more = f" and {len(unused) - 6} more" if unused[6:] else ""
         print(f"{file.name}: not used: {', '.join(unused[:6])}{more}")
     own = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in expected}
+    if odd := [name for name, tensor in own.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{file}: not all values are finite in {', '.join(odd[:6])}")
     model.load_state_dict(own, assign=True)
     return model.eval()
 

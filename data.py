@@ -141,9 +141,11 @@ def replacing(path):
 
 def append_line(path, content: dict):
     """Adds one line of JSON to a file that other processes may be adding to: whole, or not at all."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab+", buffering=0) as file:
         _wait_for(file)
         end, line = file.seek(0, os.SEEK_END), f"{json.dumps(content)}\n".encode()
+        file.seek(max(end - 1, 0))
+        line = line if file.read(1) in (b"", b"\n") else b"\n" + line  # somebody's line was cut short
         try:
             if file.write(line) < len(line):
                 raise OSError("no space left")

@@ -22,7 +22,6 @@ import os
 import shlex
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,8 +34,6 @@ import bert
 import data
 import glue_squad
 import tamt
-
-SAVE_SECONDS = 300  # longest time between two saved states
 
 # ---------------------------------------------------------------- a task made ready
 
@@ -165,11 +162,9 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
     optimizer = tamt.adamw(params.values(), args.device)
     history, begin, total = [], 0, 0.0  # evaluations; first step; sum of losses since the last evaluation
     if state:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(state["params"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        history, begin, total = state["history"], state["step"], state["loss"]
+        with tamt.reading(args.out / "state.pt"):
+            tamt.restore_learning(state["params"], state["optimizer"], params, optimizer)
+            history, begin, total = list(state["history"]), state["step"], float(state["loss"])
     net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     per_epoch, lengths = -(-len(work.train) // args.batch_size), [len(ids) for ids, _ in work.train]
     steps, targets = per_epoch * args.epochs, torch.from_numpy(work.targets)
@@ -190,13 +185,14 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
         with torch.no_grad():
             for name, mask in masks.items():
                 params[name].grad.mul_(mask)
-        nn.utils.clip_grad_norm_(params.values(), 1.0)
+        norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
         total, done = total + float(loss.detach()), step + 1
-        if not np.isfinite(total):
-            raise ValueError(f"the loss is {total} at step {done}: a lower --lr (here {args.lr:g}) may help")
+        if not np.isfinite(total + float(norm)):
+            raise ValueError(f"loss {total:.3g}, gradient's norm {norm:.3g} at step {done}: a lower --lr (here "
+                             f"{args.lr:g}) may help")
         if args.rank_id:
             continue
         if done % args.eval_every == 0 or done % per_epoch == 0:
@@ -205,7 +201,7 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
             total, left = 0.0, round((time.time() - began) / (done - begin) * (steps - done))
             figures = "  ".join(f"{k} {value:.4f}" for k, value in history[-1].items() if k != "step")
             print(f"step {done}/{steps}  {figures}  ETA {left // 60}:{left % 60:02}", flush=True)
-        if done % per_epoch == 0 or time.time() - saved > SAVE_SECONDS:
+        if done % per_epoch == 0 or time.time() - saved > tamt.SAVE_SECONDS:
             saved = time.time()
             tamt.write_torch(args.out / "state.pt", {
                 "format": 1, "settings": args.identity, "step": done, "history": history, "loss": total,
@@ -272,6 +268,7 @@ def open_ticket(args):
         raise ValueError(f"{args.mask} does not say which model it belongs to: --model is needed")
     if args.model not in (*data.MODELS, "toy"):
         args.model = str(Path(args.model).resolve())
+    tamt.refuse_own_folder(args)
     model, vocab = tamt.load_model(args.model)
     if not 6 <= args.max_len <= model.config.positions:
         raise ValueError(f"--max-len {args.max_len}: expected 6 to {model.config.positions} tokens, the "
@@ -361,22 +358,10 @@ def identity(args, masks) -> dict:
         name: tamt.plain(getattr(args, name)) for name in names}
 
 
-@contextmanager
-def first_process_first(args):
-    """One process downloads, or makes the toy; the others wait until all is there."""
-    if args.rank_id:
-        torch.distributed.barrier()
-    yield
-    if args.world > 1 and not args.rank_id:
-        torch.distributed.barrier()
-
-
 def main(argv=None):
     args, began = settings(argv), time.time()
-    if args.rank_id:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     tamt.pick_device(args)
-    with first_process_first(args):
+    with tamt.first_process_first(args):
         model, vocab, masks = open_ticket(args)
         args.data = data_folder(args)
         texts = read_files(args.task, args.data, args.predict)

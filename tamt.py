@@ -58,6 +58,7 @@ from torch import nn
 import bert
 import data
 
+SAVE_SECONDS = 300  # a crash costs at most this much work
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 HORIZON = 27920  # steps of the released schedule: two epochs of WikiText-103 at 16 x 512
 STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
@@ -87,7 +88,7 @@ class Masked(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
         self.padding_idx = getattr(layer, "padding_idx", None)
-        self.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool), persistent=False)
+        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)  # no buffer: each process ranks its own
         self.register_parameter("scores", None)
         self.dense = False
 
@@ -219,7 +220,7 @@ class Scores:
             layer.scores = nn.Parameter(self.vector[part].view(shape), requires_grad="pooler" not in name)
             layer.mask = self.mask[part].view(shape)
         learned = [span for name, span in spans.items() if "pooler" not in name]
-        fixed = int((~self.mask[learned[-1][1]:]).sum())  # the pooler is the last of the vector
+        fixed = int((~self.mask[learned[-1][1]:]).sum())  # of the pooler, the last part of the vector
         self.groups = [(a, b, round((b - a) * sparsity)) for a, b in learned] if rule == "local" else \
             [(0, learned[-1][1], round(len(self.vector) * sparsity) - fixed)]
         self.phi = [PHI] * len(self.groups)
@@ -319,6 +320,8 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(bits: torch.Tensor, shape) -> torch.Tensor:
+    if bits.dtype != torch.uint8 or bits.shape != (-(-math.prod(shape) // 8),):
+        raise ValueError(f"{bits.numel()} bytes of bits for a mask of shape {list(shape)}")
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).view(bool)).view(*shape)
 
 
@@ -345,13 +348,19 @@ def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
             raise ValueError(f"{path}: no mask file of format 1, the one this version knows")
         for name in {*shapes, *bits}:
             shape, packed = shapes.get(name), bits.get(name)
-            if not (isinstance(shape, list) and all(type(n) is int and 0 < n < 2**31 for n in shape)
+            if not (isinstance(name, str) and isinstance(shape, list)
+                    and all(type(n) is int and 0 < n < 2**31 for n in shape)
                     and isinstance(packed, torch.Tensor) and packed.dtype == torch.uint8
                     and packed.shape == (-(-math.prod(shape) // 8),)):
                 raise ValueError(f"{path}: the bits of {name} do not fit its shape {shape}")
+        try:
+            json.dumps(meta)
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"{path}: its metadata are no plain values") from None
         return {name: unpack(bits[name], shape) for name, shape in shapes.items()}, meta
+    content = bert.state_dict(content, path)
     for name, mask in content.items():
-        if not isinstance(mask, torch.Tensor) or not str(name).endswith((".weight", ".weight_mask")):
+        if not name.endswith((".weight", ".weight_mask")):
             raise ValueError(f"{path}: {name} is no mask: expected tensors <module>.weight or .weight_mask")
         if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"{path}: {name} holds values other than 0 and 1")
@@ -385,8 +394,8 @@ def set_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor]):
 
 
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
-    """Fractions removed, in the three ways people count: of the masked set, of the 6L encoder matrices, of the
-    model (all parameters of embeddings, encoder and pooler; heads not counted). And of each matrix."""
+    """Fractions removed, in the three ways people count: of the masked set, of the 6L encoder matrices, of
+    the model (all parameters of embeddings, encoder and pooler; no heads). And of each matrix."""
     zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
     encoder = [name for name in masks if ".encoder." in name]
@@ -402,7 +411,7 @@ def similarity(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Jaccard similarity of kept entries, unweighted mean over matrices (released code: compare_mask.py),
     paired by name; 1 for a matrix that keeps nothing in both."""
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
-        raise ValueError("masks of different models or scopes cannot be compared")
+        raise ValueError("masks of different models or scopes")
     pairs = [(int((a[name] & b[name]).sum()), int((a[name] | b[name]).sum())) for name in a]
     return sum(both / either if either else 1.0 for both, either in pairs) / len(pairs)
 
@@ -416,10 +425,13 @@ def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
     words = f"{family}.embeddings.word_embeddings.weight"
     head = "lm_head" if family == "roberta" else "cls.predictions"
     tensors = {name: p.data for name, p in model.named_parameters() if not name.endswith(".scores")}
-    untied = words in masks and model.has("mlm") and not packed
+    own = not model.config.tie_word_embeddings  # the checkpoint has a decoder of its own
+    untied = model.has("mlm") and not packed and (own or words in masks)
     if untied:
-        print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
-        tensors |= {f"{head}.decoder.weight": tensors[words], f"{head}.decoder.bias": tensors[f"{head}.bias"]}
+        if not own:
+            print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
+        tensors.setdefault(f"{head}.decoder.weight", tensors[words])
+        tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
     if packed:
         tensors = {name: t for name, t in tensors.items() if name.startswith(family)}
     for name, mask in masks.items():
@@ -452,8 +464,8 @@ def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
     """Freezes all but scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains all."""
     for name, p in model.named_parameters():
         head = "mlm" in args.objective and name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-        if not name.endswith(".scores"):
-            p.requires_grad_(head or args.method == "imp")
+        if not name.endswith(".scores"):  # the pooler gets no gradient from a masked-LM loss
+            p.requires_grad_(head or args.method == "imp" and "pooler" not in name)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -470,7 +482,8 @@ def imp_levels(sparsity: float) -> list[float]:
 
 
 def next_level(model, layers, original, done: int, args):
-    """A round of IMP: prune the next 10 %, then rewind all but the head to the pre-trained weights."""
+    """A round of IMP: prune the next 10 %, rewind all but the head to the pre-trained weights (--no-rewind:
+    do not), save the level's mask. The schedule restarts with its full horizon: lr hardly falls in a round."""
     level = imp_levels(args.sparsity)[done // args.prune_every]
     set_masks(layers, magnitude_masks(layers, level, args.rank))
     for name in original if args.rewind else ():
@@ -492,12 +505,13 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
     original = {name: p.detach().clone() for name, p in learns.items() if not name.endswith(".scores")}
     optimizer, log = adamw(learns.values(), device), Log(args, layers)
     if state:
-        restore(state, learns, optimizer, scores, layers, log)
+        with reading(args.out / "state.pt"):
+            restore(state, learns, optimizer, scores, layers, log)
     elif imp:
         next_level(model, layers, original, 0, args)
     net = torch.compile(model) if args.compile else model
     if args.world > 1:
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        net = nn.parallel.DistributedDataParallel(net)
     size, share, saved = args.batch_size * args.accumulate, args.batch_size // args.world, time.time()
     model.train()
     for step in range(state["step"] if state else 0, args.updates):
@@ -516,10 +530,10 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
             loss += piece.detach()
         if args.world > 1:
             torch.distributed.all_reduce(loss)
-        if not math.isfinite(loss := float(loss)):
-            raise ValueError(f"the loss is {loss} at step {step + 1}: try a lower --lr (here {lr:.2g}) or "
-                             f"--dtype fp32; {args.out} keeps the last good state")
-        nn.utils.clip_grad_norm_(learns.values(), args.clip)
+        norm = nn.utils.clip_grad_norm_(learns.values(), args.clip)
+        if not math.isfinite((loss := float(loss)) + float(norm)):
+            raise ValueError(f"the loss is {loss}, its gradient's norm {norm:.3g} at step {step + 1}: try a "
+                             f"lower --lr (here {lr:.2g}) or --dtype fp32; {args.out} keeps the last good state")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -541,7 +555,7 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
         log.step(done, loss, lr, losses)
         if scores and save_due:
             save_step(layers, done, args.sparsity, args)
-        if save_due or done == args.updates or time.time() - saved > 300:
+        if save_due or done == args.updates or time.time() - saved > SAVE_SECONDS:
             saved = time.time()
             save_state(learns, optimizer, scores, layers, log, done, args)
     swap(model, original)  # only the mask is the result
@@ -580,7 +594,7 @@ class Log:
 
 IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon",
             "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every", "prune_every",
-            "rewind", "dtype", "log_every")
+            "rewind", "dtype", "log_every", "eval_every", "save_every")
 
 
 def identity(args) -> dict:
@@ -605,7 +619,7 @@ def versions() -> dict:
 
 
 def write_torch(path, content):
-    """torch.save by way of memory: the bytes depend on the content alone and arrive whole or not at all."""
+    """torch.save by way of memory, so that the bytes depend on the content alone; whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with data.replacing(path) as part:
@@ -628,51 +642,78 @@ def save_state(learns, optimizer, scores, layers, log, done: int, args):
 
 
 def restore(state: dict, learns, optimizer, scores, layers, log):
-    with torch.no_grad():
-        for name, p in learns.items():
-            p.copy_(state["learns"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    restore_learning(state["learns"], state["optimizer"], learns, optimizer)
     for bits, layer in zip(state["masks"], layers.values(), strict=True):
         layer.mask.copy_(unpack(bits, layer.mask.shape))
     if scores:
-        scores.phi = state["phi"]
-    log.loss, log.steps, log.bits = state["log"][0], state["log"][1], state["log"][2].numpy()
+        scores.phi = [float(phi) for phi, _ in zip(state["phi"], scores.groups, strict=True)]
+    log.loss, log.steps, log.bits = float(state["log"][0]), int(state["log"][1]), state["log"][2].numpy()
 
 
-def open_run(out: Path, asked: dict, again: bool, result: str, rank_id: int) -> dict | None:
-    """The state to continue from (`again`: --resume), or None to start; a run in `out` ends with `result`.
+def restore_learning(weights: dict, moments: dict, learns: dict[str, nn.Parameter], optimizer):
+    """Weights and AdamW moments of a state, held against the shapes of this model: AdamW would not look."""
+    optimizer.load_state_dict(moments)
+    pairs = [(weights[name], p) for name, p in learns.items()]
+    pairs += [(m[key], p) for p, m in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq")]
+    for saved, p in pairs:
+        if saved.shape != p.shape or saved.dtype != p.dtype:
+            raise ValueError(f"{saved.dtype} {list(saved.shape)} for {p.dtype} {list(p.shape)}")
+    with torch.no_grad():
+        for name, p in learns.items():
+            p.copy_(weights[name])
 
-    Another run there is an error, so is an unfinished one without --resume; finished, with it: exit 0."""
-    finished, saved, log = out / result, out / "state.pt", out / "log.jsonl"
-    if rank_id and not again:
-        return None
+
+@contextmanager
+def reading(path):
+    """Around the use of a saved state: whatever does not fit is one clear error."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: no state of this run ({error}); remove it to start anew") from None
+
+
+def check_run(out: Path, asked: dict, resume: bool, result: str) -> dict | None:
+    """The state that `out` holds, if any. Another run there is an error, and so is an unfinished one without
+    --resume. A run is finished when the file `result` is there; --resume has nothing left to do: exit 0."""
+    finished, saved = out / result, out / "state.pt"
     state = bert.read_pickle(saved) if saved.exists() else None
-    if state is not None and (not isinstance(state, dict) or state.get("format") != 1):
+    if state is not None and not (isinstance(state, dict) and state.get("format") == 1 and
+                                  isinstance(state.get("settings"), dict) and type(state.get("step")) is int):
         raise ValueError(f"{saved}: no state of this version; remove it to start anew")
-    held = state["settings"] if state else asked
-    if finished.exists() and not state:
-        held = bert.read_json(finished).get("settings", {})
+    ended = bert.read_json(finished).get("settings") if finished.exists() else None
+    held = state["settings"] if state else ended if isinstance(ended, dict) else {} if ended else asked
     if held != asked:
         differ = [key for key in asked if held.get(key) != asked[key]]
         other = ", ".join(f"{key} {held.get(key)!r} there, {asked[key]!r} here" for key in differ)
         raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
-    if finished.exists() and again:
+    if finished.exists() and resume:
         print(f"{out} is finished: its figures are in {finished}")
         sys.exit(0)
-    if state and not again and not finished.exists():
+    if state and not resume and not finished.exists():
         raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue with --resume, "
                          "or choose another --out, or remove that folder")
+    return state
+
+
+def open_run(out: Path, asked: dict, resume: bool, result: str, rank_id: int) -> dict | None:
+    """The state to continue from, or None to start: then what an earlier run left in `out` is removed."""
+    state, log = check_run(out, asked, resume, result), out / "log.jsonl"
     if rank_id:
-        return state
+        return state if resume else None
     out.mkdir(parents=True, exist_ok=True)
-    if not again or not state:
-        for old in (finished, saved, log):
+    for part in out.rglob("*.part"):  # what a killed run was writing
+        part.unlink(missing_ok=True)
+    if not resume or not state:
+        for old in (out / result, out / "state.pt", log):
             old.unlink(missing_ok=True)
         return None
     print(f"resuming {out} at step {state['step']}")
     if log.exists():
-        lines = log.read_text().split("\n")[:-1]
-        lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        try:
+            lines = log.read_text().split("\n")[:-1]
+            lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise ValueError(f"{log}: damaged ({error}); remove it, the run can do without") from None
         with data.replacing(log) as part:  # what was logged after the last save will be logged again
             part.write_text("".join(f"{line}\n" for line in lines))
     return state
@@ -719,7 +760,7 @@ def positive(kind):
             value = kind(text)
         except ValueError:
             value = 0
-        if not 0 < value < math.inf:
+        if not 0 < value < (2**31 if kind is int else math.inf):
             what = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is no positive {what}")
         return value
@@ -784,6 +825,10 @@ def settings(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mask and not (args.evaluate or args.export):
         raise ValueError("--mask goes with --evaluate or --export")
+    if args.packed and not args.export:
+        raise ValueError("--packed goes with --export")
+    if args.export and args.export.exists() and not args.export.is_dir():
+        raise ValueError(f"--export {args.export}: a file stands there; expected a folder, new or old")
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed} is not in 0 .. {2**31 - 1}")
     args.rank = args.rank or ("global" if args.method == "tamt" else "local")
@@ -791,13 +836,22 @@ def settings(argv=None) -> argparse.Namespace:
         args.data = "wikitext-103"
     args.lr, args.horizon, args.updates, args.lr_reason = schedule(args)
     args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= args.rank_id < args.world:
+        raise ValueError(f"RANK={args.rank_id}, WORLD_SIZE={args.world} in the environment are not torchrun's")
     if args.batch_size % args.world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {args.world} processes")
     if args.model not in data.MODELS and args.model != "toy":
         args.model = str(Path(args.model).resolve())
+    refuse_own_folder(args)
     name = f"{Path(args.model).name}-{args.method}-{args.objective}-{args.sparsity:g}-s{args.seed}"
     args.out = args.out or Path("out") / name
     return args
+
+
+def refuse_own_folder(args):
+    """An export must not replace the original checkpoint."""
+    if args.export and args.export.resolve() in (Path(args.model), Path(args.model).parent):
+        raise ValueError(f"--export {args.export} is the folder of the model itself: choose another")
 
 
 def schedule(args) -> tuple[float, int, int, str]:
@@ -833,9 +887,22 @@ def pick_device(args):
     args.device, args.dtype = torch.device(name), torch.bfloat16 if half else torch.float32
     if args.world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if "cuda" in name else "gloo")
-    if not args.rank_id:
-        print(f"device {name}, {torch.get_num_threads()} threads, {args.world} process(es), "
-              f"{'bf16' if half else 'fp32'} forward pass ({why}), torch {torch.__version__}")
+    if args.rank_id:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    print(f"device {name}, {torch.get_num_threads()} threads, {args.world} process(es), "
+          f"{'bf16' if half else 'fp32'} forward pass ({why}), torch {torch.__version__}")
+
+
+@contextmanager
+def first_process_first(args):
+    """One process downloads, makes the toy and caches token blocks; the others wait until all is there."""
+    if args.rank_id:
+        torch.distributed.barrier()
+    try:
+        yield
+    finally:  # after an error, too: the others will meet the same one
+        if args.world > 1 and not args.rank_id:
+            torch.distributed.barrier()
 
 
 def autocast(device, dtype):
@@ -909,7 +976,10 @@ def compare(files: list[str]):
     """Mean Jaccard similarity of each mask with every other, and its distance (1 - that) from the first."""
     masks = [load_mask(file) for file in files]
     for file, a in zip(files, masks, strict=True):
-        row = [similarity(a, b) for b in masks]
+        try:
+            row = [similarity(a, b) for b in masks]
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be compared with all of the others: {error}") from None
         print("  ".join(f"{value:.4f}" for value in row) + f"  distance {1 - row[0]:.4f}  {file}")
 
 
@@ -935,10 +1005,12 @@ def main(argv=None):
     if args.evaluate or args.mask:
         return judge(args)
     began, trains = time.time(), args.method in ("tamt", "imp")
-    model, vocab = open_model(args)                                                         # step 1
-    rows = open_text(args, vocab, "train") if trains else None                              # step 2
-    dev = open_text(args, vocab, "dev") if args.data else None
-    state = open_run(args.out, identity(args), args.resume, "mask.json", args.rank_id)
+    with first_process_first(args):
+        model, vocab = open_model(args)                                                     # step 1
+        check_run(args.out, identity(args), args.resume, "mask.json")
+        rows = open_text(args, vocab, "train") if trains else None                          # step 2
+        dev = open_text(args, vocab, "dev") if args.data else None
+        state = open_run(args.out, identity(args), args.resume, "mask.json", args.rank_id)
     layers, scores = mask_model(model, args.scope), None
     if args.method != "imp":
         masks = start_masks(layers, args)                                                   # step 3
@@ -949,15 +1021,14 @@ def main(argv=None):
     def evaluate():
         return dev_losses(model, dev, vocab, args.device, args.dtype) if args.data else {}
     if trains:
-        if not args.rank_id:
-            print(f"{len(rows):,} rows of {args.seq_len} tokens, {args.updates:,} updates, lr {args.lr:.3g} "
-                  f"({args.lr_reason})")
+        print(f"{len(rows):,} rows of {args.seq_len} tokens, {args.updates:,} updates, lr {args.lr:.3g} "
+              f"({args.lr_reason})")
         train(model, vocab, layers, scores, rows, evaluate, args, state)                    # steps 5, 6, 7
     if args.rank_id:
         return
-    finish(model, layers, evaluate(), began, args)                                          # step 8
     if args.export:
         export(model, {name: layer.mask for name, layer in layers.items()}, vocab, args.export, args.packed)
+    finish(model, layers, evaluate(), began, args)                                          # step 8
 
 
 if __name__ == "__main__":

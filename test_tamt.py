@@ -1,12 +1,25 @@
-"""The promises, in the order of the modules: bert, data, tamt, glue_squad, finetune. Real files are used where they are at hand."""
+"""The promises, in the order of the modules: bert, data, tamt, glue_squad, finetune. All of it is made at run
+time; real weights, tables and text are used as well where they are at hand."""
 
+import argparse
 import ast
+import base64
+import gzip
+import hashlib
+import http.server
+import io
 import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import tarfile
+import threading
+import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +37,7 @@ import tamt
 ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
-WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here there".split()
+WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
 
 
 def run(main, *argv):
@@ -77,6 +90,885 @@ def model(request, world):
     return bert.load(world / request.param)
 
 
+# ---------------------------------------------------------------- bert: the network
+
+
+def hugging_face(family, kind="ForMaskedLM", **sizes):
+    """A random tiny model of transformers, every tensor of it shaken so that none is all zeros or ones."""
+    import transformers
+    torch.manual_seed(1)
+    special = {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5} if family == "roberta" else {}
+    config = getattr(transformers, f"{family.title()}Config")(**({
+        "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "max_position_embeddings": 66} | special | sizes))
+    net = getattr(transformers, f"{family.title()}{kind}")(config).eval()
+    for p in net.parameters():
+        p.data += torch.randn_like(p) * 0.1
+    return net
+
+
+def batch(family, vocab=100):
+    ids, keep = torch.randint(3, vocab, (3, 40)), torch.arange(40) < torch.tensor([[40], [25], [7]])
+    return ids.where(keep, torch.tensor(int(family == "roberta"))), keep
+
+
+@pytest.mark.parametrize("heads", [4, 1, 32])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_hidden_states_and_mlm_logits_are_those_of_transformers(tmp_path, family, heads):
+    net = hugging_face(family, num_attention_heads=heads)
+    net.save_pretrained(tmp_path)
+    ours, (ids, keep) = bert.load(tmp_path), batch(family)
+    with torch.no_grad():
+        theirs, hidden = net(ids, attention_mask=keep.long(), output_hidden_states=True), ours(ids, keep)
+        assert len(hidden) == len(theirs.hidden_states) == 3
+        found = [*hidden, ours.mlm_logits(hidden[-1])]
+        for a, b in zip(found, [*theirs.hidden_states, theirs.logits], strict=True):
+            assert torch.allclose(a[keep], b[keep], atol=1e-5)
+        assert torch.allclose(ours(ids[:1])[-1], hidden[-1][:1], atol=1e-5)  # keep=None: no padding
+
+
+@pytest.mark.parametrize("kind", ["ForSequenceClassification", "ForQuestionAnswering"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_class_and_span_logits_are_those_of_transformers(tmp_path, family, kind):
+    net = hugging_face(family, kind, num_labels=3 if kind == "ForSequenceClassification" else 2)
+    bert.save(tmp_path, bert.Config(**{f: getattr(net.config, f) for f in bert.Config.__dataclass_fields__}),
+              net.state_dict(), kind)
+    ours, (ids, keep) = bert.load(tmp_path), batch(family)
+    ours.new_head("classifier" if "Class" in kind else "span", 3)
+    ours.load_state_dict({name: t for name, t in net.state_dict().items() if name in ours.state_dict()})
+    assert ours.has("classifier") == ("Class" in kind) != ours.has("span") and not ours.has("mlm")
+    with torch.no_grad():
+        found, theirs = ours(ids, keep)[-1], net(ids, attention_mask=keep.long())
+        if "Class" in kind:
+            assert torch.allclose(ours.class_logits(found), theirs.logits, atol=1e-5)
+        else:
+            both = torch.stack([theirs.start_logits, theirs.end_logits], -1)
+            assert torch.allclose(ours.span_logits(found)[keep], both[keep], atol=1e-5)
+
+
+@real
+def test_the_real_bert_tiny_is_that_of_transformers():
+    import transformers
+    path = REAL / "models/bert-tiny-mlm"
+    net = transformers.AutoModelForMaskedLM.from_pretrained(path).eval()
+    ours, (ids, keep) = bert.load(path), batch("bert")
+    with torch.no_grad():
+        theirs, hidden = net(ids, attention_mask=keep.long(), output_hidden_states=True), ours(ids, keep)
+        assert torch.equal(hidden[-1][keep], theirs.hidden_states[-1][keep])
+        assert torch.equal(ours.mlm_logits(hidden[-1])[keep], theirs.logits[keep])
+
+
+def test_roberta_counts_positions_from_pad_plus_one(model):
+    table, seen = model.base.embeddings.position_embeddings, []
+    table.register_forward_hook(lambda _, args, out: seen.append(args[0].tolist()))
+    model(torch.tensor([[0, 7, 8, 2, 1, 1]]))  # <s> The cat </s> <pad> <pad>
+    assert seen == ([[[2, 3, 4, 5, 1, 1]]] if model.config.model_type == "roberta" else [[0, 1, 2, 3, 4, 5]])
+    with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+
+
+# ---------------------------------------------------------------- bert: checkpoint files
+
+
+def refused(call, *args, match=None):
+    with pytest.raises((ValueError, OSError), match=match) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, t in expected.items():
+        assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
+
+
+@pytest.fixture
+def checkpoint(request, world, tmp_path):
+    """A copy of a tiny folder: its path, its tensors and its config, to be changed and written again."""
+    family = getattr(request, "param", "bert")
+    tensors = bert.read_safetensors(world / family / "model.safetensors")
+    config = bert.read_json(world / family / "config.json")
+
+    def again(tensors=tensors, **values):
+        bert.write_safetensors(tmp_path / "model.safetensors", tensors)
+        values = {k: v for k, v in (config | values).items() if v != "gone"}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return bert.load(tmp_path)
+    return again, tensors
+
+
+@pytest.mark.parametrize("checkpoint", ["bert", "roberta"], indirect=True)
+def test_spellings_and_heads(checkpoint, capsys):
+    again, tensors = checkpoint
+    expected = again().state_dict()
+    family = next(iter(expected)).split(".")[0]
+    old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t
+           for name, t in tensors.items()}
+    bare = {name.removeprefix(f"{family}."): t for name, t in tensors.items() if name.startswith(family)}
+    gone = {"model_type": "gone", **({"pad_token_id": "gone"} if family == "roberta" else {})}
+    for prefix, names in (("", old), ("model.", tensors), ("module.", old)):
+        spelling = {f"{prefix}{name}": t for name, t in names.items()}
+        equal(again(spelling, **gone).state_dict(), expected)
+    equal(again(bare).state_dict(), {name: t for name, t in expected.items() if name.startswith(family)})
+    assert not again(bare).has("mlm") and again(bare).has("pooler")
+    no_pooler = {name: t for name, t in tensors.items() if "pooler" not in name}
+    assert again(no_pooler).has("mlm") and not again(no_pooler).has("pooler")
+    refused(lambda: again(bare, **gone), match="one family")
+    again(tensors | {f"{family}.embeddings.position_ids": torch.arange(9), "other.x": torch.ones(1)})
+    assert "not used: other.x\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("checkpoint", ["bert", "roberta"], indirect=True)
+def test_tied_and_own_decoders(checkpoint):
+    again, tensors = checkpoint
+    head = "cls.predictions" if "cls.predictions.bias" in tensors else "lm_head"
+    words = next(t for name, t in tensors.items() if "word_embeddings" in name)
+    x, bias = torch.randn(4, 32), tensors[f"{head}.bias"]
+    tied, both = again().mlm_logits(x), {f"{head}.decoder.weight": words, f"{head}.decoder.bias": bias}
+    assert torch.equal(again(tensors | both).mlm_logits(x), tied)
+    assert torch.equal(again(tensors | both, tie_word_embeddings=False).mlm_logits(x), tied)
+    for said in (True, False):  # a decoder that differs counts, whatever the config says
+        untied = again(tensors | both | {f"{head}.decoder.weight": words * 2}, tie_word_embeddings=said)
+        assert torch.allclose(untied.mlm_logits(x), 2 * tied - bias, atol=1e-5)
+        assert not untied.config.tie_word_embeddings
+    refused(lambda: again(tie_word_embeddings=False), match=f"missing: {head}.decoder.weight")
+
+
+def test_all_missing_and_misshaped_tensors_in_one_error(checkpoint):
+    again, tensors = checkpoint
+    lost = ["bert.encoder.layer.1.output.dense.bias", "cls.predictions.transform.dense.weight"]
+    odd = {"bert.pooler.dense.weight": torch.ones(2, 2), "bert.embeddings.LayerNorm.bias": torch.ones(3)}
+    message = refused(lambda: again({n: t for n, t in tensors.items() if n not in lost} | odd))
+    assert all(name in message for name in (*lost, *odd)) and "[2, 2] instead of [32, 32]" in message
+    assert message.count("missing:") == message.count("wrong shape:") == 1 and "model.safetensors" in message
+
+
+@pytest.mark.parametrize("values", [
+    *({"num_attention_heads": x} for x in (0, 5, "4", [4])), {"hidden_size": "gone"},
+    {"hidden_size": True}, {"num_hidden_layers": 10**6}, {"num_hidden_layers": 10**30}, {"vocab_size": 2.5},
+   {"layer_norm_eps": "x"}, {"layer_norm_eps": float("nan")}, {"hidden_dropout_prob": 2},
+    {"pad_token_id": 10**5},
+    {"pad_token_id": -1}, {"tie_word_embeddings": "no"}, {"tie_word_embeddings": 1}, {"model_type": "albert"},
+    {"model_type": ["bert"]}, {"model_type": "roberta"}, {"hidden_act": "relu"}, {"is_decoder": True},
+    {"position_embedding_type": "relative"}, {"type_vocab_size": 0}, {"intermediate_size": None}], ids=str)
+def test_config_errors(checkpoint, values):
+    name, = values
+    assert name in refused(lambda: checkpoint[0](**values), match="config.json|one family")
+
+
+def google_name(name):
+    weight, bias = ("gamma", "beta") if "Norm" in name else ("kernel", "bias")
+    name = name.replace(".layer.", ".layer_").replace("_embeddings.weight", "_embeddings")
+    name = name.replace("predictions.bias", "predictions.output_bias") if "cls" in name else name
+    return name.replace(".weight", f".{weight}").replace(".bias", f".{bias}").replace(".", "/")
+
+
+def test_paths_of_all_kinds(checkpoint, tmp_path, capsys):
+    from dev import fuzz
+    again, tensors = checkpoint
+    expected = again().state_dict()
+    config = (tmp_path / "config.json").read_text()
+
+    def folder(name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+        return tmp_path / name
+    torch.save({"state_dict": tensors, "epoch": 3}, folder("lightning") / "x.pt")
+    parts = list(tensors)[::2], list(tensors)[1::2]
+    shards = {name: f"{'ab'[i]}.{('bin', 'safetensors')[i]}" for i in (0, 1) for name in parts[i]}
+    torch.save({name: tensors[name] for name in parts[0]}, folder("sharded") / "a.bin")
+    bert.write_safetensors(tmp_path / "sharded/b.safetensors", {name: tensors[name] for name in parts[1]})
+    index = tmp_path / "sharded/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    google = {google_name(name): t.T.contiguous() if t.ndim == 2 and "_embeddings" not in name else t
+              for name, t in tensors.items()}
+    google |= {"bert/pooler/dense/bias/adam_m": torch.ones(32), "global_step": torch.tensor(7)}
+    fuzz.tensorflow(folder("tf") / "bert_model.ckpt", google, packed=True)
+    (tmp_path / "tf/config.json").rename(tmp_path / "tf/bert_config.json")
+    tf = [f"tf/bert_model.ckpt{suffix}" for suffix in ("", ".index", ".data-00000-of-00001")]
+    for path in ("model.safetensors", "", "lightning", "lightning/x.pt", "sharded", index, "tf", *tf):
+        equal(bert.load(tmp_path / path).state_dict(), expected)
+    index.write_text(json.dumps({"weight_map": shards | {"more": "b.safetensors"}}))
+    refused(bert.load, index, match="lack more")
+    for file in ("../a.bin", "/etc/passwd", "gone.bin", 3, None, "a.py"):
+        index.write_text(json.dumps({"weight_map": {"a": file}}))
+        refused(bert.load, index)
+    torch.save(tensors, tmp_path / "lightning/y.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "lightning/config.json").unlink()
+    for path, match in (("empty", "pytorch_model.bin"), ("none", "none"), ("lightning", "x.pt, y.pt"),
+                        ("lightning/x.pt", "no config.json"), ("config.json", "expected .safetensors")):
+        refused(bert.load, tmp_path / path, match=match)
+
+
+def test_save_is_whole_or_not_at_all(world, tmp_path):
+    import resource
+    model = bert.load(world / "bert")
+    bert.save(tmp_path / "a/b", model.config, model.state_dict(), "ForMaskedLM")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "a/b").iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # what a full disk does
+    try:
+        state = {name: t * 2 for name, t in model.state_dict().items()}
+        message = refused(bert.save, tmp_path / "a/b", model.config, state, "ForX", match="model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "a/b").iterdir()} == before and "large" in message
+    (tmp_path / "file").touch()
+    refused(bert.save, tmp_path / "file", model.config, {}, "ForMaskedLM", match="file")
+
+
+def varied():
+    return {f"{dtype}.{shape}": torch.randint(0, 2, shape).to(dtype) for dtype in bert.SAFETENSORS.values()
+            for shape in ((), (0,), (3, 0, 2), (5,), (3, 7))}
+
+
+def test_safetensors_both_ways_with_the_library(tmp_path):
+    from safetensors.torch import load_file, save_file
+    tensors = varied()
+    bert.write_safetensors(tmp_path / "a", tensors)
+    save_file(tensors, tmp_path / "b")
+    for path in (tmp_path / "a", tmp_path / "b"):
+        equal(load_file(path), tensors)
+        equal(bert.read_safetensors(path), tensors)
+    loaded, before = bert.read_safetensors(tmp_path / "b"), (tmp_path / "b").read_bytes()
+    loaded["torch.float32.(3, 7)"] += 1  # copy on write
+    assert (tmp_path / "b").read_bytes() == before
+    odd = {"t": torch.arange(6.).view(2, 3).T, "p": nn.Parameter(torch.ones(2))}
+    bert.write_safetensors(tmp_path / "c", odd)
+    equal(load_file(tmp_path / "c"), odd)
+
+
+E = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("header", [
+    b"", b"[]", b"{", b"\xff", b"[" * 10**5, b'{"a":' * 10**5, b'{"a":1,"a":2}', {"a": 1}, {"a": {}},
+    {"a": E, "b": E},
+    b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,1e999]}}', *({"a": E | change} for change in (
+        *({"data_offsets": x} for x in ([1, 9], [8, 0], [0, -1], [0, 8, 9], "ab", [0, 2**80])),
+        {"dtype": "F99"}, {"dtype": ["F32"]}, {"data_offsets": [0, 4], "shape": [1]},
+        {"shape": [2**70, 0], "data_offsets": [0, 0]},
+        *({"shape": x} for x in ([3], [-1, -2], [2.0], "2", None, {"2": 1}, [1] * 10**5))))],
+    ids=lambda header: str(header)[:40])
+def test_safetensors_hostile(tmp_path, header):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    for n in (len(header), 10**9, 2**64 - 1):
+        (tmp_path / "x.st").write_bytes(n.to_bytes(8, "little") + header + b"12345678")
+        assert len(refused(bert.read_safetensors, tmp_path / "x.st", match="x.st")) < 700
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("EVIL",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles(tmp_path, zipped, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, tensors = tmp_path / "m.bin", varied()
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    equal(bert.state_dict(bert.read_pickle(path), path), tensors)
+    whole = path.read_bytes()
+    for cut in (0, 1, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        refused(bert.read_pickle, path, match="m.bin: not a readable PyTorch file")
+    for value in (Evil(), {"a": Evil()}, bytearray(5), {"a": torch.Tensor}, {"a": np.float64(1)}):
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        refused(bert.read_pickle, path, match="m.bin: not a readable PyTorch file")
+    assert not Path("EVIL").exists()
+    for value in ({}, [], {"a": 1}, {1: torch.ones(1)}, {"a": torch.ones(1).expand(10**6)},
+                  {"a": torch.ones(2, 2).to_sparse()}):
+        refused(bert.state_dict, value, path)
+    torch.save({"a": torch.arange(1000.)}, path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(np.arange(500, 510, dtype="<f4").tobytes())] ^= 1
+    path.write_bytes(whole)
+    refused(bert.read_pickle, path, match="checksum")
+
+
+def test_crc_and_snappy():
+    assert bert.masked_crc32c(b"123456789") == 0xC78AB0E5
+    assert bert.snappy(b"\x05\x04ab\x0a\x02\0") == bert.snappy(b"\x05\x04ab\x0b\x02\0\0\0") == b"ababa"
+    assert bert.snappy(b"\x06\x04ab\x01\x02") == b"ababab" and bert.snappy(b"\x02\xf0\x01ab") == b"ab"
+    for broken in (b"", b"\x80", b"\x05", b"\x05\x04ab", b"\x05\x04a", b"\x05\x04ab\x0a\x03\0",
+                   b"\x05\x04ab\x0a\0\0", b"\x03\x04ab\x0a\x02\0", b"\xff\xff\xff\xff\x0f\0a", b"\xff" * 20):
+        with pytest.raises(ValueError):
+            bert.snappy(broken)
+
+
+# index and data of a checkpoint that TensorFlow 2.21 wrote: zlib, base85
+GOOGLE = """
+c-rmQe{2(F7zgmTUAtaOS+6&{VOQ))CRQA~k<bL<T>FP88e$d$(HKm*u5W*2*B`rH#TjExA!JiDixMG(U~xtlA~L}kqG%dJ$Pi=Dh%6$cQG-Mc
+5@O6iV*I`vj;t%(AN$YJ<kO~o-uJ!tdEV#Rq=eLSCa;+@kvm*bs%jEVM`<jU$|UmA8o8gUk7m`h6s4NXnFNbq=D2_uY`oy#?zOrTaymWzu_z*N
+`gpRJZ*0nC^C>Nr%|xy*hG85VHaRpL(9J<dyM7PvY0|R2G!xPKb9DA-^W^A~IS>w>R6L7#SM$cK8k;?ipB$&x1$0Yr{ju?h`gS4HlZ{bTQdkO+
+4oTKDnqga#vIQ+y&~A{MsN0am)ua1{JFLRY^olHUpoQDD*dfGdCQqekO3qJ*ODue(FMO=6zPXpG8LG_4xNKu7uUL7e(LZ0vQzb6-(*Bt%l<iny
+-ToJr2CA;0JJ<??`!0Xb>Ja)0RIQk<J2Blgc;)z#s?&>3HhpB%(h#OUEh~kJ{TCZB{mHw2J5_ypsew&DczOFC(k4vxNkxTI8I7uG8cWF<m1Y%)
+7fU=&aoe*8|EQK8FY0b~c<WN-<sOe<a7G?%b<3UB*B8$^BNiF{^x;uo^)q7OcjJk!MHO3^>YuWQZ6Q9a4OrbmE}K=5U6obJw_}w}?dF~)n;^+C
+IUPw~-<lV(SC*VxCR9HJFRNl~$iJDi2t7((%Bd(=59`bPwZ@FhC|c2nqMeOAxSL-fXsVpa$5}OQP?xd~7jGFVpKPtHi@p$%RV$nC_ExP+k%d=3
+_Q)!+`q?jJyLRp@d~NZecl#nLRpiM%CsVm9+ct|Oe}D_Fed?#JK3mg9no1<KnRoP<A8AEhVIP^-kWjKwS&8H|n&a#O5eG!f{p8e}Zi2@$Ga=7g
+2&rRl2D|T#vsV*)DqY$$N=$W0ve!QSSs?Mtnf-R|u-!!rACLd7zua1Q==9V({XRT(5)uX-ico@b=gni}{+q{m5TOIY&<z_P2RaPE5bS^=jKC-y
+f)b3u2^fbmoQI1r!LHjyhy^%s0uQ&r0`P$dtq_1V=z!(00y-fK55Q_z1KqF|o`ChR0b-B@1#+OlGw>Yf@M728bFbC9ZH6r{058E-col}=HP{Ak
+zz*06yI?mI;VpO@-hmO=3-7`EFbW6YL-+^|!N+hIK7$f`4oBc9jKLT1C42=Z;2ZcBzJqc29)5tcP=+7jXE+Dv;aB(_F2F^&1b@O`FacNKD*OW^
+gxeL&P!}>jd!xQE>X};aC!^eJ{XR3wz1F{fjB>B_@8!AXe(U$_|Mh!j0V~vl4LGoa1LlDf=0gLxLdIur)E7oQbE}_ftDksqg8+>o<FhyFi(2oQ
+x#n&(*Jxd%Yu5Vx`(N&J%inhGe}R7i!@(ir"""
+
+
+def test_tensorflow_wrote_this(tmp_path):
+    """Sorted by name, tensor i holds ((0, 1, 2, .. mod 251) + i) / 256; one slot; global_step = 7."""
+    files = zlib.decompress(base64.b85decode("".join(GOOGLE.split())))
+    (tmp_path / "c.index").write_bytes(files[:1280])
+    (tmp_path / "c.data-00000-of-00001").write_bytes(files[1280:])
+    tensors = bert.read_tensorflow(tmp_path / "c")
+    assert tensors["global_step"] == 7 and len(tensors) == 32
+    for i, name in enumerate(sorted(tensors.keys() - {"global_step"})):
+        expected = torch.from_numpy((np.arange(tensors[name].numel()) % 251 + i) / 256).float()
+        assert torch.equal(tensors[name].flatten(), expected)
+    config = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 16, "max_position_embeddings": 8}
+    (tmp_path / "bert_config.json").write_text(json.dumps(config))
+    query = bert.load(tmp_path).base.encoder["layer"][0].attention["self"]["query"].weight
+    assert torch.equal(query, tensors["bert/encoder/layer_0/attention/self/query/kernel"].T)
+
+
+@pytest.mark.parametrize("match, edit", [
+    ("big-endian", {"header": b"\x08\x01\x10\x01"}), ("dtype 77", {"dtype": 77}), ("dtype 7 ", {"dtype": 7}),
+    ("partitioned", {"more": b"\x3a\x00"}), ("checksum", {"crc": 1}), ("shape", {"shape": (2, 4)}),
+    ("shape", {"shape": (2**63, 2**63 + 5)}), ("ends at", {"offset": 2**63}), ("ends at", {"size": 2**62}),
+    ("00001-of-00002", {"header": b"\x08\x02", "more": b"\x18\x01"})], ids=str)
+def test_tensorflow_hostile(tmp_path, match, edit):
+    from dev import fuzz
+    fuzz.tensorflow(tmp_path / "c", {"bert/a": torch.ones(2, 3), "bert/b": torch.tensor(3)}, **edit)
+    refused(bert.read_tensorflow, tmp_path / "c", match=match)
+
+
+def test_tensorflow_index_hostile(tmp_path):
+    from dev import fuzz
+    body = fuzz.tensorflow(tmp_path / "c", {"bert/a": torch.ones(2, 3)})
+    data_file = tmp_path / "c.data-00000-of-00001"
+    data_file.write_bytes(data_file.read_bytes()[:-1])
+    refused(bert.read_tensorflow, tmp_path / "c", match="c.data-00000-of-00001.*bert/a.*ends at .*24 of 23")
+    bomb = fuzz.varint(2 << 20) + b"\0\0" + b"\xfe\1\0" * ((2 << 20) // 64 - 1) + b"\xfa\1\0"
+    many = [(fuzz.entries([(b"%02d-%06d" % (j, i), b"") for i in range(9_000)]), 0) for j in range(3)]
+    for index, match in ((b"", "magic"), (b"x" * 99, "magic"), (fuzz.table([(body, 0)], "00" * 8), "magic"),
+                         (fuzz.table([(body, 2)]), "type 2"), (b"x" + fuzz.table([(body, 0)])[1:], "check"),
+                         (fuzz.table([(bomb, 1)] * 20), ""), (fuzz.table(many), "many"), (fuzz.table([]), ""),
+                         (fuzz.table([(fuzz.entries([(b"b", b""), (b"a", b"")]), 0)]), "order"),
+                         (b"\0" * (5 << 20), "2,097,152")):
+        (tmp_path / "c.index").write_bytes(index)
+        refused(bert.read_tensorflow, tmp_path / "c", match=f"c.index.*{match}")
+
+
+@real
+def test_the_real_tensorflow_and_fairseq_files_are_those_of_transformers(capsys):
+    import transformers
+    for path, kind in (("tf/tf_keras_bert_test_checkpoint", "Bert"), ("models/sapiens-fairseq", "Roberta")):
+        model = bert.load(REAL / path)
+        assert model.config.num_attention_heads == {"Bert": 4, "Roberta": 8}[kind]
+        config = getattr(transformers, f"{kind}Config")(**vars(model.config))
+        net = getattr(transformers, f"{kind}ForMaskedLM")(config).eval()
+        lost = net.load_state_dict(model.state_dict(), strict=False).missing_keys
+        assert all("decoder" in name for name in lost)
+        net.tie_weights()
+        ids = torch.randint(4, config.vocab_size, (2, 9))
+        assert torch.allclose(model.mlm_logits(model(ids)[-1]), net(ids).logits, atol=1e-5)
+    assert "not used: cls.seq_relationship.bias" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("fused, side, norm", [
+    (True, "decoder", "emb_layer_norm"), (False, "decoder", "emb_layer_norm"),
+    (False, "encoder", "layernorm_embedding")])
+def test_fairseq(world, tmp_path, fused, side, norm, zipped):
+    expected = {n: t for n, t in bert.load(world / "roberta").state_dict().items() if "pooler" not in n}
+    expected["roberta.embeddings.token_type_embeddings.weight"].zero_()
+    state, back = {}, {new: old for old, new in bert.FAIRSEQ.items()} | {"embeddings.LayerNorm": norm}
+    for name, t in expected.items():
+        named = re.fullmatch(r"(?:roberta\.)?(?:encoder\.layer\.(\d+)\.)?(.+)\.(\w+)", name)
+        layer, part, kind = named.groups()
+        at = f"{side}.sentence_encoder." + (f"layers.{layer}." if layer else "")
+        if name.startswith("lm_head"):
+            state[f"{side}.{name}"] = t
+        elif fused and part == "attention.self.query":
+            three = [expected[name.replace("query", x)] for x in ("query", "key", "value")]
+            state[f"{at}self_attn.in_proj_{kind}"] = torch.cat(three)
+        elif "token_type" not in name and not (fused and "attention.self" in part):
+            state[f"{at}{back[part]}.{kind}"] = t
+    state |= {f"{side}.lm_head.weight": expected["roberta.embeddings.word_embeddings.weight"],
+              f"{side}.sentence_encoder.version": torch.ones(1), "classification_heads.x.bias": torch.ones(1)}
+    args = argparse.Namespace(encoder_attention_heads=4, activation_fn="gelu", encoder_layers=2)
+
+    def again(**changes):
+        said = argparse.Namespace(**{k: v for k, v in (vars(args) | changes).items() if v != "gone"})
+        content = {"args": said, "model": state}
+        torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+        return bert.load(tmp_path)
+    equal(again(encoder_layers="gone").state_dict(), expected)
+    heads = "encoder_attention_heads"
+    for name, value in ((heads, "gone"), (heads, "4"), (heads, [4]), ("activation_fn", "relu"),
+                        ("encoder_layers", 9.5), ("encoder_layers", 9)):
+        refused(lambda name=name, value=value: again(**{name: value}), match="model.pt")
+    state[f"{side}.sentence_encoder.layer_norm.weight"] = torch.ones(8)
+    refused(again, match="layer_norm")
+
+
+def test_fuzz():
+    done = subprocess.run([sys.executable, ROOT / "dev/fuzz.py", "--n", "60"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("refused") == 13
+
+
+# ---------------------------------------------------------------- data: downloads from a server on loopback
+
+BODY = bytes(range(256)) * 2000  # 512,000 bytes
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+def reply(code=200, body=b"", drop=False, **headers):
+    def act(h):
+        h.send_response(code)
+        for key, value in ({"Content_Length": len(body)} | headers).items():
+            if value is not None:
+                h.send_header(key.replace("_", "-"), str(value))
+        h.end_headers()
+        h.wfile.write(body)
+        h.close_connection = drop
+    return act
+
+
+def serve(body=BODY, upto=None):
+    """An honest server with Range; with upto the connection drops after that many bytes of the file."""
+    def act(h):
+        at = int(re.sub("[^0-9]", "", h.headers.get("Range", "")) or 0)
+        spread = {"Content_Range": f"bytes {at}-{len(body) - 1}/{len(body)}"} if at else {}
+        reply(206 if at else 200, body[at:upto], upto is not None, Content_Length=len(body) - at, **spread)(h)
+    return act
+
+
+def stall(h):
+    reply(200, BODY[:1000], Content_Length=len(BODY))(h)
+    time.sleep(1)
+    h.close_connection = True
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """routes: path -> what answers, or a list: one for each request, and the last for all that follow."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version, routes, seen = "HTTP/1.1", {}, []
+
+        def do_GET(self):
+            self.seen.append((self.path, self.headers))
+            act = self.routes.get(self.path, reply(404))
+            act = act if isinstance(act, list) else [act]
+            (act.pop(0) if act[1:] else act[0])(self)
+
+        def log_message(self, *_):
+            pass
+
+    for name in [n for n in os.environ if re.search("(?i)^HF_|_OFFLINE|proxy", n)]:
+        monkeypatch.delenv(name)
+    for name, value in {"TAMT_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "hf"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(data, "PAUSES", (0.01, 0.01, 0))
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.handle_error = lambda *_: None  # clients hang up
+    threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{http_server.server_address[1]}"
+    yield Handler
+    http_server.shutdown()
+    http_server.server_close()
+
+
+def left(folder):
+    return sorted(p.name for p in Path(folder).iterdir() if p.name != ".lock")
+
+
+@pytest.mark.parametrize("answers", [
+    [serve()], [reply(206, BODY, Content_Range="bytes 0-511999/512000")],
+    [serve(upto=100_000), serve(upto=300_000), serve()],  # drops, continued
+    [reply(503), reply(408), serve()], [reply(429), serve()],
+    [serve(upto=100_000), reply(200, BODY)],  # 200 instead of 206
+    [serve(upto=100_000), reply(416), serve()],
+    [serve(upto=100_000), reply(206, BODY, Content_Range="bytes 0-511999/512000"), serve()],  # another piece
+    [serve(upto=100_000), reply(206, BODY[100_000:]), serve()],  # which piece?
+    [serve(b"x" * 512_000, upto=100_000), serve(), serve()],  # the first was wrong
+    [reply(200, BODY[:70_000], True, Content_Length=None), serve()]])
+def test_a_download_recovers(server, tmp_path, answers):
+    server.routes["/f"], tries = list(answers), len(answers)
+    path = tmp_path / "new" / "f"
+    assert data.fetch([server.url + "/f"], path, len(BODY), SHA) == path and path.read_bytes() == BODY
+    assert left(path.parent) == ["f"] and len(server.seen) == tries and data.fetch(["-"], path) == path
+    sent = server.seen[0][1]
+    assert sent["User-Agent"].startswith("tamt/") and sent["Accept-Encoding"] == "identity"
+    with pytest.raises(ValueError, match="512000 bytes, expected 5: delete it, or put the file at"):
+        data.fetch([], path, 5)
+
+
+WRONG = {"404": reply(404), "403": reply(403), "503": reply(503), "has hash": reply(200, BODY[::-1]),
+         "offers 511999": reply(200, BODY[1:]), "offers 512001": reply(200, BODY + b"x"),
+         "more than 512000": reply(200, BODY * 3, True, Content_Length=None),
+         "sends gzip": reply(200, gzip.compress(BODY), Content_Encoding="gzip"),
+         "many": reply(200, BODY, True, Content_Length="many"),
+         "breaks off|range": reply(200, gzip.compress(BODY), True, Content_Length=None),
+         "broken|IncompleteRead|range": serve(upto=99), "imed out|range": stall,
+         "offers 7 bytes": reply(200, b"<html/>", Content_Type="text/html"),
+         "redirects": reply(302, Location="/f"), "adapters": reply(302, Location="file:///etc/passwd"),
+         "Connection|BadStatus": lambda h: h.wfile.write(b"SSH\r\n")}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_nothing_wrong_stays_in_the_cache(server, tmp_path, words, monkeypatch):
+    server.routes |= {"/f": WRONG[words], "/good": serve()}
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.15")
+    path, urls = tmp_path / "f", [server.url + "/f", "http://127.0.0.1:9/g"]
+    with pytest.raises(OSError) as caught:
+        data.fetch(urls, path, len(BODY), SHA)
+    message = str(caught.value)
+    assert "\n" not in message and not path.exists() and re.search(words, message)
+    assert all(f"{url}: " in message for url in urls) and f"put the file at {path} by hand" in message
+    assert data.fetch([urls[0], server.url + "/good"], path, len(BODY), SHA).read_bytes() == BODY
+    assert left(tmp_path) == ["f"]
+
+
+def test_without_a_hash_no_page_no_flood_and_nothing_pieced_together(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST", 600_000)
+    page, flood = reply(200, b"<>", Content_Type="text/html"), reply(200, BODY * 9, True, Content_Length=None)
+    for act in (page, flood):
+        server.routes["/f"] = act
+        with pytest.raises(OSError, match="put the file at"):
+            data.fetch([server.url + "/f"], tmp_path / "f")
+        assert left(tmp_path) == []
+    (tmp_path / "f.part").write_bytes(b"of another file")
+    server.routes["/f"] = serve()
+    assert data.fetch([server.url + "/f"], tmp_path / "f", len(BODY)).read_bytes() == BODY
+
+
+def python(code, **kind):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data\n{code}"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, **kind)
+
+
+def test_two_processes_fetch_once_and_another_continues(server, tmp_path):
+    def slow(h):
+        time.sleep(0.5)
+        serve()(h)
+    server.routes["/f"] = slow
+    (tmp_path / "f.part").write_bytes(BODY[:70_000])  # of a run that was killed
+    runs = [python(f"data.fetch(['{server.url}/f'], '{tmp_path}/f', 512000, '{SHA}')") for _ in range(2)]
+    assert [run.communicate(timeout=60)[0] for run in runs] == ["", ""] and left(tmp_path) == ["f"]
+    assert [headers["Range"] for _, headers in server.seen] == ["bytes=70000-"]
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_hub_announced_hash_token_cache_and_offline(server, tmp_path, monkeypatch):
+    elsewhere = server.url.replace("127.0.0.1", "localhost")
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
+    first = reply(302, Location=f"{elsewhere}/cdn", X_Linked_Etag=f'W/"{SHA}"')
+    server.routes |= {"/a/b/resolve/main/x": first, "/cdn": [serve(), reply(200, BODY[::-1])]}
+    folder, unpinned = data.hub("a/b", {"x": data.UNPINNED}), {"x": data.UNPINNED}
+    assert folder == tmp_path / "cache" / "models" / "a--b@main" and (folder / "x").read_bytes() == BODY
+    assert [headers["Authorization"] for _, headers in server.seen] == ["Bearer hf_secret", None]
+    (folder / "x").unlink()
+    with pytest.raises(OSError, match=f"has hash .* expected {SHA}"):
+        data.hub("a/b", unpinned)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="OFFLINE is set.*put the file at .*/models/a--b@main/x by hand"):
+        data.hub("a/b", unpinned)
+    theirs = tmp_path / "hf" / "hub" / "models--a--b"
+    for name, text in {"refs/main": "abc", "snapshots/abc/x": "theirs"}.items():
+        (theirs / name).parent.mkdir(parents=True)
+        (theirs / name).write_text(text)
+    assert data.hub("a/b", unpinned) == theirs / "snapshots" / "abc" and left(folder) == []
+
+
+def test_models_and_corpora_by_name_or_archive(server, tmp_path, monkeypatch):
+    text = zipped(tmp_path / "t", [("top/wiki.train.raw", b"t"), ("top/wiki.valid.raw", b"v")]).read_bytes()
+    made = zipped(tmp_path / "m.zip", [("a.json", b"{}"), ("bert_model.ckpt.index", b""), ("x/._a.bin", b"")])
+    server.routes |= {"/2020_02_20/uncased_L-2_H-128_A-2.zip": serve(made.read_bytes()), "/t": serve(text)}
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setattr(data, "GOOGLE", server.url)
+    mirrors = [server.url + "/no", server.url + "/t"]
+    monkeypatch.setitem(data.CORPORA, "wikitext-2", (mirrors, len(text), None))
+    assert left(data.model_path("bert-tiny")) == ["a.json", "bert_model.ckpt.index", "x"]
+    assert data.model_path(made).parent.name == "unpacked"
+    assert left(data.corpus_folder("wikitext-2")) == ["wiki.train.raw", "wiki.valid.raw"]
+    with pytest.raises(OSError, match="(?s)404.*404"):
+        data.model_path("bert-mini")
+    with pytest.raises(ValueError, match="unknown model 'bert-bas': neither a path nor one of bert-base, "):
+        data.model_path("bert-bas")
+    archive = tarred(tmp_path / "r.tar.gz", [("r/model.pt", b""), ("r/dict.txt", b"")])
+    assert data.model_path(archive).name == "r" and len(data.MODELS) == 8
+
+
+# ---------------------------------------------------------------- data: archives and atomic writes
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, content in members:
+            z.writestr(name, content)
+    return path
+
+
+def tarred(path, members):
+    with tarfile.open(path, "w:gz") as t:
+        for name, content, *kind in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(content), kind[0] if kind else b"0", "/etc/passwd"
+            t.addfile(info, io.BytesIO(content))
+    return path
+
+
+def changed(path, old, new, tar=False):
+    content = gzip.decompress(path.read_bytes()) if tar else path.read_bytes()
+    assert old in content
+    content = content.replace(old, new)
+    path.write_bytes(gzip.compress(content) if tar else content)
+
+
+HOSTILE = {
+    f"{make.__name__} {name}": (lambda p, make=make, n=name: make(p, [("ok", b""), (n, b"x")]), "leads out")
+    for name in ("../evil", "a/../../evil", "/tmp/evil", "..\\evil", "C:\\evil", "\\\\host\\share\\evil")
+    for make in (zipped, tarred)} | {
+    f"tar type {kind}": (lambda p, kind=kind: tarred(p, [("l", b"", kind)]), "member 'l' is a link")
+    for kind in (b"1", b"2", b"3", b"6", b"S", b"L")} | {
+    "zip twice": (lambda p: zipped(p, [("a", b"x"), ("./a", b"y")]), "exists"),
+    "tar twice": (lambda p: tarred(p, [("a", b"x"), ("a", b"y")]), "exists"),
+    "zip file and folder": (lambda p: zipped(p, [("a", b"x"), ("a/b", b"y")]), "a"),
+    "zip bomb": (lambda p: zipped(p, [("zeros", bytes(30_000_000))]), "'zeros' goes beyond the [0-9]{7}"),
+    "tar bomb": (lambda p: tarred(p, [("zeros", bytes(30_000_000))]), "goes beyond"),
+    "zip says less": (lambda p: changed(zipped(p, [("a", b"x" * 1000)]), b"\xe8\3\0\0", b"\n\0\0\0"), "CRC"),
+    "zip says 4 GB": (lambda p: changed(zipped(p, [("a", b"x" * 1000)]), b"\xe8\3\0\0", b"\xf0\xff\xff\xff"),
+                      "goes beyond"),
+    "zip many": (lambda p: zipped(p, [(str(i), b"") for i in range(21)]), "'20' is one of more than 20"),
+    "tar many": (lambda p: tarred(p, [(str(i), b"", b"x") for i in range(21)]), "more than 20"),
+    "zip cut": (lambda p: p.write_bytes(zipped(p, [("a", b"x" * 99)]).read_bytes()[:-30]), "zip"),
+    "tar cut": (lambda p: p.write_bytes(tarred(p, [("a", os.urandom(999))]).read_bytes()[:-200]), "ended"),
+    "tar checksum": (lambda p: p.write_bytes(tarred(p, [("a", b"x")]).read_bytes()[:-8] + bytes(8)), "CRC"),
+    "tar header": (lambda p: changed(tarred(p, [("a", b""), ("b", b"")]), b"b\0", b"c\0", True), "damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "zip"), "no archive": (lambda p: p.write_bytes(b"hello"), "zip"),
+    "gzip of text": (lambda p: p.write_bytes(gzip.compress(b"hello " * 999)), "damaged|invalid|decode")}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_archives(tmp_path, case, monkeypatch):
+    monkeypatch.setattr(data, "MEMBERS", 20)
+    HOSTILE[case][0](tmp_path / "archive")
+    (tmp_path / "home").mkdir()
+    before, began = sorted(tmp_path.rglob("*")), time.time()
+    with pytest.raises((ValueError, OSError)) as caught:
+        data.unpack(tmp_path / "archive", tmp_path / "home" / "out")
+    assert f"{tmp_path}/archive" in str(caught.value) and "\n" not in str(caught.value)
+    assert re.search(HOSTILE[case][1], str(caught.value)) and sorted(tmp_path.rglob("*")) == before
+    assert time.time() - began < 5
+
+
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_archives_unpack_and_mutated_ones_do_or_say_so(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(data.os, "fsync", lambda _: None)
+    good = {"top/a.txt": b"hello " * 50, "top/sub/b.bin": os.urandom(2000)}
+    rng, failures = random.Random(1), 0
+    original, out = make(tmp_path / "x", good.items()).read_bytes(), tmp_path / "out"
+    for trial in range(150):
+        content = bytearray(original)
+        if trial > 1:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        if trial > 100:
+            del content[rng.randrange(len(content)):]
+        (tmp_path / "x").write_bytes(content)
+        try:
+            data.unpack(tmp_path / "x", out, ("",) if trial else (".txt",))
+            found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+            assert trial > 1 or found == (good if trial else {"top/a.txt": good["top/a.txt"]})
+            assert all(content in good.values() for content in found.values())
+        except (ValueError, OSError) as error:
+            failures += 1
+            assert trial > 1 and "\n" not in str(error) and str(tmp_path / "x") in str(error)
+        data.shutil.rmtree(out, ignore_errors=True)
+        assert left(tmp_path) == ["x"]
+    assert failures > 50
+
+
+def test_replacing_keeps_the_old_file_on_a_full_disk_and_in_a_vanished_folder(tmp_path):
+    (tmp_path / "x").write_text("old")
+    out = python("""
+import resource, numpy as np, torch
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+big = torch.zeros(10**6)
+for write in [lambda p: torch.save(big, p), lambda p: p.write_bytes(bytes(10**6)), lambda p: None]:
+    try:
+        with data.replacing('x') as part:
+            write(part)
+    except OSError as error:
+        print(error)
+try:
+    for _ in range(200):
+        data.append_line('log', {'a': 'x' * 985})
+except OSError as error:
+    print(error)""", cwd=tmp_path).communicate(timeout=60)[0].splitlines()
+    assert [line[:16] for line in out] == ["cannot write x: "] * 3 + ["cannot write log"]
+    assert {len(x) for x in (tmp_path / "log").read_text().split("\n")} == {0, 994}
+    assert (tmp_path / "x").read_text() == "old" and left(tmp_path) == ["log", "x"]
+    with pytest.raises(OSError, match="cannot write .*gone/x: "), data.replacing(tmp_path / "gone/x") as part:
+        torch.save({}, part)
+    with pytest.raises(KeyboardInterrupt), data.replacing(tmp_path / "x") as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    with data.replacing(tmp_path / "x") as part:
+        part.write_text("new")
+    assert (tmp_path / "x").read_text() == "new" and left(tmp_path) == ["log", "x"]
+
+
+def test_eight_processes_append_to_one_file(tmp_path):
+    code = "for i in range(40): data.append_line('r.jsonl', {'who': %d, 'i': i, 'text': 'x' * 5000})"
+    runs = [python(code % who, cwd=tmp_path) for who in range(8)]
+    assert [run.communicate(timeout=120)[0] for run in runs] == [""] * 8
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    found = sorted((line["who"], line["i"]) for line in lines)
+    assert found == [(who, i) for who in range(8) for i in range(40)]
+
+
+# ---------------------------------------------------------------- data: tokenizers, rows of text, corruption
+
+NASTY = ["the", "a cat", "Don't", "x1,y", "é", "e\u0301", "İ", "ß", "Σ", "中文", "😀", "👩‍👧",
+         "w" * 150, "...", "##", "ﬁ", "½", " ", "  ", "\n", "\n\n", "\t", "\r\n",
+         *"\0\x0b\x1c\x1f\x7f\x85\xa0\u180e\u2003\u200b\u2028\u2029\u3000\ufeff\ufffd",
+         "[MASK]", "[SEP]", "<mask>", "</s>", "<s>", "<"]
+
+
+def nasty(rng):
+    return "".join(rng.choice(NASTY) if rng.random() < 0.7 else " " for _ in range(rng.randint(1, 40)))
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def tokens(request, world):
+    """The folder of the real vocabulary where it is at hand, else of a tiny one."""
+    folder = REAL / "tokenizers" / f"{request.param}-base{'-uncased' * (request.param == 'bert')}"
+    return folder if folder.is_dir() else world / request.param
+
+
+def test_ids_are_those_of_transformers_and_the_memo_changes_none(tokens, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocab, rng = data.vocabulary(tokens), random.Random(0)
+    kind = getattr(transformers, ["Roberta", "Bert"]["[SEP]" in vocab.tokenizer.get_vocab()] + "Tokenizer")
+    theirs = kind.from_pretrained(tokens)
+    assert vocab.specials == [theirs.convert_tokens_to_ids(name) for name in (
+        theirs.pad_token, theirs.unk_token, theirs.cls_token, theirs.sep_token, theirs.mask_token)]
+    for _ in range(400):
+        text = nasty(rng)
+        cut = re.search(r"(?s).{9,}\S(?=[ \n])", text)
+        chunks = [text[:cut.end()], text[cut.end():]] if cut else [text]
+        ids = np.concatenate([*data.encode_text(chunks, vocab)]).tolist()
+        assert ids == vocab.tokenizer.encode(text).ids == theirs.encode(text, add_special_tokens=False), text
+    data.save_vocabulary(vocab, tmp_path, 512)
+    assert data.vocabulary(tmp_path).tokenizer.get_vocab() == vocab.tokenizer.get_vocab()
+
+
+@real
+def test_fairseq_files_give_robertas_ids(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path))
+    source = REAL / "tokenizers" / "roberta-base"
+    (tmp_path / "gpt2_bpe").mkdir()
+    (tmp_path / "dict.txt").write_bytes((source / "dict.txt").read_bytes())
+    for name in data.GPT2_BPE:
+        (tmp_path / "gpt2_bpe" / name).symlink_to(source / f"fairseq_{name}")
+    vocab = data.vocabulary(tmp_path / "model.pt")
+    assert vocab.tokenizer.get_vocab() == data.read_json(source / "vocab.json") and not vocab.by_line
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"vocab.txt": "[PAD]\na\na\n"}, "vocab.txt: token 'a', number 1 .*twice"),
+    ({"vocab.txt": "[PAD]\n\na\n"}, "is empty"), ({"vocab.txt": b"\xff"}, "vocab.txt: byte 0 is no UTF-8"),
+    ({"vocab.txt": "[PAD]\na\n"}, r"no \[UNK\] among 2"), ({"dict.txt": "L 1\nL 2\n"}, "'L'.*twice"),
+    ({"vocab.json": '{"a": 0, "b": 2}', "merges.txt": ""}, "ids are not 0 .. 1"),
+    ({"vocab.json": '{"a": "x"}', "merges.txt": ""}, "ids are not"),
+    ({"vocab.json": "[" * 10**5, "merges.txt": ""}, "JSON"),
+    ({"vocab.json": '{"a": 0}', "merges.txt": "a q\n"}, "merges.txt: "), ({}, "no vocab.txt")])
+def test_damaged_vocabularies(tmp_path, files, words):
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        data.vocabulary(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, settings, cat", [
+    ("bert", None, "cat"), ("bert-cased", None, "[UNK]"), ("uncased", None, "cat"), ("x", False, "[UNK]"),
+    ("cased", True, "cat")])
+def test_lower_casing(tmp_path, name, settings, cat):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "vocab.txt").write_text("\n".join([*data.WORDPIECE_SPECIALS, "cat"]))
+    if settings is not None:
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": settings}))
+    assert data.vocabulary(tmp_path / name).tokenizer.encode("CAT").tokens == [cat]
+
+
+def test_rows_of_a_corpus(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    vocab, lines = data.vocabulary(world / "bert"), (world / "text.txt").read_text().splitlines(True)
+    rows = {part: data.corpus(world / "text.txt", vocab, 18, part) for part in ("train", "dev")}
+    for part, text in {"train": lines[:855], "dev": lines[855:]}.items():  # the last 5 % of 900 lines
+        ids = vocab.tokenizer.encode("".join(text)).ids
+        ids = [[vocab.cls, *ids[i:i + 16], vocab.sep] for i in range(0, len(ids) - 15, 16)]
+        assert rows[part].tolist() == ids
+        (tmp_path / f"wiki.{'valid' if part == 'dev' else part}.tokens").write_text("".join(text))
+        assert rows[part].dtype == np.uint16 and data.corpus(tmp_path, vocab, 18, part).tolist() == ids
+    assert len(left(tmp_path / "cache" / "blocks")) == 2  # the folder holds the same text
+    code = f"print(data.corpus('{world}/text.txt', data.vocabulary('{world}/bert'), 20, 'train').sum())"
+    runs = [python(code), python(code)]  # at once
+    assert len({run.communicate(timeout=60)[0] for run in runs}) == 1
+    assert len(left(tmp_path / "cache/blocks")) == 3
+    (tmp_path / "dict.txt").write_text("L 9\nA 8\n")
+    (tmp_path / "vl.txt").write_text("LLAX\n" * 19 + "\nALLLLL")
+    symbols = data.vocabulary(tmp_path)
+    assert data.corpus(tmp_path / "vl.txt", symbols, 6, "train").tolist() == [[0, 4, 4, 5, 3, 2]] * 19
+    assert data.corpus(tmp_path / "vl.txt", symbols, 6, "dev").tolist() == [[0, 5, 4, 4, 4, 2]]
+    assert not capsys.readouterr().err
+    assert b"".join(data.progress([b"x" * 10**6] * 2, "f", 0, 2 * 10**6)) == b"x" * 2 * 10**6
+    assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "no such file or folder; known: wiki"), (b"", "is empty"), (b"a cat", "shorter than one row"),
+    (b"a cat\n" * 99 + b"\xff\n" + b"a\n" * 99, "UTF-8 text near byte 594"),
+    (b"x" * 7 * 10**6 + b"\na\n", "no text: 4")])
+def test_a_corpus_that_is_none(world, tmp_path, monkeypatch, text, words):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    if text is not None:
+        (tmp_path / "t").write_bytes(text)
+    with pytest.raises((ValueError, OSError), match=words) as caught:
+        data.corpus(tmp_path / "t", data.vocabulary(world / "bert"), 18, "train")
+    assert str(tmp_path / "t") in str(caught.value) and not list(tmp_path.glob("cache/blocks/*"))
+
+
+def test_corruption(world):
+    vocab = data.vocabulary(world / "bert")
+    ids = np.random.default_rng(0).integers(0, vocab.size, (400, 500))
+    shown, chosen = data.corrupt(ids, vocab, np.random.default_rng([1, 2]))
+    again = data.corrupt(ids, vocab, np.random.default_rng([1, 2]))
+    plain, n = ~np.isin(ids, vocab.specials), chosen.sum()
+    assert np.array_equal(shown, again[0]) and np.array_equal(chosen, again[1])
+    assert not chosen[~plain].any() and np.array_equal(shown[~chosen], ids[~chosen])
+    by_chance = 0.1 / vocab.size  # a random word may be the old one, or [MASK]
+    n_plain, hidden, same = plain.sum(), (shown == vocab.mask)[chosen].sum(), (shown == ids)[chosen].sum()
+    for found, share, of in [(n, 0.15, n_plain), (hidden, 0.8 + by_chance, n), (same, 0.1 + by_chance, n)]:
+        assert abs(found - share * of) < 5 * (share * (1 - share) * of) ** 0.5
+
+
+def test_batch_order(world):
+    for n, size in [(7, 3), (10, 4), (5, 12), (1, 1)]:
+        order = data.batch_rows(n, 1, 0, 6 * n)
+        assert all(sorted(order[i:i + n]) == [*range(n)] for i in range(0, 6 * n, n))
+        for at in range(3 * n):
+            assert data.batch_rows(n, 1, at, size).tolist() == order[at:at + size].tolist()
+    assert not np.array_equal(data.batch_rows(99, 1, 0, 99), data.batch_rows(99, 2, 0, 99))
+    assert not np.array_equal(data.batch_rows(99, 1, 0, 99), data.batch_rows(99, 1, 99, 99))
+
+
 # ---------------------------------------------------------------- tamt: one exact rank
 
 
@@ -100,7 +992,7 @@ def test_keep_mask_is_exact_with_ties_and_any_guess():
         again, phi_near = tamt.keep_mask(values, prune, (guess - rng.random(), guess + rng.random()))
         assert torch.equal(again, expected)
         ordered = values.sort().values
-        if 0 < prune < n and ordered[prune - 1] < ordered[prune]:  # no tie at the cut: phi says what the mask says
+        if 0 < prune < n and ordered[prune - 1] < ordered[prune]:  # no tie at the cut: phi says the same
             assert torch.equal(values > phi, expected) and torch.equal(values > phi_near, expected)
 
 
@@ -138,7 +1030,8 @@ def test_scores_get_the_gradient_of_the_masked_weight_times_w(model):
     with tamt.dense_teacher(model):
         teacher = model(ids)
     student = model(ids)
-    loss = tamt.mlm_loss(model.mlm_logits(student[-1].flatten(0, 1)[at]), labels) + tamt.kd_loss(teacher, student)
+    loss = tamt.mlm_loss(model.mlm_logits(student[-1].flatten(0, 1)[at]), labels) + tamt.kd_loss(teacher,
+            student)
     loss.backward()
     words = plain.base.embeddings.word_embeddings
     decoder = words.weight.detach().clone()
@@ -146,7 +1039,8 @@ def test_scores_get_the_gradient_of_the_masked_weight_times_w(model):
         plain.get_parameter(name).data.mul_(layer.mask)
     hidden = plain(ids)
     head = plain.lm_head if plain.config.model_type == "roberta" else plain.cls["predictions"]
-    again = F.cross_entropy(head(hidden[-1].flatten(0, 1)[at], decoder), labels) + tamt.kd_loss(teacher, hidden)
+    again = F.cross_entropy(head(hidden[-1].flatten(0, 1)[at], decoder), labels) + tamt.kd_loss(teacher,
+            hidden)
     again.backward()
     assert abs(loss.item() - again.item()) < 1e-6
     for name, layer in layers.items():
@@ -155,7 +1049,7 @@ def test_scores_get_the_gradient_of_the_masked_weight_times_w(model):
             continue
         expected = plain.get_parameter(name).grad * layer.weight
         assert (layer.scores.grad - expected).norm() <= 1e-5 * expected.norm(), name
-        assert layer.scores.data_ptr() >= scores.vector.data_ptr()  # a view: ranking the vector ranks the layers
+        assert layer.scores.data_ptr() >= scores.vector.data_ptr()  # a view of the vector
 
 
 def test_teacher_is_the_dense_model_without_a_copy(model):
@@ -176,7 +1070,8 @@ def test_teacher_is_the_dense_model_without_a_copy(model):
     assert tamt.kd_loss([a, a], [b, b]).item() == 0.5  # one token orthogonal, one equal
     assert tamt.kd_loss([a, a], [b, b], torch.tensor([[False, True]])).item() == 0.0  # padding is left out
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.0, "global"))
-    assert all(torch.equal(a, b) for a, b in zip(dense, model(ids), strict=True))  # sparsity 0 is the dense model
+    assert all(torch.equal(a, b) for a, b in zip(dense, model(ids),
+                                                 strict=True))  # sparsity 0 is the dense model
 
 
 def test_embedding_mask_leaves_the_tied_decoder_dense(model):
@@ -194,7 +1089,8 @@ def test_start_is_omp_and_exact(model):
     scores = tamt.Scores(layers, start, 0.7, "global")
     assert {0.0, np.float32(0.02)} == {*np.unique(scores.vector.numpy())}
     assert int((~scores.mask).sum()) == round(len(scores.mask) * 0.7)
-    assert sum(int((start[n] ^ layer.mask).sum()) for n, layer in layers.items()) <= len(layers)  # rounding alone
+    assert sum(int((start[n] ^ layer.mask).sum()) for n,
+               layer in layers.items()) <= len(layers)  # rounding alone
     local = tamt.Scores(layers, start, 0.7, "local")
     assert all(torch.equal(start[name], layer.mask) for name, layer in layers.items())
     local.gate()
@@ -205,8 +1101,10 @@ def test_start_is_omp_and_exact(model):
 
 
 def find(world, *more, family="bert", steps=12, out="run", method="tamt"):
-    argv = ["--model", world / family, "--data", world / "text.txt", "--steps", steps, "--seq-len", 16, "--batch-size", 8,
-            "--save-every", 5, "--eval-every", 100, "--log-every", 4, "--out", world / out, "--method", method, *more]
+    argv = ["--model", world / family, "--data", world / "text.txt", "--steps", steps, "--seq-len", 16,
+            "--batch-size", 8,
+            "--save-every", 5, "--eval-every", 100, "--log-every", 4, "--out", world / out, "--method",
+            method, *more]
     return run(tamt.main, *argv)
 
 
@@ -230,7 +1128,8 @@ def test_exact_after_every_step_and_frozen_weights(world, monkeypatch, family, o
     monkeypatch.setattr(tamt.Scores, "rank", counted)
     out = f"exact-{family}-{objective}-{rank}"
     assert find(world, "--objective", objective, "--rank", rank, "--lr", 2e-3, family=family, out=out) == 0
-    masks, report = tamt.load_mask(world / out / "mask.pt"), json.loads((world / out / "mask.json").read_text())
+    masks = tamt.load_mask(world / out / "mask.pt")
+    report = json.loads((world / out / "mask.json").read_text())
     sizes = [mask.numel() for mask in masks.values()]
     exact = sum(round(n * 0.7) for n in sizes) if rank == "local" else round(sum(sizes) * 0.7)
     assert counts[1:] == [exact] * 12 and all(pooler[1:])
@@ -247,7 +1146,8 @@ def test_learning_beats_the_start_on_its_own_objective(world):
         losses = {}
         for method, more in (("omp", ()), ("tamt", ("--objective", objective))):
             assert find(world, *more, steps=150, out=f"worth-{method}-{objective}", method=method) == 0
-            losses[method] = json.loads((world / f"worth-{method}-{objective}" / "mask.json").read_text())[key]
+            twin = world / f"worth-{method}-{objective}" / "mask.json"
+            losses[method] = json.loads(twin.read_text())[key]
         assert losses["tamt"] < 0.97 * losses["omp"], losses
 
 
@@ -276,7 +1176,8 @@ def test_extreme_sparsities(world, s, capsys):
 
 def test_imp_is_nested_exact_and_rewinds(world):
     for more, out in (((), "imp"), (("--no-rewind", "--rank", "global"), "imp-on")):
-        assert find(world, "--prune-every", 3, "--sparsity", 0.35, *more, method="imp", out=out, steps=30) == 0
+        assert find(world, "--prune-every", 3, "--sparsity", 0.35, *more, method="imp", out=out,
+                    steps=30) == 0
         levels = [tamt.load_mask(world / out / f"step-{step}" / "mask.pt") for step in (0, 3, 6, 9)]
         for level, masks in zip((0.1, 0.2, 0.3, 0.35), levels, strict=True):
             sizes = [mask.numel() for mask in masks.values()]
@@ -290,7 +1191,8 @@ def test_imp_is_nested_exact_and_rewinds(world):
     assert any(not torch.equal(rewound[name], onward[name]) for name in rewound)
 
 
-@pytest.mark.parametrize("method,more", [("tamt", ("--objective", "mlm+kd", "--lr", 1e-3)), ("imp", ("--prune-every", 4)),
+@pytest.mark.parametrize("method,more", [("tamt", ("--objective", "mlm+kd", "--lr", 1e-3)),
+                                         ("imp", ("--prune-every", 4)),
                                          ("tamt", ("--refresh-every", 4, "--lr", 4e-3))])
 def test_resume_is_bit_for_bit(world, monkeypatch, method, more):
     out = f"resume-{method}{more[1]}"
@@ -309,7 +1211,8 @@ def test_resume_is_bit_for_bit(world, monkeypatch, method, more):
     assert find(world, *more, "--resume", method=method, out=out) == 0
     assert (world / out / "mask.pt").read_bytes() == (world / f"{out}-whole" / "mask.pt").read_bytes()
     logs = [[{k: v for k, v in json.loads(line).items() if k not in ("time", "ms_per_step")}
-             for line in (world / name / "log.jsonl").read_text().splitlines()] for name in (out, f"{out}-whole")]
+             for line in (world / name / "log.jsonl").read_text().splitlines()] for name in (out,
+                     f"{out}-whole")]
     assert logs[0] == logs[1]
     stamp = (world / out / "mask.pt").stat().st_mtime_ns
     assert find(world, *more, "--resume", method=method, out=out) == 0  # finished: nothing changes
@@ -319,12 +1222,15 @@ def test_resume_is_bit_for_bit(world, monkeypatch, method, more):
 def test_accumulation_and_two_processes_equal_one_big_batch(world, tmp_path):
     """Without dropout the same sequences give the same update, whichever way they are shared out."""
     tiny(tmp_path / "dry", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    common = ["--model", tmp_path / "dry", "--data", world / "text.txt", "--steps", 4, "--seq-len", 16, "--lr", 1e-3,
+    common = ["--model", tmp_path / "dry", "--data", world / "text.txt", "--steps", 4, "--seq-len", 16,
+              "--lr", 1e-3,
               "--objective", "mlm+kd", "--device", "cpu"]
     assert run(tamt.main, *common, "--batch-size", 8, "--out", tmp_path / "a") == 0
     assert run(tamt.main, *common, "--batch-size", 2, "--accumulate", 4, "--out", tmp_path / "b") == 0
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tamt.py",
-                    *map(str, common), "--batch-size", "8", "--out", tmp_path / "c"], check=True, capture_output=True,
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    ROOT / "tamt.py",
+                    *map(str, common), "--batch-size", "8", "--out", tmp_path / "c"], check=True,
+                    capture_output=True,
                    env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path)
     masks = [tamt.load_mask(tmp_path / name / "mask.pt") for name in "abc"]
     entries = sum(mask.numel() for mask in masks[0].values())
@@ -346,7 +1252,8 @@ def test_mask_files(world, tmp_path, model):
     raw = torch.load(tmp_path / "a", weights_only=True)
     name = next(iter(masks))
     assert raw["format"] == 1 and raw["shapes"][name] == list(masks[name].shape)
-    assert np.array_equal(np.unpackbits(raw["bits"][name].numpy(), count=masks[name].numel()), masks[name].flatten())
+    assert np.array_equal(np.unpackbits(raw["bits"][name].numpy(), count=masks[name].numel()),
+                          masks[name].flatten())
     foreign = {"plain": masks, "prune": {f"{n}_mask": m.float() for n, m in masks.items()},
                "part": {n: m for n, m in masks.items() if "word_embeddings" not in n}}
     for kind, content in foreign.items():
@@ -356,7 +1263,8 @@ def test_mask_files(world, tmp_path, model):
         assert all(torch.equal(loaded[n], masks[n]) for n in loaded)
         tamt.fit_masks(layers, loaded, kind)
     query = next(n for n in masks if "query" in n)
-    for change, what in (({query: None}, "missing: .*query"), ({"bert.x.weight": masks[name]}, "unexpected: bert.x"),
+    for change, what in (({query: None}, "missing: .*query"), ({"bert.x.weight": masks[name]},
+                                                               "unexpected: bert.x"),
                          ({query: masks[query][:5]}, "wrong shape: .*query.*5, 32.*32, 32")):
         changed = {n: m for n, m in (masks | change).items() if m is not None}
         with pytest.raises(ValueError, match=what):
@@ -392,9 +1300,12 @@ def test_export_loads_in_transformers(world, tmp_path, family):
         again = bert.load(tmp_path / "sparse")  # and in ours, untied
         assert torch.equal(again.mlm_logits(again(ids)[-1]), expected)
     vocab, tokenizer = data.vocabulary(world / family), AutoTokenizer.from_pretrained(tmp_path / "sparse")
-    assert tokenizer("the cat sees")["input_ids"][1:-1] == vocab.tokenizer.encode("the cat sees", add_special_tokens=False).ids
-    assert run(tamt.main, "--model", world / family, "--mask", mask, "--export", tmp_path / "packed", "--packed") == 0
-    tensors, base = tamt.unpack_export(tmp_path / "packed" / "model.safetensors"), dict(again.named_parameters())
+    assert tokenizer("the cat sees")["input_ids"][1:-1] == vocab.tokenizer.encode("the cat sees",
+            add_special_tokens=False).ids
+    assert run(tamt.main, "--model", world / family, "--mask", mask, "--export", tmp_path / "packed",
+               "--packed") == 0
+    tensors = tamt.unpack_export(tmp_path / "packed" / "model.safetensors")
+    base = dict(again.named_parameters())
     assert all(torch.equal(t, base[name]) for name, t in tensors.items()) and len(tensors) == len(
         [n for n in base if n.startswith(family)])
 
@@ -419,11 +1330,12 @@ BAD = {  # arguments -> what the one line says
 def test_bad_arguments_are_one_line(world, capsys, case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, message = BAD[case]
-    base = ["--model", world / "bert", "--data", world / "text.txt", "--seq-len", "16", "--out", tmp_path / "out"]
+    base = ["--model", world / "bert", "--data", world / "text.txt", "--seq-len", "16", "--out",
+            tmp_path / "out"]
     assert run(tamt.main, *base, *argv) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error
-    assert __import__("re").search(message, error), error
+    assert re.search(message, error), error
     assert not (tmp_path / "out" / "mask.pt").exists() and not list(tmp_path.rglob("*.part"))
 
 
@@ -440,14 +1352,17 @@ def test_bad_files_are_one_line(world, capsys, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with open(tmp_path / "vocab" / "vocab.txt", "a") as file:
         file.write("more\n")
-    cases = [({"data": tmp_path / "empty.txt"}, "empty.txt"), ({"data": tmp_path / "short.txt"}, "short.txt.*16 tokens"),
-             ({"model": tmp_path / "config"}, "config.json.*hidden_size"), ({"model": tmp_path / "short"}, "model.safetensors"),
+    cases = [({"data": tmp_path / "empty.txt"}, "empty.txt"), ({"data": tmp_path / "short.txt"},
+                                                               "short.txt.*16 tokens"),
+             ({"model": tmp_path / "config"}, "config.json.*hidden_size"), ({"model": tmp_path / "short"},
+                     "model.safetensors"),
              ({"model": tmp_path / "vocab"}, "vocabulary of")]
     for change, message in cases:
         files = good | change
-        code = run(tamt.main, "--model", files["model"], "--data", files["data"], "--seq-len", 16, "--out", tmp_path / "o")
+        code = run(tamt.main, "--model", files["model"], "--data", files["data"], "--seq-len", 16, "--out",
+                   tmp_path / "o")
         error = capsys.readouterr().err.strip()
-        assert code == 2 and __import__("re").search(message, error) and "\n" not in error, error
+        assert code == 2 and re.search(message, error) and "\n" not in error, error
         assert not (tmp_path / "o").exists()
 
 
@@ -459,9 +1374,11 @@ tamt.save_mask(sys.argv[1], masks, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 tamt.run(lambda: tamt.save_mask(sys.argv[1], masks, {"again": True}))
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "mask.pt"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "mask.pt"], capture_output=True, text=True,
+                          cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "mask.pt" in done.stderr
-    assert tamt.read_mask(tmp_path / "mask.pt")[1] == {} and [f.name for f in tmp_path.iterdir()] == ["mask.pt"]
+    assert tamt.read_mask(tmp_path / "mask.pt")[1] == {} and [f.name
+                                                              for f in tmp_path.iterdir()] == ["mask.pt"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, capsys, monkeypatch):
@@ -488,7 +1405,8 @@ def test_imports_are_what_the_design_says():
 def test_cuda_agrees_with_the_cpu(world):
     results = []
     for device in ("cpu", "cuda"):
-        assert find(world, "--device", device, "--dtype", "fp32", "--objective", "mlm+kd", out=f"on-{device}") == 0
+        assert find(world, "--device", device, "--dtype", "fp32", "--objective", "mlm+kd",
+                    out=f"on-{device}") == 0
         assert find(world, "--device", device, method="omp", out=f"omp-{device}") == 0
         results.append([tamt.load_mask(world / f"{kind}-{device}" / "mask.pt") for kind in ("omp", "on")])
     (omp, learned), (omp_cuda, learned_cuda) = results
@@ -497,3 +1415,368 @@ def test_cuda_agrees_with_the_cpu(world):
     values = torch.randint(-5, 5, (10_000,)).float()
     for prune in (1, 3333, 9999):
         assert torch.equal(tamt.keep_mask(values.cuda(), prune)[0].cpu(), tamt.keep_mask(values, prune)[0])
+
+
+# ---------------------------------------------------------------- glue_squad
+
+gs = glue_squad
+TEXT = ["Anna", "met", "Bob", "in", "Rome,", "last", "the", "café", "cafe\u0301", "naïve", "東京の夏", "한국",
+        "", "👨\u200d👩\u200d👧", "🎉🎉", "I'm", "U.S.", "x\u200by", "ﬁne", "İstanbul", "a\u0323\u0307",
+        "नमस्ते", "\u00a0"]
+
+
+def letters(family):
+    """A WordPiece of the characters of TEXT and a few words, or a byte-level BPE with four merges."""
+    if family == "bert":
+        characters = sorted({*"".join(TEXT).lower()} | {*"?aeioucn.,'"})
+        pieces = [*data.WORDPIECE_SPECIALS, *"anna met bob in rome last may where cafe".split(), *characters]
+        ids = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *("##" + x for x in characters)]))}
+        tokenizer = data.Tokenizer(data.models.WordPiece(ids, unk_token="[UNK]"))
+        tokenizer.normalizer = data.normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = data.pre_tokenizers.BertPreTokenizer()
+        return data._finish(tokenizer, data.WORDPIECE_SPECIALS, Path("letters"))
+    merges, alphabet = [("Ġ", "R"), ("o", "m"), ("ĠR", "om"),
+                        ("ĠRom", "e")], data.pre_tokenizers.ByteLevel.alphabet()
+    pieces = [*data.BPE_SPECIALS, *sorted(alphabet), *map("".join, merges)]
+    tokenizer = data.Tokenizer(data.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = data.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return data._finish(tokenizer, data.BPE_SPECIALS, Path("letters"))
+
+
+LETTERS = {family: letters(family) for family in ("bert", "roberta")}
+
+
+def put(folder, **files):
+    """put(tmp_path, **{"CoLA/dev.tsv": "..."}) writes files: bytes, text, or else JSON -> folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+@pytest.mark.parametrize("task, file, content, expected", [
+    ("sst2", "SST-2/dev.tsv", 'sentence\tlabel\n"half a quote\t1\n"b" c"\t0', [('"half a quote', None, 1),
+            ('"b" c"', None, 0)]),
+    ("sst2", "dev.tsv", "\ufeffsentence\tlabel\r\na\t1\r\n", [("a", None, 1)]),
+    # byte order mark, CR, no folder
+    ("sst2", "dev.tsv", "sentence\tlabel\na\u0085b\u2028c\x0bd\t1\n\n", [("a\u0085b\u2028c\x0bd", None, 1)]),
+    ("cola", "CoLA/dev.tsv", "gj04\t1\t\tNo header.\nbc\t0\t*\tRow", [("No header.", None, 1), ("Row", None,
+            0)]),
+    ("qqp", "QQP/dev.tsv", "id\tquestion1\tquestion2\tis_duplicate\n1\tx\ty\t1\n4\tcut\nhere\tz\t0\n",
+     [("x", "y", 1)]),  # a line break inside a question leaves two short rows
+    ("mnli", "MNLI/dev_mismatched.tsv",
+     "sentence1\tsentence2\tlabel1\tgold_label\np\th\tneutral\tentailment\n",
+     [("p", "h", 0)]),
+    ("stsb", "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t3.200\n", [("a", "b", 3.2)])])
+def test_traps_of_the_tables(tmp_path, task, file, content, expected):
+    put(tmp_path, **{file: content})
+    assert gs.load_glue(task, "dev_mm" if task == "mnli" else "dev", tmp_path) == expected
+
+
+@pytest.mark.parametrize("task, content, message", [
+    ("sst2", "sentence\tlabel\na\tb\t1\n", "line 2: 3 fields where line 1 has 2"),
+    ("sst2", "sentence\tlabel\na\t1\n\nb\t0\n", "line 3: 1 fields where line 1 has 2"),
+    ("sst2", "sentence\tlabel\na\t2\n", "line 2: label '2' is not one of 0, 1"),
+    ("sst2", b"sentence\tlabel\na\t1\n\xff\xfe\t0\n", "line 3: byte 1 of the line is not UTF-8"),
+    ("sst2", "", "line 1: no column 'sentence'"), ("sst2", "sentence\tlabel\n", "no rows for dev"),
+    ("sst2", b"sentence\tlabel\n" + b"x" * (1 << 21), "line 2: over 1048576 bytes"),
+    ("stsb", "sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: label 'nan' is not a finite number")])
+def test_malformed_tables_say_where(tmp_path, task, content, message):
+    put(tmp_path, **{"dev.tsv": content})
+    with pytest.raises(ValueError) as error:
+        gs.load_glue(task, "dev", tmp_path)
+    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mrpc_is_built_from_its_two_files(tmp_path):
+    head = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    put(tmp_path, **{"MRPC/msr_paraphrase_train.txt": head + '1\t7\t8\ta "\tb\r\n0\t8\t7\tc\td\r\n'})
+    with pytest.raises(FileNotFoundError, match="ids file.*mrpc_dev_ids.tsv or .*dev_ids.tsv"):
+        gs.load_glue("mrpc", "dev", tmp_path)
+    put(tmp_path, **{"MRPC/dev_ids.tsv": "8\t7\n"})
+    assert [gs.load_glue("mrpc", split, tmp_path) for split in ("train", "dev")] == [[('a "', "b", 1)],
+            [("c", "d", 0)]]
+
+
+OWN = {"name": "mood", "train": "a.tsv", "dev": "a.tsv", "columns": ["text"], "label": "mood", "metric": "f1",
+       "labels": ["sad", "glad"]}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"color": 1}, "unknown key 'color'"), ({"name": ...}, "missing key 'name'"), ({"train": "c.tsv"},
+            "c.tsv"),
+    ({"columns": [True]}, "header names"), ({"labels": ["a"]}, "two or more"), ({"name": "cola"}, "official"),
+    ({"labels": None}, "valid: pearson, spearman"), ({"metric": "bleu"}, "valid: accuracy, f1, matthews")])
+def test_own_tasks_are_checked(tmp_path, change, message):
+    own = {key: value for key, value in {**OWN, **change}.items() if value is not ...}
+    put(tmp_path, **{"a.tsv": "id\ttext\tmood\n1\thello\tglad\n", "task.json": own})
+    with pytest.raises((ValueError, OSError), match=message):
+        gs.find_task(tmp_path / "task.json")
+
+
+def test_truncation_is_berts_rule():
+    for n, m, room in itertools.product(range(12), range(12), range(26)):
+        a, b = [*range(n)], [*range(m)]
+        while len(a) + len(b) > room:
+            (a if len(a) > len(b) else b).pop()
+        assert gs.truncate_pair([*range(n)], [*range(m)], room) == (a, b)
+
+
+@pytest.mark.parametrize("family, middle", [("bert", 1), ("roberta", 2)])
+def test_layout_of_a_pair(family, middle):
+    vocab, pair = LETTERS[family], gs.Example("Anna met Bob", "in Rome")
+    a, b = (vocab.tokenizer.encode(text, add_special_tokens=False).ids for text in pair[:2])
+    (ids, segments), = gs.encode([pair], vocab, 128)
+    assert ids.tolist() == [vocab.cls, *a, *[vocab.sep] * middle, *b, vocab.sep]
+    assert segments.tolist() == [0] * (len(a) + 2) + [int(family == "bert")] * (len(b) + middle)
+    ids, keep, _ = gs.pad(gs.encode([pair, gs.Example("")], vocab, 6), vocab.pad)
+    assert ids.shape == (2, 6) and (ids[~keep] == vocab.pad).all() and keep.sum(1).tolist() == [6, 2]
+
+
+def test_batches_hold_each_example_once_and_little_padding():
+    for n, size in ((1, 4), (7, 4), (3000, 32), (10, 1)):
+        lengths = np.random.default_rng(0).integers(3, 60, n)
+        one, again, other = (gs.bucketed(lengths, size, np.random.default_rng(seed)) for seed in (1, 1, 2))
+        assert sorted(np.concatenate(one)) == [*range(n)] and [*map(len, one)].count(size) >= n // size
+        assert str(one) == str(again) and (n < 7 or str(one) != str(other))
+        assert n < 3000 or sum(len(b) * lengths[b].max() for b in one) < 1.1 * lengths.sum()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_metrics_equal_scikit_learn_and_scipy():
+    """On thousands of random cases to 1e-12; 0.0 where those are undefined."""
+    metrics, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    theirs = {"pearson": lambda p, y: stats.pearsonr(p, y)[0], "spearman": lambda p, y: stats.spearmanr(p,
+            y)[0],
+              "f1": lambda p, y: metrics.f1_score(y, p, zero_division=0),
+              "matthews": metrics.matthews_corrcoef}
+    rng, undefined = np.random.default_rng(0), 0
+    for trial in range(1600):
+        n = int(rng.integers(2, 12) if trial % 2 else rng.integers(12, 300))
+        classes = (rng.random((2, n)) < rng.random(2)[:, None]).astype(int)
+        numbers = rng.normal(size=(2, n)) * 10.0 ** rng.integers(-3, 4) + rng.integers(-5, 5)
+        numbers = np.full((2, n), 0.1) if trial % 50 == 0 else np.round(numbers) if trial % 3 else numbers
+        for name in theirs if trial % 4 == 0 else ("pearson", "spearman"):
+            pair = numbers if name in ("pearson", "spearman") else classes
+            expected = theirs[name](*pair)
+            undefined += not np.isfinite(expected)
+            assert abs(getattr(gs, name)(*pair) - np.nan_to_num(expected)) < 1e-12
+    assert undefined > 50
+    for metric in (gs.accuracy, *(getattr(gs, name) for name in theirs)):
+        assert metric([], []) == metric([0], [1]) == metric([np.nan, 1], [0, 3]) == 0.0
+    floor = gs.floor(gs.TASKS["mrpc"], [gs.Example("", "", int(i < 279)) for i in range(408)])
+    assert floor == {"accuracy": 279 / 408, "f1": pytest.approx(0.8122, abs=1e-4)}
+
+
+def test_windows_of_the_worked_example():
+    question = gs.Question("q", "Where?", "Anna met Bob in Rome last May", [("Rome last", 16)])
+    first, second = gs.windows([question], LETTERS["bert"], max_len=10, step=2, training=True)
+    assert [LETTERS["bert"].tokenizer.decode(w.ids.tolist()) for w in (first, second)] == [
+        "where ? anna met bob in rome", "where ? bob in rome last may"]
+    assert (first.start, first.end, second.start, second.end, first.first) == (0, 0, 6, 7, 4)
+    assert [[*map(int, w.max_context)] for w in (first, second)] == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    start, end = np.zeros((2, 10)), np.zeros((2, 10))
+    start[0, 8] = end[0, 8] = 9  # window 0 is sure of "rome", but has not its maximum context
+    start[1, 6] = end[1, 7] = 5
+    assert gs.best_answers([question], [first, second], start, end) == {"q": "Rome last"}
+
+
+@pytest.mark.parametrize("family", LETTERS)
+def test_answers_come_back_from_every_window_that_holds_them(family):
+    rng, whole = random.Random(1), 0
+    for _ in range(300):
+        words = [rng.choice(TEXT) for _ in range(rng.randrange(1, 40))]
+        i, size, step = rng.randrange(len(words)), rng.randrange(12, 60), rng.randrange(1, 30)
+        before, text = " ".join([*words[:i], ""]), " ".join(words[i:i + rng.randrange(1, 5)])
+        question = gs.Question("q", "Where?", " ".join(words), [(text, len(before))])
+        for window in [w for w in gs.windows([question], LETTERS[family], size, step, training=True)
+                       if w.end]:
+            logits, whole = np.zeros((2, 1, len(window.ids))), whole + 1
+            logits[0, 0, window.start] = logits[1, 0, window.end] = 9
+            alone = [window._replace(max_context=np.ones(len(window.spans), bool))]
+            found = gs.best_answers([question], alone, *logits, longest=1000)["q"]
+            text = text.strip().strip("\u200b") if family == "bert" else text.strip()  # deleted
+            assert text in found if family == "bert" else text == found
+    assert whole > 300
+
+
+def test_squad_files_that_are_wrong_or_unanswerable(tmp_path, capsys):
+    def file(*places):
+        qas = [{"id": str(place), "question": "?", "answers": [{"text": "Rome", "answer_start": place}]}
+               for place in places]
+        return {"data": [{"paragraphs": [{"context": "in Rome", "qas": qas}]}]}
+    questions = gs.load_squad(put(tmp_path, **{"x.json": file(3, 2)}) / "x.json")
+    made = gs.windows(questions, LETTERS["bert"], training=True)
+    assert [(w.question, w.start, w.end) for w in made] == [(0, 4,
+                                                             4)] and "left out 1" in capsys.readouterr().err
+    for content, message in (("{", "not readable as JSON"), ({}, "no 'data'"), ({"data": []}, "no questions"),
+                             (file("3"), r"data\[0\].paragraphs\[0\].qas\[0\]: no 'answer_start'")):
+        with pytest.raises(ValueError, match=message):
+            gs.load_squad(put(tmp_path, **{"x.json": content}) / "x.json")
+
+
+@real
+def test_real_tables_and_the_official_scorer():
+    for name, *sizes in (("cola", 8551, 1043), ("sst2", 67349, 872), ("mrpc", 3668, 408), ("stsb", 5749,
+            1500)):
+        assert [len(gs.load_glue(name, split, REAL / "glue")) for split in ("train", "dev")] == sizes
+    path, rng, official = REAL / "squad" / "dev-v1.1.rebuilt.json", random.Random(0), {}
+    exec((REAL / "squad" / "evaluate-v1.1.py").read_text(), official)
+    questions, ways = gs.load_squad(path), [str.upper, "The {} a".format, "—{}".format,
+                                            lambda text: text[2:], str]
+    said = {q.id: rng.choice(ways)(rng.choice(q.answers)[0]) for q in questions if rng.random() < 0.95}
+    expected = official["evaluate"](json.loads(path.read_text())["data"], said)
+    assert gs.squad_scores(said, questions) == {"em": expected["exact_match"], "f1": expected["f1"]}
+
+
+# ---------------------------------------------------------------- finetune
+
+
+@pytest.fixture(scope="session")
+def tasks(world):
+    """A folder with small tables in GLUE's layout and a small SQuAD, and a mask file of each family."""
+    rng, files, masks = random.Random(0), {}, {}
+    rows = [(" ".join(rng.sample(WORDS[:9], 4)), " ".join(rng.sample(WORDS[:9], 3))) for _ in range(48)]
+    for folder, name, words in (("RTE", "label", gs.ENTAILMENT[::-1]), ("STS-B", "score", "0123"),
+                                ("MNLI", "gold_label", ("neutral", "contradiction", "entailment"))):
+        common = [min(len({*a.split()} & {*b.split()}), len(words) - 1) for a, b in rows]
+        table = [f"{a}\t{b}\t{words[n]}\n" for (a, b), n in zip(rows, common, strict=True)]
+        for split, lines in (("train", table[:32]), ("dev", table[32:]), ("test", table)):
+            split += "_matched" * (folder == "MNLI" and split != "train")
+            files[f"{folder}/{split}.tsv"] = "".join([f"sentence1\tsentence2\t{name}\n", *lines])
+    paragraphs = [{"context": f"{a} red tree {b} " + "the dog runs " * 5,
+                   "qas": [{"id": a + b, "question": "where",
+                   "answers": [{"text": "red tree", "answer_start": len(a) + 1}]}]} for a, b in rows[:24]]
+    files |= {f"squad/{split}-v1.1.json": {"data": [{"paragraphs": paragraphs}]} for split in ("train",
+            "dev")}
+    for family in ("bert", "roberta"):
+        masks[family], layers = world / f"{family}.pt", tamt.mask_model(bert.load(world / family))
+        meta = {"model": str(world / family), "method": "omp"}
+        tamt.save_mask(masks[family], tamt.magnitude_masks(layers, 0.6, "local"), meta)
+    return put(world / "tasks", **files), masks
+
+
+def tune(tasks, out, task="rte", *more, family="bert"):
+    """finetune.py's exit status and the lines of its results file."""
+    out.mkdir(exist_ok=True)
+    status = run(finetune.main, "--data", tasks[0], "--mask", tasks[1][family], "--task", task, "--max-len",
+                 48, "--lr",
+                 1e-3, "--batch-size", 8, "--epochs", 2, "--out", out / "run", "--results", out / "r", *more)
+    return status, [json.loads(line) for file in out.glob("r") for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_zeros_stay_and_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_path, monkeypatch, family):
+    from torch.nn.utils import prune
+    from torch.optim.optimizer import register_optimizer_step_post_hook as after_each_step
+    clip, norms, zeros = nn.utils.clip_grad_norm_, [], []
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a: norms.append(float(clip(*a))))
+
+    def ticket(*mask):
+        args = finetune.settings(["--task", "stsb", "--model", str(tasks[1][family])[:-3], "--max-len", "48",
+                                  "--batch-size", "8", "--lr", "1e-3", *mask])
+        tamt.pick_device(args)
+        args.out, args.identity, (model, vocab, masks) = tmp_path, {}, finetune.open_ticket(args)
+        texts = finetune.read_files(args.task, tasks[0])
+        return args, model, masks, finetune.make_work(args.task, texts, vocab, 48)
+    args, model, masks, work = ticket("--mask", str(tasks[1][family]))
+    with after_each_step(lambda *_: zeros.append(
+            not any(model.get_parameter(name)[~mask].any() for name, mask in masks.items()))):
+        finetune.fine_tune(model, work, masks, args)
+    args, twin, _, work = ticket()
+    for name, mask in masks.items():
+        module = prune.custom_from_mask(twin.get_submodule(name.removesuffix(".weight")), "weight", mask)
+        if "bias" in module._parameters:  # pruning put it first, and a norm depends on the order, by a bit
+            module._parameters["bias"] = module._parameters.pop("bias")
+    finetune.fine_tune(twin, work, {}, args)
+    assert zeros == [True] * 12 and len(norms) == 24 and max(norms) > 1 and len(masks) >= 13
+    for name, p in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        assert torch.equal(p, getattr(twin.get_submodule(module), leaf)), name
+
+
+@pytest.mark.parametrize("task, family", [("rte", "bert"), ("stsb", "roberta"), ("squad", "bert"),
+                                          ("squad", "roberta"), ("mnli", "roberta"), ("mood", "bert")])
+def test_a_run_leaves_figures_predictions_and_a_model(tasks, tmp_path, monkeypatch, capsys, task, family):
+    transformers, kept, export = pytest.importorskip("transformers"), [], finetune.export
+    monkeypatch.setattr(finetune, "export", lambda model, *rest: kept.append(model) or export(model, *rest))
+    own = OWN | dict.fromkeys(("train", "dev", "test"), "own.tsv") | {"columns": [0], "label": 1}
+    put(tasks[0], **{"own.tsv": "the big dog\tglad\nthe small dog\tsad\n" * 24, "mood.json": own})
+    known = gs.find_task(tasks[0] / "mood.json" if task == "mood" else task)
+    name = tasks[0] / "mood.json" if task == "mood" else task
+    status, (line,) = tune(tasks, tmp_path, name, "--predict", "--export", tmp_path / "x", family=family)
+    metrics = [metric for metric in known.metrics if metric != "accuracy_mm"]  # there is no mismatched file
+    assert status == 0 and line["task"] == task and line["seed"] == 1 and line["mask"]["method"] == "omp"
+    assert {"model", "best_step", "seconds", "command", "device", "versions"} <= line.keys()
+    assert [*line["best"]] == [*line["final"]] == metrics
+    best, final = line["best"][metrics[0]], line["final"][metrics[0]]
+    assert best >= final and abs(line["sparsity"] - 0.6) < 1e-3
+    block = capsys.readouterr().out.split("\n---\n")[1].splitlines()
+    assert {f"task: {task}", f"best_{metrics[0]}: {best:.4f}", f"final_{metrics[0]}: {final:.4f}"} <= {*block}
+    if task == "squad":
+        said = json.loads((tmp_path / "run" / "predictions.json").read_text())
+        questions = gs.load_squad(tasks[0] / "squad" / "dev-v1.1.json")
+        assert gs.squad_scores(said, questions) == pytest.approx(line["final"])
+    else:
+        file = "MNLI-m" if task == "mnli" else known.folder
+        head, *rows = [row.split("\t") for row in (tmp_path / "run" / f"{file}.tsv").read_text().splitlines()]
+        assert head == ["index", "prediction"] and [row[0] for row in rows] == [*map(str, range(48))]
+        assert all(row[1] in known.labels if known.labels else np.isfinite(float(row[1])) for row in rows)
+    kind = "QuestionAnswering" if task == "squad" else "SequenceClassification"
+    ids = torch.randint(5, kept[0].config.vocab_size, (3, 20))
+    theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "x").eval()(ids)
+    theirs = torch.stack([theirs.start_logits, theirs.end_logits], -1) if task == "squad" else theirs.logits
+    ours = (kept[0].span_logits if task == "squad" else kept[0].class_logits)(kept[0](ids)[-1])
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_finetune_resumes_bit_for_bit(tasks, tmp_path, monkeypatch, capsys, task):
+    a, b, loss, every = tmp_path / "a", tmp_path / "b", finetune.task_loss, ("--eval-every", 3)
+    calls = iter([loss] * 5)
+
+    def interrupted(*batch):
+        for call in calls:
+            return call(*batch)
+        raise KeyboardInterrupt
+    tune(tasks, a, task, *every, "--export", a / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(tamt, "SAVE_SECONDS", -1)  # a state after every step
+        patch.setattr(finetune, "task_loss", interrupted)
+        assert tune(tasks, b, task, *every, "--export", b / "x") == (130, [])
+    assert tune(tasks, b, task, "--resume")[0] == 2 and "another run (eval_every 3" in capsys.readouterr().err
+    assert tune(tasks, b, task, *every)[0] == 2 and "unfinished at step 5" in capsys.readouterr().err
+    status, again = tune(tasks, b, task, *every, "--resume", "--export", b / "x")
+    whole, resumed = (json.loads((folder / "run" / "result.json").read_text()) for folder in (a, b))
+    assert all(whole[key] == resumed[key] for key in whole.keys() - {"seconds", "command"}) and status == 0
+    assert len({(folder / "x" / "model.safetensors").read_bytes() for folder in (a, b)}) == 1
+    assert tune(tasks, b, task, *every, "--resume") == (0, again) and len(again) == 1
+
+
+def test_limit_draws_by_seed_and_counts_windows(tasks, world):
+    for task in ("rte", "squad"):
+        task, vocab = gs.find_task(task), data.vocabulary(world / "bert")
+        texts, limits = finetune.read_files(task, tasks[0]), ((9, 1), (9, 1), (9, 2), ())
+        a, again, other, whole = (finetune.make_work(task, texts, vocab, 24, *limit) for limit in limits)
+        assert len(a.train) == len(a.targets) == 9 < len(whole.train) and str(a.dev) == str(whole.dev)
+        assert str(a.train) == str(again.train) != str(other.train)
+    assert len(whole.train) > len(texts["train"]) == 24  # several windows a question
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--task", "sst3"], "unknown task 'sst3'; known: cola"), (["--data", "{tmp}/none"], "no such folder"),
+    (["--data", "{tmp}"], "no train file"), (["--data", "{tmp}/bad"],
+                                             "dev.tsv line 3: 2 fields where line 1 has 3"),
+    (["--model", "{world}/roberta"], "mask of another model"), (["--mask", "{world}/text.txt"], "text.txt"),
+    (["--max-len", "65"], "--max-len 65: expected 6 to 64"), (["--task", "squad", "--max-len", "384"],
+                                                              "--max-len"),
+    (["--epochs", "0"], "'0' is no positive whole number"), (["--seed", "-1"], "--seed -1"),
+    (["--results", "{tmp}/none/r"], "--results"), (["--export", "{world}/text.txt"], "--export")])
+def test_wrong_input_is_one_line(tasks, world, tmp_path, capsys, argv, message):
+    head = "sentence1\tsentence2\tlabel\na\tb\tentailment\n"
+    before = {*put(tmp_path, **{"bad/RTE/train.tsv": head, "bad/RTE/dev.tsv": head + "a\tb\n"}).rglob("*")}
+    status, lines = tune(tasks, tmp_path, "rte", *(text.format(tmp=tmp_path, world=world) for text in argv))
+    error = capsys.readouterr().err
+    assert status == 2 and not lines and error.startswith("error: ") and message in error
+    assert error.count("\n") == 1 and {*tmp_path.rglob("*")} == before  # nothing half-written
