@@ -191,8 +191,8 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
         optimizer.zero_grad()
         total, done = total + float(loss.detach()), step + 1
         if not np.isfinite(total + float(norm)):
-            raise ValueError(f"loss {total:.3g}, gradient's norm {norm:.3g} at step {done}: a lower --lr (here "
-                             f"{args.lr:g}) may help")
+            raise ValueError(f"loss {total:.3g}, gradient's norm {norm:.3g} at step {done}: a lower --lr "
+                             f"(here {args.lr:g}) may help")
         if args.rank_id:
             continue
         if done % args.eval_every == 0 or done % per_epoch == 0:

@@ -160,8 +160,8 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     if near is not None:
         low, high = near
         keep = values > high
-        between = (keep ^ (values > low)).nonzero().squeeze(1)  # ascending, so that ties keep their order
-        left = prune - (len(values) - int(keep.sum()) - len(between))  # how many of those in between must go
+        between = positions(keep ^ (values > low))  # ascending, so that ties keep their order
+        left = prune - (len(values) - int(keep.count_nonzero()) - len(between))  # so many of those must go
         if 0 <= left <= len(between):
             keep[between], phi = keep_mask(values[between], left)
             return keep, min(max(phi, low), high)
@@ -169,11 +169,18 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
         return torch.full_like(values, prune == 0, dtype=torch.bool), -math.inf if prune == 0 else math.inf
     last = kth_smallest(values, prune)
     keep = values > last
-    ties = (values == last).nonzero().squeeze(1)
-    keep[ties[:len(ties) + int((values < last).sum()) - prune]] = True
+    ties = positions(values == last)
+    keep[ties[:len(ties) + int((values < last).count_nonzero()) - prune]] = True
     first = values[keep].min()
     middle = torch.minimum((last + first) / 2, torch.nextafter(first, last))  # rounding may not reach `first`
     return keep, float(middle)
+
+
+def positions(marked: torch.Tensor) -> torch.Tensor:  # (n,) bool -> (k,) int64, ascending
+    """Where a vector is True. On a CPU numpy finds a few among many six times as fast as torch."""
+    if marked.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(marked.numpy()))
+    return marked.nonzero().squeeze(1)
 
 
 def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -482,8 +489,8 @@ def imp_levels(sparsity: float) -> list[float]:
 
 
 def next_level(model, layers, original, done: int, args):
-    """A round of IMP: prune the next 10 %, rewind all but the head to the pre-trained weights (--no-rewind:
-    do not), save the level's mask. The schedule restarts with its full horizon: lr hardly falls in a round."""
+    """A round of IMP: prune the next 10 %, rewind all but the head to the pre-trained weights (without
+    --no-rewind), save the mask. The schedule restarts with its full horizon: lr hardly falls in a round."""
     level = imp_levels(args.sparsity)[done // args.prune_every]
     set_masks(layers, magnitude_masks(layers, level, args.rank))
     for name in original if args.rewind else ():
@@ -533,7 +540,7 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
         norm = nn.utils.clip_grad_norm_(learns.values(), args.clip)
         if not math.isfinite((loss := float(loss)) + float(norm)):
             raise ValueError(f"the loss is {loss}, its gradient's norm {norm:.3g} at step {step + 1}: try a "
-                             f"lower --lr (here {lr:.2g}) or --dtype fp32; {args.out} keeps the last good state")
+                             f"lower --lr (here {lr:.2g}) or --dtype fp32; {args.out} keeps the last state")
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
@@ -837,7 +844,7 @@ def settings(argv=None) -> argparse.Namespace:
     args.lr, args.horizon, args.updates, args.lr_reason = schedule(args)
     args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not 0 <= args.rank_id < args.world:
-        raise ValueError(f"RANK={args.rank_id}, WORLD_SIZE={args.world} in the environment are not torchrun's")
+        raise ValueError(f"RANK={args.rank_id}, WORLD_SIZE={args.world} in the environment: not torchrun's")
     if args.batch_size % args.world:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {args.world} processes")
     if args.model not in data.MODELS and args.model != "toy":
