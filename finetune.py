@@ -35,6 +35,8 @@ import data
 import glue_squad
 import tamt
 
+TOY = {"epochs": 6, "lr": 3e-4, "max_len": 128}  # in place of the paper's defaults: its model is small
+
 # ---------------------------------------------------------------- a task made ready
 
 
@@ -246,9 +248,6 @@ def settings(argv=None):
     add("--export", type=Path, metavar="DIR", help="write the fine-tuned model for transformers")
     args = parser.parse_args(argv)
     args.task = glue_squad.find_task(args.task)
-    for name in ("epochs", "batch_size", "max_len", "lr", "eval_every"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(args.task, name))
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed}: expected 0 to {2**31 - 1}")
     if not args.results.absolute().parent.is_dir() or args.results.is_dir():
@@ -270,6 +269,10 @@ def open_ticket(args):
         args.model = str(Path(args.model).resolve())
     tamt.refuse_own_folder(args)
     model, vocab = tamt.load_model(args.model)
+    for name in ("epochs", "batch_size", "max_len", "lr", "eval_every"):
+        if getattr(args, name) is None:
+            paper = getattr(args.task, name)
+            setattr(args, name, TOY.get(name, paper) if args.model == "toy" else paper)
     if not 6 <= args.max_len <= model.config.positions:
         raise ValueError(f"--max-len {args.max_len}: expected 6 to {model.config.positions} tokens, the "
                          f"positions of {args.model}")

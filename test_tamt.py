@@ -1145,10 +1145,24 @@ def test_learning_beats_the_start_on_its_own_objective(world):
     for objective, key in (("mlm", "dev_mlm_loss"), ("kd", "dev_kd_loss")):
         losses = {}
         for method, more in (("omp", ()), ("tamt", ("--objective", objective))):
-            assert find(world, *more, steps=150, out=f"worth-{method}-{objective}", method=method) == 0
-            twin = world / f"worth-{method}-{objective}" / "mask.json"
+            out = f"worth-{method}-{objective}"
+            assert find(world, *more, "--lr", 5e-3, steps=300, out=out, method=method) == 0
+            twin = world / out / "mask.json"
             losses[method] = json.loads(twin.read_text())[key]
-        assert losses["tamt"] < 0.97 * losses["omp"], losses
+        assert losses["tamt"] < losses["omp"] * (0.9 if objective == "kd" else 1.0), losses
+
+
+@pytest.mark.slow
+def test_on_the_toy_learned_masks_beat_magnitude_and_magnitude_beats_chance(world, tmp_path):
+    """At 70 % and default settings. For the masked-LM loss of OMP and random only the paper's order is reported."""
+    worth = {}
+    for name in ("mlm", "kd", "omp", "random"):
+        how = ("--method", name) if name in ("omp", "random") else ("--objective", name)
+        assert run(tamt.main, *how, "--out", tmp_path / name) == 0
+        worth[name] = json.loads((tmp_path / name / "mask.json").read_text())
+    mlm, kd = ({name: worth[name][f"dev_{loss}_loss"] for name in worth} for loss in ("mlm", "kd"))
+    assert mlm["mlm"] < 0.8 * min(mlm["omp"], mlm["random"]), mlm
+    assert kd["kd"] < 0.5 * kd["omp"] and kd["omp"] < 0.8 * kd["random"], kd
 
 
 def test_a_short_run_at_the_papers_lr_flips_nothing(world):
@@ -1552,7 +1566,7 @@ def test_metrics_equal_scikit_learn_and_scipy():
               "f1": lambda p, y: metrics.f1_score(y, p, zero_division=0),
               "matthews": metrics.matthews_corrcoef}
     rng, undefined = np.random.default_rng(0), 0
-    for trial in range(1600):
+    for trial in range(800):
         n = int(rng.integers(2, 12) if trial % 2 else rng.integers(12, 300))
         classes = (rng.random((2, n)) < rng.random(2)[:, None]).astype(int)
         numbers = rng.normal(size=(2, n)) * 10.0 ** rng.integers(-3, 4) + rng.integers(-5, 5)
@@ -1671,7 +1685,7 @@ def test_zeros_stay_and_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_pa
     from torch.nn.utils import prune
     from torch.optim.optimizer import register_optimizer_step_post_hook as after_each_step
     clip, norms, zeros = nn.utils.clip_grad_norm_, [], []
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a: norms.append(float(clip(*a))))
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a)) or norms[-1])
 
     def ticket(*mask):
         args = finetune.settings(["--task", "stsb", "--model", str(tasks[1][family])[:-3], "--max-len", "48",
