@@ -1154,7 +1154,7 @@ def test_learning_beats_the_start_on_its_own_objective(world):
 
 @pytest.mark.slow
 def test_on_the_toy_learned_masks_beat_magnitude_and_magnitude_beats_chance(world, tmp_path):
-    """At 70 % and default settings. For the masked-LM loss of OMP and random only the paper's order is reported."""
+    """At 70 %, default settings. The order of OMP and random in masked-LM loss is reported, not pinned."""
     worth = {}
     for name in ("mlm", "kd", "omp", "random"):
         how = ("--method", name) if name in ("omp", "random") else ("--objective", name)
