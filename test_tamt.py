@@ -1794,3 +1794,14 @@ def test_wrong_input_is_one_line(tasks, world, tmp_path, capsys, argv, message):
     error = capsys.readouterr().err
     assert status == 2 and not lines and error.startswith("error: ") and message in error
     assert error.count("\n") == 1 and {*tmp_path.rglob("*")} == before  # nothing half-written
+
+
+# ---------------------------------------------------------------- dev: what checks us must not rot
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("dev/kill.py", "--kills", "4"), ("dev/bench.py", "--toy")])
+def test_the_tools_run(command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
