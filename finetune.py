@@ -35,7 +35,7 @@ import data
 import glue_squad
 import tamt
 
-TOY = {"epochs": 6, "lr": 3e-4, "max_len": 128}  # in place of the paper's defaults: its model is small
+TOY = {"epochs": 6, "lr": 1e-3, "max_len": 128}  # in place of the paper's defaults: its model is small
 
 # ---------------------------------------------------------------- a task made ready
 
