@@ -2,8 +2,9 @@
 
     python dev/sweep.py --model bert-base --methods dense,mlm --tasks sst2 --task-seeds 1,2 -- --steps 1000
 
-Methods: dense omp random imp mlm kd mlm+kd, mlm-random (random start), ... Flags after -- go to tamt.py; imp
-has its own: call it apart (-- --prune-every 500). Kill and repeat at will: what --results holds is skipped.
+Methods: dense omp random imp mlm kd mlm+kd, mlm-random (random start), ... Flags after -- go to tamt.py (imp
+has its own, -- --prune-every 500: call it apart), those in --tune="--lr 3e-4" to finetune.py. Kill and repeat
+at will: what --results holds is skipped.
 """
 import argparse
 import json
@@ -15,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 LISTS = {"methods": "omp", "sparsities": "0.7", "seeds": "1", "tasks": "", "task-seeds": "1", "limit": ""}
-FLAGS = LISTS | {"model": "toy", "data": "", "task-data": "", "epochs": "", "out": "out/sweep"}
+FLAGS = LISTS | {"model": "toy", "data": "", "task-data": "", "tune": "", "out": "out/sweep"}
 
 
 def read_lines(path) -> list[dict]:
@@ -55,7 +56,7 @@ def main():
     for name, default in {**FLAGS, "results": "dev/results.jsonl"}.items():
         parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--checkpoints", action="store_true", help="also fine-tune all but the last step-N")
-    parser.add_argument("extra", nargs="*", metavar="-- FLAGS", help="more flags for tamt.py")
+    parser.add_argument("extra", nargs="*", metavar="-- FLAGS")
     args = parser.parse_args()
     methods, sparsities, seeds, *tunes = (vars(args)[name.replace("-", "_")].split(",") for name in LISTS)
     flags = lambda **given: [x for k, v in given.items() if v for x in (f"--{k}", str(v))]  # noqa: E731
@@ -68,9 +69,9 @@ def main():
         steps = sorted(folder.glob("step-*/mask.pt"), key=lambda path: int(path.parent.name[5:]))[:-1]
         masks = (steps * args.checkpoints + [folder / "mask.pt"]) * bool(args.tasks)
         for mask, task, t, n in product(masks, *tunes):
-            own = flags(mask=kind != "dense" and mask, data=args.task_data, epochs=args.epochs, limit=n)
+            own = [*flags(mask=kind != "dense" and mask, data=args.task_data, limit=n), *args.tune.split()]
             words = ["finetune.py", "--task", task, "--seed", t, *own, "--results", f"{args.out}/lines.jsonl"]
-            run(words, mask.parent / "-".join(filter(None, (task, f"s{t}", f"e{args.epochs}", n))), args)
+            run(words, mask.parent / "".join([task, "-s", t, n and "-n", n, *args.tune.split()]), args)
 
 
 if __name__ == "__main__":
