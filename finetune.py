@@ -1,6 +1,9 @@
 """Is the ticket any good? Fine-tune a subnetwork on a GLUE task or SQuAD v1.1, and record what it scores.
 
-    python finetune.py --task sst2 --mask mask.pt
+    python finetune.py --task sst2 --mask mask.pt                   a ticket on a task
+    python finetune.py --task sst2 --find imp --sparsity 0.5        find one on a task   (Chen et al. 2020)
+    python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
+    python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
 The mask is fixed and its zeros lie in the weights themselves: each pruned entry is set to zero once, and its
 gradient is zeroed before clipping, so it stays exactly zero, and AdamW does bit for bit what it would do
@@ -10,20 +13,28 @@ Same as the released code: a fresh head per seed, AdamW without decay, linear de
 1.0, epochs, batch sizes and lengths per task (glue_squad.TASKS), best score over the dev evaluations.
 Deliberately different: batches hold sentences of like length; every epoch's end, hence the last step, is
 evaluated, `best` and `final` stand side by side; MNLI reports matched and mismatched under their own names;
-SQuAD's answers are found by characters and never lie in the padding; an undefined metric is 0.
+SQuAD's answers are found by characters and never lie in the padding; an undefined metric is 0. Tickets found
+on a task: each round and each ticket is fine-tuned as above (Super Tickets: Adamax, warm-up, decay .01), with
+a fresh head (BERT-Tickets keeps it over the rounds); gradients of the gates do not add up over batches;
+random tickets are drawn without replacement; shuffling permutes the entries of a matrix (released: layers).
 
-Glossary: B sequences, T tokens, C labels, n examples; a `target` is a class id, a number, or a span's two
-positions.
+Glossary: B sequences, T tokens, C labels, n examples, D hidden, L layers, H heads; a `target` is a class id,
+a number, or a span's two positions.
 """
 
+import argparse
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -49,6 +60,8 @@ class Work:
     dev: dict[str, list]  # "dev", for MNLI "dev_mm" -> sequences
     texts: dict[str, list]  # the splits to predict -> examples, or for SQuAD questions
     windows: list  # SQuAD's dev windows, which turn logits into text
+    prefix: str = ""  # of its metrics, where tasks share an encoder
+    own: list = field(default_factory=list)  # (holder, name, value): its head and ticket, if they do (share)
 
 
 def read_files(task, folder, predict: bool = False) -> dict[str, list]:
@@ -118,6 +131,7 @@ def task_loss(work: Work, logits, targets):  # (B, C) and (B,), or (B, T, 2) and
 def predict(model, work: Work, sequences: list, args, batch_size: int = 64) -> list[np.ndarray]:
     """Logits of each sequence in order, in eval mode: (C,) or (T, 2) each. Like lengths go together."""
     training, found = model.training, [None] * len(sequences)
+    enter(work)
     model.eval()
     order = np.argsort([len(ids) for ids, _ in sequences], kind="stable")
     for at in range(0, len(order), batch_size):
@@ -156,7 +170,21 @@ def apply_masks(model, masks: dict[str, torch.Tensor]):
         model.get_parameter(name).data.mul_(mask)
 
 
-def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: dict | None = None) -> dict:
+def enter(work: Work):
+    """Where tasks share an encoder, each batch goes through its own task's head and ticket."""
+    for holder, name, value in work.own:
+        setattr(holder, name, value)
+
+
+def epoch_batches(works: list[Work], args, epoch: int) -> list[tuple[Work, np.ndarray]]:
+    """The tasks' batches, shuffled together: a function of the seed."""
+    rng = np.random.default_rng([args.seed, epoch])
+    batches = [(work, rows) for work in works for rows in
+               glue_squad.bucketed([len(ids) for ids, _ in work.train], args.batch_size, rng)]
+    return batches if len(works) == 1 else [batches[i] for i in rng.permutation(len(batches))]
+
+
+def fine_tune(model, works: list[Work], masks: dict, args, state: dict | None = None) -> dict:
     """Trains all weights under fixed masks -> what outcome() says, {} in all processes but the first.
 
     Order and dropout are functions of (seed, step), so that `state` continues a run exactly."""
@@ -167,28 +195,33 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
         with tamt.reading(args.out / "state.pt"):
             tamt.restore_learning(state["params"], state["optimizer"], params, optimizer)
             history, begin, total = list(state["history"]), state["step"], float(state["loss"])
-    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    per_epoch, lengths = -(-len(work.train) // args.batch_size), [len(ids) for ids, _ in work.train]
-    steps, targets = per_epoch * args.epochs, torch.from_numpy(work.targets)
+    net = model
+    if args.world > 1:
+        net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=len(works) > 1)
+    per_epoch = sum(-(-len(work.train) // args.batch_size) for work in works)
+    steps = per_epoch * args.epochs
     began = saved = time.time()
     model.train()
     for step in range(begin, steps):
         epoch, number = divmod(step, per_epoch)
         if number == 0 or step == begin:
-            batches = glue_squad.bucketed(lengths, args.batch_size, np.random.default_rng([args.seed, epoch]))
-        rows = batches[number][args.rank_id::args.world]
+            batches = epoch_batches(works, args, epoch)
+        work, batch = batches[number]
+        enter(work)
+        rows = batch[args.rank_id::args.world]
         share = args.world if len(rows) else 0  # a last batch may have fewer rows than there are processes
-        rows = rows if share else batches[number][:1]
+        rows = rows if share else batch[:1]
         torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)
         with tamt.autocast(args.device, args.dtype):
             logits = logits_of(model, net, work, [work.train[i] for i in rows])
-        loss = task_loss(work, logits, targets[rows].to(args.device)) * share / len(batches[number])
+        targets = torch.from_numpy(work.targets[rows]).to(args.device)
+        loss = task_loss(work, logits, targets) * share / len(batch)
         loss.backward()  # processes average their gradients
         with torch.no_grad():
             for name, mask in masks.items():
                 params[name].grad.mul_(mask)
         norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / (steps * args.stretch))
         optimizer.step()
         optimizer.zero_grad()
         total, done = total + float(loss.detach()), step + 1
@@ -199,7 +232,8 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
             continue
         if done % args.eval_every == 0 or done % per_epoch == 0:
             since = done - (history[-1]["step"] if history else 0)
-            history.append({"step": done, "loss": total / since, **evaluate(model, work, args)})
+            scores = {work.prefix + k: x for work in works for k, x in evaluate(model, work, args).items()}
+            history.append({"step": done, "loss": total / since, **scores})
             total, left = 0.0, round((time.time() - began) / (done - begin) * (steps - done))
             figures = "  ".join(f"{k} {value:.4f}" for k, value in history[-1].items() if k != "step")
             print(f"step {done}/{steps}  {figures}  ETA {left // 60}:{left % 60:02}", flush=True)
@@ -209,15 +243,222 @@ def fine_tune(model, work: Work, masks: dict[str, torch.Tensor], args, state: di
                 "format": 1, "settings": args.identity, "step": done, "history": history, "loss": total,
                 "params": {n: p.data for n, p in params.items()}, "optimizer": optimizer.state_dict()})
     model.eval()
-    return outcome(work.task, history, steps) if not args.rank_id else {}
+    return outcome(works, history, steps) if not args.rank_id else {}
 
 
-def outcome(task, history: list[dict], steps: int) -> dict:
-    """All metrics at the best step by the task's first one, and at the last step; all evaluations."""
-    names = [name for name in task.metrics if name in history[0]]  # accuracy_mm only with the mismatched file
-    best, final = max(history, key=lambda line: line[names[0]]), history[-1]
+def outcome(works: list[Work], history: list[dict], steps: int) -> dict:
+    """All metrics at the best step by the task's first one (the mean over tasks), and at the last step."""
+    firsts = [work.prefix + work.task.metrics[0] for work in works]
+    names = [work.prefix + name for work in works for name in work.task.metrics]
+    names = [name for name in names if name in history[0]]  # accuracy_mm only with the mismatched file
+    best, final = max(history, key=lambda line: sum(line[name] for name in firsts)), history[-1]
     return {"best": {n: best[n] for n in names}, "final": {n: final[n] for n in names},
             "best_step": best["step"], "steps": steps, "evaluations": history}
+
+
+# ---------------------------------------------------------------- several tasks, one encoder
+
+
+def share(model, works: list[Work], tickets: list[dict], args):
+    """Ticket sharing (Liang et al. 2021): one encoder, a head per task, every batch under its own ticket.
+
+    A weight or unit is moved by the tasks that keep it: masks lie over the weights here, not in them."""
+    layers, model.heads = tamt.mask_model(model), nn.ModuleList()
+    encoder = list(model.base.encoder["layer"])
+    for i, work in enumerate(works):
+        model.new_head("classifier", len(work.task.labels or ()) or 1)
+        model.heads.append(model.classifier)
+        masks, gone = tickets[i] if tickets else {}, np.zeros(len(encoder), bool)
+        if tickets and args.mask_meta[i].get("method") == "super":
+            gone = units(model.config, masks, args.mask[i])[1]
+        work.prefix, work.own = f"{work.task.name}_", [(model, "classifier", model.classifier)]
+        for name, layer in layers.items():
+            work.own.append((layer, "mask", masks.get(name, torch.ones_like(layer.mask))))
+        for x, no in zip(encoder, gone, strict=True):  # what is None takes no part
+            work.own.append((x, "intermediate", None if no else x.intermediate))
+            work.own.append((x.output, "dense", None if no else x.output["dense"]))
+
+
+# ---------------------------------------------------------------- tickets found on the task
+
+
+def one_run(args, folder: str, mask: list, then=None) -> dict:
+    """Fine-tunes in a folder of its own, skipped by --resume if it is finished -> its result.json."""
+    own = argparse.Namespace(**{**vars(args), "out": args.out / folder, "mask": mask})
+    try:
+        tune(own, then)
+    except tamt.Finished:
+        pass
+    return bert.read_json(own.out / "result.json")
+
+
+def save_ticket(path, model, masks: dict, args, **more):
+    report = tamt.sparsity_report(model, masks)
+    told = {name: tamt.plain(getattr(args, name)) for name in ("model", "seed", "lr", "data")}
+    tamt.save_mask(path, masks, told | more | {
+        "task": names_of(args), "sparsity": report["masked_set"],
+        "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")}})
+
+
+def prune_trained(model, works, masks: dict, args, level: float):
+    """The end of an IMP round: of what is left, the smallest trained weights go, up to `level` in all."""
+    names = [name for name in args.prunable if model.has("pooler") or "pooler" not in name]
+    layers = {n: SimpleNamespace(weight=(w := model.get_parameter(n)), mask=masks.get(n, w > -math.inf))
+              for n in names}
+    save_ticket(args.out / "mask.pt", model, tamt.magnitude_masks(layers, level, args.rank), args,
+                method="imp", rank=args.rank, scope=args.scope)
+
+
+def find_imp(args):
+    """Task-specific IMP (Chen et al. 2020; LT_glue.py): fine-tune, prune 10 % of the count by magnitude, go
+    back to the pre-trained weights, again. By default all of encoder and pooler compete (--rank, --scope)."""
+    rounds, mask, levels = [], [], tamt.imp_levels(args.sparsity)
+    for number, level in enumerate(levels, 1):
+        print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
+        line = one_run(args, f"round-{number}", mask, partial(prune_trained, level=level))
+        rounds.append({"sparsity": line["sparsity"], "best": line["best"], "final": line["final"]})
+        mask = [args.out / f"round-{number}" / "mask.pt"]
+    return mask[0], {"rounds": rounds}
+
+
+ORDERS = ("winning", "random", "losing")
+
+
+def importance(model, work: Work, args) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
+    """Expected sensitivity of every head's context vectors and every FFN's output o, over the training set in
+    file order: mean over batches of sum |<dL/do, o>|, a term per position; heads normalised in each layer."""
+    seen, layers, at = [], model.base.encoder["layer"], range(0, len(work.train), args.batch_size)
+    hooks = [h for x in layers for h in (
+        x.attention["output"]["dense"].register_forward_pre_hook(lambda _, given: seen.append(given[0])),
+        x.output["dense"].register_forward_hook(lambda _, given, out: seen.append(out)))]
+    heads, ffn = torch.zeros(len(layers), model.config.num_attention_heads), torch.zeros(len(layers))
+    model.eval()
+    for begin in at:
+        rows = slice(begin, begin + args.batch_size)
+        targets = torch.from_numpy(work.targets[rows]).to(args.device)
+        seen.clear()
+        with tamt.autocast(args.device, args.dtype):
+            logits = logits_of(model, model, work, work.train[rows])
+        grads = torch.autograd.grad(task_loss(work, logits, targets) / len(targets), seen)
+        for i, (g, o) in enumerate(zip(grads, seen, strict=True)):
+            size = layers[0].head_size if i % 2 == 0 else o.shape[-1]
+            felt = (g * o).detach().float().unflatten(-1, (-1, size)).sum(-1).abs().sum((0, 1)).cpu()
+            (heads if i % 2 == 0 else ffn)[i // 2] += (felt if i % 2 == 0 else felt[0]) / len(at)
+    for hook in hooks:
+        hook.remove()
+    return heads / (heads.norm(dim=1, keepdim=True) + 1e-20), ffn
+
+
+def structured(heads, ffn, order: str, level: int, seed: int):  # (L, H), (L,) -> which go, (L, H), (L,) bool
+    """The paper's eight nested levels: int(10 level %) of all heads, int(level / 12) of the FFNs, the least
+    important first (winning), the most important (losing), or in a random order; a layer keeps one head."""
+    rng = np.random.default_rng([seed, 0x57])
+    values = [(x if order == "winning" else -x).numpy().copy() for x in (heads, ffn)]
+    values = [rng.random(x.shape) for x in values] if order == "random" else values
+    (L, H), gone = heads.shape, [np.zeros(x.shape, bool) for x in values]
+    values[0][np.arange(L), values[0].argmax(1)] = np.inf
+    for x, out, n in zip(values, gone, (min(L * H * level // 10, L * (H - 1)), L * level // 12), strict=True):
+        out.reshape(-1)[np.argsort(x, axis=None, kind="stable")[:n]] = True
+    return gone
+
+
+def unit_masks(config, heads, ffn) -> dict[str, torch.Tensor]:
+    """Units that go, (L, H) and (L,) bool, as masks of the six matrices of each layer: all their weights."""
+    masks, D, inner = {}, config.hidden_size, config.intermediate_size
+    for i, (gone, no) in enumerate(zip(heads, ffn, strict=True)):
+        rows = torch.from_numpy(np.repeat(~gone, D // len(gone)))  # of the context vectors
+        own = {f"attention.self.{name}": rows[:, None].repeat(1, D) for name in ("query", "key", "value")}
+        own["attention.output.dense"] = rows.repeat(D, 1)
+        own["intermediate.dense"], own["output.dense"] = (
+            torch.full(shape, not no) for shape in ((inner, D), (D, inner)))
+        masks |= {f"{config.model_type}.encoder.layer.{i}.{name}.weight": own[name] for name in own}
+    return masks
+
+
+def units(config, masks: dict, file):  # -> (L, H), (L,) bool: the heads and FFNs that a ticket takes out
+    layers = [f"{config.model_type}.encoder.layer.{i}." for i in range(config.num_hidden_layers)]
+    size = config.hidden_size // config.num_attention_heads
+    heads = np.stack([~masks[f"{x}attention.output.dense.weight"][0, ::size].numpy() for x in layers])
+    ffn = np.array([not masks[f"{x}output.dense.weight"].any() for x in layers])
+    whole = unit_masks(config, heads, ffn)
+    if heads.all(1).any() or masks.keys() ^ whole or not all(masks[n].equal(whole[n]) for n in whole):
+        raise ValueError(f"{file}: a Super Ticket takes out whole heads, not all of a layer, and whole FFNs")
+    return heads, ffn
+
+
+def remove_units(model, heads, ffn):  # (L, H), (L,) bool
+    """Takes heads and FFNs out of the computation: smaller matrices, logits as if their outputs were 0."""
+    for layer, gone, no in zip(model.base.encoder["layer"], heads, ffn, strict=True):
+        layer.rows = torch.from_numpy(np.repeat(~gone, layer.head_size))  # (D,) of the context; for full_size
+        for linear in layer.attention["self"].values():
+            linear.weight = nn.Parameter(linear.weight.data[layer.rows])
+            linear.bias = nn.Parameter(linear.bias.data[layer.rows])
+        linear = layer.attention["output"]["dense"]
+        linear.weight = nn.Parameter(linear.weight.data[:, layer.rows])
+        if no:
+            layer.intermediate = layer.output["dense"] = None
+
+
+def full_size(model) -> dict[str, torch.Tensor]:
+    """The tensors in the sizes of the config, zeros where weights and units are gone. (The config's
+    pruned_heads would save their space, but transformers 5 does not read that any more.)"""
+    tensors = {n: p.data for n, p in model.named_parameters() if not n.startswith("heads.")}
+    for name, layer in tamt.maskable(model).items():
+        tensors[name] = tensors[name] * layer.mask if isinstance(layer, tamt.Masked) else tensors[name]
+    with torch.device("meta"):
+        whole = bert.Base(model.config, model.has("pooler"))
+    for name, p in whole.named_parameters(prefix=model.config.model_type):
+        if name not in tensors:
+            tensors[name] = torch.zeros(p.shape)
+        elif (small := tensors[name]).shape != p.shape:
+            rows = model.base.encoder["layer"][int(name.split(".")[3])].rows
+            tensors[name] = torch.zeros(p.shape)
+            tensors[name][(slice(None), rows) if "output" in name else rows] = small.cpu()
+    return tensors
+
+
+def make_tickets(model, works, masks, args):
+    """Weighs the units of a model fine-tuned on the task, and writes down all tickets."""
+    heads, ffn = importance(model, works[0], args)
+    tamt.write_json(args.out.parent / "importance.json", {"heads": heads.tolist(), "ffn": ffn.tolist()})
+    for order, level in product(ORDERS, range(1, 9)):
+        masks = unit_masks(model.config, *structured(heads, ffn, order, level, args.seed))
+        save_ticket(args.out.parent / f"{order}-{level}.pt", model, masks, args, method="super", order=order,
+                    level=level)
+
+
+def find_super(args):
+    """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and FFNs, take out more and more of them
+    from the pre-trained model, fine-tune each ticket; the one with the best dev score is the super ticket."""
+    lines, first = {"dense-0": one_run(args, "dense", [], make_tickets)}, args.tasks[0].metrics[0]
+    for name in [f"{order}-{level}" for order, level in product(args.orders, range(1, 9))]:
+        lines[name] = one_run(args, name, [args.out / f"{name}.pt"])
+    curve = []
+    for name, line in lines.items():
+        left = 1 - line["mask"]["found"]["whole_model"] if line["mask"] else 1.0
+        curve.append({"ticket": name, "remaining": left, "best": line["best"], "final": line["final"]})
+        print(f"{name:10} {left:.1%} of the weights remain  best_{first}: {line['best'][first]:.4f}")
+    names = [name for name in lines if name.startswith(args.orders[0])]
+    return args.out / f"{max(names, key=lambda name: lines[name]['best'][first])}.pt", {"curve": curve}
+
+
+def find(args):
+    """--find: a folder of fine-tunings, and at the end the ticket they led to, as mask.pt like any other."""
+    began, ignored = time.time(), {"command", "results", "resume", "out", "rank_id", "world", "mask", "tasks"}
+    asked = {name: tamt.plain(value) for name, value in vars(args).items() if name not in ignored}
+    kind = f"imp-{args.sparsity:g}" if args.find == "imp" else "super"
+    name = f"{names_of(args)}-{Path(args.model or 'toy').name}-{kind}-s{args.seed}"
+    args.out = args.out or Path("out", name)
+    tamt.check_run(args.out, asked, args.resume, "mask.json")
+    ticket, story = (find_imp if args.find == "imp" else find_super)(args)
+    if args.rank_id:
+        return
+    masks, meta = tamt.read_mask(ticket)
+    tamt.save_mask(args.out / "mask.pt", masks, meta)
+    tamt.write_json(args.out / "mask.json", {"settings": asked, "meta": meta, **story})
+    print(f"---\ntask: {names_of(args)}\nmask: {args.out / 'mask.pt'}\nsparsity: {meta['sparsity']:.4f}\n"
+          f"seconds: {time.time() - began:.4f}\n"
+          f"next: python finetune.py --task {names_of(args)} --mask {args.out / 'mask.pt'}")
 
 
 # ---------------------------------------------------------------- command line
@@ -227,14 +468,23 @@ def settings(argv=None):
     """The command line, with the task's own defaults filled in."""
     parser = tamt.Parser(description="Fine-tune a subnetwork of a pre-trained BERT on one task.")
     add, whole, number = parser.add_argument, tamt.positive(int), tamt.positive(float)
-    add("--task", required=True, help=f"{', '.join(glue_squad.TASKS)}, or the FILE.json of an own task")
-    add("--mask", type=Path, help="mask file; without it the dense model is fine-tuned")
+    add("--task", required=True, help=f"{', '.join(glue_squad.TASKS)}, or the FILE.json of an own task; "
+        "several with commas share an encoder")
+    add("--mask", help="mask file, for several tasks one each; without it the dense model is fine-tuned")
     add("--model", help="name or path of the checkpoint (the one the mask's metadata names; toy)")
     add("--data", type=Path, help="folder with GLUE's folders, train-v1.1.json, dev-v1.1.json (downloaded)")
-    add("--epochs", type=whole, help="passes over the training set (GLUE 3, SQuAD 2)")
+    add("--find", choices=["imp", "super"], help="look for a ticket on the task: by iterative magnitude "
+        "pruning, or of whole heads and feed-forward networks")
+    add("--sparsity", type=tamt.fraction, default=0.7, help="imp: fraction of weights to REMOVE (0.7)")
+    add("--rank", choices=["global", "local"], default="global", help="imp: where entries compete (global)")
+    add("--scope", choices=["all", "encoder"], default="encoder", help="imp: all adds words (encoder)")
+    add("--orders", nargs="+", choices=ORDERS, default=ORDERS, help="super: tickets to try (all three)")
+    add("--weights", choices=["pretrained", "random", "shuffled"], default="pretrained", help="what lies "
+        "under the mask: shuffled permutes each matrix of encoder and pooler (pretrained)")
+    add("--epochs", type=whole, help="passes over the training set (GLUE 3, SQuAD 2, several tasks 5)")
     add("--batch-size", type=whole, help="examples per update (GLUE 32, SQuAD 16)")
     add("--max-len", type=whole, help="tokens per example (GLUE 128, SQuAD 384)")
-    add("--lr", type=number, help="learning rate at the start (GLUE 2e-5, SQuAD 3e-5)")
+    add("--lr", type=number, help="learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)")
     add("--seed", type=int, default=1, help="of head, order, dropout and --limit (1)")
     add("--limit", type=whole, help="train on this many random examples; SQuAD: windows (all)")
     add("--eval-every", type=whole, help="updates between evaluations, besides each epoch's end (50; MNLI, "
@@ -247,7 +497,17 @@ def settings(argv=None):
     add("--predict", action="store_true", help="write GLUE's submission file, or SQuAD's of dev, into --out")
     add("--export", type=Path, metavar="DIR", help="write the fine-tuned model for transformers")
     args = parser.parse_args(argv)
-    args.task = glue_squad.find_task(args.task)
+    several = "," in args.task and not args.task.endswith(".json")
+    args.tasks = [glue_squad.find_task(x) for x in (args.task.split(",") if several else [args.task])]
+    args.mask = [Path(x) for x in (args.mask.split(",") if several else [args.mask])] if args.mask else []
+    if several and (len({task.name for task in args.tasks}) < len(args.tasks) or
+                    any(task.name == "squad" for task in args.tasks)):
+        raise ValueError("--task: tasks that share an encoder are different ones, without squad")
+    if several and args.mask and len(args.mask) != len(args.tasks):
+        raise ValueError(f"--mask: {len(args.mask)} files for {len(args.tasks)} tasks; expected one for each")
+    if args.find and (several or args.mask or args.predict or args.export):
+        raise ValueError("--find goes with one --task and without --mask, --predict and --export")
+    args.stretch = 10 if args.find == "imp" else 1  # as released: the schedule's horizon is ten rounds
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed}: expected 0 to {2**31 - 1}")
     if not args.results.absolute().parent.is_dir() or args.results.is_dir():
@@ -260,71 +520,97 @@ def settings(argv=None):
 
 
 def open_ticket(args):
-    """The model with the head that the task needs and no other, its vocabulary, and the masks that fit it."""
-    masks, args.mask_meta = tamt.read_mask(args.mask) if args.mask else ({}, None)
-    args.model = args.model or (args.mask_meta.get("model") if args.mask else "toy")
+    """The model with the head that the task needs and no other (several tasks get theirs in share), its
+    vocabulary, and for each mask file the masks that fit; a Super Ticket's units are gone already."""
+    found = [tamt.read_mask(file) for file in args.mask]
+    args.mask_meta = [meta for _, meta in found]
+    args.model = args.model or (args.mask_meta[0].get("model") if found else "toy")
     if not args.model:
-        raise ValueError(f"{args.mask} does not say which model it belongs to: --model is needed")
+        raise ValueError(f"{args.mask[0]} does not say which model it belongs to: --model is needed")
     if args.model not in (*data.MODELS, "toy"):
         args.model = str(Path(args.model).resolve())
     tamt.refuse_own_folder(args)
     model, vocab = tamt.load_model(args.model)
+    task, several = args.tasks[0], len(args.tasks) > 1
+    paper = {"epochs": 5, "lr": 5e-5} if several else {}  # of ticket sharing
     for name in ("epochs", "batch_size", "max_len", "lr", "eval_every"):
         if getattr(args, name) is None:
-            paper = getattr(args.task, name)
-            setattr(args, name, TOY.get(name, paper) if args.model == "toy" else paper)
+            default = paper.get(name, getattr(task, name))
+            setattr(args, name, TOY.get(name, default) if args.model == "toy" else default)
     if not 6 <= args.max_len <= model.config.positions:
         raise ValueError(f"--max-len {args.max_len}: expected 6 to {model.config.positions} tokens, the "
                          f"positions of {args.model}")
-    masks = tamt.fit_masks(tamt.maskable(model), masks, args.mask) if args.mask else {}
-    entries = sum(mask.numel() for mask in masks.values())
-    args.sparsity = sum(int((~mask).sum()) for mask in masks.values()) / max(entries, 1)
+    tickets = [tamt.fit_masks(tamt.maskable(model), masks, file)
+               for (masks, _), file in zip(found, args.mask, strict=True)]
+    digest, sizes = hashlib.sha256(), []
+    for mask in (mask for masks in tickets for mask in masks.values()):
+        digest.update(tamt.pack(mask).numpy())
+        sizes.append((int((~mask).sum()), mask.numel()))
+    args.mask_digest = digest.hexdigest()[:16] if args.mask else None
+    args.removed = sum(zeros for zeros, _ in sizes) / max(sum(entries for _, entries in sizes), 1)
+    args.prunable = list(tamt.maskable(model, args.scope))  # before a fresh pooler comes
     torch.manual_seed(args.seed)
-    squad, roberta = args.task.name == "squad", model.config.model_type == "roberta"
-    if squad:
-        model.new_head("span")
-    else:
-        if not roberta and not model.has("pooler"):
-            model.new_head("pooler")
-            print(f"{args.model} has no pooler: a fresh one is trained, dense")
-        model.new_head("classifier", len(args.task.labels or ()) or 1)
+    squad, roberta = task.name == "squad", model.config.model_type == "roberta"
+    if not squad and not roberta and not model.has("pooler"):
+        model.new_head("pooler")
+        print(f"{args.model} has no pooler: a fresh one is trained, dense")
+    if not several:
+        model.new_head("span" if squad else "classifier", len(task.labels or ()) or 1)
     for name in ["cls", "lm_head"] + ["pooler"] * (squad or roberta):  # RoBERTa's classifier needs no pooler
         for holder in (model, model.base):
             if hasattr(holder, name):
                 delattr(holder, name)
-    masks = {n: m.to(args.device) for n, m in masks.items() if model.has("pooler") or "pooler" not in n}
-    apply_masks(model.to(args.device), masks)
-    return model, vocab, masks
+    other_weights(model, args.weights)
+    if not several and found and args.mask_meta[0].get("method") == "super":
+        remove_units(model, *units(model.config, tickets[0], args.mask[0]))
+        tickets = [{}]
+    model.to(args.device)
+    return model, vocab, [{n: m.to(args.device) for n, m in masks.items()
+                           if model.has("pooler") or "pooler" not in n} for masks in tickets]
 
 
-def data_folder(args) -> Path:
-    """Where the task's files are: --data, the toy's tasks, or the cache, after a download."""
+def other_weights(model, kind: str):
+    """BERT-Tickets' ablations: what is the mask worth over other weights than the pre-trained ones?"""
+    if kind == "random":
+        model.base.load_state_dict(bert.Model(model.config, model.has("pooler"), mlm=False).base.state_dict())
+    if kind == "shuffled":
+        for layer in tamt.maskable(model, "encoder").values():
+            W = layer.weight.data
+            layer.weight.data = W.flatten()[torch.randperm(W.numel())].view(W.shape)
+
+
+def data_folder(args, task) -> Path:
+    """Where a task's files are: --data, the toy's tasks, or the cache, after a download."""
     if args.data and not args.data.is_dir():
         raise FileNotFoundError(f"--data {args.data}: no such folder")
-    if args.task.name not in glue_squad.TASKS:
-        return Path(args.task.files["train"][0]).parent
+    if task.name not in glue_squad.TASKS:
+        return Path(task.files["train"][0]).parent
     if args.data:
         return args.data.resolve()
-    return tamt.toy_folder("tasks") if args.model == "toy" else glue_squad.download(args.task)
+    return tamt.toy_folder("tasks") if args.model == "toy" else glue_squad.download(task)
 
 
-def finish(model, work: Work, vocab, args, result: dict, began: float):
+def finish(model, works: list[Work], vocab, args, result: dict, began: float):
     """Predictions, export, the line in --results, and the block that grep reads."""
-    floors = [glue_squad.floor(args.task, work.texts[split], split) for split in work.dev]
-    floor = {name: value for floor in floors for name, value in floor.items()}
-    if args.predict:
-        write_predictions(model, work, vocab, args)
-    if args.export:
-        export(model, vocab, args)
-    history, seconds = result.pop("evaluations"), time.time() - began
-    line = {"task": args.task.name, "model": args.model, "mask": args.mask_meta, "sparsity": args.sparsity,
+    floors = [(work.prefix, glue_squad.floor(work.task, work.texts[split], split))
+              for work in works for split in work.dev]
+    floor = {prefix + name: value for prefix, scores in floors for name, value in scores.items()}
+    for work in works:
+        if args.predict:
+            write_predictions(model, work, vocab, args)
+        if args.export:
+            export(model, work, vocab, args.export / work.task.name if work.prefix else args.export)
+    history, seconds, name = result.pop("evaluations"), time.time() - began, names_of(args)
+    metas = args.mask_meta if works[1:] else args.mask_meta[0] if args.mask_meta else None
+    line = {"task": name, "model": args.model, "mask": metas, "sparsity": args.removed,
             "seed": args.seed, **result, "floor": floor, "seconds": round(seconds, 1),
             "command": args.command, "settings": args.identity, "device": str(args.device),
             "threads": torch.get_num_threads(), "processes": args.world, "versions": tamt.versions()}
-    data.append_line(args.results, line)
+    if args.find != "imp":  # its rounds are steps on the way, with a schedule of their own
+        data.append_line(args.results, line)
     tamt.write_json(args.out / "result.json", line | {"evaluations": history})
     (args.out / "state.pt").unlink()  # three times the size of the model, and of no more use
-    print(f"---\ntask: {args.task.name}\nsparsity: {args.sparsity:.4f}")
+    print(f"---\ntask: {name}\nsparsity: {args.removed:.4f}")
     for kind, scores in (("best", result["best"]), ("final", result["final"]), ("floor", floor)):
         print("".join(f"{kind}_{name}: {value:.4f}\n" for name, value in scores.items()), end="")
     print(f"seconds: {seconds:.4f}")
@@ -332,54 +618,76 @@ def finish(model, work: Work, vocab, args, result: dict, began: float):
 
 def write_predictions(model, work: Work, vocab, args):
     """GLUE's TSV of each test split, or SQuAD's JSON for dev, by the model after its last step."""
-    squad = args.task.name == "squad"
+    squad = work.task.name == "squad"
     for split in ["dev"] if squad else [s for s in work.texts if not s.startswith("dev")]:
         sequences = work.dev[split] if squad else glue_squad.encode(work.texts[split], vocab, args.max_len)
         said = answers(work, predict(model, work, sequences, args))
-        name = f"{args.task.folder}.tsv" if args.task.name != "mnli" else glue_squad.SUBMISSION[split]
+        name = f"{work.task.folder}.tsv" if work.task.name != "mnli" else glue_squad.SUBMISSION[split]
         path = args.out / ("predictions.json" if squad else name)
-        glue_squad.write_submission(args.task, said, path)
+        glue_squad.write_submission(work.task, said, path)
         print(f"{path}: {len(said):,} predictions")
 
 
-def export(model, vocab, args):
+def export(model, work: Work, vocab, folder):
     """What transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
-    kind, extra, labels = "ForQuestionAnswering", {}, args.task.labels
-    if args.task.name != "squad":
+    kind, extra, labels = "ForQuestionAnswering", {}, work.task.labels
+    if work.task.name != "squad":
         kind, names = "ForSequenceClassification", labels or ("score",)
         extra = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         extra |= {} if labels else {"problem_type": "regression"}
-    bert.save(args.export, model.config, dict(model.named_parameters()), kind, **extra)
-    data.save_vocabulary(vocab, args.export, model.config.positions)
+    enter(work)
+    bert.save(folder, model.config, full_size(model), kind, **extra)
+    data.save_vocabulary(vocab, folder, model.config.positions)
 
 
-def identity(args, masks) -> dict:
-    """What makes a run this run: settings, and the mask by its content."""
-    names = ("model", "data", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "dtype")
-    digest = hashlib.sha256(b"".join(tamt.pack(mask).numpy().tobytes() for mask in masks.values()))
-    return {"task": args.task.name, "mask": digest.hexdigest()[:16] if masks else None} | {
-        name: tamt.plain(getattr(args, name)) for name in names}
+def names_of(args) -> str:
+    return ",".join(task.name for task in args.tasks)
+
+
+def identity(args) -> dict:
+    """What makes a run this run: settings, and the masks by their content."""
+    names = ("model", "data", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "dtype",
+             "weights", "find", "mask_digest")
+    return {"task": names_of(args)} | {name: tamt.plain(getattr(args, name)) for name in names}
+
+
+def tune(args, then=None):
+    """One run: reads all it needs, fine-tunes, shows the trained model to `then`, records what it scores."""
+    began = time.time()
+    with tamt.first_process_first(args):
+        model, vocab, tickets = open_ticket(args)
+        folders = [data_folder(args, task) for task in args.tasks]
+        texts = [read_files(task, folder, args.predict)
+                 for task, folder in zip(args.tasks, folders, strict=True)]
+    args.data = ",".join(dict.fromkeys(map(str, folders)))
+    args.identity = identity(args)
+    if args.out is None:
+        name = args.mask[0].resolve().parent.name if args.mask else f"{Path(args.model).name}-dense"
+        digest = hashlib.sha256(json.dumps(args.identity).encode()).hexdigest()[:8]
+        args.out = Path("out") / f"{names_of(args)}-{name}-s{args.seed}-{digest}"
+    state = tamt.open_run(args.out, args.identity, args.resume, "result.json", args.rank_id)
+    works = [make_work(task, text, vocab, args.max_len, args.limit, args.seed)
+             for task, text in zip(args.tasks, texts, strict=True)]
+    masks = tickets[0] if tickets and not works[1:] else {}
+    if works[1:]:
+        share(model, works, tickets, args)
+    apply_masks(model.to(args.device), masks)
+    n = sum(len(work.train) for work in works)
+    print(f"{names_of(args)}: {n:,} training examples, {args.epochs} epochs, batch {args.batch_size}, lr "
+          f"{args.lr:g}; {args.model}, {args.removed:.2%} of the masked set zero")
+    result = fine_tune(model, works, masks, args, state)
+    if not args.rank_id:
+        if then:
+            then(model, works, masks, args)
+        finish(model, works, vocab, args, result, began)
+    if args.world > 1:
+        torch.distributed.barrier()  # what it wrote, the next run may read
 
 
 def main(argv=None):
-    args, began = settings(argv), time.time()
+    args = settings(argv)
     tamt.pick_device(args)
-    with tamt.first_process_first(args):
-        model, vocab, masks = open_ticket(args)
-        args.data = data_folder(args)
-        texts = read_files(args.task, args.data, args.predict)
-    args.identity = identity(args, masks)
-    if args.out is None:
-        name = args.mask.resolve().parent.name if args.mask else f"{Path(args.model).name}-dense"
-        digest = hashlib.sha256(json.dumps(args.identity).encode()).hexdigest()[:8]
-        args.out = Path("out") / f"{args.task.name}-{name}-s{args.seed}-{digest}"
-    state = tamt.open_run(args.out, args.identity, args.resume, "result.json", args.rank_id)
-    work = make_work(args.task, texts, vocab, args.max_len, args.limit, args.seed)
-    print(f"{args.task.name}: {len(work.train):,} training examples, {args.epochs} epochs, batch "
-          f"{args.batch_size}, lr {args.lr:g}; {args.model}, {args.sparsity:.2%} of the masked set zero")
-    result = fine_tune(model, work, masks, args, state)
-    if not args.rank_id:
-        finish(model, work, vocab, args, result, began)
+    (find if args.find else tune)(args)
 
 
 if __name__ == "__main__":

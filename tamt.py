@@ -679,6 +679,10 @@ def reading(path):
         raise ValueError(f"{path}: no state of this run ({error}); remove it to start anew") from None
 
 
+class Finished(SystemExit):
+    """--resume of a run that has nothing left to do: exit status 0."""
+
+
 def check_run(out: Path, asked: dict, resume: bool, result: str) -> dict | None:
     """The state that `out` holds, if any. Another run there is an error, and so is an unfinished one without
     --resume. A run is finished when the file `result` is there; --resume has nothing left to do: exit 0."""
@@ -695,7 +699,7 @@ def check_run(out: Path, asked: dict, resume: bool, result: str) -> dict | None:
         raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
     if finished.exists() and resume:
         print(f"{out} is finished: its figures are in {finished}")
-        sys.exit(0)
+        raise Finished(0)
     if state and not resume and not finished.exists():
         raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue with --resume, "
                          "or choose another --out, or remove that folder")

@@ -1675,9 +1675,9 @@ def tasks(world):
 def tune(tasks, out, task="rte", *more, family="bert"):
     """finetune.py's exit status and the lines of its results file."""
     out.mkdir(exist_ok=True)
-    status = run(finetune.main, "--data", tasks[0], "--mask", tasks[1][family], "--task", task, "--max-len",
-                 48, "--lr",
-                 1e-3, "--batch-size", 8, "--epochs", 2, "--out", out / "run", "--results", out / "r", *more)
+    mask = ("--mask", tasks[1][family]) if family else ()
+    status = run(finetune.main, "--data", tasks[0], *mask, "--task", task, "--max-len", 48, "--lr", 1e-3,
+                 "--batch-size", 8, "--epochs", 2, "--out", out / "run", "--results", out / "r", *more)
     return status, [json.loads(line) for file in out.glob("r") for line in file.read_text().splitlines()]
 
 
@@ -1693,8 +1693,9 @@ def test_zeros_stay_and_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_pa
                                   "--batch-size", "8", "--lr", "1e-3", *mask])
         tamt.pick_device(args)
         args.out, args.identity, (model, vocab, masks) = tmp_path, {}, finetune.open_ticket(args)
-        texts = finetune.read_files(args.task, tasks[0])
-        return args, model, masks, finetune.make_work(args.task, texts, vocab, 48)
+        texts = finetune.read_files(args.tasks[0], tasks[0])
+        finetune.apply_masks(model, (masks := masks[0] if masks else {}))
+        return args, model, masks, [finetune.make_work(args.tasks[0], texts, vocab, 48)]
     args, model, masks, work = ticket("--mask", str(tasks[1][family]))
     with after_each_step(lambda *_: zeros.append(
             not any(model.get_parameter(name)[~mask].any() for name, mask in masks.items()))):
@@ -1769,6 +1770,178 @@ def test_finetune_resumes_bit_for_bit(tasks, tmp_path, monkeypatch, capsys, task
     assert tune(tasks, b, task, *every, "--resume") == (0, again) and len(again) == 1
 
 
+def settled(tasks, out, *argv):
+    """What open_ticket gives, and the works, for a command line."""
+    args = finetune.settings(["--data", str(tasks[0]), "--max-len", "48", *map(str, argv)])
+    tamt.pick_device(args)
+    args.out, args.identity, (model, vocab, tickets) = out, {}, finetune.open_ticket(args)
+    works = [finetune.make_work(task, finetune.read_files(task, tasks[0]), vocab, 48) for task in args.tasks]
+    return args, model, tickets, works
+
+
+def test_imp_on_a_task_prunes_trained_weights_in_exact_nested_rounds(tasks, tmp_path, monkeypatch):
+    argv = ("--find", "imp", "--sparsity", 0.25, "--model", str(tasks[1]["bert"])[:-3])
+    prune, trained = finetune.prune_trained, []
+
+    def kept(model, works, masks, own, level):
+        trained.append({name: model.get_parameter(name).detach().clone() for name in own.prunable})
+        prune(model, works, masks, own, level)
+    monkeypatch.setattr(finetune, "prune_trained", kept)
+    assert tune(tasks, tmp_path / "a", "rte", *argv, family=None) == (0, [])  # rounds are no results
+    rounds = [tamt.load_mask(tmp_path / f"a/run/round-{i}/mask.pt") for i in (1, 2, 3)]
+    size, before = sum(mask.numel() for mask in rounds[0].values()), {}
+    assert not any("embeddings" in name for name in rounds[0]) and any("pooler" in name for name in rounds[0])
+    for masks, weights, level in zip(rounds, trained, (0.1, 0.2, 0.25), strict=True):
+        assert sum(int((~mask).sum()) for mask in masks.values()) == round(size * level)
+        sizes = torch.cat([w.abs().flatten() for w in weights.values()])
+        keep = torch.cat([masks[name].flatten() for name in weights])
+        assert sizes[keep].min() >= sizes[~keep].max()  # one global rank, by the weights this round trained
+        assert all((before[name] | ~mask).all() for name, mask in masks.items() if before)  # nested
+        before = masks
+    calls = iter([finetune.task_loss] * 13)  # 8 updates a round: stopped in the second
+
+    def interrupted(*batch, loss=finetune.task_loss):
+        for _ in calls:
+            return loss(*batch)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "task_loss", interrupted)
+        assert tune(tasks, tmp_path / "b", "rte", *argv, family=None)[0] == 130
+    for more, status in (((), 2), (("--resume",), 0), (("--resume",), 0)):  # unfinished; go on; nothing to do
+        assert tune(tasks, tmp_path / "b", "rte", *argv, *more, family=None)[0] == status
+    a, b = (tmp_path / f"{x}/run/mask.pt" for x in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    status, (line,) = tune(tasks, tmp_path / "c", "stsb", "--mask", a)  # transfer
+    assert status == 0 and line["mask"]["task"] == "rte" and abs(line["mask"]["sparsity"] - 0.25) < 1e-3
+
+
+def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path):
+    args, model, _, (work,) = settled(tasks, tmp_path, "--task", "rte", "--model", str(tasks[1]["bert"])[:-3])
+    heads, ffn, layers = *finetune.importance(model, work, args), model.base.encoder["layer"]
+    H, found, at = model.config.num_attention_heads, [0.0] * 2 * len(layers), range(0, len(work.train), 8)
+    for begin in at:
+        gates, hooks, rows = [], [], slice(begin, begin + 8)
+
+        def gated(x, parts, gates=gates):
+            gates.append(torch.ones(*x.shape[:2], parts, 1, requires_grad=True))
+            return (x.unflatten(-1, (parts, -1)) * gates[-1]).flatten(-2)
+        for layer in layers:
+            dense, out = layer.attention["output"]["dense"], layer.output["dense"]
+            hooks += [dense.register_forward_pre_hook(lambda _, x: gated(x[0], H)),
+                      out.register_forward_hook(lambda _, x, y: gated(y, 1))]
+        logits = finetune.logits_of(model, model, work, work.train[rows])
+        (finetune.task_loss(work, logits, torch.from_numpy(work.targets[rows])) / len(logits)).backward()
+        found = [x + gate.grad.abs().sum((0, 1, 3)) / len(at) for x, gate in zip(found, gates, strict=True)]
+        for hook in hooks:
+            hook.remove()
+    expected = torch.stack(found[::2])
+    assert torch.allclose(heads, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4)
+    assert torch.allclose(ffn, torch.cat(found[1::2]), rtol=1e-4)
+
+
+def test_levels_of_super_tickets_are_the_papers():
+    heads, ffn = torch.rand(12, 12), torch.rand(12)
+    for order in finetune.ORDERS:
+        gone = [finetune.structured(heads, ffn, order, level, 1) for level in range(1, 9)]
+        assert [int(h.sum()) for h, _ in gone] == [14, 28, 43, 57, 72, 86, 100, 115]
+        assert [int(f.sum()) for _, f in gone] == [*range(1, 9)] and not gone[-1][0].all(1).any()
+        assert all((a <= b).all() for x, y in zip(gone, gone[1:], strict=False)
+                   for a, b in zip(x, y, strict=True))
+        worth = [float(ffn[f].sum()) for _, f in gone]
+        assert order != "winning" or worth[0] == ffn.min()
+        assert order != "losing" or worth[0] == ffn.max()
+    config = bert.Config(30522, 768, 12, 12, 3072, 512)
+    for level, left in ((1, 93.2), (8, 44.9)):  # Liang et al.: weights remaining, of 109.48 million
+        masks = finetune.unit_masks(config, *finetune.structured(heads, ffn, "winning", level, 1))
+        zeros = sum(int((~mask).sum()) for mask in masks.values())
+        assert round(100 - 100 * zeros / 109_482_240, 1) == left
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_super_tickets_are_smaller_and_say_what_gates_would_say(tasks, tmp_path, family):
+    transformers, path = pytest.importorskip("transformers"), str(tasks[1][family])[:-3]
+    status, lines = tune(tasks, tmp_path, "rte", "--find", "super", "--epochs", 1, "--model", path,
+                         family=None)
+    curve = json.loads((tmp_path / "run/mask.json").read_text())["curve"]
+    assert status == 0 and len(lines) == len(curve) == 25 and curve[0]["remaining"] == 1 > curve[8]["remaining"]
+    best = max(x["best"]["accuracy"] for x in curve[1:9])
+    _, meta = tamt.read_mask(tmp_path / "run/mask.pt")
+    assert meta["order"] == "winning" and meta["task"] == "rte"
+    assert best == curve[meta["level"]]["best"]["accuracy"]
+    file = tmp_path / "run/losing-8.pt"
+    args, small, _, (work,) = settled(tasks, tmp_path, "--task", "rte", "--mask", file)
+    args, whole, *_ = settled(tasks, tmp_path, "--task", "rte", "--model", path)
+    heads, ffn = finetune.units(whole.config, tamt.load_mask(file), file)
+    sizes = [sum(p.numel() for p in model.base.encoder.parameters()) for model in (small, whole)]
+    assert heads.any() and ffn.any() and sizes[0] < 0.6 * sizes[1]
+    for layer, gone, no in zip(whole.base.encoder["layer"], heads, ffn, strict=True):
+        gate = torch.from_numpy(np.repeat(~gone, layer.head_size)).float()
+        layer.attention["output"]["dense"].register_forward_pre_hook(lambda _, x, gate=gate: x[0] * gate)
+        layer.output["dense"].register_forward_hook(lambda _, x, y, no=no: y * (not no))
+    small, whole, rows = small.eval(), whole.eval(), work.train[:8]
+    ours = finetune.logits_of(small, small, work, rows)
+    assert torch.allclose(ours, finetune.logits_of(whole, whole, work, rows), atol=1e-5)
+    finetune.export(small, work, data.vocabulary(Path(path)), tmp_path / "x")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "x").eval()
+    ids, keep, segments = (torch.from_numpy(x) for x in gs.pad(rows, small.config.pad_token_id))
+    more = {} if family == "roberta" else {"token_type_ids": segments}
+    assert torch.allclose(ours, theirs(ids, attention_mask=keep, **more).logits, atol=1e-5)
+    masks, meta = tamt.read_mask(file)
+    next(iter(masks.values()))[0, 0] ^= True  # not a whole head any more
+    tamt.save_mask(file, masks, meta)
+    assert tune(tasks, tmp_path / "bad", "rte", "--mask", file, "--model", path, family=None) == (2, [])
+
+
+def test_tasks_share_an_encoder_each_by_its_own_ticket(tasks, tmp_path, monkeypatch, capsys):
+    path = str(tasks[1]["bert"])[:-3]
+    layers = tamt.mask_model(bert.load(path))
+    tamt.save_mask(tmp_path / "b.pt", tamt.random_masks(layers, 0.5, "local", 1), {"model": path})
+    both, files = ("--task", "rte,stsb"), f"{tasks[1]['bert']},{tmp_path / 'b.pt'}"
+    args, model, tickets, works = settled(tasks, tmp_path, *both, "--mask", files)
+    finetune.share(model, works, tickets, args)
+    for work, masks in zip(works, tickets, strict=True):  # in one encoder as alone
+        args, alone, _, (same,) = settled(tasks, tmp_path, "--task", work.task.name, "--model", path)
+        finetune.apply_masks(alone, masks)
+        alone.classifier = work.own[0][2]
+        ours, theirs = (finetune.predict(m, w, w.train, args) for m, w in ((model, work), (alone, same)))
+        assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    finetune.enter(works[0])
+    finetune.task_loss(works[0], finetune.logits_of(model, model, works[0], works[0].train[:8]),
+                       torch.from_numpy(works[0].targets[:8])).backward()
+    for name, mask in tickets[0].items():  # moved by the tasks that keep it
+        assert "word" in name or model.get_parameter(name).grad[mask].any()
+        assert not model.get_parameter(name).grad[~mask].any()
+    assert works[1].own[0][2].weight.grad is None
+    calls, loss = iter(range(9)), finetune.task_loss
+
+    def interrupted(*batch):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return loss(*batch)
+    argv = ("--mask", files, "--model", path, "--export", tmp_path / "x")
+    status, (line,) = tune(tasks, tmp_path / "a", "rte,stsb", *argv)
+    assert status == 0 and {"rte_accuracy", "stsb_pearson", "stsb_spearman"} == line["best"].keys()
+    assert "best_stsb_pearson: " in capsys.readouterr().out and len(line["mask"]) == 2
+    tensors = (tmp_path / "x/stsb/model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(tamt, "SAVE_SECONDS", -1)
+        patch.setattr(finetune, "task_loss", interrupted)
+        assert tune(tasks, tmp_path / "b", "rte,stsb", *argv) == (130, [])
+    status, (again,) = tune(tasks, tmp_path / "b", "rte,stsb", *argv, "--resume")
+    assert status == 0 and {**line["best"], **line["final"]} == {**again["best"], **again["final"]}
+    assert (tmp_path / "x/stsb/model.safetensors").read_bytes() == tensors
+
+
+def test_other_weights_under_the_mask(tasks, tmp_path):
+    models = [settled(tasks, tmp_path, "--task", "rte", "--mask", tasks[1]["bert"], "--weights", kind)[1]
+              for kind in ("pretrained", "shuffled", "random")]
+    a, b, c = (model.base.encoder["layer"][0].output["dense"].weight for model in models)
+    assert torch.equal(a.flatten().sort().values, b.flatten().sort().values) and not torch.equal(a, b)
+    assert abs(float(c.detach().std()) - 0.02) < 2e-3 and torch.equal(*(m.classifier.weight
+            for m in models[:2]))
+    assert (models[2].base.embeddings.LayerNorm.weight == 1).all()
+
+
 def test_limit_draws_by_seed_and_counts_windows(tasks, world):
     for task in ("rte", "squad"):
         task, vocab = gs.find_task(task), data.vocabulary(world / "bert")
@@ -1784,10 +1957,12 @@ def test_limit_draws_by_seed_and_counts_windows(tasks, world):
     (["--data", "{tmp}"], "no train file"), (["--data", "{tmp}/bad"],
                                              "dev.tsv line 3: 2 fields where line 1 has 3"),
     (["--model", "{world}/roberta"], "mask of another model"), (["--mask", "{world}/text.txt"], "text.txt"),
-    (["--max-len", "65"], "--max-len 65: expected 6 to 64"), (["--task", "squad", "--max-len", "384"],
-                                                              "--max-len"),
+    (["--max-len", "65"], "--max-len 65: expected 6 to 64"),
+    (["--task", "squad", "--max-len", "384"], "--max-len"),
     (["--epochs", "0"], "'0' is no positive whole number"), (["--seed", "-1"], "--seed -1"),
-    (["--results", "{tmp}/none/r"], "--results"), (["--export", "{world}/text.txt"], "--export")])
+    (["--task", "rte,squad"], "without squad"), (["--task", "rte,stsb"], "1 files for 2 tasks"),
+    (["--find", "imp"], "--find goes with one --task"), (["--results", "{tmp}/none/r"], "--results"),
+    (["--export", "{world}/text.txt"], "--export")])
 def test_wrong_input_is_one_line(tasks, world, tmp_path, capsys, argv, message):
     head = "sentence1\tsentence2\tlabel\na\tb\tentailment\n"
     before = {*put(tmp_path, **{"bad/RTE/train.tsv": head, "bad/RTE/dev.tsv": head + "a\tb\n"}).rglob("*")}
