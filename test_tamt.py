@@ -1863,7 +1863,8 @@ def test_super_tickets_are_smaller_and_say_what_gates_would_say(tasks, tmp_path,
     status, lines = tune(tasks, tmp_path, "rte", "--find", "super", "--epochs", 1, "--model", path,
                          family=None)
     curve = json.loads((tmp_path / "run/mask.json").read_text())["curve"]
-    assert status == 0 and len(lines) == len(curve) == 25 and curve[0]["remaining"] == 1 > curve[8]["remaining"]
+    assert status == 0 and len(lines) == len(curve) == 25
+    assert curve[0]["remaining"] == 1 > curve[8]["remaining"]
     best = max(x["best"]["accuracy"] for x in curve[1:9])
     _, meta = tamt.read_mask(tmp_path / "run/mask.pt")
     assert meta["order"] == "winning" and meta["task"] == "rte"
@@ -1937,8 +1938,8 @@ def test_other_weights_under_the_mask(tasks, tmp_path):
               for kind in ("pretrained", "shuffled", "random")]
     a, b, c = (model.base.encoder["layer"][0].output["dense"].weight for model in models)
     assert torch.equal(a.flatten().sort().values, b.flatten().sort().values) and not torch.equal(a, b)
-    assert abs(float(c.detach().std()) - 0.02) < 2e-3 and torch.equal(*(m.classifier.weight
-            for m in models[:2]))
+    assert abs(float(c.detach().std()) - 0.02) < 2e-3
+    assert torch.equal(*(model.classifier.weight for model in models[:2]))
     assert (models[2].base.embeddings.LayerNorm.weight == 1).all()
 
 
