@@ -606,14 +606,23 @@ def finish(model, works: list[Work], vocab, args, result: dict, began: float):
             "seed": args.seed, **result, "floor": floor, "seconds": round(seconds, 1),
             "command": args.command, "settings": args.identity, "device": str(args.device),
             "threads": torch.get_num_threads(), "processes": args.world, "versions": tamt.versions()}
-    if args.find != "imp":  # its rounds are steps on the way, with a schedule of their own
-        data.append_line(args.results, line)
     tamt.write_json(args.out / "result.json", line | {"evaluations": history})
-    (args.out / "state.pt").unlink()  # three times the size of the model, and of no more use
+    record(args)
     print(f"---\ntask: {name}\nsparsity: {args.removed:.4f}")
     for kind, scores in (("best", result["best"]), ("final", result["final"]), ("floor", floor)):
         print("".join(f"{kind}_{name}: {value:.4f}\n" for name, value in scores.items()), end="")
     print(f"seconds: {seconds:.4f}")
+
+
+def record(args):
+    """Adds the finished run's line to --results, once, whenever a kill may come. Rounds of IMP get none: they
+    are steps on the way. state.pt goes at the end: three times the size of the model, and of no more use."""
+    line = bert.read_json(args.out / "result.json")
+    del line["evaluations"]
+    held = args.results.read_text() if args.results.exists() else ""
+    if args.find != "imp" and json.dumps(line) not in held:
+        data.append_line(args.results, line)
+    (args.out / "state.pt").unlink(missing_ok=True)
 
 
 def write_predictions(model, work: Work, vocab, args):
@@ -665,7 +674,12 @@ def tune(args, then=None):
         name = args.mask[0].resolve().parent.name if args.mask else f"{Path(args.model).name}-dense"
         digest = hashlib.sha256(json.dumps(args.identity).encode()).hexdigest()[:8]
         args.out = Path("out") / f"{names_of(args)}-{name}-s{args.seed}-{digest}"
-    state = tamt.open_run(args.out, args.identity, args.resume, "result.json", args.rank_id)
+    try:
+        state = tamt.open_run(args.out, args.identity, args.resume, "result.json", args.rank_id)
+    except tamt.Finished:
+        if not args.rank_id and (args.out / "state.pt").exists():  # killed just before the end
+            record(args)
+        raise
     works = [make_work(task, text, vocab, args.max_len, args.limit, args.seed)
              for task, text in zip(args.tasks, texts, strict=True)]
     masks = tickets[0] if tickets and not works[1:] else {}

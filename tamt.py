@@ -697,6 +697,10 @@ def check_run(out: Path, asked: dict, resume: bool, result: str) -> dict | None:
         differ = [key for key in asked if held.get(key) != asked[key]]
         other = ", ".join(f"{key} {held.get(key)!r} there, {asked[key]!r} here" for key in differ)
         raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
+    if not (resume or state or finished.exists()) and (out / "mask.pt").exists():
+        meta = read_mask(out / "mask.pt")[1]
+        if not meta or any(meta[key] != asked[key] for key in meta.keys() & asked):
+            raise ValueError(f"{out} holds another mask.pt: choose another --out, or move it away")
     if finished.exists() and resume:
         print(f"{out} is finished: its figures are in {finished}")
         raise Finished(0)
@@ -730,8 +734,8 @@ def open_run(out: Path, asked: dict, resume: bool, result: str, rank_id: int) ->
     return state
 
 
-def finish(model, layers, losses: dict, began: float, args):
-    """Step 8: mask.pt and its readable twin mask.json."""
+def finish(model, layers, vocab, losses: dict, began: float, args):
+    """Step 8: mask.pt, its readable twin mask.json, and the model for transformers if it was asked for."""
     masks = {name: layer.mask for name, layer in layers.items()}
     report = sparsity_report(model, masks)
     if empty := [name for name, share in report["matrices"].items() if share == 1]:
@@ -741,6 +745,8 @@ def finish(model, layers, losses: dict, began: float, args):
     content = {"settings": identity(args), "sparsity": report, **losses,
                "seconds": round(time.time() - began, 1), "device": str(args.device),
                "threads": torch.get_num_threads(), "versions": versions()}
+    if args.export:
+        export(model, masks, vocab, args.export, args.packed)
     write_json(args.out / "mask.json", content)
     ending(args.out / "mask.pt", content)
 
@@ -1004,7 +1010,9 @@ def run(main):
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
         advice = "out of memory, try a smaller --batch-size (tamt.py: and --accumulate): " if memory else ""
-        print(f"error: {advice}{' '.join(str(error).split())}", file=sys.stderr)
+        told = isinstance(error, OSError) and error.filename and error.strerror  # without [Errno 2]
+        text = f"{error.filename}: {error.strerror}" if told else str(error)
+        print(f"error: {advice}{' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -1037,9 +1045,7 @@ def main(argv=None):
         train(model, vocab, layers, scores, rows, evaluate, args, state)                    # steps 5, 6, 7
     if args.rank_id:
         return
-    if args.export:
-        export(model, {name: layer.mask for name, layer in layers.items()}, vocab, args.export, args.packed)
-    finish(model, layers, evaluate(), began, args)                                          # step 8
+    finish(model, layers, vocab, evaluate(), began, args)                                   # step 8
 
 
 if __name__ == "__main__":

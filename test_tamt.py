@@ -1933,6 +1933,31 @@ def test_tasks_share_an_encoder_each_by_its_own_ticket(tasks, tmp_path, monkeypa
     assert (tmp_path / "x/stsb/model.safetensors").read_bytes() == tensors
 
 
+def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(tasks, tmp_path, monkeypatch):
+    for way in ("a", "b"):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune.tamt if way == "b" else data, "write_json" if way == "b" else "append_line",
+                          lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tune(tasks, tmp_path / way)
+        for _ in range(2):
+            status, lines = tune(tasks, tmp_path / way, "rte", "--resume")
+            assert status == 0 and len(lines) == 1
+    assert not [*tmp_path.rglob("state.pt")]
+
+
+def test_folders_that_cannot_be_written_or_hold_another_mask_say_so(world, tmp_path, capsys):
+    argv = (tamt.main, "--model", world / "bert", "--method", "omp", "--out")
+    (tmp_path / "file").touch()
+    for folder in (Path("/proc/none"), tmp_path / "file" / "x"):  # what even root cannot write
+        assert run(*argv, folder) == 2 and capsys.readouterr().err.startswith(f"error: {folder}: N")
+    assert run(*argv, tmp_path / "a", "--export", "/proc/none") == 2 and (tmp_path / "a" / "mask.pt").exists()
+    assert run(*argv, tmp_path / "a") == 0 and not capsys.readouterr().err.count("another")
+    (tmp_path / "a" / "mask.json").unlink()  # somebody's mask, brought here by hand
+    assert run(*argv, tmp_path / "a", "--rank", "global") == 2
+    assert "holds another mask.pt" in capsys.readouterr().err
+
+
 def test_other_weights_under_the_mask(tasks, tmp_path):
     models = [settled(tasks, tmp_path, "--task", "rte", "--mask", tasks[1]["bert"], "--weights", kind)[1]
               for kind in ("pretrained", "shuffled", "random")]

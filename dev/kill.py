@@ -1,7 +1,7 @@
 """Kills tamt.py and finetune.py at random moments, half of them while a file is half-written, resumes them
 till they are done, compares all files with those of an undisturbed run, bit for bit (but times).
 
-    python dev/kill.py                  30 times SIGKILL over ten cases, about a minute
+    python dev/kill.py                  30 times SIGKILL over twelve cases, about a minute
     python dev/kill.py --signal INT     Ctrl-C instead, which must end with status 130
 
 A file too many (part of one, a second line in results.jsonl) is a difference, too.
@@ -32,7 +32,9 @@ CASES = [(tamt, FIND, "tamt --objective mlm+kd"), (finetune, TUNE, "sst2 --mask 
          (tamt, FIND, "imp --sparsity 0.45"), (finetune, TUNE, "squad --mask mask.pt"),
          (tamt, FIND, "tamt --objective kd"), (tamt, FIND, "tamt --refresh-every 3 --rank local"),
          (tamt, FIND, "imp --no-rewind --rank global"), (finetune, TUNE, "sst2 --model model --limit 50"),
-         (tamt, FIND, "omp"), (tamt, FIND, "random")]
+         (finetune, TUNE, "sst2 --model model --find imp --sparsity 0.15"), (tamt, FIND, "omp"),
+         (finetune, TUNE, "sst2 --model model --find super --orders losing --limit 20"),
+         (tamt, FIND, "random")]
 
 
 def make_world():
@@ -63,7 +65,8 @@ def start(case: tuple, out: Path, more="") -> int:
     try:
         with open(out.parent / "log.txt", "ab") as log:
             os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-        sys.argv = f"kill.py {case[1]} {case[2]} --out {out} --export {out}/model {results} {more}".split()
+        export = "" if "--find" in case[2] else f"--export {out}/model"
+        sys.argv = f"kill.py {case[1]} {case[2]} --out {out} {export} {results} {more}".split()
         code = tamt.run(case[0].main) or 0
     except SystemExit as end:
         code = end.code or 0
@@ -120,7 +123,7 @@ def try_case(case: tuple, kills: int, folder: Path, rng, number: int) -> int:
         if hits >= kills:
             break
     steps = " ".join(line.split()[-1] for line in log.read_text().splitlines() if line.startswith("resuming"))
-    print(f"{case[0].__name__:8} {case[2]:36} {seconds:4.1f} s  {hits} kills, {saves} in a save  "
+    print(f"{case[0].__name__:8} {case[2]:66} {seconds:4.1f} s  {hits} kills, {saves} in a save  "
           f"{good} identical  went on at {steps or 'the start'}", flush=True)
     return good
 
