@@ -1949,7 +1949,7 @@ def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(tasks, tmp_pat
 def test_folders_that_cannot_be_written_or_hold_another_mask_say_so(world, tmp_path, capsys):
     argv = (tamt.main, "--model", world / "bert", "--method", "omp", "--out")
     (tmp_path / "file").touch()
-    for folder in (Path("/proc/none"), tmp_path / "file" / "x"):  # what even root cannot write
+    for folder in (Path("/proc/none"), tmp_path / "file" / "x"):  # not even by root
         assert run(*argv, folder) == 2 and capsys.readouterr().err.startswith(f"error: {folder}: N")
     assert run(*argv, tmp_path / "a", "--export", "/proc/none") == 2 and (tmp_path / "a" / "mask.pt").exists()
     assert run(*argv, tmp_path / "a") == 0 and not capsys.readouterr().err.count("another")
