@@ -1936,7 +1936,7 @@ def test_tasks_share_an_encoder_each_by_its_own_ticket(tasks, tmp_path, monkeypa
 def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(tasks, tmp_path, monkeypatch):
     for way in ("a", "b"):
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.tamt if way == "b" else data, "write_json" if way == "b" else "append_line",
+            patch.setattr(*((tamt, "write_json") if way == "b" else (data, "append_line")),
                           lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 tune(tasks, tmp_path / way)
@@ -1949,7 +1949,7 @@ def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(tasks, tmp_pat
 def test_folders_that_cannot_be_written_or_hold_another_mask_say_so(world, tmp_path, capsys):
     argv = (tamt.main, "--model", world / "bert", "--method", "omp", "--out")
     (tmp_path / "file").touch()
-    for folder in (Path("/proc/none"), tmp_path / "file" / "x"):  # not even by root
+    for folder in (Path("/proc/none"), tmp_path / "file" / "x"):
         assert run(*argv, folder) == 2 and capsys.readouterr().err.startswith(f"error: {folder}: N")
     assert run(*argv, tmp_path / "a", "--export", "/proc/none") == 2 and (tmp_path / "a" / "mask.pt").exists()
     assert run(*argv, tmp_path / "a") == 0 and not capsys.readouterr().err.count("another")
