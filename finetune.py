@@ -14,9 +14,10 @@ Same as the released code: a fresh head per seed, AdamW without decay, linear de
 Deliberately different: batches hold sentences of like length; every epoch's end, hence the last step, is
 evaluated, `best` and `final` stand side by side; MNLI reports matched and mismatched under their own names;
 SQuAD's answers are found by characters and never lie in the padding; an undefined metric is 0. Tickets found
-on a task: each round and each ticket is fine-tuned as above (Super Tickets: Adamax, warm-up, decay .01), with
-a fresh head (BERT-Tickets keeps it over the rounds); gradients of the gates do not add up over batches;
-random tickets are drawn without replacement; shuffling permutes the entries of a matrix (released: layers).
+on a task: rounds of IMP start with a fresh head (released: it is kept), on the schedule of ten rounds, as
+released; Super Tickets train with our AdamW (released: Adamax, warm-up, decay .01), gradients of their gates
+do not add up over batches, random ones are drawn without replacement; shuffling permutes the entries of a
+matrix (released: whole layers).
 
 Glossary: B sequences, T tokens, C labels, n examples, D hidden, L layers, H heads; a `target` is a class id,
 a number, or a span's two positions.
@@ -25,16 +26,13 @@ a number, or a span's two positions.
 import argparse
 import hashlib
 import json
-import math
 import os
 import shlex
 import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -177,7 +175,7 @@ def enter(work: Work):
 
 
 def epoch_batches(works: list[Work], args, epoch: int) -> list[tuple[Work, np.ndarray]]:
-    """The tasks' batches, shuffled together: a function of the seed."""
+    """The tasks' batches, shuffled together: a function of seed and epoch."""
     rng = np.random.default_rng([args.seed, epoch])
     batches = [(work, rows) for work in works for rows in
                glue_squad.bucketed([len(ids) for ids, _ in work.train], args.batch_size, rng)]
@@ -195,9 +193,7 @@ def fine_tune(model, works: list[Work], masks: dict, args, state: dict | None = 
         with tamt.reading(args.out / "state.pt"):
             tamt.restore_learning(state["params"], state["optimizer"], params, optimizer)
             history, begin, total = list(state["history"]), state["step"], float(state["loss"])
-    net = model
-    if args.world > 1:
-        net = nn.parallel.DistributedDataParallel(model, find_unused_parameters=len(works) > 1)
+    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
     per_epoch = sum(-(-len(work.train) // args.batch_size) for work in works)
     steps = per_epoch * args.epochs
     began = saved = time.time()
@@ -209,13 +205,13 @@ def fine_tune(model, works: list[Work], masks: dict, args, state: dict | None = 
         work, batch = batches[number]
         enter(work)
         rows = batch[args.rank_id::args.world]
-        share = args.world if len(rows) else 0  # a last batch may have fewer rows than there are processes
-        rows = rows if share else batch[:1]
+        part = args.world if len(rows) else 0  # a last batch may have fewer rows than there are processes
+        rows = rows if part else batch[:1]
         torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)
         with tamt.autocast(args.device, args.dtype):
             logits = logits_of(model, net, work, [work.train[i] for i in rows])
         targets = torch.from_numpy(work.targets[rows]).to(args.device)
-        loss = task_loss(work, logits, targets) * share / len(batch)
+        loss = task_loss(work, logits, targets) * part / len(batch)
         loss.backward()  # processes average their gradients
         with torch.no_grad():
             for name, mask in masks.items():
@@ -262,21 +258,20 @@ def outcome(works: list[Work], history: list[dict], steps: int) -> dict:
 def share(model, works: list[Work], tickets: list[dict], args):
     """Ticket sharing (Liang et al. 2021): one encoder, a head per task, every batch under its own ticket.
 
-    A weight or unit is moved by the tasks that keep it: masks lie over the weights here, not in them."""
-    layers, model.heads = tamt.mask_model(model), nn.ModuleList()
-    encoder = list(model.base.encoder["layer"])
+    Masks lie over the weights here, not in them: gradients reach a weight only from tasks that keep it (what
+    AdamW remembers of those moves it in the other tasks' steps, too, unless its whole FFN is out)."""
+    layers, model.heads = tamt.mask_model(model) if tickets else {}, nn.ModuleList()
     for i, work in enumerate(works):
         model.new_head("classifier", len(work.task.labels or ()) or 1)
         model.heads.append(model.classifier)
-        masks, gone = tickets[i] if tickets else {}, np.zeros(len(encoder), bool)
-        if tickets and args.mask_meta[i].get("method") == "super":
-            gone = units(model.config, masks, args.mask[i])[1]
+        masks, found = (tickets[i], args.units[i]) if tickets else ({}, None)
         work.prefix, work.own = f"{work.task.name}_", [(model, "classifier", model.classifier)]
         for name, layer in layers.items():
             work.own.append((layer, "mask", masks.get(name, torch.ones_like(layer.mask))))
-        for x, no in zip(encoder, gone, strict=True):  # what is None takes no part
-            work.own.append((x, "intermediate", None if no else x.intermediate))
-            work.own.append((x.output, "dense", None if no else x.output["dense"]))
+        for number, layer in enumerate(model.base.encoder["layer"]):
+            gone = found is not None and found[1][number]  # an FFN that is None takes no part
+            work.own.append((layer, "intermediate", None if gone else layer.intermediate))
+            work.own.append((layer.output, "dense", None if gone else layer.output["dense"]))
 
 
 # ---------------------------------------------------------------- tickets found on the task
@@ -289,12 +284,15 @@ def one_run(args, folder: str, mask: list, then=None) -> dict:
         tune(own, then)
     except tamt.Finished:
         pass
-    return bert.read_json(own.out / "result.json")
+    line = bert.read_json(own.out / "result.json")
+    if not {"best", "final", "sparsity", "mask"} <= line.keys():
+        raise ValueError(f"{own.out / 'result.json'}: no result of this version; remove it to start anew")
+    return line
 
 
 def save_ticket(path, model, masks: dict, args, **more):
     report = tamt.sparsity_report(model, masks)
-    told = {name: tamt.plain(getattr(args, name)) for name in ("model", "seed", "lr", "data")}
+    told = {name: tamt.plain(getattr(args, name)) for name in ("model", "weights", "seed", "lr", "data")}
     tamt.save_mask(path, masks, told | more | {
         "task": names_of(args), "sparsity": report["masked_set"],
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")}})
@@ -302,16 +300,15 @@ def save_ticket(path, model, masks: dict, args, **more):
 
 def prune_trained(model, works, masks: dict, args, level: float):
     """The end of an IMP round: of what is left, the smallest trained weights go, up to `level` in all."""
-    names = [name for name in args.prunable if model.has("pooler") or "pooler" not in name]
-    layers = {n: SimpleNamespace(weight=(w := model.get_parameter(n)), mask=masks.get(n, w > -math.inf))
-              for n in names}
-    save_ticket(args.out / "mask.pt", model, tamt.magnitude_masks(layers, level, args.rank), args,
-                method="imp", rank=args.rank, scope=args.scope)
+    sizes = {n: model.get_parameter(n).detach().abs() for n in args.prunable if n in tamt.maskable(model)}
+    sizes |= {n: sizes[n].masked_fill(~mask, -1.0) for n, mask in masks.items()}  # pruned stays pruned
+    save_ticket(args.out / "mask.pt", model, tamt.prune(sizes, level, args.rank), args, method="imp",
+                rank=args.rank, scope=args.scope)
 
 
 def find_imp(args):
     """Task-specific IMP (Chen et al. 2020; LT_glue.py): fine-tune, prune 10 % of the count by magnitude, go
-    back to the pre-trained weights, again. By default all of encoder and pooler compete (--rank, --scope)."""
+    back to the pre-trained weights, again. By default encoder and pooler compete as one (--rank, --scope)."""
     rounds, mask, levels = [], [], tamt.imp_levels(args.sparsity)
     for number, level in enumerate(levels, 1):
         print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
@@ -322,43 +319,43 @@ def find_imp(args):
 
 
 ORDERS = ("winning", "random", "losing")
+TICKETS = [f"{order}-{level}" for order in ORDERS for level in range(1, 9)]
 
 
 def importance(model, work: Work, args) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
-    """Expected sensitivity of every head's context vectors and every FFN's output o, over the training set in
-    file order: mean over batches of sum |<dL/do, o>|, a term per position; heads normalised in each layer."""
-    seen, layers, at = [], model.base.encoder["layer"], range(0, len(work.train), args.batch_size)
-    hooks = [h for x in layers for h in (
-        x.attention["output"]["dense"].register_forward_pre_hook(lambda _, given: seen.append(given[0])),
-        x.output["dense"].register_forward_hook(lambda _, given, out: seen.append(out)))]
-    heads, ffn = torch.zeros(len(layers), model.config.num_attention_heads), torch.zeros(len(layers))
+    """Expected sensitivity of every head's context vectors and every FFN's output o, in eval mode over the
+    training set: mean over batches of sum |<dL/do, o>|, a term per position; a layer's heads have norm 1."""
+    context, output, layers = [], [], model.base.encoder["layer"]
+    hooks = [hook for layer in layers for hook in (
+        layer.attention["output"]["dense"].register_forward_pre_hook(lambda _, x: context.append(x[0])),
+        layer.output["dense"].register_forward_hook(lambda _, x, y: output.append(y)))]
+    heads, ffn, starts = 0.0, 0.0, range(0, len(work.train), args.batch_size)
     model.eval()
-    for begin in at:
-        rows = slice(begin, begin + args.batch_size)
+    for rows in (slice(start, start + args.batch_size) for start in starts):
         targets = torch.from_numpy(work.targets[rows]).to(args.device)
-        seen.clear()
+        context.clear(), output.clear()
         with tamt.autocast(args.device, args.dtype):
             logits = logits_of(model, model, work, work.train[rows])
+        seen = context + output  # 2L times (B, T, D)
         grads = torch.autograd.grad(task_loss(work, logits, targets) / len(targets), seen)
-        for i, (g, o) in enumerate(zip(grads, seen, strict=True)):
-            size = layers[0].head_size if i % 2 == 0 else o.shape[-1]
-            felt = (g * o).detach().float().unflatten(-1, (-1, size)).sum(-1).abs().sum((0, 1)).cpu()
-            (heads if i % 2 == 0 else ffn)[i // 2] += (felt if i % 2 == 0 else felt[0]) / len(at)
+        felt = torch.stack([(g * o).detach().float() for g, o in zip(grads, seen, strict=True)])
+        felt = felt.unflatten(-1, (-1, layers[0].head_size)).sum(-1)  # (2L, B, T, H)
+        heads += felt[:len(layers)].abs().sum((1, 2)).cpu() / len(starts)
+        ffn += felt[len(layers):].sum(-1).abs().sum((1, 2)).cpu() / len(starts)
     for hook in hooks:
         hook.remove()
     return heads / (heads.norm(dim=1, keepdim=True) + 1e-20), ffn
 
 
-def structured(heads, ffn, order: str, level: int, seed: int):  # (L, H), (L,) -> which go, (L, H), (L,) bool
-    """The paper's eight nested levels: int(10 level %) of all heads, int(level / 12) of the FFNs, the least
+def structured(heads, ffn, order: str, level: int, seed: int):  # (L, H), (L,) -> bool: which go
+    """The paper's eight nested levels: int(L H level / 10) heads and int(L level / 12) FFNs go, the least
     important first (winning), the most important (losing), or in a random order; a layer keeps one head."""
-    rng = np.random.default_rng([seed, 0x57])
-    values = [(x if order == "winning" else -x).numpy().copy() for x in (heads, ffn)]
-    values = [rng.random(x.shape) for x in values] if order == "random" else values
-    (L, H), gone = heads.shape, [np.zeros(x.shape, bool) for x in values]
-    values[0][np.arange(L), values[0].argmax(1)] = np.inf
-    for x, out, n in zip(values, gone, (min(L * H * level // 10, L * (H - 1)), L * level // 12), strict=True):
-        out.reshape(-1)[np.argsort(x, axis=None, kind="stable")[:n]] = True
+    (L, H), rng, sign = heads.shape, np.random.default_rng([seed, 0x57]), {"winning": 1, "losing": -1}
+    heads, ffn = (rng.random(x.shape) if order == "random" else sign[order] * x.numpy() for x in (heads, ffn))
+    heads[np.arange(L), heads.argmax(1)] = np.inf
+    gone = np.zeros((L, H), bool), np.zeros(L, bool)
+    gone[0].reshape(-1)[np.argsort(heads, None, "stable")[:min(L * H * level // 10, L * H - L)]] = True
+    gone[1][np.argsort(ffn, kind="stable")[:L * level // 12]] = True
     return gone
 
 
@@ -400,11 +397,12 @@ def remove_units(model, heads, ffn):  # (L, H), (L,) bool
 
 
 def full_size(model) -> dict[str, torch.Tensor]:
-    """The tensors in the sizes of the config, zeros where weights and units are gone. (The config's
-    pruned_heads would save their space, but transformers 5 does not read that any more.)"""
-    tensors = {n: p.data for n, p in model.named_parameters() if not n.startswith("heads.")}
-    for name, layer in tamt.maskable(model).items():
-        tensors[name] = tensors[name] * layer.mask if isinstance(layer, tamt.Masked) else tensors[name]
+    """The tensors in the sizes of the config, zeros where weights and units are gone: transformers 5 does not
+    read the config's pruned_heads any more."""
+    tensors = {n: p.data for n, p in model.named_parameters(remove_duplicate=False) if n[:6] != "heads."}
+    for name, layer in model.named_modules():
+        if isinstance(layer, tamt.Masked):  # tasks share the encoder
+            tensors[f"{name}.weight"] = layer.weight.data * layer.mask
     with torch.device("meta"):
         whole = bert.Base(model.config, model.has("pooler"))
     for name, p in whole.named_parameters(prefix=model.config.model_type):
@@ -421,44 +419,56 @@ def make_tickets(model, works, masks, args):
     """Weighs the units of a model fine-tuned on the task, and writes down all tickets."""
     heads, ffn = importance(model, works[0], args)
     tamt.write_json(args.out.parent / "importance.json", {"heads": heads.tolist(), "ffn": ffn.tolist()})
-    for order, level in product(ORDERS, range(1, 9)):
-        masks = unit_masks(model.config, *structured(heads, ffn, order, level, args.seed))
-        save_ticket(args.out.parent / f"{order}-{level}.pt", model, masks, args, method="super", order=order,
-                    level=level)
+    for name in TICKETS:
+        order, _, level = name.partition("-")
+        ticket = unit_masks(model.config, *structured(heads, ffn, order, int(level), args.seed))
+        save_ticket(args.out.parent / f"{name}.pt", model, ticket, args, method="super", order=order,
+                    level=int(level))
 
 
 def find_super(args):
     """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and FFNs, take out more and more of them
-    from the pre-trained model, fine-tune each ticket; the one with the best dev score is the super ticket."""
-    lines, first = {"dense-0": one_run(args, "dense", [], make_tickets)}, args.tasks[0].metrics[0]
-    for name in [f"{order}-{level}" for order, level in product(args.orders, range(1, 9))]:
+    from the pre-trained model, fine-tune each ticket; that with the best dev score is the super ticket."""
+    lines, first = {"dense": one_run(args, "dense", [], make_tickets)}, args.tasks[0].metrics[0]
+    for name in [name for name in TICKETS if name[:-2] in args.orders]:
         lines[name] = one_run(args, name, [args.out / f"{name}.pt"])
     curve = []
     for name, line in lines.items():
         left = 1 - line["mask"]["found"]["whole_model"] if line["mask"] else 1.0
         curve.append({"ticket": name, "remaining": left, "best": line["best"], "final": line["final"]})
         print(f"{name:10} {left:.1%} of the weights remain  best_{first}: {line['best'][first]:.4f}")
-    names = [name for name in lines if name.startswith(args.orders[0])]
-    return args.out / f"{max(names, key=lambda name: lines[name]['best'][first])}.pt", {"curve": curve}
+    best = max([*lines][1:9], key=lambda name: lines[name]["best"][first])
+    return args.out / f"{best}.pt", {"curve": curve}
 
 
 def find(args):
     """--find: a folder of fine-tunings, and at the end the ticket they led to, as mask.pt like any other."""
-    began, ignored = time.time(), {"command", "results", "resume", "out", "rank_id", "world", "mask", "tasks"}
-    asked = {name: tamt.plain(value) for name, value in vars(args).items() if name not in ignored}
+    names = ("model", "data", "find", "sparsity", "rank", "scope", "orders", "weights", "epochs",
+             "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "dtype")
+    began, asked = time.time(), {"task": names_of(args)} | {n: tamt.plain(getattr(args, n)) for n in names}
     kind = f"imp-{args.sparsity:g}" if args.find == "imp" else "super"
-    name = f"{names_of(args)}-{Path(args.model or 'toy').name}-{kind}-s{args.seed}"
+    name = f"{names_of(args)}-{Path(args.model).name}-{kind}-s{args.seed}"
     args.out = args.out or Path("out", name)
     tamt.check_run(args.out, asked, args.resume, "mask.json")
+    args.search = {"format": 1, "settings": asked, "step": 0}
     ticket, story = (find_imp if args.find == "imp" else find_super)(args)
     if args.rank_id:
         return
     masks, meta = tamt.read_mask(ticket)
     tamt.save_mask(args.out / "mask.pt", masks, meta)
     tamt.write_json(args.out / "mask.json", {"settings": asked, "meta": meta, **story})
+    (args.out / "state.pt").unlink()
     print(f"---\ntask: {names_of(args)}\nmask: {args.out / 'mask.pt'}\nsparsity: {meta['sparsity']:.4f}\n"
           f"seconds: {time.time() - began:.4f}\n"
-          f"next: python finetune.py --task {names_of(args)} --mask {args.out / 'mask.pt'}")
+          f"next: python finetune.py --task {args.task} --mask {args.out / 'mask.pt'}")
+
+
+def begin_search(args):
+    """Once the input is known to be good: from now on the folder holds this search, unfinished."""
+    (args.out.parent / "mask.json").unlink(missing_ok=True)
+    for part in args.out.parent.glob("*.part"):
+        part.unlink(missing_ok=True)
+    tamt.write_torch(args.out.parent / "state.pt", args.search)
 
 
 # ---------------------------------------------------------------- command line
@@ -475,12 +485,12 @@ def settings(argv=None):
     add("--data", type=Path, help="folder with GLUE's folders, train-v1.1.json, dev-v1.1.json (downloaded)")
     add("--find", choices=["imp", "super"], help="look for a ticket on the task: by iterative magnitude "
         "pruning, or of whole heads and feed-forward networks")
-    add("--sparsity", type=tamt.fraction, default=0.7, help="imp: fraction of weights to REMOVE (0.7)")
-    add("--rank", choices=["global", "local"], default="global", help="imp: where entries compete (global)")
-    add("--scope", choices=["all", "encoder"], default="encoder", help="imp: all adds words (encoder)")
-    add("--orders", nargs="+", choices=ORDERS, default=ORDERS, help="super: tickets to try (all three)")
-    add("--weights", choices=["pretrained", "random", "shuffled"], default="pretrained", help="what lies "
-        "under the mask: shuffled permutes each matrix of encoder and pooler (pretrained)")
+    add("--sparsity", type=tamt.fraction, help="--find imp: fraction of weights to REMOVE (0.7)")
+    add("--rank", choices=["global", "local"], help="--find imp: where entries compete (global)")
+    add("--scope", choices=["all", "encoder"], help="--find imp: all adds word embeddings (encoder)")
+    add("--orders", nargs="+", choices=ORDERS, help="--find super: tickets to try (all three)")
+    add("--weights", choices=["pretrained", "random", "shuffled"], default="pretrained", help="below the "
+        "head: random is a fresh one, shuffled permutes each matrix (pretrained)")
     add("--epochs", type=whole, help="passes over the training set (GLUE 3, SQuAD 2, several tasks 5)")
     add("--batch-size", type=whole, help="examples per update (GLUE 32, SQuAD 16)")
     add("--max-len", type=whole, help="tokens per example (GLUE 128, SQuAD 384)")
@@ -497,16 +507,28 @@ def settings(argv=None):
     add("--predict", action="store_true", help="write GLUE's submission file, or SQuAD's of dev, into --out")
     add("--export", type=Path, metavar="DIR", help="write the fine-tuned model for transformers")
     args = parser.parse_args(argv)
-    several = "," in args.task and not args.task.endswith(".json")
+    several = args.several = "," in args.task and not Path(args.task).is_file()
     args.tasks = [glue_squad.find_task(x) for x in (args.task.split(",") if several else [args.task])]
-    args.mask = [Path(x) for x in (args.mask.split(",") if several else [args.mask])] if args.mask else []
-    if several and (len({task.name for task in args.tasks}) < len(args.tasks) or
-                    any(task.name == "squad" for task in args.tasks)):
-        raise ValueError("--task: tasks that share an encoder are different ones, without squad")
+    args.mask = [] if args.mask is None else [Path(x) for x in args.mask.split(",")] if several else \
+        [Path(args.mask)]
+    names = {task.name for task in args.tasks}
+    if several and (len(names) < len(args.tasks) or "squad" in names or "WORLD_SIZE" in os.environ):
+        raise ValueError("--task: tasks that share an encoder are different, without squad, in one process")
     if several and args.mask and len(args.mask) != len(args.tasks):
         raise ValueError(f"--mask: {len(args.mask)} files for {len(args.tasks)} tasks; expected one for each")
     if args.find and (several or args.mask or args.predict or args.export):
         raise ValueError("--find goes with one --task and without --mask, --predict and --export")
+    for find, own in (("imp", {"sparsity": 0.7, "rank": "global", "scope": "encoder"}),
+                      ("super", {"orders": ORDERS})):
+        for name in own:
+            if args.find != find and getattr(args, name) is not None:
+                raise ValueError(f"--{name} goes with --find {find}")
+            if args.find == find and getattr(args, name) is None:
+                setattr(args, name, own[name])
+    if args.orders:
+        args.orders = [order for order in ORDERS if order in args.orders]
+    if args.find:
+        args.model = args.model or "toy"
     args.stretch = 10 if args.find == "imp" else 1  # as released: the schedule's horizon is ten rounds
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed}: expected 0 to {2**31 - 1}")
@@ -521,18 +543,19 @@ def settings(argv=None):
 
 def open_ticket(args):
     """The model with the head that the task needs and no other (several tasks get theirs in share), its
-    vocabulary, and for each mask file the masks that fit; a Super Ticket's units are gone already."""
+    vocabulary, and for each mask file the masks that fit; a lone Super Ticket's units are gone already."""
     found = [tamt.read_mask(file) for file in args.mask]
     args.mask_meta = [meta for _, meta in found]
     args.model = args.model or (args.mask_meta[0].get("model") if found else "toy")
-    if not args.model:
+    if not args.model or not isinstance(args.model, str):
         raise ValueError(f"{args.mask[0]} does not say which model it belongs to: --model is needed")
     if args.model not in (*data.MODELS, "toy"):
         args.model = str(Path(args.model).resolve())
     tamt.refuse_own_folder(args)
     model, vocab = tamt.load_model(args.model)
-    task, several = args.tasks[0], len(args.tasks) > 1
-    paper = {"epochs": 5, "lr": 5e-5} if several else {}  # of ticket sharing
+    task, several, paper = args.tasks[0], args.several, {}
+    if several:  # ticket sharing's own
+        paper = {"epochs": 5, "lr": 5e-5, "eval_every": max(task.eval_every for task in args.tasks)}
     for name in ("epochs", "batch_size", "max_len", "lr", "eval_every"):
         if getattr(args, name) is None:
             default = paper.get(name, getattr(task, name))
@@ -549,6 +572,8 @@ def open_ticket(args):
     args.mask_digest = digest.hexdigest()[:16] if args.mask else None
     args.removed = sum(zeros for zeros, _ in sizes) / max(sum(entries for _, entries in sizes), 1)
     args.prunable = list(tamt.maskable(model, args.scope))  # before a fresh pooler comes
+    args.units = [units(model.config, masks, file) if meta.get("method") == "super" else None
+                  for masks, file, meta in zip(tickets, args.mask, args.mask_meta, strict=True)]
     torch.manual_seed(args.seed)
     squad, roberta = task.name == "squad", model.config.model_type == "roberta"
     if not squad and not roberta and not model.has("pooler"):
@@ -561,8 +586,8 @@ def open_ticket(args):
             if hasattr(holder, name):
                 delattr(holder, name)
     other_weights(model, args.weights)
-    if not several and found and args.mask_meta[0].get("method") == "super":
-        remove_units(model, *units(model.config, tickets[0], args.mask[0]))
+    if not several and found and args.units[0]:
+        remove_units(model, *args.units[0])
         tickets = [{}]
     model.to(args.device)
     return model, vocab, [{n: m.to(args.device) for n, m in masks.items()
@@ -601,7 +626,7 @@ def finish(model, works: list[Work], vocab, args, result: dict, began: float):
         if args.export:
             export(model, work, vocab, args.export / work.task.name if work.prefix else args.export)
     history, seconds, name = result.pop("evaluations"), time.time() - began, names_of(args)
-    metas = args.mask_meta if works[1:] else args.mask_meta[0] if args.mask_meta else None
+    metas = args.mask_meta if args.several else next(iter(args.mask_meta), None)
     line = {"task": name, "model": args.model, "mask": metas, "sparsity": args.removed,
             "seed": args.seed, **result, "floor": floor, "seconds": round(seconds, 1),
             "command": args.command, "settings": args.identity, "device": str(args.device),
@@ -680,12 +705,14 @@ def tune(args, then=None):
         if not args.rank_id and (args.out / "state.pt").exists():  # killed just before the end
             record(args)
         raise
+    if args.find and not args.rank_id:
+        begin_search(args)
     works = [make_work(task, text, vocab, args.max_len, args.limit, args.seed)
              for task, text in zip(args.tasks, texts, strict=True)]
-    masks = tickets[0] if tickets and not works[1:] else {}
-    if works[1:]:
+    masks = tickets[0] if tickets and not args.several else {}
+    apply_masks(model, masks)
+    if args.several:
         share(model, works, tickets, args)
-    apply_masks(model.to(args.device), masks)
     n = sum(len(work.train) for work in works)
     print(f"{names_of(args)}: {n:,} training examples, {args.epochs} epochs, batch {args.batch_size}, lr "
           f"{args.lr:g}; {args.model}, {args.removed:.2%} of the masked set zero")

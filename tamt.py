@@ -535,7 +535,7 @@ def train(model, vocab, layers, scores, rows, evaluate, args, state):
             restore(state, learns, optimizer, scores, layers, log)
     elif imp:
         next_level(model, layers, original, 0, args)
-    net = torch.compile(model) if args.compile else model
+    net = torch.compile(model, options={"fallback_random": True}) if args.compile else model  # same dropout
     if args.world > 1:
         net = nn.parallel.DistributedDataParallel(net)
     size, share, saved = args.batch_size * args.accumulate, args.batch_size // args.world, time.time()

@@ -1924,6 +1924,13 @@ def test_tasks_share_an_encoder_each_by_its_own_ticket(tasks, tmp_path, monkeypa
     assert status == 0 and {"rte_accuracy", "stsb_pearson", "stsb_spearman"} == line["best"].keys()
     assert "best_stsb_pearson: " in capsys.readouterr().out and len(line["mask"]) == 2
     tensors = (tmp_path / "x/stsb/model.safetensors").read_bytes()
+    finetune.enter(works[1])
+    theirs = finetune.full_size(model)  # what is written is what was trained
+    for name, mask in tickets[1].items():
+        assert torch.equal(theirs[name], model.get_parameter(name).data * mask)
+    written = bert.read_safetensors(tmp_path / "x/stsb/model.safetensors")
+    assert written.keys() == theirs.keys() and written["classifier.weight"].shape == (1, 32)
+    assert all(not written[name][~mask].any() and written[name].any() for name, mask in tickets[1].items())
     with monkeypatch.context() as patch:
         patch.setattr(tamt, "SAVE_SECONDS", -1)
         patch.setattr(finetune, "task_loss", interrupted)
@@ -1987,7 +1994,8 @@ def test_limit_draws_by_seed_and_counts_windows(tasks, world):
     (["--task", "squad", "--max-len", "384"], "--max-len"),
     (["--epochs", "0"], "'0' is no positive whole number"), (["--seed", "-1"], "--seed -1"),
     (["--task", "rte,squad"], "without squad"), (["--task", "rte,stsb"], "1 files for 2 tasks"),
-    (["--find", "imp"], "--find goes with one --task"), (["--results", "{tmp}/none/r"], "--results"),
+    (["--find", "imp"], "--find goes with one --task"),
+    (["--orders", "losing"], "--orders goes with --find super"), (["--results", "{tmp}/none/r"], "--results"),
     (["--export", "{world}/text.txt"], "--export")])
 def test_wrong_input_is_one_line(tasks, world, tmp_path, capsys, argv, message):
     head = "sentence1\tsentence2\tlabel\na\tb\tentailment\n"
