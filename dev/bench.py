@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -286,7 +286,8 @@ def worker(variant: str, size: Size):
     VARIANTS[variant](TOYS["4L"])()  # libraries are loaded, optimisers compiled
     before, step = high_water(), VARIANTS[variant](size)
     step(), step()
-    print(high_water() - before)
+    peak, seconds = high_water() - before, take_turns({"": step}, 3)[""]
+    print(peak, np.median(seconds))
 
 
 # ---------------- figures: (name, goal, values of the rounds, unit)
@@ -356,11 +357,22 @@ def share(sizes, args):
 def memory(sizes, args):
     def peak(variant):
         command = [sys.executable, __file__, "--worker", variant, "base"] + ["--toy"] * args.toy
-        return float(subprocess.check_output(command, text=True).split()[-1])
+        return float(subprocess.check_output(command, text=True).split()[-2])
     mine, name = peak("ours"), sizes["base"].name
     yield f"peak memory, {name}: ours", None, [mine], "MB"
     for other, goal in [("dense", (1.2, 1.0)), ("released", (0.75, 0.65))][args.toy:]:
         yield f"peak memory, {name}: ours / {other}", ("<=", *goal), [mine / peak(other)], "x"
+
+
+def work(sizes, args):
+    """Cost against work, for figures.py: seconds and peak memory by the encoder's weights and by tokens."""
+    for key, B in [*product(("4L", "6L", "base"), (4, 8, 16))][:2 if args.toy else 9]:
+        command = [sys.executable, __file__, "--worker", "ours", f"{key}:{B}"] + ["--toy"] * args.toy
+        found, size = subprocess.check_output(command, text=True).split()[-2:], sizes[key]
+        name, T = f"{size.L}L/{size.D}", min(size.T, 128)
+        name = f"work, {name}, {12 * size.L * size.D**2:,} parameters, {B * T:,} tokens"
+        yield f"{name}: MB", None, [float(found[0])], "MB"
+        yield f"{name}: seconds", None, [float(found[1])], "s"
 
 
 def finetune(sizes, args):
@@ -442,7 +454,7 @@ def cuda(sizes, args):
         yield f"{name}: --compile / eager", ("<=", 1.02, 1.02), both["compiled"] / both["eager"], "x"
 
 
-PARTS = {f.__name__: f for f in (equal, memory, tokens, finetune, kd, share, step, cuda)}
+PARTS = {f.__name__: f for f in (equal, memory, tokens, finetune, kd, share, work, step, cuda)}
 
 # ---------------------------------------------------------------- the table
 
@@ -480,7 +492,9 @@ def main(argv=None):
     torch.set_num_threads(1)
     sizes, args.rounds = (TOYS, 1) if args.toy else (SIZES, args.rounds)
     if args.worker:
-        return worker(args.worker[0], sizes[args.worker[1]])
+        key, _, B = args.worker[1].partition(":")
+        size = sizes[key]._replace(B=int(B), T=min(sizes[key].T, 128)) if B else sizes[key]
+        return worker(args.worker[0], size)
     about = {"command": " ".join(["python dev/bench.py", *map(str, sys.argv[1:] if argv is None else argv)]),
              "hardware": hardware(), "versions": tamt.versions(), "date": time.strftime("%Y-%m-%d")}
     print(f"{about['hardware']}, torch {torch.__version__}, {about['date']}\n{about['command']}\n")

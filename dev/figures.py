@@ -8,6 +8,8 @@ removed). Scores: the task's first metric at its best dev evaluation, x 100, as 
 """
 import argparse
 import io
+import json
+import re
 import shlex
 import sys
 import textwrap
@@ -45,16 +47,19 @@ def name_of(mask: dict) -> str:
 def as_tune(line: dict) -> dict:
     mask, told = line["mask"] or {"sparsity": 0.0}, line["settings"]
     metric, value = next(iter(line["best"].items()))
-    return line | {"name": name_of(mask), "s": mask["sparsity"], "mask_seed": mask.get("seed"), "mask": mask,
-                   "source": mask.get("task"), "step": mask.get("step", 0), "limit": told["limit"],
-                   "metric": metric, "score": value if line["task"] == "squad" else 100 * value,
+    return line | {"name": name_of(mask), "s": round(mask["sparsity"], 3), "mask": mask,
+                   "mask_seed": mask.get("seed"), "source": mask.get("task"), "step": mask.get("step", 0),
+                   "limit": told["limit"], "metric": metric,
+                   "score": value if line["task"] == "squad" else 100 * value,
                    "n": min(told["limit"] or 1e9, line["steps"] * told["batch_size"] // told["epochs"])}
 
 
 def read(args) -> tuple[list[dict], list[dict]]:
     """-> masks, tunes of one model. Of equal commands the last counts; folders of runs add to the masks."""
-    lines = list({line["command"]: line for line in read_lines(args.results)}.values())
-    folders = sorted(path.parent for root in args.runs for path in Path(root).rglob("mask.json"))
+    lines = [line for line in read_lines(args.results) if "task" in line]  # the others are bench.py's
+    lines = list({(line["command"], str(line.get("mask"))): line for line in lines}.values())
+    folders = sorted(path.parent for root in args.runs for path in Path(root).rglob("mask.json")
+                     if "sparsity" in json.loads(path.read_text()))  # a search of finetune.py has none
     lines += [mask_line(folder) | {"folder": folder} for folder in folders]
     models, masks = Counter(Path(line["model"]).name for line in lines), {}
     if not lines:
@@ -83,7 +88,10 @@ def last(items) -> list[dict]:
 
 
 def whole(tunes) -> list[dict]:
-    return [t for t in tunes if not t["limit"] and not t["source"]]
+    """With all examples of a task, or with the --limit that most of its runs have: a CPU may need one."""
+    usual = {task: Counter(t["limit"] for t in found).most_common(1)[0][0]
+             for task, found in group(tunes, "task").items()}
+    return [t for t in tunes if t["limit"] == usual[t["task"]] and not t["source"]]
 
 
 def shared(tunes) -> list[str]:
@@ -156,14 +164,14 @@ def heat(ax, values, rows, columns, digits: str):
     ax.grid(False)
 
 
-def save(figure, path: Path, caption: str, used):
+def save(figure, path: Path, caption: str, used, facts=None):
     """Below the panels one legend for all, then the caption: what; model, text, tasks, n; one command."""
     texts = sorted({f"{Path(x['data']).name} at {x['seq_len']} tokens" for x in used if x.get("data")})
     tasks = sorted({x["task"] for x in used} - {"pretraining"})
     tuned = sum(x["task"] != "pretraining" for x in used)
     n = [f"{len(used) - tuned} masks" * (len(used) > tuned), f"{tuned} fine-tunings" * (tuned > 0)]
     bars = any(ax.containers for ax in figure.axes) and len({(x["mask_seed"], x["seed"]) for x in used}) > 1
-    facts = [f"Model {used[0]['model']}", *(f"text {text}" for text in texts),
+    facts = facts or [f"Model {used[0]['model']}", *(f"text {text}" for text in texts),
              f"tasks {', '.join(tasks)}" * bool(tasks), f"n = {' and '.join(filter(None, n))}",
              "bars: standard deviation over seeds" * bars]
     run = next((x["command"] for x in reversed(used) if x.get("command")), "settings in each mask.json")
@@ -416,8 +424,34 @@ def phase(masks, tunes, args):
          "important (winning), random, or most important (losing) first.", here)
 
 
+def cost(masks, tunes, args):
+    """Seconds and memory of a step, as `python dev/bench.py --only work --json FILE` measured them."""
+    rows, pattern = [], re.compile(r"work, (.+), ([\d,]+) parameters, ([\d,]+) tokens: (\w+)")
+    for line in read_lines(args.results):
+        if found := pattern.fullmatch(line.get("figure", "")):
+            name, weights, tokens, what = found.groups()
+            weights, tokens = int(weights.replace(",", "")) / 1e6, int(tokens.replace(",", ""))
+            rows.append(line | {"name": name, "weights": weights, "tokens": tokens, "what": what})
+    if not rows:
+        return "lines of dev/bench.py --only work --json"
+    figure, axes = canvas(4, 2, 2.9)
+    panels = [(what, by) for what in ("seconds", "MB") for by in ("tokens", "weights")]
+    for ax, (what, by) in zip(axes, panels, strict=True):
+        lines = group([r for r in rows if r["what"] == what], "name" if by == "tokens" else "tokens")
+        for mark, (name, line) in zip("os^D", lines.items(), strict=False):
+            x, y = np.array(sorted((r[by], r["median"]) for r in line)).T
+            ax.plot(x, y, marker=mark, markersize=4, label=name if by == "tokens" else f"{name} tokens")
+            if by == "weights":  # the last straight line, on to BERT-large's 302 million
+                slope = np.diff(y)[-1] / np.diff(x)[-1]
+                ax.plot([x[-1], 302], [y[-1], y[-1] + (302 - x[-1]) * slope], "k:")
+        ax.set(xlabel="tokens a step" if by == "tokens" else "weights of the encoder (millions)",
+               ylabel="seconds a step" if what == "seconds" else "peak memory (MB)", ylim=(0, None))
+    save(figure, args.out / "cost.png", "What a TAMT-MLM step costs; dotted: on to BERT-large, on paper.",
+         rows[:1], [rows[0]["hardware"], rows[0]["date"]])
+
+
 def main():
-    figures = {f.__name__: f for f in (fig1, fig3, fig5, fig6, fig7, fig8, fig9, layers, transfer, phase)}
+    figures = {f.__name__: f for f in (fig1, fig3, fig5, fig6, fig7, fig8, fig9, layers, transfer, phase, cost)}
     parser = argparse.ArgumentParser(description="Draws the paper's figures from results and run folders.")
     parser.add_argument("--results", type=Path, default=Path("dev/results.jsonl"))
     parser.add_argument("--runs", nargs="*", default=["out"], help="folders that hold runs of tamt.py (out)")
