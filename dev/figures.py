@@ -451,7 +451,8 @@ def cost(masks, tunes, args):
 
 
 def main():
-    figures = {f.__name__: f for f in (fig1, fig3, fig5, fig6, fig7, fig8, fig9, layers, transfer, phase, cost)}
+    drawn = (fig1, fig3, fig5, fig6, fig7, fig8, fig9, layers, transfer, phase, cost)
+    figures = {f.__name__: f for f in drawn}
     parser = argparse.ArgumentParser(description="Draws the paper's figures from results and run folders.")
     parser.add_argument("--results", type=Path, default=Path("dev/results.jsonl"))
     parser.add_argument("--runs", nargs="*", default=["out"], help="folders that hold runs of tamt.py (out)")
