@@ -1808,7 +1808,8 @@ def test_imp_on_a_task_prunes_trained_weights_in_exact_nested_rounds(tasks, tmp_
         patch.setattr(finetune, "task_loss", interrupted)
         assert tune(tasks, tmp_path / "b", "rte", *argv, family=None)[0] == 130
     # unfinished; another search; go on; nothing left to do
-    for more, status in (((), 2), (("--resume", "--rank", "local"), 2), (("--resume",), 0), (("--resume",), 0)):
+    again = ("--resume",)
+    for more, status in (((), 2), ((*again, "--rank", "local"), 2), (again, 0), (again, 0)):
         assert tune(tasks, tmp_path / "b", "rte", *argv, *more, family=None)[0] == status
     a, b = (tmp_path / f"{x}/run/mask.pt" for x in "ab")
     assert a.read_bytes() == b.read_bytes()
