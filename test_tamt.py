@@ -612,7 +612,7 @@ WRONG = {"404": reply(404), "403": reply(403), "503": reply(503), "has hash": re
          "sends gzip": reply(200, gzip.compress(BODY), Content_Encoding="gzip"),
          "many": reply(200, BODY, True, Content_Length="many"),
          "breaks off|range": reply(200, gzip.compress(BODY), True, Content_Length=None),
-         "broken|IncompleteRead|range": serve(upto=99), "imed out|range": stall,
+         "broken|IncompleteRead|breaks off|range": serve(upto=99), "imed out|range": stall,
          "offers 7 bytes": reply(200, b"<html/>", Content_Type="text/html"),
          "redirects": reply(302, Location="/f"), "adapters": reply(302, Location="file:///etc/passwd"),
          "Connection|BadStatus": lambda h: h.wfile.write(b"SSH\r\n")}
@@ -852,7 +852,7 @@ def tokens(request, world):
 
 
 def test_ids_are_those_of_transformers_and_the_memo_changes_none(tokens, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", "5")  # 4.45 let RoBERTa's <mask> eat the space before it
     vocab, rng = data.vocabulary(tokens), random.Random(0)
     kind = getattr(transformers, ["Roberta", "Bert"]["[SEP]" in vocab.tokenizer.get_vocab()] + "Tokenizer")
     theirs = kind.from_pretrained(tokens)
