@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -852,7 +853,7 @@ def tokens(request, world):
 
 
 def test_ids_are_those_of_transformers_and_the_memo_changes_none(tokens, tmp_path):
-    transformers = pytest.importorskip("transformers", "5")  # 4.45 let RoBERTa's <mask> eat the space before it
+    transformers = pytest.importorskip("transformers", "5")  # in 4.45 <mask> ate the space before it
     vocab, rng = data.vocabulary(tokens), random.Random(0)
     kind = getattr(transformers, ["Roberta", "Bert"]["[SEP]" in vocab.tokenizer.get_vocab()] + "Tokenizer")
     theirs = kind.from_pretrained(tokens)
@@ -1232,6 +1233,18 @@ def test_resume_is_bit_for_bit(world, monkeypatch, method, more):
     stamp = (world / out / "mask.pt").stat().st_mtime_ns
     assert find(world, *more, "--resume", method=method, out=out) == 0  # finished: nothing changes
     assert (world / out / "mask.pt").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compile_changes_no_number_but_by_rounding(world):
+    figures = []
+    for out, flag in (("eager", ()), ("compiled", ("--compile",))):
+        assert find(world, "--objective", "mlm+kd", "--lr", 1e-3, *flag, out=out) == 0
+        figures.append([json.loads(x) for x in (world / out / "log.jsonl").read_text().splitlines()])
+    for eager, compiled in zip(*figures, strict=True):  # dropout 0.1, the same draws
+        assert compiled["loss"] == pytest.approx(eager["loss"], abs=1e-4)
+    assert tamt.similarity(*(tamt.load_mask(world / out / "mask.pt") for out in ("eager", "compiled"))) > 0.99
 
 
 def test_accumulation_and_two_processes_equal_one_big_batch(world, tmp_path):
