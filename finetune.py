@@ -457,7 +457,7 @@ def find(args):
     masks, meta = tamt.read_mask(ticket)
     tamt.save_mask(args.out / "mask.pt", masks, meta)
     tamt.write_json(args.out / "mask.json", {"settings": asked, "meta": meta, **story})
-    (args.out / "state.pt").unlink()
+    (args.out / "state.pt").unlink(missing_ok=True)
     print(f"---\ntask: {names_of(args)}\nmask: {args.out / 'mask.pt'}\nsparsity: {meta['sparsity']:.4f}\n"
           f"seconds: {time.time() - began:.4f}\n"
           f"next: python finetune.py --task {args.task} --mask {args.out / 'mask.pt'}")
