@@ -112,15 +112,16 @@ class Layer(nn.Module):
         q, k, v = (self.attention["self"][name](x).view(B, T, -1, self.head_size).transpose(1, 2)
                    for name in ("query", "key", "value"))  # each (B, H, T, head size)
         p = self.drop_attention.p if self.training else 0.0
-        attend = self.by_sequence if p and x.device.type == "cpu" else F.scaled_dot_product_attention
+        attend = self.by_pieces if p and x.device.type == "cpu" else F.scaled_dot_product_attention
         return attend(q, k, v, keep, p).transpose(1, 2).flatten(2)
 
-    def by_sequence(self, q, k, v, keep, p):  # (B, H, T, head size) .. -> the same; for a CPU
-        """softmax(q k^T / sqrt(head size)) v with dropout. A sequence at a time stays in the cache: half the
-        time at T = 512. (torch's own is fast only without dropout.)"""
+    def by_pieces(self, q, k, v, keep, p):  # (B, H, T, head size) .. -> the same; for a CPU
+        """softmax(q k^T / sqrt(head size)) v with dropout. As many sequences at a time as the cache holds
+        take half the time at T = 512. (torch's own is fast only without dropout.)"""
         bias = torch.zeros(len(q), 1, 1, 1) if keep is None else torch.where(keep, 0.0, -math.inf)
-        one = zip(q * self.head_size**-0.5, k.mT, v, bias, strict=True)
-        return torch.stack([self.drop_attention((a @ b + c).softmax(-1)) @ x for a, b, x, c in one])
+        size = max(1, 2**20 // (q[0, :, :, 0].numel() * q.shape[2]))  # 4 MB of attention weights
+        pieces = zip(*(x.split(size) for x in (q * self.head_size**-0.5, k.mT, v, bias)), strict=True)
+        return torch.cat([self.drop_attention((a @ b + c).softmax(-1)) @ x for a, b, x, c in pieces])
 
     def forward(self, x, keep):  # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, D)
         sub = self.attention["output"]

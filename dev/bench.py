@@ -45,6 +45,7 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 import bert  # noqa: E402
 import data  # noqa: E402
+import finetune as tuning  # noqa: E402
 import glue_squad  # noqa: E402
 import tamt  # noqa: E402
 
@@ -402,6 +403,22 @@ def finetune(sizes, args):
     yield f"fine-tuning {size.name.split()[0]}, SST-2: padded to 128 / bucketed", (">=", 8, 8), ratio, "x"
 
 
+def tickets(sizes, args):
+    """Forward passes of an encoder without the heads and FFNs that a Super Ticket takes out."""
+    size, models = sizes["6L"], {}
+    for level in (0, 3, 8):
+        models[level] = bert.Model(bert.Config(**config(size)), mlm=False).eval()
+        units = tuning.structured(torch.rand(size.L, size.H), torch.rand(size.L), "random", level, 1)
+        tuning.remove_units(models[level], *units)
+    ids = torch.randint(5, size.V, (32, min(64, size.T)))
+    with torch.no_grad():
+        seconds = take_turns({k: lambda m=m: m(ids) for k, m in models.items()}, 3 * args.rounds)
+    weights = {k: sum(p.numel() for p in m.base.encoder.parameters()) for k, m in models.items()}
+    for k in (3, 8):
+        left = f"{100 * weights[k] / weights[0]:.0f} % of the encoder"
+        yield f"Super Ticket, level {k}, {left}: whole / ticket", None, seconds[0] / seconds[k], "x"
+
+
 def tokens(sizes, args):
     """A text read once, by data.encode_text and in the plain way."""
     file, folder = args.data / "wiki" / "enwiki_subset.txt", args.data / "models" / "bert-tiny-mlm"
@@ -454,7 +471,7 @@ def cuda(sizes, args):
         yield f"{name}: --compile / eager", ("<=", 1.02, 1.02), both["compiled"] / both["eager"], "x"
 
 
-PARTS = {f.__name__: f for f in (equal, memory, tokens, finetune, kd, share, work, step, cuda)}
+PARTS = {f.__name__: f for f in (equal, memory, tokens, finetune, tickets, kd, share, work, step, cuda)}
 
 # ---------------------------------------------------------------- the table
 
