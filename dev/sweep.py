@@ -3,8 +3,7 @@
     python dev/sweep.py --model bert-base --methods dense,mlm --tasks sst2 --task-seeds 1,2 -- --steps 1000
 
 Methods: dense omp random imp mlm kd mlm+kd, mlm-random (random start), ... Flags after -- go to tamt.py (imp
-has its own, -- --prune-every 500: call it apart), those in --tune="--lr 3e-4" to finetune.py. Kill and repeat
-at will: what --results holds is skipped.
+has its own: call it apart), those in --tune="--lr 3e-4" to finetune.py. What --results holds is skipped.
 """
 import argparse
 import json
