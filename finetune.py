@@ -215,7 +215,7 @@ def fine_tune(model, works: list[Work], masks: dict, args, state: dict | None = 
         loss.backward()  # processes average their gradients
         with torch.no_grad():
             for name, mask in masks.items():
-                params[name].grad.mul_(mask)
+                params[name].grad.mul_(mask.view(torch.uint8))  # as in tamt.masked
         norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.param_groups[0]["lr"] = args.lr * (1 - step / (steps * args.stretch))
         optimizer.step()

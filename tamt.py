@@ -66,13 +66,19 @@ STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.
 # ---------------------------------------------------------------- masked layers
 
 
+def masked(W, M):  # both of one shape
+    """W * M. The mask's bytes read as integers: on a CPU torch multiplies with those in 0.4 of the time that
+    it takes with bool."""
+    return W * M.view(torch.uint8)
+
+
 class StraightThrough(torch.autograd.Function):
     """W * M forward; backward as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4)."""
 
     @staticmethod
     def forward(ctx, W, S, M):
         ctx.save_for_backward(W)
-        return W * M
+        return masked(W, M)
 
     @staticmethod
     def backward(ctx, grad):
@@ -95,7 +101,7 @@ class Masked(nn.Module):
     def seen(self, W, S, M):
         if self.dense:
             return W
-        return W * M if S is None else StraightThrough.apply(W, S, M)
+        return masked(W, M) if S is None else StraightThrough.apply(W, S, M)
 
 
 class MaskedLinear(Masked):
@@ -116,7 +122,7 @@ def remade_in_backward(product, layer: Masked):
     def unpack(kept):
         if isinstance(kept, torch.Tensor):
             return kept
-        again = layer.weight.detach() * layer.mask
+        again = masked(layer.weight.detach(), layer.mask)
         return again if kept else again.T
     learns = layer.scores is not None and not layer.dense and not torch.compiler.is_compiling()
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if learns else nullcontext()
@@ -178,8 +184,8 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     sorted; if not, nothing is lost but time."""
     if near is not None:
         low, high = near
-        keep, between = above(values, high, low)  # in ascending order, so that ties keep theirs
-        left = prune - (len(values) - int(keep.count_nonzero()) - len(between))  # so many of those must go
+        keep, kept, between = above(values, high, low)  # in ascending order, so that ties keep theirs
+        left = prune - (len(values) - kept - len(between))  # so many of those must go
         if 0 <= left <= len(between):
             keep[between], phi = keep_mask(values[between], left)
             return keep, min(max(phi, low), high)
@@ -194,15 +200,19 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     return keep, float(middle)
 
 
-def above(values, high: float, low: float):  # (n,) -> values > high (n,) bool, positions of the others > low
-    """On a CPU piece by piece, which stay in its cache: a third off the time of a rank over BERT-base."""
-    size, between = 1 << 18 if values.device.type == "cpu" else len(values), []
-    keep = torch.empty(len(values), dtype=torch.bool, device=values.device)
+def above(values, high: float, low: float):
+    """values (n,) -> values > high (n,) bool, how many those are, and the positions of the others > low.
+    On a CPU by numpy, in pieces that stay in its cache: a rank over BERT-base takes 0.31 of the time
+    that torch's comparisons need in the same pieces."""
+    if values.device.type != "cpu":
+        keep = values > high
+        return keep, int(keep.count_nonzero()), positions(keep ^ (values > low))
+    values, keep, kept, between, size = values.numpy(), np.empty(len(values), bool), 0, [], 1 << 18
     for at in range(0, len(values), size):
         part, out = values[at:at + size], keep[at:at + size]
-        torch.gt(part, high, out=out)
-        between.append(positions(out ^ (part > low)) + at)
-    return keep, torch.cat(between)
+        kept += np.count_nonzero(np.greater(part, high, out=out))
+        between.append(np.flatnonzero(out ^ (part > low)) + at)
+    return torch.from_numpy(keep), kept, torch.from_numpy(np.concatenate(between))
 
 
 def positions(marked: torch.Tensor) -> torch.Tensor:  # (n,) bool -> (k,) int64, ascending

@@ -13,7 +13,8 @@ variant, above its imports and a toy step.
     ours      tamt.py's own functions, called as tamt.train calls them
     released  (a) the released code's step, re-created: a float mask from the scores in every forward, logits
               at all positions, AdamW in Python tensor by tensor; under mlm+kd its teacher makes logits and a
-              loss that nobody reads, for kd alone both models stop below the MLM head
+              loss that nobody reads; for kd alone both models stop below the MLM head, and the teacher
+              drops out, too (train_kd.py never puts it into eval mode)
     hooks     (b) transformers, torch's parametrize with a straight-through mask, SDPA, fused AdamW
     dense     (c) transformers, all weights train without a mask, SDPA, fused AdamW
     products  (d) the matrix products of a step alone, into memory that is there already
@@ -181,7 +182,8 @@ class Binarise(torch.autograd.Function):
 
 def released(size: Size, objective="mlm", copy=None, dropout=None):
     """(a). `copy`: weights and scores of ours, to compare gradients; then nothing is updated."""
-    net, teacher = (from_transformers(size, "eager", p) for p in (dropout, 0.0))
+    teachers = dropout if objective == "kd" else 0.0  # as released
+    net, teacher = (from_transformers(size, "eager", p) for p in (dropout, teachers))
     if copy:
         net.load_state_dict(copy[0], strict=False), teacher.load_state_dict(copy[0], strict=False)
     learns = head_only(net, objective != "kd")
