@@ -119,6 +119,9 @@ def _sha256(pieces):
     return digest.hexdigest()
 
 
+PARTS = f"*.{'[0-9a-f]' * 8}.part"  # what a killed program leaves of a file that it was writing
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a part path beside `path`; what is written there takes its place in one step, or not at all.

@@ -458,15 +458,16 @@ def find(args):
     tamt.save_mask(args.out / "mask.pt", masks, meta)
     tamt.write_json(args.out / "mask.json", {"settings": asked, "meta": meta, **story})
     (args.out / "state.pt").unlink(missing_ok=True)
+    words = ["python", "finetune.py", "--task", args.task, "--mask", str(args.out / "mask.pt")]
+    words += ["--data", str(args.data)] if args.data else []
     print(f"---\ntask: {names_of(args)}\nmask: {args.out / 'mask.pt'}\nsparsity: {meta['sparsity']:.4f}\n"
-          f"seconds: {time.time() - began:.4f}\n"
-          f"next: python finetune.py --task {args.task} --mask {args.out / 'mask.pt'}")
+          f"seconds: {time.time() - began:.4f}\nnext: {shlex.join(words)}")
 
 
 def begin_search(args):
     """Once the input is known to be good: from now on the folder holds this search, unfinished."""
     (args.out.parent / "mask.json").unlink(missing_ok=True)
-    for part in args.out.parent.glob("*.part"):
+    for part in args.out.parent.glob(data.PARTS):
         part.unlink(missing_ok=True)
     tamt.write_torch(args.out.parent / "state.pt", args.search)
 
@@ -508,9 +509,14 @@ def settings(argv=None):
     add("--export", type=Path, metavar="DIR", help="write the fine-tuned model for transformers")
     args = parser.parse_args(argv)
     several = args.several = "," in args.task and not Path(args.task).is_file()
-    args.tasks = [glue_squad.find_task(x) for x in (args.task.split(",") if several else [args.task])]
-    args.mask = [] if args.mask is None else [Path(x) for x in args.mask.split(",")] if several else \
-        [Path(args.mask)]
+
+    def parts(text):
+        found = [x.strip() for x in text.split(",")] if several else [text]
+        if "" in found:
+            raise ValueError(f"--task, --mask: an empty name in {text!r}")
+        return found
+    args.tasks = [glue_squad.find_task(x) for x in parts(args.task)]
+    args.mask = [] if args.mask is None else [Path(x) for x in parts(args.mask)]
     names = {task.name for task in args.tasks}
     if several and (len(names) < len(args.tasks) or "squad" in names or "WORLD_SIZE" in os.environ):
         raise ValueError("--task: tasks that share an encoder are different, without squad, in one process")
@@ -532,10 +538,12 @@ def settings(argv=None):
     args.stretch = 10 if args.find == "imp" else 1  # as released: the schedule's horizon is ten rounds
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed}: expected 0 to {2**31 - 1}")
-    if not args.results.absolute().parent.is_dir() or args.results.is_dir():
+    ordinary = args.results.is_file() or str(args.results) == os.devnull or not args.results.exists()
+    if not args.results.absolute().parent.is_dir() or not ordinary:
         raise ValueError(f"--results {args.results}: expected a file in a folder that exists")
-    if args.export and args.export.exists() and not args.export.is_dir():
-        raise ValueError(f"--export {args.export}: a file stands there; expected a folder, new or old")
+    for folder in export_folders(args):
+        if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+            raise ValueError(f"--export {folder}: a file stands there; expected a folder, new or old")
     args.command = shlex.join(["python", sys.argv[0], *map(str, sys.argv[1:] if argv is None else argv)])
     args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     return args
@@ -546,12 +554,16 @@ def open_ticket(args):
     vocabulary, and for each mask file the masks that fit; a lone Super Ticket's units are gone already."""
     found = [tamt.read_mask(file) for file in args.mask]
     args.mask_meta = [meta for _, meta in found]
+    models = sorted({str(meta.get("model")) for meta in args.mask_meta})
+    if not args.model and models[1:]:
+        raise ValueError(f"--mask: tickets of different models, {', '.join(models)}: --model is needed")
     args.model = args.model or (args.mask_meta[0].get("model") if found else "toy")
     if not args.model or not isinstance(args.model, str):
         raise ValueError(f"{args.mask[0]} does not say which model it belongs to: --model is needed")
     if args.model not in (*data.MODELS, "toy"):
         args.model = str(Path(args.model).resolve())
-    tamt.refuse_own_folder(args)
+    for folder in export_folders(args):
+        tamt.refuse_own_folder(args.model, folder)
     model, vocab = tamt.load_model(args.model)
     task, several, paper = args.tasks[0], args.several, {}
     if several:  # ticket sharing's own
@@ -620,11 +632,11 @@ def finish(model, works: list[Work], vocab, args, result: dict, began: float):
     floors = [(work.prefix, glue_squad.floor(work.task, work.texts[split], split))
               for work in works for split in work.dev]
     floor = {prefix + name: value for prefix, scores in floors for name, value in scores.items()}
-    for work in works:
+    for i, work in enumerate(works):
         if args.predict:
             write_predictions(model, work, vocab, args)
         if args.export:
-            export(model, work, vocab, args.export / work.task.name if work.prefix else args.export)
+            export(model, work, vocab, export_folders(args)[i])
     history, seconds, name = result.pop("evaluations"), time.time() - began, names_of(args)
     metas = args.mask_meta if args.several else next(iter(args.mask_meta), None)
     line = {"task": name, "model": args.model, "mask": metas, "sparsity": args.removed,
@@ -639,13 +651,20 @@ def finish(model, works: list[Work], vocab, args, result: dict, began: float):
     print(f"seconds: {seconds:.4f}")
 
 
+def export_folders(args) -> list[Path]:
+    """Where --export writes: for several tasks a folder each below it."""
+    if not args.export:
+        return []
+    return [args.export / task.name for task in args.tasks] if args.several else [args.export]
+
+
 def record(args):
     """Adds the finished run's line to --results, once, whenever a kill may come. Rounds of IMP get none: they
     are steps on the way. state.pt goes at the end: three times the size of the model, and of no more use."""
     line = bert.read_json(args.out / "result.json")
     del line["evaluations"]
-    held = args.results.read_text() if args.results.exists() else ""
-    if args.find != "imp" and json.dumps(line) not in held:
+    held = args.results.read_bytes() if args.results.is_file() else b""
+    if args.find != "imp" and json.dumps(line).encode() not in held:
         data.append_line(args.results, line)
     (args.out / "state.pt").unlink(missing_ok=True)
 
@@ -699,11 +718,17 @@ def tune(args, then=None):
         name = args.mask[0].resolve().parent.name if args.mask else f"{Path(args.model).name}-dense"
         digest = hashlib.sha256(json.dumps(args.identity).encode()).hexdigest()[:8]
         args.out = Path("out") / f"{names_of(args)}-{name}-s{args.seed}-{digest}"
+    if args.results.resolve() in [args.out.resolve() / name for name in ("result.json", "state.pt")]:
+        raise ValueError(f"--results {args.results} is a file that the run itself writes: choose another")
     try:
         state = tamt.open_run(args.out, args.identity, args.resume, "result.json", args.rank_id)
     except tamt.Finished:
         if not args.rank_id and (args.out / "state.pt").exists():  # killed just before the end
             record(args)
+        told = [*args.out.glob("*.tsv"), *args.out.glob("predictions.json")]
+        if args.predict and not told or not all(folder.exists() for folder in export_folders(args)):
+            raise ValueError(f"{args.out} is finished, its model gone: --predict and --export need it "
+                             "again, without --resume") from None
         raise
     if args.find and not args.rank_id:
         begin_search(args)

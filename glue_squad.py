@@ -106,7 +106,8 @@ def _own_task(path):
     labels = tuple(map(str, labels)) if isinstance(labels, list) else None if labels is None else ()
     fit = ["accuracy"] if labels and labels[2:] else ["accuracy", "f1", "matthews"] if labels else []
     fit, wrong = fit or ["pearson", "spearman"], ""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in TASKS:
+    taken = {*TASKS, *(task.folder for task in TASKS.values())}
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
         wrong = '"name" must be a word that is no official task'
     elif not isinstance(columns, list) or len(columns) not in (1, 2) or not all(
             isinstance(column, str) or type(column) is int and column >= 0 for column in (*columns, label)):

@@ -730,13 +730,16 @@ def check_run(out: Path, asked: dict, resume: bool, result: str) -> dict | None:
     if state is not None and not (isinstance(state, dict) and state.get("format") == 1 and
                                   isinstance(state.get("settings"), dict) and type(state.get("step")) is int):
         raise ValueError(f"{saved}: no state of this version; remove it to start anew")
-    ended = bert.read_json(finished).get("settings") if finished.exists() else None
-    held = state["settings"] if state else ended if isinstance(ended, dict) else {} if ended else asked
+    held = asked
+    if state or finished.exists():
+        held = state["settings"] if state else bert.read_json(finished).get("settings")
+    if not isinstance(held, dict):
+        raise ValueError(f"{finished} is no file of this program: choose another --out, or move it away")
     if held != asked:
         differ = [key for key in asked if held.get(key) != asked[key]]
         other = ", ".join(f"{key} {held.get(key)!r} there, {asked[key]!r} here" for key in differ)
         raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
-    if not (resume or state or finished.exists()) and (out / "mask.pt").exists():
+    if not (state or finished.exists()) and (out / "mask.pt").exists():
         meta = read_mask(out / "mask.pt")[1]
         if not meta or any(meta[key] != asked[key] for key in meta.keys() & asked):
             raise ValueError(f"{out} holds another mask.pt: choose another --out, or move it away")
@@ -755,7 +758,7 @@ def open_run(out: Path, asked: dict, resume: bool, result: str, rank_id: int) ->
     if rank_id:
         return state if resume else None
     out.mkdir(parents=True, exist_ok=True)
-    for part in out.rglob("*.part"):  # what a killed run was writing
+    for part in out.rglob(data.PARTS):  # what a killed run was writing
         part.unlink(missing_ok=True)
     if not resume or not state:
         for old in (out / result, out / "state.pt", log):
@@ -898,16 +901,16 @@ def settings(argv=None) -> argparse.Namespace:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {args.world} processes")
     if args.model not in data.MODELS and args.model != "toy":
         args.model = str(Path(args.model).resolve())
-    refuse_own_folder(args)
+    refuse_own_folder(args.model, args.export)
     name = f"{Path(args.model).name}-{args.method}-{args.objective}-{args.sparsity:g}-s{args.seed}"
     args.out = args.out or Path("out") / name
     return args
 
 
-def refuse_own_folder(args):
+def refuse_own_folder(model: str, folder: Path | None):
     """An export must not replace the original checkpoint."""
-    if args.export and args.export.resolve() in (Path(args.model), Path(args.model).parent):
-        raise ValueError(f"--export {args.export} is the folder of the model itself: choose another")
+    if folder and folder.resolve() in (Path(model), Path(model).parent):
+        raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
 
 
 def schedule(args) -> tuple[float, int, int, str]:

@@ -1535,6 +1535,7 @@ OWN = {"name": "mood", "train": "a.tsv", "dev": "a.tsv", "columns": ["text"], "l
     ({"color": 1}, "unknown key 'color'"), ({"name": ...}, "missing key 'name'"), ({"train": "c.tsv"},
             "c.tsv"),
     ({"columns": [True]}, "header names"), ({"labels": ["a"]}, "two or more"), ({"name": "cola"}, "official"),
+    ({"name": "SST-2"}, "official"), ({"name": ".."}, "a word"),
     ({"labels": None}, "valid: pearson, spearman"), ({"metric": "bleu"}, "valid: accuracy, f1, matthews")])
 def test_own_tasks_are_checked(tmp_path, change, message):
     own = {key: value for key, value in {**OWN, **change}.items() if value is not ...}
@@ -1980,6 +1981,29 @@ def test_folders_that_cannot_be_written_or_hold_another_mask_say_so(world, tmp_p
     assert "holds another mask.pt" in capsys.readouterr().err
 
 
+def test_foreign_files_stay(tasks, tmp_path, capsys):
+    path = str(tasks[1]["bert"])[:-3]
+    put(tmp_path, **{"a/run/film.part": "x", "a/run/b/c.part": "x", "b/run/result.json": {"score": 1}})
+    assert tune(tasks, tmp_path / "a")[0] == 0 and len([*tmp_path.rglob("*.part")]) == 2
+    for more in ((), ("--resume",)):
+        assert tune(tasks, tmp_path / "b", "rte", *more) == (2, [])
+        assert "result.json is no file of this program" in capsys.readouterr().err
+    (tmp_path / "c/run").mkdir(parents=True)
+    shutil.copy(tasks[1]["roberta"], held := tmp_path / "c/run/mask.pt")
+    search = (tasks, tmp_path / "c", "rte", "--model", path, "--find", "imp", "--resume")
+    assert tune(*search, family=None) == (2, []) and held.read_bytes() == tasks[1]["roberta"].read_bytes()
+    assert "holds another mask.pt" in capsys.readouterr().err
+    shutil.copytree(path, tmp_path / "x/stsb")
+    both = (tasks, tmp_path / "d", "rte,stsb", "--model", tmp_path / "x/stsb/model.safetensors")
+    assert tune(*both, "--export", tmp_path / "x", family=None) == (2, [])
+    assert "is the folder of the model" in capsys.readouterr().err and not (tmp_path / "x/rte").exists()
+    assert tune(tasks, tmp_path / "a", "rte", "--resume")[0] == 0
+    assert tune(tasks, tmp_path / "a", "rte", "--resume", "--export", tmp_path / "y")[0] == 2
+    assert "without --resume" in capsys.readouterr().err
+    assert tune(tasks, tmp_path / "a", "rte", "--results", tmp_path / "a/run/result.json")[0] == 2
+    assert json.loads((tmp_path / "a/run/result.json").read_text())["task"] == "rte"
+
+
 def test_other_weights_under_the_mask(tasks, tmp_path):
     models = [settled(tasks, tmp_path, "--task", "rte", "--mask", tasks[1]["bert"], "--weights", kind)[1]
               for kind in ("pretrained", "shuffled", "random")]
@@ -2011,7 +2035,10 @@ def test_limit_draws_by_seed_and_counts_windows(tasks, world):
     (["--task", "rte,squad"], "without squad"), (["--task", "rte,stsb"], "1 files for 2 tasks"),
     (["--find", "imp"], "--find goes with one --task"),
     (["--orders", "losing"], "--orders goes with --find super"), (["--results", "{tmp}/none/r"], "--results"),
-    (["--export", "{world}/text.txt"], "--export")])
+    (["--results", "/dev/full"], "--results"), (["--mask", ""], "an empty name"),
+    (["--task", "rte,stsb", "--mask", "a.pt,"], "an empty name"),
+    (["--task", "rte,stsb", "--mask", "{world}/bert.pt,{world}/roberta.pt"], "tickets of different models"),
+    (["--export", "{world}/text.txt"], "--export"), (["--export", "{world}/text.txt/x"], "--export")])
 def test_wrong_input_is_one_line(tasks, world, tmp_path, capsys, argv, message):
     head = "sentence1\tsentence2\tlabel\na\tb\tentailment\n"
     before = {*put(tmp_path, **{"bad/RTE/train.tsv": head, "bad/RTE/dev.tsv": head + "a\tb\n"}).rglob("*")}

@@ -96,7 +96,7 @@ def whole(tunes) -> list[dict]:
 
 def shared(tunes) -> list[str]:
     """The tasks that averages are taken over: those on which at least half of the masks were tried."""
-    masks = group(last(whole(tunes)), "name", "s", "mask_seed").values()
+    masks = group(whole(tunes), "name", "s", "mask_seed", "step").values()
     counts = Counter(task for runs in masks for task in {t["task"] for t in runs})
     return sorted(task for task, count in counts.items() if 2 * count >= len(masks))
 
@@ -223,13 +223,13 @@ def score_of(tunes, tasks) -> str:
 
 
 def fig1(masks, tunes, args):
-    panels = [shared(tunes), "dev_mlm_loss"] if tunes else ["dev_mlm_loss"]
+    panels = [shared(last(tunes)), "dev_mlm_loss"] if tunes else ["dev_mlm_loss"]
     return against_sparsity(masks, tunes, ["omp", "random"], panels, args.out / "fig1.png",
                             "Fig. 1. Magnitude pruning (OMP) and random masks, no mask training.")
 
 
 def fig3(masks, tunes, args):
-    tasks, names = shared(tunes), [name for name in ordered(masks + whole(tunes)) if "-" not in name]
+    tasks, names = shared(last(tunes)), [name for name in ordered(masks + whole(tunes)) if "-" not in name]
     panels = [[task] for task in tasks] + [tasks] * (len(tasks) > 1) + list(LOSSES)
     return against_sparsity(masks, tunes, names, panels, args.out / "fig3.png",
                             "Fig. 3/4. Methods against sparsity.")
@@ -238,7 +238,7 @@ def fig3(masks, tunes, args):
 def fig5(masks, tunes, args):
     """A point for each mask, checkpoints included; Spearman's rho over all and within each sparsity."""
     known = {(m["name"], m["s"], m["seed"], at["step"]): at for m in masks for at in [*m["curve"], m]}
-    tasks, points, tunes = shared(tunes), [], [t for t in whole(tunes) if t["s"]]
+    tasks, points, tunes = shared(last(tunes)), [], [t for t in whole(tunes) if t["s"]]
     for key, runs in group(tunes, "name", "s", "mask_seed", "step").items():
         if values := scores(runs, tasks):
             losses = known.get(key, runs[0]["mask"])
@@ -261,9 +261,11 @@ def fig5(masks, tunes, args):
 
 def along(masks, tunes, names, args, file, caption, columns):
     """Mean score and dev losses (rows) against updates and seconds (columns), and TAMT's speed."""
-    tasks, found = shared(tunes), defaultdict(lambda: {name: defaultdict(list) for name in names})
+    found = defaultdict(lambda: {name: defaultdict(list) for name in names})
     masks, tunes = ([x for x in xs if x["name"] in names and x["s"] == args.sparsity]
                     for xs in (masks, whole(tunes)))
+    tasks = shared(tunes)  # checkpoints included
+    tunes = [t for t in tunes if t["task"] in tasks]
     for (name, step), runs in group(tunes, "name", "step").items():
         found["score"][name][step] += scores(runs, tasks)
     for m, loss in ((m, loss) for m in masks for loss in LOSSES):
