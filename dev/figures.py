@@ -47,7 +47,8 @@ def name_of(mask: dict) -> str:
 def as_tune(line: dict) -> dict:
     mask, told = line["mask"] or {"sparsity": 0.0}, line["settings"]
     metric, value = next(iter(line["best"].items()))
-    return line | {"name": name_of(mask), "s": round(mask["sparsity"], 3), "mask": mask,
+    other = {"pretrained": ""}.get(weights := told.get("weights", "pretrained"), f"-{weights} weights")
+    return line | {"name": name_of(mask) + other, "s": round(mask["sparsity"], 3), "mask": mask,
                    "mask_seed": mask.get("seed"), "source": mask.get("task"), "step": mask.get("step", 0),
                    "limit": told["limit"], "metric": metric,
                    "score": value if line["task"] == "squad" else 100 * value,
@@ -70,7 +71,8 @@ def read(args) -> tuple[list[dict], list[dict]]:
         m |= {"name": name_of(m), "s": m["sparsity"], "mask_seed": m["seed"], "step": m["steps"]}
         key = m["name"], m["s"], m["seed"], m["step"]
         masks[key] = masks.get(key, {}) | m
-    return list(masks.values()), [as_tune(line) for line in lines if line.get("best")]
+    alone = [line for line in lines if line.get("best") and "," not in line["task"]]  # no shared encoders
+    return list(masks.values()), [as_tune(line) for line in alone]
 
 
 def group(items, *keys) -> dict:
@@ -391,7 +393,7 @@ def layers(masks, tunes, args):
 def transfer(masks, tunes, args):
     """Tickets found on a task (metadata `task`) and other masks of that sparsity, on the same targets."""
     plain = [t | {"row": t["source"] or style(t["name"])["label"]} for t in last(whole(tunes)) + [
-        t for t in tunes if t["source"] and t["mask"]["method"] != "super"]]
+        t for t in tunes if t["source"] and t["name"] == "imp-global-encoder"]]
     found = [t for t in plain if t["source"]]
     targets, full = sorted({t["task"] for t in found}), [t for t in plain if t["name"] == "dense"]
     if not found or not {t["task"] for t in full} & set(targets):
