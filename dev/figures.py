@@ -273,7 +273,8 @@ def along(masks, tunes, names, args, file, caption, columns):
     for m, loss in ((m, loss) for m in masks for loss in LOSSES):
         for at in [at for at in [*m["curve"], m] if loss in at]:
             found[loss][m["name"]][at["step"]].append(at[loss])
-    found = {what: lines for what, lines in found.items() if max(map(len, lines.values())) > 1}
+    found = {what: lines for what, lines in found.items()
+             if max(map(len, lines.values())) > 1 and sum(map(bool, lines.values())) > 1}
     if not found:
         return f"scores or dev losses along a run at sparsity {args.sparsity:g}"
     pace = {name: [m["ms_per_step"] / 1e3 for m in masks if m["name"] == name] for name in names}
@@ -353,8 +354,9 @@ def fig9(masks, tunes, args):
     tasks = [task for task, runs in group(here, "task").items() if len({t["limit"] for t in runs}) > 1]
     if not tasks:
         return f"fine-tunings with --limit at sparsity {args.sparsity:g}"
+    here = [t for t in here if t["task"] in tasks]
     several = {name for name, runs in group(here, "name").items() if len({t["limit"] for t in runs}) > 1}
-    here = [t for t in here if t["task"] in tasks and t["name"] in several]
+    here = [t for t in here if t["name"] in several]
     figure, axes = canvas(len(tasks), 2 if len(tasks) in (2, 4) else 3)
     for ax, task in zip(axes, tasks, strict=True):
         for name in ["dense", *ordered(here)]:
