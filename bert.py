@@ -53,30 +53,6 @@ class Config:
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
 
 
-REMADE = {}  # address of a tensor -> how to make it again
-
-
-@contextmanager
-def remade(made, make):
-    """Within, autograd does not keep the tensor `made` for backward, but calls make() there: for what takes
-    much memory and little time. Attention weights and GELU: a BERT-base step takes 2.94, not 3.12 GB."""
-    def pack(kept):
-        again = REMADE.get(kept.data_ptr())  # `made` itself or a view of it
-        return kept if again is None else (again, kept.shape, kept.stride())
-
-    def unpack(kept):
-        return kept if isinstance(kept, torch.Tensor) else kept[0]().as_strided(*kept[1:])
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        yield
-        return
-    REMADE[made.data_ptr()] = make  # a table, since of nested hooks torch asks only the innermost
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        del REMADE[made.data_ptr()]
-
-
 class Dropout(nn.Dropout):
     """On a CPU torch draws a whole random number per entry; 16 random bits do, in a third of the time."""
 
@@ -147,8 +123,7 @@ class Layer(nn.Module):
         take half the time at T = 512. (torch's own is fast only without dropout.)"""
         size = max(1, 2**20 // (q[0, :, :, 0].numel() * q.shape[2]))  # 4 MB of attention weights
         parts = [slice(at, at + size) for at in range(0, len(q), size)]
-        keeps = [None if keep is None else keep[i] for i in parts]
-        return torch.cat([self.piece(q[i], k[i], v[i], x, p) for i, x in zip(parts, keeps, strict=True)])
+        return torch.cat([self.piece(q[i], k[i], v[i], keep if keep is None else keep[i], p) for i in parts])
 
     def piece(self, q, k, v, keep, p):
         q, v = q * self.head_size**-0.5, v * (1 / (1 - p))
@@ -276,6 +251,30 @@ class Model(nn.Module):
 
     def span_logits(self, hidden):  # last hidden state (B, T, D) -> (B, T, 2), start and end
         return self.qa_outputs(hidden)
+
+
+REMADE = {}  # address of a tensor -> how to make it again
+
+
+@contextmanager
+def remade(made, make):
+    """Within, autograd does not keep the tensor `made` for backward, but calls make() there: for what takes
+    much memory and little time. Attention weights and GELU: a BERT-base step takes 2.94, not 3.12 GB."""
+    def pack(kept):
+        again = REMADE.get(kept.data_ptr())  # `made` itself or a view of it
+        return kept if again is None else (again, kept.shape, kept.stride())
+
+    def unpack(kept):
+        return kept if isinstance(kept, torch.Tensor) else kept[0]().as_strided(*kept[1:])
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield
+        return
+    REMADE[made.data_ptr()] = make  # a table, since of nested hooks torch asks only the innermost
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        del REMADE[made.data_ptr()]
 
 
 # ---------------------------------------------------------------- 2 checkpoint files

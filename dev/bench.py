@@ -513,6 +513,8 @@ def main(argv=None):
         key, _, B = args.worker[1].partition(":")
         size = sizes[key]._replace(B=int(B), T=min(sizes[key].T, 128)) if B else sizes[key]
         return worker(args.worker[0], size, timed=bool(B))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": " ".join(["python dev/bench.py", *map(str, sys.argv[1:] if argv is None else argv)]),
              "hardware": hardware(), "versions": tamt.versions(), "date": time.strftime("%Y-%m-%d")}
     print(f"{about['hardware']}, torch {torch.__version__}, {about['date']}\n{about['command']}\n")
