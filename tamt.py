@@ -281,8 +281,8 @@ def mlm_loss(logits, labels, total=None):  # (M, V), (M,) -> scalar
 
 
 def cosine(t, s):  # twice (.., D) -> (..)
-    """t s / |t| |s|, in half the time of F.cosine_similarity."""
-    return (t * s).sum(-1) / ((t * t).sum(-1) * (s * s).sum(-1)).sqrt().clamp_min(1e-8)
+    """t s / |t| |s|, 0 where one is 0, in half the time of F.cosine_similarity."""
+    return (t * s).sum(-1) / ((t * t).sum(-1) * (s * s).sum(-1)).clamp_min(1e-16).sqrt()
 
 
 def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D); (B, T) bool -> scalar

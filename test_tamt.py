@@ -1023,6 +1023,20 @@ def small_batch(model, rows=4, length=20):
     return torch.randint(6, model.config.vocab_size - 1, (rows, length)), torch.arange(0, rows * length, 5)
 
 
+def test_cosine_is_torchs_and_its_gradient_too_at_zero_states():
+    for scale in (1e-3, 1.0, 1e3):
+        t, s = scale * torch.randn(2, 50, 32)
+        s[0], t[1] = 0.0, 0.0
+        found = []
+        for cosine in (tamt.cosine, lambda t, s: F.cosine_similarity(t, s, dim=-1)):
+            x = s.clone().requires_grad_()
+            value = cosine(t, x)
+            value.sum().backward()
+            found.append((value.detach(), x.grad[2:] * scale))
+            assert x.grad.isfinite().all() and (value[:2] == 0).all()
+        torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
 def test_what_is_made_again_in_backward_has_the_same_bits(model, monkeypatch):
     layers = tamt.mask_model(model.train().requires_grad_(False))
     tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
