@@ -122,8 +122,9 @@ class Layer(nn.Module):
         """softmax(q k^T / sqrt(head size)) v with dropout. As many sequences at a time as the cache holds
         take half the time at T = 512. (torch's own is fast only without dropout.)"""
         size = max(1, 2**20 // (q[0, :, :, 0].numel() * q.shape[2]))  # 4 MB of attention weights
-        parts = [slice(at, at + size) for at in range(0, len(q), size)]
-        return torch.cat([self.piece(q[i], k[i], v[i], keep if keep is None else keep[i], p) for i in parts])
+        keeps = keep.split(size) if keep is not None else [None] * len(q)
+        parts = zip(q.split(size), k.split(size), v.split(size), keeps, strict=False)
+        return torch.cat([self.piece(*part, p) for part in parts])
 
     def piece(self, q, k, v, keep, p):
         q, v = q * self.head_size**-0.5, v * (1 / (1 - p))
