@@ -20,6 +20,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 import torch
@@ -346,13 +347,16 @@ ENTRIES, LR = 1000, 3e-3  # of the vocabulary; highest, after a tenth of the ste
 
 
 def learn_vocabulary(text, folder):
-    """Trains WordPiece on a text file and writes vocab.txt, the special tokens first."""
+    """Trains WordPiece on a text file and writes vocab.txt, the special tokens first.
+
+    Then the letters within a word: the trainer would number them in the order of a hash table, which differs
+    from run to run, and breaks ties by these numbers."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    first = [*data.WORDPIECE_SPECIALS, *(f"##{letter}" for letter in ascii_lowercase)]
     tokenizer.train_from_iterator(text.read_text(encoding="utf-8").split("\n"), trainers.WordPieceTrainer(
-        vocab_size=ENTRIES, min_frequency=100, special_tokens=special, show_progress=False))
+        vocab_size=ENTRIES, min_frequency=100, special_tokens=first, show_progress=False))
     folder.mkdir(parents=True, exist_ok=True)
     words = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
     (folder / "vocab.txt").write_text("".join(word + "\n" for word in words), encoding="utf-8", newline="\n")
