@@ -341,6 +341,7 @@ def dev_losses(model: bert.Model, rows: np.ndarray, vocab, device, dtype, batch_
         with autocast(device, dtype):
             for name in ("mlm", "kd") if model.has("mlm") else ("kd",):
                 loss = float(batch_loss(model, model, name, part, batch.tokens, batch.scored))
+                loss = max(loss, 0.0)  # equal states: 1 - cos may round to less
                 sums[f"dev_{name}_loss"] = sums.get(f"dev_{name}_loss", 0.0) + loss
     model.train(training)
     return {name: value / -(-len(rows) // batch_size) for name, value in sums.items()}
