@@ -158,17 +158,17 @@ def dense_teacher(model):
 # ---------------------------------------------------------------- one exact rank, for every method
 
 
-def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None = None):
+def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None = None, out=None):
     """All but the `prune` smallest of values (n,) -> keep (n,) bool with exactly `prune` False, and phi.
 
     Among equals at the cut the lower index is kept:
         values 3 1 2 2 2, prune 3  ->  keep 1 0 1 0 0: the 1 goes, then the last 2, then the 2 before it
     phi lies midway between the last pruned and the first kept value: if they differ, values > phi is keep.
     `near` = (low, high) guesses where the cut lies. If that is right, only the few values in between are
-    sorted; if not, nothing is lost but time."""
+    sorted; if not, nothing is lost but time. `out` (n,) bool: memory for keep, which a CPU uses for that."""
     if near is not None:
         low, high = near
-        keep, kept, between = above(values, high, low)  # in ascending order, so that ties keep theirs
+        keep, kept, between = above(values, high, low, out)  # in ascending order, so that ties keep theirs
         left = prune - (len(values) - kept - len(between))  # so many of those must go
         if 0 <= left <= len(between):
             keep[between], phi = keep_mask(values[between], left)
@@ -184,18 +184,19 @@ def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None
     return keep, float(middle)
 
 
-def above(values, high: float, low: float):
+def above(values, high: float, low: float, out=None):
     """values (n,) -> values > high (n,) bool, how many those are, and the positions of the others > low.
     On a CPU by numpy, in pieces that stay in its cache: a rank over BERT-base takes 0.31 of the time
-    that torch's comparisons need in the same pieces."""
+    that torch's comparisons need in the same pieces. (With `out` 1.0 % of a step, else 1.2 to 3.7.)"""
     if values.device.type != "cpu":
         keep = values > high
         return keep, int(keep.count_nonzero()), positions(keep ^ (values > low))
-    values, keep, kept, between, size = values.numpy(), np.empty(len(values), bool), 0, [], 1 << 18
+    keep = np.empty(len(values), bool) if out is None else out.numpy()
+    values, kept, between, size = values.numpy(), 0, [], 1 << 18
     for at in range(0, len(values), size):
-        part, out = values[at:at + size], keep[at:at + size]
-        kept += np.count_nonzero(np.greater(part, high, out=out))
-        between.append(np.flatnonzero(out ^ (part > low)) + at)
+        part, mine = values[at:at + size], keep[at:at + size]
+        kept += np.count_nonzero(np.greater(part, high, out=mine))
+        between.append(np.flatnonzero(mine ^ (part > low)) + at)
     return torch.from_numpy(keep), kept, torch.from_numpy(np.concatenate(between))
 
 
@@ -263,7 +264,8 @@ class Scores:
         """Prunes exactly the budget. `reach`: how far the cut may have moved since last time, if known."""
         for i, ((a, b, budget), phi) in enumerate(zip(self.groups, self.phi, strict=True)):
             near = (phi - reach, phi + reach) if reach and math.isfinite(phi) else None
-            self.mask[a:b], self.phi[i] = keep_mask(self.vector[a:b], budget, near)
+            mask = self.mask[a:b]
+            mask[:], self.phi[i] = keep_mask(self.vector[a:b], budget, near, mask)
 
     @torch.no_grad()
     def gate(self):
