@@ -272,7 +272,7 @@ def take_turns(steps: dict, rounds: int, now=time.process_time) -> dict[str, np.
     """Seconds of each variant in each round -> {name: (rounds,)}
 
     Two rounds before them do not count: in them the heap that all variants share still grows, and a fresh
-    page costs 2 to 10 us on a shared machine (BERT-base: 2 of 9 s of our second step, 0.05 of the third)."""
+    page costs 2 to 11 us on a shared machine (BERT-base: 2 of 9 s of our second step, 0.05 of the third)."""
     seconds = {name: [] for name in steps}
     for i in range(-2, rounds):
         for name, step in steps.items():
