@@ -1037,6 +1037,39 @@ def test_cosine_is_torchs_and_its_gradient_too_at_zero_states():
         torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("words", [1, 1024, 2500])
+def test_the_head_in_pieces_is_one_product(words):
+    made = []
+    for linear in (bert.linear_in_pieces, F.linear):
+        torch.manual_seed(1)
+        x, W, b = (torch.randn(*s, requires_grad=True) for s in ((2, 7, 32), (words, 32), (words,)))
+        y = linear(x, W, b)
+        (y * torch.randn_like(y)).sum().backward()
+        made.append((y, x.grad, W.grad, b.grad))
+    torch.testing.assert_close(*made, atol=1e-4, rtol=1e-5)
+
+
+def test_attention_in_pieces_is_one_attention(monkeypatch):
+    """A sequence at a time at 4 x 512 x 512 weights; with every weight staying, dropout only scales."""
+    monkeypatch.setattr(bert.Dropout, "draw", lambda self, shape: torch.ones(shape, dtype=torch.uint8))
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8)
+    layer, calls = bert.Layer(bert.Config(vocab_size=9, **sizes, max_position_embeddings=512)), []
+    piece = bert.Layer.piece
+    monkeypatch.setattr(bert.Layer, "piece", lambda self, *args: calls.append(1) or piece(self, *args))
+    torch.manual_seed(1)
+    q, k, v = torch.randn(3, 3, 4, 512, 8)
+    some = torch.rand(3, 1, 1, 512) > 0.3
+    for keep in (None, some):
+        made = []
+        for attend in (layer.by_pieces, F.scaled_dot_product_attention):
+            parts = [x.clone().requires_grad_() for x in (q, k, v)]
+            y = attend(*parts, keep, 0.1) * 0.9 if attend == layer.by_pieces else attend(*parts, keep)
+            (y * torch.arange(8.0)).sum().backward()
+            made.append((y, *(x.grad for x in parts)))
+        torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)
+    assert len(calls) == 6
+
+
 def test_what_is_made_again_in_backward_has_the_same_bits(model, monkeypatch):
     layers = tamt.mask_model(model.train().requires_grad_(False))
     tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
