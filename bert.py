@@ -357,15 +357,20 @@ def read_safetensors(path):
 
 
 @contextmanager
-def whole(path):
-    """Yields a part file that takes the place of `path` at the end, or goes; an OSError names the file."""
+def atomic_write(path):
+    """Yields a binary file that takes the place of `path` when the block ends, or leaves no trace of itself.
+
+    On any failure the part file goes and an old `path` stays; trouble with the disk is an OSError that names
+    `path`. The folder must exist."""
     part = Path(f"{path}.{os.urandom(4).hex()}.part")
     try:
         with open(part, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power cut could leave the new name without its bytes
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
+        error.filename = error.filename or str(path)  # a full disk names no file
         raise
     finally:
         part.unlink(missing_ok=True)
@@ -381,7 +386,7 @@ def write_safetensors(path, tensors):
         header[name] = {"dtype": codes[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             file.write(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -745,7 +750,7 @@ def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     folder, kind = Path(folder), config.model_type.title() + architecture  # BertForMaskedLM
     values = asdict(config) | {"architectures": [kind], "hidden_act": "gelu"} | extra
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / "config.json") as file:
+    with atomic_write(folder / "config.json") as file:
         file.write(f"{json.dumps(values, indent=1)}\n".encode())
         file.flush()  # a full disk must tell before the weights are replaced
         write_safetensors(folder / "model.safetensors", tensors)
