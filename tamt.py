@@ -1,54 +1,72 @@
-"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, and change none.
+"""Task-agnostic mask training: learn WHICH weights of a pre-trained BERT to keep, and change none of them.
 
 Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic Mask Training, NAACL 2022.
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The algorithm in eight steps, in the order in which main() takes them:
+The method in eight steps, in the order in which find_mask() takes them:
 
-    1  open_model    read an original checkpoint; its weights W are frozen for good
-    2  open_text     cut plain text into rows of T tokens
-    3  start_masks   one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
-    4  Scores        one real score per weight: 2 phi where OMP keeps, 0 where it prunes           Eq. 5
-    5  batch_loss    run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
-    6  train         gradients pass straight through M to the scores; AdamW moves them             Eq. 4
-    7  Scores.rank   rank all scores: exactly round(N s) are pruned after every update             Eq. 2
-    8  finish        save the mask, and say what it is worth on held-out text
+    1  open_model      read an original checkpoint; its weights W are frozen for good
+    2  open_text       cut plain text into rows of T token ids
+    3  start_masks     one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
+    4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
+    5  batch_loss      run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
+    6  update          gradients pass straight through M to the scores; the optimiser moves them     Eq. 4
+    7  update_masks    rank the scores anew: exactly round(N s) are pruned after every update        Eq. 2
+    8  finish          save the mask, and say what it is worth on held-out text
 
-Baselines: `--method omp` stops after step 3, `random` draws that mask, `imp` trains W between prunings.
+Baselines: `--method omp` ends after step 3, `--method random` draws that mask, and `--method imp` trains
+W itself between prunings (Chen et al. 2020).
 
-Glossary: B sequences, T tokens, D hidden, L layers, V vocabulary; in shapes alone M is scored positions. Else
-    W    pre-trained weights (theta in the paper)       S    scores (underlined M in the paper)
-    M    binary mask, True = kept                       phi  the cut between pruned and kept scores
-    s    sparsity, the fraction REMOVED                 N    entries of the masked set, n of one matrix
+    W    weights (theta in the paper)             S    scores (the paper's underlined M)
+    M    binary mask, True = kept                 phi  threshold between pruned and kept scores
+    s    sparsity, the fraction REMOVED           N    entries of the masked set; n of one matrix
+    B sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts
 
-Same as the released code: the start, the masked set with pooler and word embeddings, signed scores, the gate
-S > phi, a decoder that shares the word embeddings but not their mask, an MLM head that trains along, losses,
-steps, batch, length, dropout, learning rates, linear decay over 27,920 steps, clipping at 1.0.
-Deliberately different:
-    * one rank over all scores (--rank global); released: inside each matrix (--rank local)
-    * exact after every step (--refresh-every 1); released: phi stands still for 1000 (MLM) or 100 (KD) steps
-    * round(N s), and ties go to the lower index; released: int(n s), and all ties at the cut are pruned
-    * the pooler never gets a gradient: under --rank global it keeps its start mask, inside the budget
-    * KD reads the rows that MLM reads, averages over real tokens, its teacher runs without dropout; released:
-      sentence pairs of its own with one corrupted token each, padding averaged in, teacher dropout on
-    * AdamW without decay and one global clip for KD, too; released: BertAdam, decay 0.01, a clip per tensor
-    * --steps sets the schedule's horizon; without --lr it raises lr: scores travel as far as in the paper
-    * no special token, [UNK] included, is chosen for corruption
-    * IMP rewinds truly; released (--no-rewind): its rewind copies the trained weights onto themselves
-Not included: attention distillation, sparsity schedules (inert in the released code), several hosts, FSDP.
+How the three differ. Where the last column is empty, this program does what the released code does.
+
+    |                 | paper                  | released code                    | here
+    | what is ranked  | absolute scores        | signed scores                    |
+    | who competes    | one phi for all        | entries of one matrix            | all scores; --rank local: one matrix
+    | how many go     | a fraction s           | int(n s), and all ties at phi    | round(N s); of ties the first stay
+    | when            | -                      | phi stands still for 1000 (KD:   | after every update;
+    |                 |                        | 100) updates, s drifts           | --refresh-every 1000 as released
+    | gate            | S >= phi               | S > phi                          | by rank; between refreshes S > phi
+    | masked set      | without the pooler     | with the pooler                  |
+    | decoder         | -                      | shares W of the embeddings,      |
+    |                 |                        | but not their mask               |
+    | no gradient:    | -                      | compete like all others, though  | --rank global: keep their start
+    | pooler, unseen  |                        | only phi moves                   | mask, inside the same count
+    | words           |                        |                                  |
+    | optimiser       | -                      | AdamW; KD: BertAdam              | their formulas (optimizer_settings)
+    | clipping at 1.0 | -                      | all gradients; KD: each tensor   | all gradients
+    | text of KD      | same as MLM            | sentence pairs, one token of     | the rows of MLM, without corruption
+    |                 |                        | each corrupted                   |
+    | mean of KD      | tokens                 | tokens and padding               | tokens
+    | teacher of KD   | -                      | with dropout; MLM+KD: without    | without
+    | short runs      | -                      | the same learning rate           | raised: scores travel as far
+    | IMP rewinds     | to the pre-trained W   | copies the trained W onto itself | as in the paper; --no-rewind
+    | corruption      | 15 %                   | 15 % of all but special tokens   | [UNK] is a special token, too
+
+A mask goes into the released code by torch.save(tamt.load_mask("mask.pt"), "theirs.pt"). Left out, as in the
+released runs: distillation of attention, schedules of the sparsity. Also left out: FSDP.
 """
 
 import argparse
+import dataclasses
 import io
 import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -58,735 +76,1001 @@ from torch import nn
 import bert
 import data
 
-SAVE_SECONDS = 300  # a crash costs at most this much work
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
-HORIZON = 27920  # steps of the released schedule: two epochs of WikiText-103 at 16 x 512
-STEPS = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
+HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
+PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
-# ---------------------------------------------------------------- masked layers
-
-
-def masked(W, M):  # both of one shape
-    """W * M. The mask's bytes read as integers: on a CPU torch multiplies with those in 0.4 of the time that
-    it takes with bool."""
-    return W * M.view(torch.uint8)
+# ---------------------------------------------------------------------------------------------------
+# 1. Masked layers
+# ---------------------------------------------------------------------------------------------------
 
 
 class StraightThrough(torch.autograd.Function):
-    """W * M forward; backward as if the mask were the scores: dL/dS = dL/d(W * M) * W (Eq. 4)."""
+    """The masked weight W * M, differentiable with respect to the scores S that M was ranked from.
+
+    M is a step function of S, so its true derivative is zero almost everywhere. The straight-through
+    estimator takes M for S in the backward pass (Eq. 4):
+
+        dL/dS  :=  dL/dM  =  dL/d(W * M) * W
+    """
 
     @staticmethod
-    def forward(ctx, W, S, M):
-        ctx.save_for_backward(W)
-        return masked(W, M)
+    def forward(ctx, weight, scores, mask):  # three tensors of one shape
+        ctx.save_for_backward(weight)
+        return weight * mask
 
     @staticmethod
-    def backward(ctx, grad):
-        (W,) = ctx.saved_tensors
-        return None, grad * W, None
+    def backward(ctx, grad_masked_weight):
+        (weight,) = ctx.saved_tensors
+        grad_scores = grad_masked_weight * weight
+        return None, grad_scores, None  # W is frozen, and M follows from S
 
 
-class Masked(nn.Module):
-    """A layer whose weight is seen through a mask. It has scores while a mask is learned; without them W
-    itself may train under the mask (IMP). `dense` takes the mask off: the KD teacher is this very layer."""
+class MaskedLayer(nn.Module):
+    """What masked linear layers and embeddings share.
+
+    While a mask is learned, the layer has scores. Without scores the weight itself may train under the mask
+    (IMP). As a teacher the layer shows its weight without the mask."""
 
     def __init__(self, layer):
         super().__init__()
-        self.weight, self.bias = layer.weight, getattr(layer, "bias", None)
-        self.padding_idx = getattr(layer, "padding_idx", None)
-        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)  # no buffer: each process ranks its own
-        self.register_parameter("scores", None)
-        self.dense = False
+        self.weight = layer.weight
+        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
+        self.register_parameter("scores", None)  # set by Scores: a view of its vector
+        self.is_teacher = False
 
-    def seen(self, W, S, M):
-        if self.dense:
-            return W
-        return masked(W, M) if S is None else StraightThrough.apply(W, S, M)
-
-
-class MaskedLinear(Masked):
-    def forward(self, x):  # (.., in) -> (.., out)
-        W, S, M = self.weight, self.scores, self.mask
-        product = self.seen(W, S, M)
-        with bert.remade(product, lambda: masked(W.detach(), M)):  # a dense teacher keeps nothing anyway
-            return F.linear(x, product, self.bias)
+    def masked(self, weight, scores, mask):
+        if self.is_teacher:
+            return weight
+        if scores is None:
+            return weight * mask
+        return StraightThrough.apply(weight, scores, mask)
 
 
-class MaskedEmbedding(Masked):
-    """Masks the rows it looks up; the tied decoder keeps the whole matrix. The pad row gets no gradient."""
+class MaskedLinear(MaskedLayer):
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear)
+        self.bias = linear.bias
 
-    def forward(self, ids):  # (B, T) -> (B, T, D)
-        W = F.embedding(ids, self.weight, self.padding_idx)
-        S = None if self.scores is None else F.embedding(ids, self.scores, self.padding_idx)
-        return self.seen(W, S, self.mask[ids])
-
-
-def maskable(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
-    """{parameter name: layer} of the masked set in model order: word embeddings (not in scope "encoder"), six
-    matrices per layer, pooler if there is one."""
-    modules = model.base.named_modules(prefix=model.config.model_type)
-    return {f"{name}.weight": layer for name, layer in modules
-            if isinstance(layer, nn.Linear) or name.endswith("word_embeddings") and scope == "all"}
+    def forward(self, x):  # (..., in) -> (..., out)
+        masked_weight = self.masked(self.weight, self.scores, self.mask)
+        return F.linear(x, masked_weight, self.bias)
 
 
-def mask_model(model: bert.Model, scope: str = "all") -> dict[str, Masked]:
-    """Puts masked layers, all entries kept, in the place of the maskable ones."""
+class MaskedEmbedding(MaskedLayer):
+    """Masks the rows that are looked up. A decoder that shares the weight sees all of it."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__(embedding)
+        self.padding_idx = embedding.padding_idx  # this row gets no gradient
+
+    def forward(self, input_ids):  # (B, T) -> (B, T, D)
+        weight = F.embedding(input_ids, self.weight, self.padding_idx)
+        scores = None
+        if self.scores is not None:
+            scores = F.embedding(input_ids, self.scores, self.padding_idx)
+        mask = F.embedding(input_ids, self.mask)
+        return self.masked(weight, scores, mask)
+
+
+def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
+    """{name of the weight: layer} of the masked set, in model order: word embeddings (not with scope
+    "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
-    for name, layer in maskable(model, scope).items():
-        parent, _, child = name.removesuffix(".weight").rpartition(".")
-        layers[name] = (MaskedLinear if isinstance(layer, nn.Linear) else MaskedEmbedding)(layer)
-        setattr(model.get_submodule(parent), child, layers[name])
+    for name, module in model.backbone.named_modules(prefix=model.config.model_type):
+        is_linear = isinstance(module, (nn.Linear, MaskedLinear))
+        if is_linear or name.endswith("word_embeddings") and scope == "all":
+            layers[f"{name}.weight"] = module
     return layers
+
+
+def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
+    """Puts masked layers, which keep everything at first, in the place of the maskable ones."""
+    layers = {}
+    for name, layer in maskable_layers(model, scope).items():
+        masked = MaskedLinear(layer) if isinstance(layer, nn.Linear) else MaskedEmbedding(layer)
+        parent, _, child = name.removesuffix(".weight").rpartition(".")
+        setattr(model.get_submodule(parent), child, masked)
+        layers[name] = masked
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. The ranking: which entries stay
+# ---------------------------------------------------------------------------------------------------
+
+
+def rank(values, num_pruned: int):  # (n,) -> (n,) bool
+    """The mask that prunes exactly the `num_pruned` smallest values.
+
+    Equal values at the threshold are settled by position, the lower index stays, so the count is always exact:
+
+        values 3 1 2 2 2, num_pruned 3   ->   mask 1 0 1 0 0
+    """
+    order = torch.argsort(values, descending=True, stable=True)  # largest first, equals in their order
+    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    mask[order[:len(values) - num_pruned]] = True
+    return mask
+
+
+def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
+    """Writes into `mask` what rank() returns, faster, and returns where the threshold now lies.
+
+    One update moves the threshold little. Nearly every entry is settled by a comparison with the last one:
+    it stays above threshold + radius and goes up to threshold - radius. Only the few in between are sorted.
+    A radius that is too small costs another round, never exactness."""
+    low = threshold - radius
+    high = threshold + radius
+    num_kept, undecided = compare(values, low, high, mask)  # mask = values > high; positions of low < value <= high
+
+    num_surely_pruned = len(values) - num_kept - len(undecided)
+    num_left = num_pruned - num_surely_pruned  # so many of the undecided have to go
+    if not 0 <= num_left <= len(undecided):
+        return rank_near(values, num_pruned, threshold, 8 * radius, mask)
+
+    undecided_mask = rank(values[undecided], num_left)
+    mask[undecided] = undecided_mask
+    if num_left == 0:
+        return low  # the largest pruned value is not above it
+    return float(values[undecided][~undecided_mask].max())
+
+
+def rank_groups(values, n: int, m: int):  # (rows, columns) -> (rows, columns) bool
+    """N:M sparsity: of every m consecutive entries of a row the n largest stay. Sparse tensor cores run 2:4."""
+    groups = values.reshape(-1, m)
+    order = torch.argsort(groups, dim=1, descending=True, stable=True)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    mask.scatter_(1, order[:, :n], True)
+    return mask.view_as(values)
+
+
+def make_masks(values: dict, sparsity: float, rule: str) -> dict:
+    """{name: values} -> {name: mask} by one of the three rules of --rank: round(N s) of all entries go
+    ("global"), round(n s) of each matrix ("local"), or all but N of every M ("N:M")."""
+    if is_n_m(rule):
+        n, m = n_and_m(rule)
+        return {name: rank_groups(matrix, n, m) for name, matrix in values.items()}
+
+    if rule == "local":
+        masks = {}
+        for name, matrix in values.items():
+            num_pruned = round(matrix.numel() * sparsity)
+            masks[name] = rank(matrix.flatten(), num_pruned).view(matrix.shape)
+        return masks
+
+    vector = torch.cat([matrix.flatten() for matrix in values.values()])
+    mask = rank(vector, round(len(vector) * sparsity))
+    pieces = mask.split([matrix.numel() for matrix in values.values()])
+    return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
+
+
+def magnitude_masks(layers: dict, sparsity: float, rule: str) -> dict:
+    """Masks by |W|: OMP on fresh layers, and the next level of IMP on masked ones, since what is pruned
+    stays pruned."""
+    magnitudes = {}
+    for name, layer in layers.items():
+        magnitudes[name] = layer.weight.detach().abs().masked_fill(~layer.mask, -1.0)
+    return make_masks(magnitudes, sparsity, rule)
+
+
+def random_masks(layers: dict, sparsity: float, rule: str, seed: int) -> dict:
+    generator = data.random_stream(seed, "masks")
+    values = {}
+    for name, layer in layers.items():
+        draws = generator.random(layer.weight.shape, np.float32)
+        values[name] = torch.from_numpy(draws).to(layer.weight.device)
+    return make_masks(values, sparsity, rule)
+
+
+def start_masks(layers: dict, run) -> dict:
+    """The OMP mask or the random mask. As the start of scores it is made inside each matrix, as in the paper
+    (with --rank N:M inside each group)."""
+    rule = run.rank
+    if run.method == "tamt" and rule == "global":
+        rule = "local"
+    if run.method == "random" or run.init == "random":
+        return random_masks(layers, run.sparsity, rule, run.seed)
+    return magnitude_masks(layers, run.sparsity, rule)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Scores
+# ---------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """One score for each masked weight, in one long vector, and the masks that follow from it.
+
+    Each layer holds views of its stretch of the vector and of the mask. A group is a stretch whose entries
+    compete: the whole vector under one global rank, else a matrix.
+
+    Entries that can get no gradient must not be decided by a threshold that drifts past them. Under a global
+    rank they are put out of its reach: their score is plus infinity if they start as kept and minus infinity
+    if they start as pruned. So they keep their start mask, and they count in the exact number."""
+
+    def __init__(self, layers: dict, start: dict, sparsity: float, rule: str, without_gradient: dict):
+        """start {name: mask}; without_gradient {name: bool tensor that broadcasts to the mask}."""
+        self.rule = rule
+        self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
+        self.mask = torch.cat([start[name].flatten() for name in layers])
+
+        begin = 0
+        matrices = []
+        for name, layer in layers.items():
+            end = begin + layer.weight.numel()
+            learns = not name.endswith("pooler.dense.weight")  # neither loss reads the pooler
+            layer.scores = nn.Parameter(self.vector[begin:end].view(layer.weight.shape), requires_grad=learns)
+            layer.mask = self.mask[begin:end].view(layer.weight.shape)
+            matrices.append(Group(begin, end, round((end - begin) * sparsity), layer.weight.shape))
+            begin = end
+
+        self.groups = matrices
+        if rule == "global":
+            self.groups = [Group(0, begin, round(begin * sparsity), (begin,))]
+            for name, fixed in without_gradient.items():
+                scores = layers[name].scores.data
+                scores.masked_fill_(fixed & start[name], math.inf)
+                scores.masked_fill_(fixed & ~start[name], -math.inf)
+            self.make_start_exact()
+
+    def make_start_exact(self):
+        """The start is rounded in each matrix, and the sum may differ from round(N s) by a few entries. They
+        begin on the other side, so that the count is exact before the first update, too."""
+        self.update_masks()
+        start = 2 * PHI * self.mask
+        self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start))
+        for group in self.groups:
+            group.threshold = PHI
+
+    @torch.no_grad()
+    def update_masks(self, radius: float | None = None):
+        """Ranks the scores anew; then exactly the asked number is pruned. radius: how far a threshold has
+        probably moved since the last time; None: unknown."""
+        for group in self.groups:
+            scores = self.vector[group.begin:group.end]
+            mask = self.mask[group.begin:group.end]
+            if is_n_m(self.rule):
+                n, m = n_and_m(self.rule)
+                mask.view(group.shape).copy_(rank_groups(scores.view(group.shape), n, m))
+            elif radius is not None:
+                group.threshold = rank_near(scores, group.num_pruned, group.threshold, radius, mask)
+            else:
+                mask.copy_(rank(scores, group.num_pruned))
+                group.threshold = largest(scores[~mask])  # the released code's phi
+
+    @torch.no_grad()
+    def gate(self):
+        """Between two refreshes, as released: phi stands still, S > phi decides, and the sparsity drifts."""
+        for group in self.groups:
+            scores = self.vector[group.begin:group.end]
+            torch.gt(scores, group.threshold, out=self.mask[group.begin:group.end])
+
+
+@dataclass
+class Group:
+    """Entries that compete with each other: vector[begin:end]."""
+    begin: int
+    end: int
+    num_pruned: int
+    shape: tuple
+    threshold: float = PHI
+
+
+def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
+    """{name: bool tensor, True where no gradient ever comes}: the pooler, the row of [PAD], and with the
+    objective kd, which reads clean text, the rows of all words that the text does not hold. (Under masked LM
+    a tenth of the chosen tokens become any word of the vocabulary, so every row is read sooner or later.)"""
+    without = {}
+    for name, layer in layers.items():
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+            is_read[vocabulary.pad_id] = False
+            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+    return without
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Losses
+# ---------------------------------------------------------------------------------------------------
+
+
+def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
+    """Cross-entropy at the corrupted positions: their sum divided by num_predictions (default: P)."""
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / max(num_predictions or len(labels), 1)
+
+
+def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None):
+    """Eq. 6: 1 - cosine of the teacher's and the student's hidden states.
+
+    teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
+    tokens (or their sum divided by num_tokens) and over layers 1 .. L, without the embedding output. It is 0
+    for equal states and 2 for opposite ones."""
+    total = 0.0
+    for teacher_states, student_states in zip(teacher[1:], student[1:], strict=True):
+        cosine = F.cosine_similarity(teacher_states.float(), student_states.float(), dim=-1)  # (B, T)
+        distance = 1 - cosine
+        if attention_mask is not None:
+            distance = distance * attention_mask
+        total = total + distance.sum()
+    if num_tokens is None:
+        num_tokens = cosine.numel() if attention_mask is None else attention_mask.sum()
+    num_layers = len(teacher) - 1
+    return total / (num_layers * num_tokens)
+
+
+@dataclass
+class Batch:
+    """Rows of token ids, and what masked LM makes of them; all arrays (rows, T)."""
+    input_ids: np.ndarray  # int64
+    corrupted_ids: np.ndarray  # int64
+    is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
+    is_token: np.ndarray  # bool: False at padding
+
+    @property
+    def num_predictions(self) -> int:
+        return int(self.is_chosen.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.is_token.sum())
+
+
+def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
+    input_ids = rows.astype(np.int64)
+    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, generator)
+    return Batch(input_ids, corrupted_ids, is_chosen, is_token=input_ids != vocabulary.pad_id)
+
+
+class MicroBatch(NamedTuple):
+    """Some rows of a batch as tensors: what one forward pass takes. b rows."""
+    input_ids: torch.Tensor  # (b, T)
+    corrupted_ids: torch.Tensor  # (b, T)
+    attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
+    positions: torch.Tensor  # (P,) in the b * T tokens
+    labels: torch.Tensor  # (P,)
+
+
+def micro_batch(batch: Batch, rows: slice, device) -> MicroBatch:
+    def to_device(array):
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
+        return tensor.to(device, non_blocking=True)
+
+    input_ids = batch.input_ids[rows]
+    is_token = batch.is_token[rows]
+    positions = np.flatnonzero(batch.is_chosen[rows])
+    return MicroBatch(
+        input_ids=to_device(input_ids),
+        corrupted_ids=to_device(batch.corrupted_ids[rows]),
+        attention_mask=None if is_token.all() else to_device(is_token),
+        positions=to_device(positions),
+        labels=to_device(input_ids.reshape(-1)[positions]))
+
+
+def batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
+    """The loss of a micro-batch: its share of the mean over the whole batch's tokens and predictions.
+
+    network is the student: the model itself, compiled, or wrapped for several processes. In mlm+kd, which adds
+    the two losses, teacher and student both read the corrupted text; in kd they read the clean one."""
+    input_ids = inputs.input_ids if objective == "kd" else inputs.corrupted_ids
+    student = network(input_ids, inputs.attention_mask)  # L + 1 times (b, T, D)
+    loss = 0.0
+
+    if objective in ("mlm", "mlm+kd"):
+        # Logits at the chosen positions alone give the same loss and the same gradients.
+        hidden_states = student[-1].flatten(0, 1)[inputs.positions]  # (P, D)
+        loss = loss + mlm_loss(model.mlm_logits(hidden_states), inputs.labels, num_predictions)
+
+    if objective in ("kd", "mlm+kd"):
+        with dense_teacher(model):
+            teacher = model(input_ids, inputs.attention_mask)
+        loss = loss + kd_loss(teacher, student, inputs.attention_mask, num_tokens)
+    return loss
 
 
 @contextmanager
 def dense_teacher(model):
-    """The model itself, unmasked, without dropout and gradients: no second copy of the weights."""
-    layers, training = [m for m in model.modules() if isinstance(m, Masked)], model.training
+    """Within, the model is its own teacher: unmasked, without dropout and gradients. There is no second copy
+    of the weights, since training changes none of them."""
+    layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
+    was_training = model.training
     for layer in layers:
-        layer.dense = True
+        layer.is_teacher = True
     model.eval()
     try:
         with torch.no_grad():
-            yield model
+            yield
     finally:
         for layer in layers:
-            layer.dense = False
-        model.train(training)
-
-
-# ---------------------------------------------------------------- one exact rank, for every method
-
-
-def keep_mask(values: torch.Tensor, prune: int, near: tuple[float, float] | None = None, out=None):
-    """All but the `prune` smallest of values (n,) -> keep (n,) bool with exactly `prune` False, and phi.
-
-    Among equals at the cut the lower index is kept:
-        values 3 1 2 2 2, prune 3  ->  keep 1 0 1 0 0: the 1 goes, then the last 2, then the 2 before it
-    phi lies midway between the last pruned and the first kept value: if they differ, values > phi is keep.
-    `near` = (low, high) guesses where the cut lies. If that is right, only the few values in between are
-    sorted; if not, nothing is lost but time. `out` (n,) bool: memory for keep, which a CPU uses for that."""
-    if near is not None:
-        low, high = near
-        keep, kept, between = above(values, high, low, out)  # in ascending order, so that ties keep theirs
-        left = prune - (len(values) - kept - len(between))  # so many of those must go
-        if 0 <= left <= len(between):
-            keep[between], phi = keep_mask(values[between], left)
-            return keep, min(max(phi, low), high)
-    if not 0 < prune < len(values):
-        return torch.full_like(values, prune == 0, dtype=torch.bool), -math.inf if prune == 0 else math.inf
-    last = kth_smallest(values, prune)
-    keep = values > last
-    ties = positions(values == last)
-    keep[ties[:len(ties) + int((values < last).count_nonzero()) - prune]] = True
-    first = values[keep].min()
-    middle = torch.minimum((last + first) / 2, torch.nextafter(first, last))  # rounding may not reach `first`
-    return keep, float(middle)
-
-
-def above(values, high: float, low: float, out=None):
-    """values (n,) -> values > high (n,) bool, how many those are, and the positions of the others > low.
-    On a CPU by numpy, in pieces that stay in its cache: a rank over BERT-base takes 0.31 of the time
-    that torch's comparisons need in the same pieces. (With `out` 1.0 % of a step, else 1.2 to 3.7.)"""
-    if values.device.type != "cpu":
-        keep = values > high
-        return keep, int(keep.count_nonzero()), positions(keep ^ (values > low))
-    keep = np.empty(len(values), bool) if out is None else out.numpy()
-    values, kept, between, size = values.numpy(), 0, [], 1 << 18
-    for at in range(0, len(values), size):
-        part, mine = values[at:at + size], keep[at:at + size]
-        kept += np.count_nonzero(np.greater(part, high, out=mine))
-        between.append(np.flatnonzero(mine ^ (part > low)) + at)
-    return torch.from_numpy(keep), kept, torch.from_numpy(np.concatenate(between))
-
-
-def positions(marked: torch.Tensor) -> torch.Tensor:  # (n,) bool -> (k,) int64, ascending
-    """Where a vector is True. On a CPU numpy finds a few among many six times as fast as torch."""
-    if marked.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(marked.numpy()))
-    return marked.nonzero().squeeze(1)
-
-
-def kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """k from 1. On a CPU numpy's partition is the fastest exact selection; CUDA sorts (radix)."""
-    if values.is_cuda:
-        return values.sort().values[k - 1]
-    return torch.tensor(np.partition(values.detach().cpu().numpy(), k - 1)[k - 1], device=values.device)
-
-
-def prune(values: dict[str, torch.Tensor], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
-    """Masks without the smallest: round(n s) of each matrix ("local") or round(N s) of all ("global")."""
-    if rule == "local":
-        return {name: prune({name: v}, sparsity, "global")[name] for name, v in values.items()}
-    vector = torch.cat([v.flatten() for v in values.values()])
-    keep, _ = keep_mask(vector, round(len(vector) * sparsity))
-    parts = keep.split([v.numel() for v in values.values()])
-    return {name: part.view(v.shape) for part, (name, v) in zip(parts, values.items(), strict=True)}
-
-
-def magnitude_masks(layers: dict[str, Masked], sparsity: float, rule: str) -> dict[str, torch.Tensor]:
-    """By |W|; what is pruned stays pruned. OMP on fresh layers, the next nested level of IMP on others."""
-    sizes = {name: torch.where(m.mask, m.weight.detach().abs(), -1.0) for name, m in layers.items()}
-    return prune(sizes, sparsity, rule)
-
-
-def random_masks(layers: dict[str, Masked], sparsity: float, rule: str, seed: int) -> dict[str, torch.Tensor]:
-    rng = np.random.default_rng([seed, 0])
-    draws = {n: torch.from_numpy(rng.random(m.weight.shape, np.float32)) for n, m in layers.items()}
-    return {n: mask.to(layers[n].weight.device) for n, mask in prune(draws, sparsity, rule).items()}
-
-
-class Scores:
-    """One score per maskable weight, in one vector that each layer holds a view of, and masks ranked from it.
-
-    The pooler gets no gradient from either loss. Under one global rank a wandering cut would pass its two
-    values, 0 and 2 phi, and empty it: it keeps its start mask, the others share the rest of the budget."""
-
-    def __init__(self, layers: dict[str, Masked], start: dict[str, torch.Tensor], sparsity: float, rule: str):
-        self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
-        self.mask, at, spans = self.vector > PHI, 0, {}
-        for name, layer in layers.items():
-            spans[name] = (at, at := at + layer.weight.numel())
-            part, shape = slice(*spans[name]), layer.weight.shape
-            layer.scores = nn.Parameter(self.vector[part].view(shape), requires_grad="pooler" not in name)
-            layer.mask = self.mask[part].view(shape)
-        learned = [span for name, span in spans.items() if "pooler" not in name]
-        fixed = int((~self.mask[learned[-1][1]:]).sum())  # of the pooler, the last part of the vector
-        self.groups = [(a, b, round((b - a) * sparsity)) for a, b in learned] if rule == "local" else \
-            [(0, learned[-1][1], round(len(self.vector) * sparsity) - fixed)]
-        self.phi = [PHI] * len(self.groups)
-        self.rank()  # the start rounds in each matrix; the few entries that their sum lacks of round(N s) ...
-        self.vector.copy_(2 * PHI * self.mask)  # ... begin on the other side, so that step 0 is exact, too
-        self.phi = [PHI] * len(self.groups)
-
-    @torch.no_grad()
-    def rank(self, reach: float | None = None):
-        """Prunes exactly the budget. `reach`: how far the cut may have moved since last time, if known."""
-        for i, ((a, b, budget), phi) in enumerate(zip(self.groups, self.phi, strict=True)):
-            near = (phi - reach, phi + reach) if reach and math.isfinite(phi) else None
-            mask = self.mask[a:b]
-            mask[:], self.phi[i] = keep_mask(self.vector[a:b], budget, near, mask)
-
-    @torch.no_grad()
-    def gate(self):
-        """Between two refreshes, as released: phi stands still, S > phi decides, the sparsity drifts."""
-        for (a, b, _), phi in zip(self.groups, self.phi, strict=True):
-            torch.gt(self.vector[a:b], phi, out=self.mask[a:b])
-
-
-# ---------------------------------------------------------------- losses
-
-
-def mlm_loss(logits, labels, total=None):  # (M, V), (M,) -> scalar
-    """Masked-LM cross-entropy, summed over the scored positions and divided by `total` (default M)."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum") / max(total or len(labels), 1)
-
-
-def cosine(t, s):  # twice (.., D) -> (..)
-    """t s / |t| |s|, 0 where one is 0, in half the time of F.cosine_similarity."""
-    return (t * s).sum(-1) / ((t * t).sum(-1) * (s * s).sum(-1)).clamp_min(1e-16).sqrt()
-
-
-def kd_loss(teacher, student, keep=None, total=None):  # twice L + 1 times (B, T, D); (B, T) bool -> scalar
-    """Eq. 6: 1 - cos of teacher and student, mean over real tokens (or sum / `total`) and layers 1 .. L,
-    without the embedding output. 0 for equal states, 2 for opposite ones."""
-    keep = torch.ones_like(teacher[0][..., 0]) if keep is None else keep
-    loss = sum(((1 - cosine(t.float(), s.float())) * keep).sum()
-               for t, s in zip(teacher[1:], student[1:], strict=True))
-    return loss / ((len(teacher) - 1) * (total or keep.sum()))
-
-
-class Batch:
-    """Rows of token ids (B, T) and what masked LM needs: corrupted ids, and which positions to predict."""
-
-    def __init__(self, ids: np.ndarray, vocab: data.Vocabulary, rng: np.random.Generator):
-        self.ids = ids.astype(np.int64)
-        self.shown, self.chosen = data.corrupt(self.ids, vocab, rng)
-        self.real = self.ids != vocab.pad
-        self.tokens, self.scored = int(self.real.sum()), int(self.chosen.sum())
-
-    def part(self, rows: slice, device):
-        """-> ids, shown (b, T), keep (b, T) or None without padding, positions (M,) in b * T, labels (M,)"""
-        ids, at = self.ids[rows], np.flatnonzero(self.chosen[rows])
-        keep = None if self.real[rows].all() else self.real[rows]
-        arrays = ids, self.shown[rows], keep, at, ids.reshape(-1)[at]
-        return [None if x is None else torch.from_numpy(x).to(device, non_blocking=True) for x in arrays]
-
-
-def batch_loss(model, net, objective: str, part, tokens: int, scored: int):
-    """Loss of a part of a batch: its share in the mean over all `tokens` and `scored` positions of the batch.
-
-    net(ids, keep) is the student: the model itself, compiled or data-parallel. In mlm+kd, 1 : 1, teacher and
-    student both see the corrupted text; in kd the clean one."""
-    ids, shown, keep, at, labels = part
-    seen, loss = ids if objective == "kd" else shown, 0.0
-    student = net(seen, keep)
-    if "mlm" in objective:  # logits at the scored positions alone give the same loss and gradients
-        loss = loss + mlm_loss(model.mlm_logits(student[-1].flatten(0, 1)[at]), labels, scored)
-    if "kd" in objective:
-        with dense_teacher(model):
-            teacher = model(seen, keep)
-        loss = loss + kd_loss(teacher, student, keep, tokens)
-    return loss
+            layer.is_teacher = False
+        model.train(was_training)
 
 
 @torch.no_grad()
-def dev_losses(model: bert.Model, rows: np.ndarray, vocab, device, dtype, batch_size=16) -> dict[str, float]:
-    """What a mask is worth on held-out rows, in eval mode, each loss the mean over batches in order:
-    dev_mlm_loss on one corruption (seed 42), the same for every model; left out without a masked-LM head;
-    dev_kd_loss (Eq. 6) on the clean rows."""
-    training, sums, rng = model.training, {}, np.random.default_rng(42)
+def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
+    """What a mask is worth on held-out rows, in eval mode; each loss is the mean over batches, in order
+    (TAMT mask_training/eval_mlm.py, eval_kd.py).
+
+    dev_mlm_loss: on one corruption, the same for every model; left out without a masked-LM head.
+    dev_kd_loss: Eq. 6 on the clean rows."""
+    objectives = ["kd"] if model.mlm_head is None else ["mlm", "kd"]
+    totals = dict.fromkeys(objectives, 0.0)
+    was_training = model.training
     model.eval()
-    for at in range(0, len(rows), batch_size):
-        batch = Batch(rows[at:at + batch_size], vocab, rng)
-        part = batch.part(slice(None), device)
-        with autocast(device, dtype):
-            for name in ("mlm", "kd") if model.has("mlm") else ("kd",):
-                loss = float(batch_loss(model, model, name, part, batch.tokens, batch.scored))
-                loss = max(loss, 0.0)  # equal states: 1 - cos may round to less
-                sums[f"dev_{name}_loss"] = sums.get(f"dev_{name}_loss", 0.0) + loss
-    model.train(training)
-    return {name: value / -(-len(rows) // batch_size) for name, value in sums.items()}
+    generator = np.random.default_rng(42)  # the seed of the released evaluation
+    starts = range(0, len(rows), batch_size)
+    for start in starts:
+        batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
+        inputs = micro_batch(batch, slice(None), machine.device)
+        for objective in objectives:
+            with autocast(machine):
+                loss = batch_loss(model, model, objective, inputs, batch.num_tokens, batch.num_predictions)
+            totals[objective] += max(float(loss), 0.0)  # for equal states 1 - cosine may round to below 0
+    model.train(was_training)
+    return {f"dev_{objective}_loss": total / len(starts) for objective, total in totals.items()}
 
 
-# ---------------------------------------------------------------- masks as files
+# ---------------------------------------------------------------------------------------------------
+# 5. Training: one update, the loop around it, the rounds of IMP
+# ---------------------------------------------------------------------------------------------------
 
 
-def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Bits of a mask, row-major, first entry in the highest bit, 1 = kept."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+class Training:
+    """A run in progress: everything that its updates change. state.pt holds it between two processes."""
+
+    def __init__(self, run, identity, model, vocabulary, layers, scores, rows, dev_rows):
+        self.run = run
+        self.identity = identity  # what --resume compares
+        self.model = model
+        self.vocabulary = vocabulary
+        self.layers = layers
+        self.scores = scores  # None with IMP, where W trains
+        self.rows = rows
+        self.dev_rows = dev_rows
+
+        self.parameters = choose_parameters(model, run)
+        self.pretrained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()
+                           if not name.endswith(".scores")}
+        self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
+        self.network = wrap_network(model, run)
+        self.log = Log(run, layers)
+        self.step = 0  # updates done
+        self.saved_at = time.time()
 
 
-def unpack(bits: torch.Tensor, shape) -> torch.Tensor:
-    if bits.dtype != torch.uint8 or bits.shape != (-(-math.prod(shape) // 8),):
-        raise ValueError(f"{bits.numel()} bytes of bits for a mask of shape {list(shape)}")
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).view(bool)).view(*shape)
+def choose_parameters(model, run) -> dict[str, nn.Parameter]:
+    """What trains: the scores, and for masked LM its head without the decoder (TAMT masking/maskers.py:524).
+    With IMP all weights train but the pooler, which gets no gradient."""
+    is_imp = run.method == "imp"
+    for name, parameter in model.named_parameters():
+        if name.endswith(".scores"):
+            continue  # set by Scores
+        is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
+        trains = is_head if "mlm" in run.objective else False
+        if is_imp and "pooler" not in name:
+            trains = True
+        parameter.requires_grad_(trains)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
-    """{name: bool tensor} and metadata of plain types, bit-packed; equal content gives equal bytes."""
-    write_torch(path, {"format": 1, "shapes": {name: list(m.shape) for name, m in masks.items()},
-                       "bits": {name: pack(m) for name, m in masks.items()}, "meta": meta})
+def make_optimizer(parameters, device):
+    """The learning rate, eps and weight decay are set at each update, by optimizer_settings."""
+    is_fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
 
 
-def load_mask(path) -> dict[str, torch.Tensor]:
-    """{`<module>.weight`: bool tensor, True = kept}, from our mask.pt or a dict of bool or 0/1 tensors as the
-    released codes save them, whose names may end in `.weight_mask`. ValueError for anything else."""
-    return read_mask(path)[0]
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """What makes torch's AdamW compute the released optimisers in update number t (from 1).
+
+    torch's AdamW:       W <- (1 - lr decay) W - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
+    released AdamW:      adds its eps of 1e-8 to sqrt(v) instead of sqrt(v^), no decay
+                         (mlm, mlm+kd, imp, fine-tuning; transformers 2.10 optimization.py)
+    released BertAdam:   no bias correction: lr (m / (sqrt(v) + 1e-6) + .01 W)
+                         (kd; mask_training/train_kd.py with TinyBERT's optimizer)
+
+    The bias corrections are known numbers, so they go into the settings."""
+    correction_m = 1 - 0.9**t
+    correction_v = math.sqrt(1 - 0.999**t)
+    if objective != "kd":
+        return {"lr": learning_rate, "eps": 1e-8 / correction_v, "weight_decay": 0.0}
+    bert_adam_rate = learning_rate * correction_m / correction_v
+    return {"lr": bert_adam_rate, "eps": 1e-6 / correction_v, "weight_decay": 0.01 * correction_v / correction_m}
 
 
-def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
-    """load_mask, and the metadata; a foreign file has none."""
-    content = bert.read_pickle(Path(path))
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: no mask file: expected a dict of tensors")
-    if "format" in content:
-        shapes, bits, meta = (content.get(key) for key in ("shapes", "bits", "meta"))
-        if content["format"] != 1 or not all(isinstance(x, dict) for x in (shapes, bits, meta)):
-            raise ValueError(f"{path}: no mask file of format 1, the one this version knows")
-        for name in {*shapes, *bits}:
-            shape, packed = shapes.get(name), bits.get(name)
-            if not (isinstance(name, str) and isinstance(shape, list)
-                    and all(type(n) is int and 0 < n < 2**31 for n in shape)
-                    and isinstance(packed, torch.Tensor) and packed.dtype == torch.uint8
-                    and packed.shape == (-(-math.prod(shape) // 8),)):
-                raise ValueError(f"{path}: the bits of {name} do not fit its shape {shape}")
-        try:
-            json.dumps(meta)
-        except (TypeError, ValueError, RecursionError):
-            raise ValueError(f"{path}: its metadata are no plain values") from None
-        return {name: unpack(bits[name], shape) for name, shape in shapes.items()}, meta
-    content = bert.state_dict(content, path)
-    for name, mask in content.items():
-        if not name.endswith((".weight", ".weight_mask")):
-            raise ValueError(f"{path}: {name} is no mask: expected tensors <module>.weight or .weight_mask")
-        if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"{path}: {name} holds values other than 0 and 1")
-    return {name.removesuffix("_mask"): mask.bool() for name, mask in content.items()}, {}
+def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
+    """One update of scores (or, with IMP, of weights) -> the loss of the batch. t counts updates, from 1.
+
+    A batch is --accumulate micro-batches, and each of the processes takes its share of every one."""
+    run = training.run
+    machine = run.machine
+    share = run.batch_size // machine.num_processes  # rows
+    total_loss = torch.zeros((), device=machine.device)
+    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)
+    for start in starts:
+        inputs = micro_batch(batch, slice(start, start + share), machine.device)
+        is_last = start == starts[-1]
+        # Gradients are averaged across processes on the last micro-batch only.
+        with nullcontext() if is_last or machine.num_processes == 1 else training.network.no_sync():
+            with autocast(machine):
+                loss = batch_loss(training.model, training.network, run.objective, inputs,
+                                  batch.num_tokens, batch.num_predictions)
+            (loss * machine.num_processes).backward()  # the average of the processes becomes their sum
+        total_loss += loss.detach()
+    if machine.num_processes > 1:
+        torch.distributed.all_reduce(total_loss)
+
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
+    if not math.isfinite(float(total_loss) + float(norm)):
+        raise ValueError(f"the loss is {float(total_loss)} and the norm of its gradient {float(norm):.3g} at "
+                         f"update {training.step + 1}: try a lower --lr (here {learning_rate:.2g}) or "
+                         f"--dtype fp32; {run.out} keeps the last state")
+
+    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, t))
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return float(total_loss)
 
 
-def fit_masks(layers: dict[str, nn.Module], masks: dict, source) -> dict[str, torch.Tensor]:
-    """The masks in the order of `layers` (maskable, mask_model); a ValueError lists what does not fit.
-
-    Pooler and word embeddings may be absent on either side; absent is dense."""
-    def needed(name):
-        return "pooler" not in name and "word_embeddings" not in name
-    shapes = {name: list(layer.weight.shape) for name, layer in layers.items()}
-    problems = {"missing": [name for name in layers if name not in masks and needed(name)],
-                "unexpected": [name for name in masks if name not in layers and needed(name)],
-                "wrong shape": [f"{name} {list(masks[name].shape)}, not {shapes[name]}" for name in masks
-                                if name in shapes and list(masks[name].shape) != shapes[name]]}
-    if any(problems.values()):
-        raise ValueError(f"{source}: mask of another model: " + "; ".join(
-            f"{what}: {some(names)}" for what, names in problems.items() if names))
-    return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
+def next_batch(training: Training) -> Batch:
+    """The rows, their corruption and dropout are functions of the seed and the number of the update alone, so
+    a resumed run sees what an undisturbed one sees."""
+    run = training.run
+    step = training.step
+    torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)  # dropout
+    num_rows = run.batch_size * run.accumulate
+    indices = data.batch_rows(len(training.rows), run.seed, step * num_rows, num_rows)
+    return make_batch(training.rows[indices], training.vocabulary, data.random_stream(run.seed, "corruption", step))
 
 
-def some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def train_scores(training: Training):
+    """Steps 5 to 7, from where the training stands to its end."""
+    run = training.run
+    training.model.train()
+    while training.step < run.num_updates:
+        learning_rate = run.lr * max(1 - training.step / run.horizon, 0)  # linear decay, no warm-up
+        loss = update(training, next_batch(training), learning_rate, t=training.step + 1)
+        training.step += 1
+
+        if run.refresh_every == 1:
+            # The threshold hardly moves further than the scores, 2 lr is a generous guess.
+            training.scores.update_masks(radius=2 * learning_rate)
+        elif is_refresh_due(run, training.step):
+            training.scores.update_masks()
+        else:
+            training.scores.gate()
+
+        losses = {}
+        if training.step % run.eval_every == 0 and training.step < run.num_updates:
+            losses = evaluate(training)
+        training.log.step(training.step, loss, learning_rate, losses)
+        if training.step % run.save_every == 0:
+            save_step(training, run.sparsity)
+        save_state_if_due(training)
 
 
-def set_masks(layers: dict[str, Masked], masks: dict[str, torch.Tensor]):
+def is_refresh_due(run, step: int) -> bool:
+    """Released: mlm refreshes after updates N, 2 N, ..., kd after 1, N - 1, 2 N - 1, ...; both when they evaluate
+    or save, and at the end."""
+    if step % run.eval_every == 0 or step % run.save_every == 0 or step == run.num_updates:
+        return True
+    if run.objective == "kd":
+        return step == 1 or (step + 1) % run.refresh_every == 0
+    return step % run.refresh_every == 0
+
+
+def train_imp(training: Training):
+    """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of the entries, rewind, train, and again.
+
+    The first 10 % go before any training, and the last pruning is the end. In each round the optimiser and the
+    schedule start anew with the full horizon, so the learning rate hardly falls (TAMT LT_pretrain.py)."""
+    run = training.run
+    levels = imp_levels(run.sparsity)
+    training.model.train()
+    if training.step == 0:
+        start_round(training, levels[0])
+    while training.step < run.num_updates:
+        step_in_round = training.step % run.prune_every
+        learning_rate = run.lr * max(1 - step_in_round / run.horizon, 0)
+        loss = update(training, next_batch(training), learning_rate, t=step_in_round + 1)
+        training.step += 1
+        if training.step % run.prune_every == 0:
+            start_round(training, levels[training.step // run.prune_every])
+        training.log.step(training.step, loss, learning_rate, {})
+        save_state_if_due(training)
+
+
+def start_round(training: Training, level: float):
+    """Prunes up to a sparsity of `level`, and rewinds all weights below the head to the pre-trained ones."""
+    run = training.run
+    set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
+    if not run.no_rewind:
+        for name, weight in training.pretrained.items():
+            if name.startswith(run.family):
+                training.parameters[name].data.copy_(weight)
+    training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
+    save_step(training, level)
+
+
+def imp_levels(sparsity: float) -> list[float]:
+    """10 %, 20 %, ... of the original count. A target that is not a multiple of 10 % ends with a smaller step."""
+    tenths = [tenth / 10 for tenth in range(1, 10)]
+    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]
+
+
+def evaluate(training: Training) -> dict[str, float]:
+    """Dev losses of the present masks over the pre-trained weights: every mask is judged with the original head."""
+    if training.dev_rows is None or training.run.machine.process_index > 0:
+        return {}
+    swap_weights(training)
+    losses = dev_losses(training.model, training.dev_rows, training.vocabulary, training.run.machine)
+    swap_weights(training)
+    return losses
+
+
+def swap_weights(training: Training):
+    """Exchanges trained and pre-trained weights; a second call swaps them back."""
+    for name, weight in training.pretrained.items():
+        parameter = training.parameters[name]
+        training.pretrained[name] = parameter.data
+        parameter.data = weight
+
+
+def set_masks(layers: dict, masks: dict):
     for name, layer in layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
 
 
+# ---------------------------------------------------------------------------------------------------
+# 6. The eight steps
+# ---------------------------------------------------------------------------------------------------
+
+
+def find_mask(settings: "Settings") -> dict:
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json.
+
+    Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
+    start_time = time.time()
+    machine = start_machine(settings.device, settings.dtype)
+    with first_process_first(machine):
+        model, vocabulary = open_model(settings, machine)  # step 1
+        run = resolve(settings, machine, model)
+        rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
+        dev_rows = open_text(run, vocabulary, "dev") if run.data else None
+        identity = identify(run, rows, dev_rows)
+        check_folder(run.out, identity, "mask.json")
+    if run.resume and (run.out / "mask.json").exists():
+        print(f"{run.out} is finished: its figures are in {run.out / 'mask.json'}")
+        return bert.read_json(run.out / "mask.json")
+    state = open_folder(run.out, identity, run.resume, "mask.json", machine)
+
+    layers = mask_model(model, run.scope)
+    scores = None
+    if run.method != "imp":
+        masks = start_masks(layers, run)  # step 3
+        set_masks(layers, masks)
+    if run.method == "tamt":
+        without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
+        scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
+
+    if run.trains:
+        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+              f"({run.lr_reason})")
+        training = Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows)
+        if state is not None:
+            restore_state(training, state)
+        if run.method == "imp":
+            train_imp(training)
+        else:
+            train_scores(training)  # steps 5, 6, 7
+        swap_weights(training)  # of all that was trained, the mask alone is the result
+    return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
+
+
+def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
+    """Step 1: the checkpoint, frozen, on the device."""
+    model, vocabulary = load_model(settings.model)
+    trains_head = settings.method == "imp" or settings.method == "tamt" and "mlm" in settings.objective
+    if trains_head and model.mlm_head is None:
+        print(f"{settings.model} has no masked-LM head: a fresh one trains along, dev_mlm_loss uses its start")
+        torch.manual_seed(settings.seed)
+        model.add_mlm_head()
+    return model.requires_grad_(False).to(machine.device), vocabulary
+
+
+def open_text(run, vocabulary, split: str):
+    """Step 2: rows of token ids (n, T), of "train" or "dev"."""
+    source = toy_folder("text") if run.data == "toy" else run.data
+    return data.corpus(source, vocabulary, run.seq_len, split, run.lines)
+
+
+def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:
+    """Step 8: mask.pt, its readable twin mask.json, the export if one was asked for, and the last lines."""
+    if run.machine.process_index > 0:
+        return {}
+    model.eval()
+    masks = {name: layer.mask for name, layer in layers.items()}
+    report = sparsity_report(model, masks)
+    empty = [name for name, share in report["matrices"].items() if share == 1]
+    if empty:
+        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
+    losses = {}
+    if dev_rows is not None:
+        losses = dev_losses(model, dev_rows, vocabulary, run.machine)
+
+    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
+    save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": found} | losses)
+    content = {
+        "settings": identity | {"data": plain(run.data)},
+        "sparsity": report,
+        **losses,
+        "seconds": round(time.time() - start_time, 1),
+        "device": str(run.machine.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if run.export:
+        export_model(model, masks, vocabulary, run.export)
+    write_json(run.out / "mask.json", content)
+    print_summary(run.out / "mask.pt", content, run)
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: the comparison of the ranking on a CPU. Skip it at a first reading, like all that follows.
+# ---------------------------------------------------------------------------------------------------
+
+
+def compare(values, low: float, high: float, mask):
+    """Writes values > high into `mask` (n,) -> how many those are, and the positions of the values in between,
+    low < value <= high, in ascending order.
+
+    On a CPU numpy compares in pieces that stay in its cache: over BERT-base's 108 M scores that takes 0.1 s
+    and torch 1.4 to 2 s, a fifth of a training step."""
+    if values.device.type != "cpu":
+        torch.gt(values, high, out=mask)
+        is_between = (values > low) ^ mask
+        return int(mask.sum()), is_between.nonzero().squeeze(1)
+
+    values = values.numpy()
+    output = mask.numpy()
+    num_above = 0
+    between = []
+    piece_size = 1 << 18
+    for begin in range(0, len(values), piece_size):
+        piece = values[begin:begin + piece_size]
+        above = np.greater(piece, high, out=output[begin:begin + piece_size])
+        num_above += np.count_nonzero(above)
+        between.append(begin + np.flatnonzero((piece > low) ^ above))
+    return num_above, torch.from_numpy(np.concatenate(between))
+
+
+def largest(values) -> float:
+    return float(values.max()) if len(values) else -math.inf
+
+
+def is_n_m(rule: str) -> bool:
+    return ":" in rule
+
+
+def n_and_m(rule: str) -> tuple[int, int]:
+    """"2:4" -> 2, 4. ValueError if it is not N:M with 0 < N < M."""
+    try:
+        n, m = (int(number) for number in rule.split(":"))
+    except ValueError:
+        n, m = 0, 0
+    if not 0 < n < m:
+        raise ValueError(f"--rank {rule}: expected global, local, or N:M with 0 < N < M, such as 2:4")
+    return n, m
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: mask files, reports, export
+# ---------------------------------------------------------------------------------------------------
+
+
+def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
+    """{name: bool tensor} and metadata of plain types, bit-packed. Equal content gives equal bytes."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    bits = {name: pack(mask) for name, mask in masks.items()}
+    write_torch(path, {"format": 1, "shapes": shapes, "bits": bits, "meta": meta})
+
+
+def load_mask(path) -> dict[str, torch.Tensor]:
+    """{"<module>.weight": bool tensor, True = kept}.
+
+    path: our mask.pt, the folder of a run, a dict of bool or 0/1 tensors as the released programs save it
+    (names ending in .weight or .weight_mask), or a state_dict that torch.nn.utils.prune has masked. Raises
+    ValueError for anything else."""
+    masks, _ = read_mask(path)
+    return masks
+
+
+def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The masks, and what the file says of itself; files of other programs say nothing: {}."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "mask.pt"
+    content = bert.read_pickle(path)
+    if isinstance(content, dict) and "format" in content:
+        return read_packed_mask(content, path)
+
+    content = bert.find_state_dict(content, path)
+    if any(name.endswith("weight_orig") for name in content):
+        content = {name: tensor for name, tensor in content.items() if name.endswith(".weight_mask")}
+    masks = {}
+    for name, tensor in content.items():
+        name = bert.WRAPPERS.sub("", name)
+        if not name.endswith((".weight", ".weight_mask")):
+            raise ValueError(f"{path}: {name:.100} is not a mask: expected names <module>.weight or .weight_mask")
+        if tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():
+            raise ValueError(f"{path}: {name:.100} holds values other than 0 and 1")
+        masks[name.removesuffix("_mask")] = tensor.bool()
+    return masks, {}
+
+
+def read_packed_mask(content: dict, path) -> tuple[dict, dict]:
+    shapes = content.get("shapes")
+    bits = content.get("bits")
+    meta = content.get("meta")
+    if content["format"] != 1 or not all(isinstance(entry, dict) for entry in (shapes, bits, meta)):
+        raise ValueError(f"{path}: not a mask file of format 1, the one this version knows")
+    if shapes.keys() != bits.keys():
+        raise ValueError(f"{path}: its shapes and its bits name different matrices")
+    masks = {}
+    for name, shape in shapes.items():
+        with bert.naming(f"{path}: {name:.100}"):
+            masks[name] = unpack(bits[name], shape)
+    return masks, meta
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Eight entries to a byte, row-major, the first entry in the highest bit, 1 = kept."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack(bits: torch.Tensor, shape: list) -> torch.Tensor:
+    num_entries = math.prod(shape)
+    num_bytes = (num_entries + 7) // 8
+    if bits.dtype != torch.uint8 or bits.shape != (num_bytes,):
+        raise ValueError(f"{bits.numel()} bytes of {bits.dtype} for a mask of shape {shape}; expected {num_bytes}")
+    entries = np.unpackbits(bits.numpy(), count=num_entries).view(bool)
+    return torch.from_numpy(entries).view(*shape)
+
+
+def fit_masks(layers: dict[str, nn.Module], masks: dict, source) -> dict[str, torch.Tensor]:
+    """The masks in the order of `layers`; a ValueError lists what does not fit.
+
+    Pooler and word embeddings may be absent on either side; absent means dense."""
+    family = next(iter(layers)).split(".")[0]
+    masks = {name if name.startswith(("bert.", "roberta.")) else f"{family}.{name}": mask
+             for name, mask in masks.items()}
+
+    def is_required(name):
+        return "pooler" not in name and "word_embeddings" not in name
+
+    missing = [name for name in layers if name not in masks and is_required(name)]
+    unexpected = [name for name in masks if name not in layers and is_required(name)]
+    wrong_shape = []
+    for name, mask in masks.items():
+        if name in layers and mask.shape != layers[name].weight.shape:
+            wrong_shape.append(f"{name} {list(mask.shape)}, not {list(layers[name].weight.shape)}")
+
+    problems = []
+    for problem, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong_shape)):
+        if names:
+            problems.append(f"{problem}: {bert.shorten(names)}")
+    if problems:
+        raise ValueError(f"{source}: the mask of another model: {'; '.join(problems)}")
+    return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
+
+
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
-    """Fractions removed, in the three ways people count: of the masked set, of the 6L encoder matrices, of
-    the model (all parameters of embeddings, encoder and pooler; no heads). And of each matrix."""
+    """Fractions removed, in the three ways in which people count, and of each matrix.
+
+    masked_set: of all entries that have a mask; encoder: of the 6 L encoder matrices; whole_model: of all
+    parameters of embeddings, encoder and pooler, without heads."""
     zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
     encoder = [name for name in masks if ".encoder." in name]
-    parameters = sum(p.numel() for name, p in model.base.named_parameters() if not name.endswith("scores"))
-    return {"pruned": sum(zeros.values()), "entries": sum(sizes.values()),
-            "masked_set": sum(zeros.values()) / max(sum(sizes.values()), 1),
-            "encoder": sum(zeros[n] for n in encoder) / max(sum(sizes[n] for n in encoder), 1),
-            "whole_model": sum(zeros.values()) / parameters,
-            "matrices": {name: zeros[name] / sizes[name] for name in masks}}
+    encoder_zeros = sum(zeros[name] for name in encoder)
+    encoder_size = sum(sizes[name] for name in encoder)
+    model_size = sum(parameter.numel() for name, parameter in model.backbone.named_parameters()
+                     if not name.endswith(".scores"))
+    return {
+        "pruned": sum(zeros.values()),
+        "entries": sum(sizes.values()),
+        "masked_set": sum(zeros.values()) / max(sum(sizes.values()), 1),
+        "encoder": encoder_zeros / max(encoder_size, 1),
+        "whole_model": sum(zeros.values()) / model_size,
+        "matrices": {name: zeros[name] / sizes[name] for name in masks},
+    }
 
 
 def similarity(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Jaccard similarity of kept entries, unweighted mean over matrices (released code: compare_mask.py),
-    paired by name; 1 for a matrix that keeps nothing in both."""
+    """Jaccard similarity of the kept entries: the unweighted mean over matrices, paired by name (released
+    code: compare_mask.py). A matrix that keeps nothing in either mask counts as 1."""
     if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
         raise ValueError("masks of different models or scopes")
-    pairs = [(int((a[name] & b[name]).sum()), int((a[name] | b[name]).sum())) for name in a]
-    return sum(both / either if either else 1.0 for both, either in pairs) / len(pairs)
+    similarities = []
+    for name in a:
+        num_both = int((a[name] & b[name]).sum())
+        num_either = int((a[name] | b[name]).sum())
+        similarities.append(num_both / num_either if num_either else 1.0)
+    return sum(similarities) / len(similarities)
 
 
-def export(model: bert.Model, masks: dict, vocab, folder: Path, packed: bool):
-    """The subnetwork as transformers' AutoModelForMaskedLM loads it, zeros baked in. The decoder stays dense:
-    where the embeddings are masked it cannot be tied to them any more and is written by itself.
-
-    packed: the encoder alone, as kept values and mask bits; unpack_export gives the tensors back."""
-    family = model.config.model_type
-    words = f"{family}.embeddings.word_embeddings.weight"
-    head = "lm_head" if family == "roberta" else "cls.predictions"
-    tensors = {name: p.data for name, p in model.named_parameters() if not name.endswith(".scores")}
-    own = not model.config.tie_word_embeddings  # the checkpoint has a decoder of its own
-    untied = model.has("mlm") and not packed and (own or words in masks)
-    if untied:
-        if not own:
-            print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
-        tensors.setdefault(f"{head}.decoder.weight", tensors[words])
-        tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
-    if packed:
-        tensors = {name: t for name, t in tensors.items() if name.startswith(family)}
-    for name, mask in masks.items():
-        W = tensors.pop(name)
-        parts = {"kept": W[mask], "bits": pack(mask), "shape": torch.tensor(W.shape)}
-        tensors |= {f"{name}.{part}": t for part, t in parts.items()} if packed else {name: W * mask}
-    bert.save(folder, model.config, tensors, "ForMaskedLM", tie_word_embeddings=not untied)
-    data.save_vocabulary(vocab, folder, model.config.positions)
-
-
-def unpack_export(path) -> dict[str, torch.Tensor]:
-    """The dense tensors, zeros in place, of a model.safetensors that --export --packed wrote."""
-    tensors = bert.read_safetensors(Path(path))
-    for name in [name.removesuffix(".bits") for name in tensors if name.endswith(".bits")]:
-        mask = unpack(tensors.pop(f"{name}.bits"), tensors.pop(f"{name}.shape").tolist())
-        tensors[name] = torch.zeros(mask.shape).masked_scatter_(mask, tensors.pop(f"{name}.kept"))
-    return tensors
-
-
-# ---------------------------------------------------------------- training
-
-
-def adamw(params, device):
-    """The paper's optimiser: betas .9 and .999, eps 1e-8, no weight decay; lr is set anew at every step."""
-    return torch.optim.AdamW(params, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
-                             fused=device.type in ("cpu", "cuda"))
-
-
-def what_learns(model: bert.Model, args) -> dict[str, nn.Parameter]:
-    """Freezes all but scores and, for MLM, the head's dense layer, LayerNorm and bias. IMP trains all."""
-    for name, p in model.named_parameters():
-        head = "mlm" in args.objective and name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-        if not name.endswith(".scores"):  # the pooler gets no gradient from a masked-LM loss
-            p.requires_grad_(head or args.method == "imp" and "pooler" not in name)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def swap(model: bert.Model, weights: dict[str, torch.Tensor]):
-    """Exchanges the model's weights with these: pre-trained ones come for an evaluation and go again."""
-    for name in weights:
-        p = model.get_parameter(name)
-        p.data, weights[name] = weights[name], p.data
-
-
-def imp_levels(sparsity: float) -> list[float]:
-    """10 %, 20 %, ... of the original count; a target that is no multiple of 10 % ends with a smaller one."""
-    return [level / 10 for level in range(1, 10) if level / 10 < sparsity - 1e-9] + [sparsity]
-
-
-def next_level(model, layers, original, done: int, args):
-    """A round of IMP: prune the next 10 %, rewind all but the head to the pre-trained weights (without
-    --no-rewind), save the mask. The schedule restarts with its full horizon: lr hardly falls in a round."""
-    level = imp_levels(args.sparsity)[done // args.prune_every]
-    set_masks(layers, magnitude_masks(layers, level, args.rank))
-    for name in original if args.rewind else ():
-        if name.startswith(model.config.model_type):
-            model.get_parameter(name).data.copy_(original[name])
-    save_step(layers, done, level, args)
-
-
-def save_step(layers, done: int, sparsity: float, args):
-    if not args.rank_id:
-        folder = args.out / f"step-{done}"
-        folder.mkdir(exist_ok=True)
-        save_mask(folder / "mask.pt", {n: m.mask for n, m in layers.items()}, metadata(args, done, sparsity))
-
-
-def train(model, vocab, layers, scores, rows, evaluate, args, state):
-    """Steps 5 to 7, and the rounds of IMP: the one training loop, from `state` or the start to the end."""
-    imp, device, learns = args.method == "imp", args.device, what_learns(model, args)
-    original = {name: p.detach().clone() for name, p in learns.items() if not name.endswith(".scores")}
-    optimizer, log = adamw(learns.values(), device), Log(args, layers)
-    if state:
-        with reading(args.out / "state.pt"):
-            restore(state, learns, optimizer, scores, layers, log)
-    elif imp:
-        next_level(model, layers, original, 0, args)
-    net = torch.compile(model, options={"fallback_random": True}) if args.compile else model  # same dropout
-    if args.world > 1:
-        net = nn.parallel.DistributedDataParallel(net)
-    size, share, saved = args.batch_size * args.accumulate, args.batch_size // args.world, time.time()
-    model.train()
-    for step in range(state["step"] if state else 0, args.updates):
-        lr = args.lr * max(1 - (step % args.prune_every if imp else step) / args.horizon, 0.0)
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)  # dropout, by (seed, step)
-        at = data.batch_rows(len(rows), args.seed, step * size, size)
-        batch = Batch(rows[at], vocab, np.random.default_rng([args.seed, step]))
-        loss = torch.zeros((), device=device)
-        for start in range(args.rank_id * share, size, args.batch_size):
-            last = start + args.batch_size >= size  # only then do the gradients of all processes meet
-            part = batch.part(slice(start, start + share), device)
-            with nullcontext() if last or args.world == 1 else net.no_sync():
-                with autocast(device, args.dtype):
-                    piece = batch_loss(model, net, args.objective, part, batch.tokens, batch.scored)
-                (piece * args.world).backward()  # the processes' gradients are averaged
-            loss += piece.detach()
-        if args.world > 1:
-            torch.distributed.all_reduce(loss)
-        norm = nn.utils.clip_grad_norm_(learns.values(), args.clip)
-        if not math.isfinite((loss := float(loss)) + float(norm)):
-            raise ValueError(f"the loss is {loss}, its gradient's norm {norm:.3g} at step {step + 1}: try a "
-                             f"lower --lr (here {lr:.2g}) or --dtype fp32; {args.out} keeps the last state")
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-
-        done = step + 1
-        eval_due, save_due = (done % every == 0 for every in (args.eval_every, args.save_every))
-        if imp and done % args.prune_every == 0:
-            next_level(model, layers, original, done, args)
-            optimizer = adamw(learns.values(), device)
-        elif scores and (done % args.refresh_every == 0 or eval_due or save_due or done == args.updates):
-            scores.rank(reach=2 * lr if args.refresh_every == 1 else None)
-        elif scores:
-            scores.gate()
-        losses = {}
-        if scores and eval_due and done < args.updates and not args.rank_id:
-            swap(model, original)
-            losses = evaluate()
-            swap(model, original)
-        log.step(done, loss, lr, losses)
-        if scores and save_due:
-            save_step(layers, done, args.sparsity, args)
-        if save_due or done == args.updates or time.time() - saved > SAVE_SECONDS:
-            saved = time.time()
-            save_state(learns, optimizer, scores, layers, log, done, args)
-    swap(model, original)  # only the mask is the result
-    model.eval()
-
-
-class Log:
-    """A progress line per interval on the terminal, and the same figures as a line of log.jsonl."""
-
-    def __init__(self, args, layers):
-        self.args, self.layers, self.began = args, layers, time.time()
-        self.loss, self.steps, self.bits = 0.0, 0, self.packed()
-
-    def packed(self) -> np.ndarray:
-        return np.concatenate([pack(layer.mask).numpy() for layer in self.layers.values()])
-
-    def step(self, done: int, loss: float, lr: float, losses: dict):
-        a, self.loss, self.steps = self.args, self.loss + loss, self.steps + 1
-        if a.rank_id or not losses and done % a.log_every and done != a.updates:
-            return
-        seconds, bits = (time.time() - self.began) / self.steps, self.packed()
-        entries = sum(layer.mask.numel() for layer in self.layers.values())
-        kept, flips = (int(np.bitwise_count(b).sum()) / entries for b in (bits, bits ^ self.bits))
-        speed, left = a.batch_size * a.accumulate * a.seq_len / seconds, round(seconds * (a.updates - done))
-        mean = self.loss / self.steps
-        line = {"step": done, "loss": mean, "kept": kept, "flips": flips, "lr": lr, **losses}
-        print(f"step {done}/{a.updates}  loss {mean:.4f}  kept {kept:.4%}  flips {flips:.4%}  lr {lr:.2e}  "
-              f"{seconds * 1e3:.0f} ms/step  {speed:,.0f} tokens/s  ETA {left // 60}:{left % 60:02}"
-              + "".join(f"  {name} {value:.4f}" for name, value in losses.items()), flush=True)
-        times = {"ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)}
-        data.append_line(a.out / "log.jsonl", line | times)
-        self.began, self.loss, self.steps, self.bits = time.time(), 0.0, 0, bits
-
-
-# ---------------------------------------------------------------- the folder of a run
-
-IDENTITY = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "data", "updates", "horizon",
-            "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every", "prune_every",
-            "rewind", "dtype", "log_every", "eval_every", "save_every")
-
-
-def identity(args) -> dict:
-    """The settings that make a run this run; --resume refuses others."""
-    return {name: plain(getattr(args, name)) for name in IDENTITY}
-
-
-def plain(value):
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def metadata(args, step: int, sparsity: float, **more) -> dict:
-    """What a mask file says of itself. No times and no versions: equal runs give equal bytes."""
-    names = ("model", "method", "objective", "rank", "scope", "init", "seed", "lr", "data")
-    return {name: plain(getattr(args, name)) for name in names} | {
-        "step": step, "sparsity": sparsity, "ties": "among equals the lower index is kept",
-        "bits": "row-major, first entry in the highest bit, 1 = kept", **more}
-
-
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-
-
-def write_torch(path, content):
-    """torch.save by way of memory, so that the bytes depend on the content alone; whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with data.replacing(path) as part:
-        part.write_bytes(buffer.getbuffer())
-
-
-def write_json(path, content: dict):
-    with data.replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def save_state(learns, optimizer, scores, layers, log, done: int, args):
-    """state.pt: all that the next step depends on; dropout, corruption and order follow from (seed, step)."""
-    if not args.rank_id:
-        write_torch(args.out / "state.pt", {
-            "format": 1, "settings": identity(args), "step": done, "optimizer": optimizer.state_dict(),
-            "learns": {name: p.data for name, p in learns.items()}, "phi": scores.phi if scores else [],
-            "masks": [pack(layer.mask) for layer in layers.values()],
-            "log": [log.loss, log.steps, torch.from_numpy(log.bits)]})
-
-
-def restore(state: dict, learns, optimizer, scores, layers, log):
-    restore_learning(state["learns"], state["optimizer"], learns, optimizer)
-    for bits, layer in zip(state["masks"], layers.values(), strict=True):
-        layer.mask.copy_(unpack(bits, layer.mask.shape))
-    if scores:
-        scores.phi = [float(phi) for phi, _ in zip(state["phi"], scores.groups, strict=True)]
-    log.loss, log.steps, log.bits = float(state["log"][0]), int(state["log"][1]), state["log"][2].numpy()
-
-
-def restore_learning(weights: dict, moments: dict, learns: dict[str, nn.Parameter], optimizer):
-    """Weights and AdamW moments of a state, held against the shapes of this model: AdamW would not look."""
-    optimizer.load_state_dict(moments)
-    pairs = [(weights[name], p) for name, p in learns.items()]
-    pairs += [(m[key], p) for p, m in optimizer.state.items() for key in ("exp_avg", "exp_avg_sq")]
-    for saved, p in pairs:
-        if saved.shape != p.shape or saved.dtype != p.dtype:
-            raise ValueError(f"{saved.dtype} {list(saved.shape)} for {p.dtype} {list(p.shape)}")
-    with torch.no_grad():
-        for name, p in learns.items():
-            p.copy_(weights[name])
-
-
-@contextmanager
-def reading(path):
-    """Around the use of a saved state: whatever does not fit is one clear error."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: no state of this run ({error}); remove it to start anew") from None
-
-
-class Finished(SystemExit):
-    """--resume of a run that has nothing left to do: exit status 0."""
-
-
-def check_run(out: Path, asked: dict, resume: bool, result: str) -> dict | None:
-    """The state that `out` holds, if any. Another run there is an error, and so is an unfinished one without
-    --resume. A run is finished when the file `result` is there; --resume has nothing left to do: exit 0."""
-    finished, saved = out / result, out / "state.pt"
-    state = bert.read_pickle(saved) if saved.exists() else None
-    if state is not None and not (isinstance(state, dict) and state.get("format") == 1 and
-                                  isinstance(state.get("settings"), dict) and type(state.get("step")) is int):
-        raise ValueError(f"{saved}: no state of this version; remove it to start anew")
-    held = asked
-    if state or finished.exists():
-        held = state["settings"] if state else bert.read_json(finished).get("settings")
-    if not isinstance(held, dict):
-        raise ValueError(f"{finished} is no file of this program: choose another --out, or move it away")
-    if held != asked:
-        differ = [key for key in asked if held.get(key) != asked[key]]
-        other = ", ".join(f"{key} {held.get(key)!r} there, {asked[key]!r} here" for key in differ)
-        raise ValueError(f"{out} holds another run ({other}): choose another --out or remove that folder")
-    if not (state or finished.exists()) and (out / "mask.pt").exists():
-        meta = read_mask(out / "mask.pt")[1]
-        if not meta or any(meta[key] != asked[key] for key in meta.keys() & asked):
-            raise ValueError(f"{out} holds another mask.pt: choose another --out, or move it away")
-    if finished.exists() and resume:
-        print(f"{out} is finished: its figures are in {finished}")
-        raise Finished(0)
-    if state and not resume and not finished.exists():
-        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue with --resume, "
-                         "or choose another --out, or remove that folder")
-    return state
-
-
-def open_run(out: Path, asked: dict, resume: bool, result: str, rank_id: int) -> dict | None:
-    """The state to continue from, or None to start: then what an earlier run left in `out` is removed."""
-    state, log = check_run(out, asked, resume, result), out / "log.jsonl"
-    if rank_id:
-        return state if resume else None
-    out.mkdir(parents=True, exist_ok=True)
-    for part in out.rglob(data.PARTS):  # what a killed run was writing
-        part.unlink(missing_ok=True)
-    if not resume or not state:
-        for old in (out / result, out / "state.pt", log):
-            old.unlink(missing_ok=True)
-        return None
-    print(f"resuming {out} at step {state['step']}")
-    if log.exists():
+def compare_masks(files: list):
+    """Prints the similarity of each mask with every other, and its distance (1 - that) from the first."""
+    masks = [load_mask(file) for file in files]
+    for file, mask in zip(files, masks, strict=True):
         try:
-            lines = log.read_text().split("\n")[:-1]
-            lines = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"{log}: damaged ({error}); remove it, the run can do without") from None
-        with data.replacing(log) as part:  # what was logged after the last save will be logged again
-            part.write_text("".join(f"{line}\n" for line in lines))
-    return state
+            row = [similarity(mask, other) for other in masks]
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be compared with all of the others: {error}") from None
+        values = "  ".join(f"{value:.4f}" for value in row)
+        print(f"{values}  distance {1 - row[0]:.4f}  {file}")
 
 
-def finish(model, layers, vocab, losses: dict, began: float, args):
-    """Step 8: mask.pt, its readable twin mask.json, and the model for transformers if it was asked for."""
-    masks = {name: layer.mask for name, layer in layers.items()}
-    report = sparsity_report(model, masks)
-    if empty := [name for name, share in report["matrices"].items() if share == 1]:
-        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {some(empty)}")
-    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
-    save_mask(args.out / "mask.pt", masks, metadata(args, args.updates, args.sparsity, found=found, **losses))
-    content = {"settings": identity(args), "sparsity": report, **losses,
-               "seconds": round(time.time() - began, 1), "device": str(args.device),
-               "threads": torch.get_num_threads(), "versions": versions()}
-    if args.export:
-        export(model, masks, vocab, args.export, args.packed)
-    write_json(args.out / "mask.json", content)
-    ending(args.out / "mask.pt", content)
+def evaluate_mask(settings: "Settings") -> dict:
+    """--evaluate and --export of a finished mask, or of the dense model."""
+    start_time = time.time()
+    machine = start_machine(settings.device, settings.dtype)
+    model, vocabulary = load_model(settings.model)
+    run = resolve(settings, machine, model)
+    model.requires_grad_(False).to(machine.device)
+    layers = mask_model(model)
+    masks = {}
+    meta = {}
+    if settings.mask:
+        masks, meta = read_mask(settings.mask)
+        masks = fit_masks(layers, masks, settings.mask)
+        set_masks(layers, masks)
+
+    content = {"metadata": meta, "sparsity": sparsity_report(model, masks)}
+    print(json.dumps(content, indent=1))
+    if settings.evaluate:
+        content |= dev_losses(model, open_text(run, vocabulary, "dev"), vocabulary, machine)
+    if settings.export:
+        export_model(model, masks, vocabulary, settings.export)
+    content["seconds"] = round(time.time() - start_time, 1)
+    print_summary(settings.mask, content, run)
+    return content
 
 
-def ending(mask, content: dict):
-    """The block that grep reads, and what to do next."""
+def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
+    """The subnetwork as a folder that transformers' AutoModelForMaskedLM loads, zeros baked in.
+
+    The decoder stays dense: where the word embeddings are masked it cannot share their matrix any more, and is
+    written by itself, with the bias under both of its names, as transformers wants it."""
+    family = model.config.model_type
+    head = bert.MLM_HEADS[family]
+    words = f"{family}.embeddings.word_embeddings.weight"
+    tensors = {name: parameter.data for name, parameter in model.named_parameters() if not name.endswith(".scores")}
+
+    is_tied = model.config.tie_word_embeddings
+    if model.mlm_head is not None and is_tied and words in masks:
+        print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
+        tensors[f"{head}.decoder.weight"] = tensors[words]
+        is_tied = False
+    if model.mlm_head is not None and not is_tied:
+        tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
+
+    for name, mask in masks.items():
+        tensors[name] = tensors[name] * mask
+    bert.save(folder, model.config, tensors, "ForMaskedLM", tie_word_embeddings=is_tied)
+    data.save_vocabulary(vocabulary, folder, family, model.config.positions)
+
+
+def print_summary(mask, content: dict, run):
+    """The block of lines that grep reads, and what to do next."""
     print("---")
     if mask:
         print(f"mask: {mask}")
@@ -794,10 +1078,507 @@ def ending(mask, content: dict):
     for name in ("dev_mlm_loss", "dev_kd_loss", "seconds"):
         if name in content:
             print(f"{name}: {content[name]:.4f}")
-    print(f"next: python finetune.py --task sst2 --mask {mask}" if mask else "next: python tamt.py")
+    if mask:
+        print(f"next: {shlex.join(['python', 'finetune.py', '--task', 'sst2', '--mask', str(mask)])}")
+    else:
+        print(f"next: {shlex.join(['python', 'tamt.py', '--model', run.model])}")
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------------
+# Appendix: the folder of a run
+# ---------------------------------------------------------------------------------------------------
+
+SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no more work than that
+
+
+def identify(run, rows, dev_rows) -> dict:
+    """What makes this run this run; --resume refuses any other. The text and the weights count by their
+    content, so it does not matter how their paths are spelled, and a changed file is noticed."""
+    names = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "lines", "num_updates",
+             "horizon", "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every",
+             "prune_every", "no_rewind", "log_every", "eval_every", "save_every", "weights")
+    identity = {name: plain(getattr(run, name)) for name in names}
+    identity["dtype"] = str(run.machine.dtype)
+    for name, text in (("text", rows), ("dev_text", dev_rows)):
+        identity[name] = None if text is None else Path(text.filename).stem  # a hash of text, tokenizer and T
+    return identity
+
+
+def check_folder(out: Path, identity: dict, result_name: str):
+    """Raises ValueError if the folder holds another run, or a mask that is not this run's.
+
+    A run is finished when the file `result_name` is there; until then state.pt says how far it came."""
+    result = out / result_name
+    state = read_state(out)
+    if state is not None:
+        held = state["settings"]
+    elif result.exists():
+        held = bert.read_json(result).get("settings")
+    else:
+        if (out / "mask.pt").exists():
+            _, meta = read_mask(out / "mask.pt")
+            if not meta or any(meta[name] != identity[name] for name in meta.keys() & identity.keys()):
+                raise ValueError(f"{out} holds another mask.pt: choose another --out, or move it away")
+        return
+
+    if not isinstance(held, dict):
+        raise ValueError(f"{result} is not a file of this program: choose another --out, or move it away")
+    differences = [f"{name} {held.get(name)!r} there, {identity[name]!r} here"
+                   for name in identity if held.get(name) != identity[name]]
+    if differences:
+        raise ValueError(f"{out} holds another run ({'; '.join(differences)}): choose another --out or remove "
+                         "that folder")
+
+
+def read_state(out: Path) -> dict | None:
+    file = out / "state.pt"
+    if not file.exists():
+        return None
+    state = bert.read_pickle(file)
+    is_state = isinstance(state, dict) and state.get("format") == 2
+    if not is_state or not isinstance(state.get("settings"), dict) or type(state.get("step")) is not int:
+        raise ValueError(f"{file}: not a state of this version; remove it to start anew")
+    return state
+
+
+def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machine) -> dict | None:
+    """The state to continue from, or None to start; then what an earlier run left in the folder is removed."""
+    check_folder(out, identity, result_name)
+    state = read_state(out)
+    result = out / result_name
+    if state is not None and not resume and not result.exists():
+        raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue with --resume, or "
+                         "choose another --out, or remove that folder")
+    if machine.process_index > 0:
+        return state if resume else None
+
+    out.mkdir(parents=True, exist_ok=True)
+    for part in out.rglob(data.PART_FILES):  # what a killed run was writing
+        part.unlink(missing_ok=True)
+    if resume and state is not None:
+        print(f"resuming {out} at step {state['step']}")
+        cut_log(out / "log.jsonl", state["step"])
+        return state
+    for name in (result_name, "state.pt", "log.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    return None
+
+
+def cut_log(file: Path, step: int):
+    """Removes the lines after the saved state: those updates will be done and logged again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text().split("\n")[:-1]:
+        try:
+            is_before = json.loads(line)["step"] <= step
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{file}: damaged; remove it, the run can do without") from None
+        if is_before:
+            kept.append(f"{line}\n")
+    with bert.atomic_write(file) as output:
+        output.write("".join(kept).encode())
+
+
+def save_state_if_due(training: Training):
+    """state.pt: all that the next update depends on. Order, corruption and dropout follow from (seed, step)."""
+    run = training.run
+    is_due = training.step % run.save_every == 0 or training.step == run.num_updates
+    if run.machine.process_index > 0 or not (is_due or time.time() - training.saved_at > SAVE_SECONDS):
+        return
+    training.saved_at = time.time()
+    write_torch(run.out / "state.pt", {
+        "format": 2,
+        "settings": training.identity,
+        "step": training.step,
+        "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
+        "optimizer": training.optimizer.state_dict(),
+        "masks": {name: pack(layer.mask) for name, layer in training.layers.items()},
+        "thresholds": [group.threshold for group in training.scores.groups] if training.scores else [],
+        "log": training.log.state(),
+    })
+
+
+def restore_state(training: Training, state: dict):
+    restore_parameters(training.parameters, training.optimizer, state, training.run.out / "state.pt")
+    for name, layer in training.layers.items():
+        layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
+    if training.scores is not None:
+        for group, threshold in zip(training.scores.groups, state["thresholds"], strict=True):
+            group.threshold = threshold
+    training.log.restore(state["log"])
+    training.step = state["step"]
+
+
+def restore_parameters(parameters: dict, optimizer, state: dict, file):
+    """Puts parameters and the optimiser's moments back. ValueError if they are not those of this model."""
+    saved = state.get("parameters")
+    if not isinstance(saved, dict) or saved.keys() != parameters.keys():
+        raise ValueError(f"{file}: its parameters are not those of this run; remove it to start anew")
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise ValueError(f"{file}: {name} has the shape {list(saved[name].shape)}, not {list(parameter.shape)}; "
+                             "remove the file to start anew")
+        parameter.data.copy_(saved[name])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def save_step(training: Training, sparsity: float):
+    """step-N/mask.pt, the mask after N updates."""
+    run = training.run
+    if run.machine.process_index > 0:
+        return
+    folder = run.out / f"step-{training.step}"
+    folder.mkdir(exist_ok=True)
+    masks = {name: layer.mask for name, layer in training.layers.items()}
+    save_mask(folder / "mask.pt", masks, metadata(run, training.step, sparsity))
+
+
+def metadata(run, step: int, sparsity: float) -> dict:
+    """What a mask file says of itself. Times and versions are left out: equal runs give equal bytes."""
+    names = ["model", "method", "rank", "scope", "init", "seed", "lr", "data"]
+    if run.method == "tamt":
+        names.append("objective")
+    meta = {name: plain(getattr(run, name)) for name in names}
+    return meta | {
+        "step": step,
+        "sparsity": sparsity,
+        "ties": "among equals the lower index is kept",
+        "bits": "row-major, first entry in the highest bit, 1 = kept",
+    }
+
+
+def plain(value):
+    """A value as torch.load(weights_only=True) and JSON know it."""
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def versions() -> dict:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def write_torch(path, content):
+    """torch.save by way of memory, so that the bytes depend on the content alone."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with bert.atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def write_json(path, content: dict):
+    with bert.atomic_write(path) as file:
+        file.write(f"{json.dumps(content, indent=1)}\n".encode())
+
+
+def weights_checksum(model: bert.Model) -> str:
+    """CRC-32 of all weights: 0.2 s for BERT-base."""
+    checksum = 0
+    for parameter in model.state_dict().values():
+        checksum = zlib.crc32(parameter.cpu().contiguous().numpy().data, checksum)
+    return f"{checksum:08x}"
+
+
+class Log:
+    """A progress line at each interval on the terminal, and the same figures as a line of log.jsonl."""
+
+    def __init__(self, run, layers):
+        self.run = run
+        self.layers = layers
+        self.began = time.time()
+        self.total_loss = 0.0  # since the last line
+        self.num_updates = 0
+        self.bits = self.pack_masks()
+
+    def pack_masks(self) -> np.ndarray:
+        return np.concatenate([pack(layer.mask).numpy() for layer in self.layers.values()])
+
+    def step(self, step: int, loss: float, learning_rate: float, losses: dict):
+        run = self.run
+        self.total_loss += loss
+        self.num_updates += 1
+        is_due = step % run.log_every == 0 or step == run.num_updates or losses
+        if not is_due or run.machine.process_index > 0:
+            return
+
+        bits = self.pack_masks()
+        num_entries = sum(layer.mask.numel() for layer in self.layers.values())
+        kept = int(np.bitwise_count(bits).sum()) / num_entries
+        flips = int(np.bitwise_count(bits ^ self.bits).sum()) / num_entries
+        seconds = (time.time() - self.began) / self.num_updates  # per update
+        tokens_per_second = run.batch_size * run.accumulate * run.seq_len / seconds
+        minutes_left, seconds_left = divmod(round(seconds * (run.num_updates - step)), 60)
+        mean_loss = self.total_loss / self.num_updates
+
+        shown_losses = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
+        print(f"step {step}/{run.num_updates}  loss {mean_loss:.4f}  kept {kept:.4%}  flips {flips:.4%}  "
+              f"lr {learning_rate:.2e}  {seconds * 1e3:.0f} ms/step  {tokens_per_second:,.0f} tokens/s  "
+              f"ETA {minutes_left}:{seconds_left:02}{shown_losses}", flush=True)
+        data.append_line(run.out / "log.jsonl", {
+            "step": step, "loss": mean_loss, "kept": kept, "flips": flips, "lr": learning_rate, **losses,
+            "ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)})
+
+        self.began = time.time()
+        self.total_loss = 0.0
+        self.num_updates = 0
+        self.bits = bits
+
+    def state(self) -> dict:
+        return {"total_loss": self.total_loss, "num_updates": self.num_updates, "bits": torch.from_numpy(self.bits)}
+
+    def restore(self, state: dict):
+        self.total_loss = state["total_loss"]
+        self.num_updates = state["num_updates"]
+        self.bits = state["bits"].numpy()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: settings and the command line
+# ---------------------------------------------------------------------------------------------------
+
+
+def option(default, help: str, check: str | None = None, **argparse_options):
+    """A field of Settings, with what the command line and check_settings need to know of it."""
+    return field(default=default, metadata={"help": help, "check": check, **argparse_options})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user can choose: a field is a flag of the command line. None: resolve() chooses.
+
+    The toy has defaults of its own (TOY), so that its run takes a minute."""
+    model: str = option("toy", f"{', '.join(data.MODELS)}, toy (default), or a path: a folder, a .safetensors, "
+                        ".bin, .pt or .ckpt file, a TensorFlow prefix, a .zip or .tar.gz")
+    method: str = option("tamt", "how the mask is found (tamt)", choices=["tamt", "imp", "omp", "random"])
+    objective: str = option("mlm", "loss of tamt (mlm)", choices=["mlm", "kd", "mlm+kd"])
+    sparsity: float | None = option(None, "fraction of weights REMOVED, in [0, 1) (0.7; with N:M 1 - N/M)",
+                                    "fraction", type=float)
+    rank: str | None = option(None, "where entries compete: global (one list), local (inside each matrix), or N:M "
+                              "(N of every M consecutive entries of a row stay) (global for tamt, else local)")
+    scope: str = option("all", "encoder: the word embeddings stay dense (all)", choices=["all", "encoder"])
+    init: str = option("omp", "start of the scores (omp)", choices=["omp", "random"])
+    data: str | None = option(None, "wikitext-103 (default), wikitext-2, toy, a text file, or a folder with "
+                              "wiki.train.raw and wiki.valid.raw")
+    lines: bool = option(False, "each line of the text is a padded row, instead of packed blocks")
+    steps: int | None = option(None, "updates of tamt; horizon of imp's schedule (the paper's)", "positive", type=int)
+    batch_size: int = option(16, "rows in a forward pass, over all processes (16)", "positive", type=int)
+    accumulate: int = option(1, "forward passes per update (1)", "positive", type=int)
+    seq_len: int | None = option(None, "tokens in a row (512, or the positions of the model)", "positive", type=int)
+    lr: float | None = option(None, "learning rate (5e-5, kd 2e-5; raised where --steps shortens the run)",
+                              "positive", type=float)
+    clip: float = option(1.0, "largest l2 norm of all gradients together (1.0)", "positive", type=float)
+    seed: int = option(1, "of data order, corruption, dropout and random masks (1)", "seed", type=int)
+    refresh_every: int = option(1, "updates between two rankings; 1 keeps the sparsity exact (1)", "positive", type=int)
+    device: str = option("auto", "where to compute (auto)", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = option("auto", "of the forward pass (auto)", choices=["auto", "fp32", "bf16"])
+    compile: bool = option(False, "run the student through torch.compile")
+    out: Path | None = option(None, "folder of the run (out/MODEL-METHOD-...)", type=Path)
+    log_every: int | None = option(None, "updates between progress lines (100)", "positive", type=int)
+    eval_every: int | None = option(None, "updates between dev evaluations (1000)", "positive", type=int)
+    save_every: int | None = option(None, "updates between saved masks and states (1000)", "positive", type=int)
+    resume: bool = option(False, "continue the run in --out exactly where it stopped")
+    prune_every: int | None = option(None, "imp: updates between two prunings (2792)", "positive", type=int)
+    no_rewind: bool = option(False, "imp: keep the trained weights, as the released code does")
+    evaluate: bool = option(False, "only report on --mask, or on the dense model; no training")
+    mask: Path | None = option(None, "mask file, or folder of a run, for --evaluate and --export", type=Path)
+    compare: tuple | None = option(None, "only print the mean Jaccard similarities of these masks", nargs="+",
+                                   metavar="MASK")
+    export: Path | None = option(None, "write the subnetwork as a folder that transformers loads", type=Path,
+                                 metavar="DIR")
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.method == "imp" and self.objective != "mlm":
+            raise ValueError(f"--method imp trains the weights with the masked-LM loss: --objective {self.objective} "
+                             "goes with tamt only")
+        if self.rank not in (None, "global", "local"):
+            self.check_n_m()
+        if self.mask and not (self.evaluate or self.export):
+            raise ValueError("--mask goes with --evaluate or --export")
+        if self.export and Path(self.export).exists() and not Path(self.export).is_dir():
+            raise ValueError(f"--export {self.export}: a file stands there; expected a folder, new or old")
+
+    def check_n_m(self):
+        n, m = n_and_m(self.rank)
+        if self.method == "imp":
+            raise ValueError(f"--rank {self.rank} goes with tamt, omp and random, not with imp")
+        if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-4:
+            raise ValueError(f"--rank {self.rank} removes {1 - n / m:.4g}: leave --sparsity {self.sparsity:g} out")
+
+
+TOY = {"data": "toy", "steps": 300, "seq_len": 64, "prune_every": 50, "log_every": 50, "eval_every": 100,
+       "save_every": 100}
+DEFAULTS = {"log_every": 100, "eval_every": 1000, "save_every": 1000, "prune_every": 2792}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """The settings of one run with nothing left open."""
+    machine: "Machine"
+    family: str  # bert or roberta
+    weights: str  # checksum of the checkpoint
+    num_updates: int
+    horizon: int  # updates until the learning rate would reach 0
+    lr_reason: str
+
+    @property
+    def trains(self) -> bool:
+        return self.method in ("tamt", "imp")
+
+
+def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
+    """Fills in everything that the settings leave open; what this model cannot do is a ValueError."""
+    values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    if settings.model == "toy":
+        values |= {name: value for name, value in TOY.items() if values[name] is None}
+    values |= {name: value for name, value in DEFAULTS.items() if values[name] is None}
+    if values["data"] is None and (settings.method in ("tamt", "imp") or settings.evaluate):
+        values["data"] = "wikitext-103"
+    if values["data"] not in (None, "toy", *data.CORPORA):
+        values["data"] = os.path.abspath(values["data"])
+    values["model"] = absolute_model(settings.model)
+    refuse_own_folder(values["model"], settings.export)
+
+    if values["rank"] is None:
+        values["rank"] = "global" if settings.method == "tamt" else "local"
+    if is_n_m(values["rank"]):
+        n, m = n_and_m(values["rank"])
+        values["sparsity"] = 1 - n / m
+        check_widths(model, settings.scope, values["rank"])
+    elif values["sparsity"] is None:
+        values["sparsity"] = 0.7
+
+    positions = model.config.positions
+    if values["seq_len"] is None:
+        values["seq_len"] = min(512, positions)
+    if not 3 <= values["seq_len"] <= positions:
+        raise ValueError(f"--seq-len {values['seq_len']}: {settings.model} takes 3 to {positions} tokens")
+    if settings.batch_size % machine.num_processes:
+        raise ValueError(f"--batch-size {settings.batch_size} cannot be shared evenly by {machine.num_processes} "
+                         "processes")
+    if values["out"] is None:
+        values["out"] = Path("out") / default_name(values)
+
+    num_updates, horizon = schedule(values)
+    values["lr"], lr_reason = choose_learning_rate(values, num_updates)
+    return Run(**values, machine=machine, family=model.config.model_type, weights=weights_checksum(model),
+               num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
+
+
+def schedule(values: dict) -> tuple[int, int]:
+    """The number of updates, and the horizon of the linear decay."""
+    if values["method"] in ("omp", "random"):
+        return 0, 0
+    if values["method"] == "imp":
+        num_rounds = len(imp_levels(values["sparsity"])) - 1
+        return values["prune_every"] * num_rounds, values["steps"] or 10 * values["prune_every"]
+    if values["steps"]:
+        return values["steps"], values["steps"]
+    return paper_updates(values["sparsity"]), HORIZON
+
+
+def paper_updates(sparsity: float) -> int:
+    """The paper's number of updates at this sparsity; between its values a straight line."""
+    return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
+
+
+def choose_learning_rate(values: dict, num_updates: int) -> tuple[float, str]:
+    """The learning rate, and the reason that is printed.
+
+    An update moves a score by about lr, and the mask changes at about phi = 0.01: with the paper's 2e-5 a run of
+    600 updates changes nothing. So --steps without --lr raises the rate until the scores can travel as far as
+    in the paper's full run. It is never lowered."""
+    if values["method"] in ("omp", "random"):
+        return 0.0, "nothing trains"
+    if values["lr"]:
+        return values["lr"], "as asked"
+    paper_rate = 2e-5 if values["objective"] == "kd" else 5e-5
+    if values["method"] == "imp" or not values["steps"]:
+        return paper_rate, "the paper's"
+
+    full_run = paper_updates(values["sparsity"])
+    factor = travel(full_run, HORIZON, values["objective"]) / travel(num_updates, num_updates, values["objective"])
+    rate = min(paper_rate * max(factor, 1.0), 1e-2)
+    return rate, (f"the paper's {paper_rate:g} x {rate / paper_rate:.4g}: in {num_updates:,} updates scores can travel "
+                  f"as far as in the paper's {full_run:,}; at most 0.01")
+
+
+def travel(num_updates: int, horizon: int, objective: str) -> float:
+    """How far a score travels under a constant gradient, in units of the first learning rate: the sum over
+    the updates of the linear decay times, for BertAdam, its missing bias correction."""
+    t = np.arange(1, num_updates + 1)
+    distances = 1 - (t - 1) / horizon
+    if objective == "kd":
+        distances = distances * (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
+    return float(distances.sum())
+
+
+def check_widths(model: bert.Model, scope: str, rule: str):
+    _, m = n_and_m(rule)
+    for name, layer in maskable_layers(model, scope).items():
+        width = layer.weight.shape[1]
+        if width % m:
+            raise ValueError(f"--rank {rule}: the rows of {name} have {width} entries, not a multiple of {m}")
+
+
+def default_name(values: dict) -> str:
+    """MODEL-METHOD[-OBJECTIVE]-SPARSITY[-RANK][-SCOPE]-sSEED."""
+    parts = [Path(values["model"]).name, values["method"]]
+    if values["method"] == "tamt":
+        parts.append(values["objective"])
+    parts.append(f"{values['sparsity']:g}")
+    if values["rank"] != ("global" if values["method"] == "tamt" else "local"):
+        parts.append(values["rank"].replace(":", "-"))
+    if values["scope"] != "all":
+        parts.append(values["scope"])
+    parts.append(f"s{values['seed']}")
+    return "-".join(parts)
+
+
+def absolute_model(name: str) -> str:
+    """A name stays a name; a path becomes absolute, but links in it are not followed."""
+    if name in data.MODELS or name == "toy":
+        return name
+    return os.path.abspath(os.path.expanduser(name))
+
+
+def refuse_own_folder(model: str, folder: Path | None):
+    """An export must not replace the original checkpoint."""
+    if folder and Path(folder).resolve() in (Path(model).resolve(), Path(model).resolve().parent):
+        raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
+
+
+def check_settings(settings):
+    """Ranges and choices of all fields, whether they come from the command line or from Python."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        choices = each.metadata.get("choices")
+        check = each.metadata.get("check")
+        flag = "--" + each.name.replace("_", "-")
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise ValueError(f"{flag} {value!r}: expected one of {', '.join(choices)}")
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if check == "positive" and not (is_number and 0 < value < 2**31):
+            raise ValueError(f"{flag} {value}: expected a number above 0")
+        if check == "fraction" and not (is_number and 0 <= value < 1):
+            raise ValueError(f"{flag} {value}: expected a fraction in [0, 1); 0.7 removes 70 %")
+        if check == "seed" and not (is_number and 0 <= value < 2**31):
+            raise ValueError(f"{flag} {value}: expected a whole number from 0 to {2**31 - 1}")
+
+
+def parse_settings(settings_class, description: str, argv: list[str] | None):
+    """The command line that a class of settings describes -> its settings."""
+    parser = Parser(description=description)
+    for each in fields(settings_class):
+        options = {key: value for key, value in each.metadata.items() if key not in ("help", "check")}
+        if each.default is False:
+            options["action"] = "store_true"
+        if each.default is dataclasses.MISSING:
+            options["required"] = True
+        default = None if each.default is dataclasses.MISSING else each.default
+        parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=each.metadata["help"], **options)
+    return settings_class(**vars(parser.parse_args(argv)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -805,282 +1586,149 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def positive(kind):
-    def number(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < (2**31 if kind is int else math.inf):
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r} is no positive {what}")
-        return value
-    return number
+def note_flags_without_effect(settings: Settings):
+    """A flag that the method ignores is said and no error, so that a sweep can pass the same flags to all."""
+    if settings.method in ("omp", "random"):
+        ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
+                   "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
+    elif settings.method == "imp":
+        ignored = ["init", "refresh_every", "eval_every"]
+    else:
+        ignored = ["prune_every", "no_rewind"]
+    for each in fields(settings):
+        if each.name in ignored and getattr(settings, each.name) != each.default:
+            print(f"note: --{each.name.replace('_', '-')} has no effect with --method {settings.method}")
 
 
-def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no fraction in [0, 1); 0.7 removes 70 %")
-    return value
+# ---------------------------------------------------------------------------------------------------
+# Appendix: devices, processes, models
+# ---------------------------------------------------------------------------------------------------
 
 
-# In place of the paper's defaults: a run on the toy takes a minute on two cores.
-TOY = {"data": "toy", "steps": 300, "seq_len": 64, "prune_every": 50, "log_every": 50, "eval_every": 100,
-       "save_every": 100}
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and which of the processes of a torchrun this is."""
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of the forward pass; scores stay fp32
+    process_index: int = 0
+    num_processes: int = 1
 
 
-def settings(argv=None) -> argparse.Namespace:
-    """The command line with every default resolved."""
-    parser = Parser(description="Find a sparse subnetwork of a pre-trained BERT, by default with TAMT.")
-    add, whole, number = parser.add_argument, positive(int), positive(float)
-    add("--model", default="toy", help=f"{', '.join(data.MODELS)}, toy (default), or a path: a folder, "
-        ".safetensors, .bin, .pt, a TensorFlow prefix, .zip, .tar.gz")
-    add("--method", choices=["tamt", "imp", "omp", "random"], default="tamt", help="how masks are found")
-    add("--objective", choices=["mlm", "kd", "mlm+kd"], default="mlm", help="loss of tamt (mlm)")
-    add("--sparsity", type=fraction, default=0.7, help="fraction of weights REMOVED, in [0, 1) (0.7)")
-    add("--rank", choices=["global", "local"], help="entries compete in one list, or inside each matrix "
-        "(global for tamt, local for omp, imp and random)")
-    add("--scope", choices=["all", "encoder"], default="all", help="encoder: embeddings stay dense (all)")
-    add("--init", choices=["omp", "random"], default="omp", help="start of the scores (omp)")
-    add("--data", help="wikitext-103 (default), wikitext-2, toy, a text file, or a folder with "
-        "wiki.train.raw and wiki.valid.raw")
-    add("--steps", type=whole, help="updates of tamt; horizon of imp's schedule (the paper's)")
-    add("--batch-size", type=whole, default=16, help="sequences per forward pass, over all processes (16)")
-    add("--accumulate", type=whole, default=1, help="forward passes per update (1)")
-    add("--seq-len", type=whole, help="tokens per row, specials included (512, or all positions)")
-    add("--lr", type=number, help="learning rate (5e-5, kd 2e-5; raised when --steps shortens the run)")
-    add("--clip", type=number, default=1.0, help="largest l2 norm of all gradients together (1.0)")
-    add("--seed", type=int, default=1, help="of data order, corruption, dropout and random masks (1)")
-    add("--refresh-every", type=whole, default=1, help="updates between rankings; 1 keeps s exact (1)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (auto)")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the forward pass (auto)")
-    add("--compile", action="store_true", help="run the student through torch.compile")
-    add("--out", type=Path, help="folder of the run (out/MODEL-METHOD-OBJECTIVE-SPARSITY-sSEED)")
-    add("--log-every", type=whole, default=100, help="updates between progress lines (100)")
-    add("--eval-every", type=whole, default=1000, help="updates between dev evaluations (1000)")
-    add("--save-every", type=whole, default=1000, help="updates between saved masks and states (1000)")
-    add("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
-    add("--prune-every", type=whole, default=2792, help="imp: updates between two prunings (2792)")
-    add("--no-rewind", dest="rewind", action="store_false", help="imp: keep the trained weights, as released")
-    add("--evaluate", action="store_true", help="only report on --mask, or on the dense model; no training")
-    add("--mask", type=Path, help="mask file for --evaluate and --export")
-    add("--compare", nargs="+", metavar="MASK", help="only print the mean Jaccard similarities of masks")
-    add("--export", type=Path, metavar="DIR", help="write the subnetwork as a folder that transformers loads")
-    add("--packed", action="store_true", help="with --export: the encoder as kept values and mask bits")
-    if parser.parse_known_args(argv)[0].model == "toy":
-        parser.set_defaults(**TOY)
-    args = parser.parse_args(argv)
-    if args.mask and not (args.evaluate or args.export):
-        raise ValueError("--mask goes with --evaluate or --export")
-    if args.packed and not args.export:
-        raise ValueError("--packed goes with --export")
-    if args.export and args.export.exists() and not args.export.is_dir():
-        raise ValueError(f"--export {args.export}: a file stands there; expected a folder, new or old")
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed {args.seed} is not in 0 .. {2**31 - 1}")
-    args.rank = args.rank or ("global" if args.method == "tamt" else "local")
-    if not args.data and (args.method in ("tamt", "imp") or args.evaluate):
-        args.data = "wikitext-103"
-    args.lr, args.horizon, args.updates, args.lr_reason = schedule(args)
-    args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not 0 <= args.rank_id < args.world:
-        raise ValueError(f"RANK={args.rank_id}, WORLD_SIZE={args.world} in the environment: not torchrun's")
-    if args.batch_size % args.world:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared evenly by {args.world} processes")
-    if args.model not in data.MODELS and args.model != "toy":
-        args.model = str(Path(args.model).resolve())
-    refuse_own_folder(args.model, args.export)
-    name = f"{Path(args.model).name}-{args.method}-{args.objective}-{args.sparsity:g}-s{args.seed}"
-    args.out = args.out or Path("out") / name
-    return args
+def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
+    """Chooses the device and the type of the forward pass, prints both with the reason, and joins the other
+    processes if torchrun has started several."""
+    process_index = int(os.environ.get("RANK", 0))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"RANK={process_index}, WORLD_SIZE={num_processes} in the environment: not torchrun's")
 
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if device == "cuda" and not has_cuda or device == "mps" and not has_mps:
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds none; --device cpu always works")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
 
-def refuse_own_folder(model: str, folder: Path | None):
-    """An export must not replace the original checkpoint."""
-    if folder and folder.resolve() in (Path(model), Path(model).parent):
-        raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
+    is_bf16 = dtype == "bf16"
+    reason = "as asked"
+    if dtype == "auto":
+        is_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        reason = "this GPU has it; scores stay fp32" if is_bf16 else "exact"
 
-
-def schedule(args) -> tuple[float, int, int, str]:
-    """-> lr, horizon of its linear decay, number of updates, and where the lr comes from.
-
-    Adam moves a score by at most lr per step, and a gate flips after about phi = 0.01: 600 steps at the
-    paper's 2e-5 flip nothing. So --steps without --lr keeps the paper's lr x steps, up to lr = 0.01."""
-    reason = "as asked" if args.lr else "the paper's"
-    if args.method in ("omp", "random"):
-        return 0.0, 0, 0, reason
-    if args.method == "imp":
-        updates = args.prune_every * (len(imp_levels(args.sparsity)) - 1)
-        return args.lr or 5e-5, args.steps or 10 * args.prune_every, updates, reason
-    paper, lr = round(np.interp(args.sparsity, [*STEPS], [*STEPS.values()])), 5e-5
-    lr, horizon, updates = 2e-5 if args.objective == "kd" else lr, args.steps or HORIZON, args.steps or paper
-    if args.lr or not args.steps:
-        return args.lr or lr, horizon, updates, reason
-    reason = f"the paper's {lr:g} x its {paper:,} steps / {updates:,}, at most 0.01: scores travel as far"
-    return min(lr * paper / updates, 1e-2), horizon, updates, reason
-
-
-def pick_device(args):
-    """Resolves args.device and args.dtype, says why, and joins the other processes of a torchrun."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = args.device if args.device != "auto" else "cuda" if cuda else "mps" if mps else "cpu"
-    if name == "cuda" and not cuda or name == "mps" and not mps:
-        raise ValueError(f"--device {name}: torch {torch.__version__} finds none; --device cpu always works")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(name)
-    half = args.dtype == "bf16" or args.dtype == "auto" and "cuda" in name and torch.cuda.is_bf16_supported()
-    why = "as asked" if args.dtype != "auto" else "this GPU has it; scores stay fp32" if half else "exact"
-    args.device, args.dtype = torch.device(name), torch.bfloat16 if half else torch.float32
-    if args.world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if "cuda" in name else "gloo")
-    if args.rank_id:
+    if num_processes > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if process_index > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    print(f"device {name}, {torch.get_num_threads()} threads, {args.world} process(es), "
-          f"{'bf16' if half else 'fp32'} forward pass ({why}), torch {torch.__version__}")
+    print(f"device {device}, {torch.get_num_threads()} threads, {num_processes} process(es), "
+          f"{'bf16' if is_bf16 else 'fp32'} forward pass ({reason}), torch {torch.__version__}")
+    return Machine(torch.device(device), torch.bfloat16 if is_bf16 else torch.float32, process_index, num_processes)
+
+
+def autocast(machine: Machine):
+    if machine.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(machine.device.type, machine.dtype)
+
+
+def wrap_network(model, run):
+    """The student as torch.compile and DistributedDataParallel make it; the parameters are the model's."""
+    network = model
+    if run.compile:
+        network = torch.compile(network, options={"fallback_random": True})  # dropout as without compiling
+    if run.machine.num_processes > 1:
+        network = nn.parallel.DistributedDataParallel(network)
+    return network
 
 
 @contextmanager
-def first_process_first(args):
-    """One process downloads, makes the toy and caches token blocks; the others wait until all is there."""
-    if args.rank_id:
+def first_process_first(machine: Machine):
+    """The first process of each host downloads, makes the toy and caches token ids; then the others go on."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if machine.num_processes > 1 and not is_first:
         torch.distributed.barrier()
     try:
         yield
     finally:  # after an error, too: the others will meet the same one
-        if args.world > 1 and not args.rank_id:
+        if machine.num_processes > 1 and is_first:
             torch.distributed.barrier()
-
-
-def autocast(device, dtype):
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def toy_folder(part: str) -> Path:
-    """The embedded example: made at its first use, from then on files like any others."""
-    folder = data.cache() / "toy"
-    if not (folder / "model" / "config.json").exists():
-        from dev import toy
-        toy.make(folder)
-    return folder / part
 
 
 def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
     """A model and its vocabulary, by name or path."""
     path = toy_folder("model") if name == "toy" else data.model_path(name)
-    model, vocab = bert.load(path), data.vocabulary(path)
-    if vocab.size != model.config.vocab_size:
-        raise ValueError(f"{path}: vocabulary of {vocab.size} tokens, model of {model.config.vocab_size}")
-    return model, vocab
+    model = bert.load(path)
+    vocabulary = data.vocabulary(path)
+    if vocabulary.size > model.config.vocab_size:
+        raise ValueError(f"{path}: the vocabulary has {vocabulary.size} tokens, the model only "
+                         f"{model.config.vocab_size}")
+    return model, vocabulary
 
 
-def open_model(args) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen. Its masked-LM head is new only where training needs one."""
-    model, vocab = load_model(args.model)
-    trains_head = args.method == "imp" or args.method == "tamt" and "mlm" in args.objective
-    if trains_head and not model.has("mlm") and not (args.evaluate or args.mask):
-        print(f"{args.model} has no masked-LM head: a fresh one trains along, dev_mlm_loss uses its start")
-        torch.manual_seed(args.seed)
-        model.new_head("mlm")
-    most = model.config.positions
-    args.seq_len = args.seq_len or min(512, most)
-    if not 3 <= args.seq_len <= most:
-        raise ValueError(f"--seq-len {args.seq_len}: {args.model} takes 3 to {most} tokens")
-    return model.to(args.device).requires_grad_(False), vocab
+def toy_folder(name: str) -> Path:
+    """The embedded example: made at its first use, from then on files like any others."""
+    folder = data.cache() / "toy"
+    if not (folder / "model" / "config.json").exists():
+        from dev import toy
+        toy.make(folder)
+    return folder / name
 
 
-def open_text(args, vocab, part: str) -> np.ndarray:
-    """Step 2: rows of token ids (n, T), of "train" or "dev"."""
-    return data.corpus(toy_folder("text") if args.data == "toy" else args.data, vocab, args.seq_len, part)
-
-
-def start_masks(layers, args) -> dict[str, torch.Tensor]:
-    """Step 3: the OMP or the random mask; as the start of scores inside each matrix, as in the paper."""
-    rule = "local" if args.method == "tamt" else args.rank
-    if args.method == "random" or args.method == "tamt" and args.init == "random":
-        return random_masks(layers, args.sparsity, rule, args.seed)
-    return magnitude_masks(layers, args.sparsity, rule)
-
-
-def judge(args):
-    """--evaluate and --export of a finished mask, or of the dense model."""
-    began, (model, vocab), masks, meta = time.time(), open_model(args), {}, {}
-    layers = mask_model(model)
-    if args.mask:
-        masks, meta = read_mask(args.mask)
-        masks = fit_masks(layers, masks, args.mask)
-        set_masks(layers, masks)
-    content = {"sparsity": sparsity_report(model, masks)}
-    print(json.dumps({"metadata": meta, **content}, indent=1))
-    if args.evaluate:
-        content |= dev_losses(model, open_text(args, vocab, "dev"), vocab, args.device, args.dtype)
-    if args.export:
-        export(model, masks, vocab, args.export, args.packed)
-    ending(args.mask, content | {"seconds": time.time() - began})
-
-
-def compare(files: list[str]):
-    """Mean Jaccard similarity of each mask with every other, and its distance (1 - that) from the first."""
-    masks = [load_mask(file) for file in files]
-    for file, a in zip(files, masks, strict=True):
-        try:
-            row = [similarity(a, b) for b in masks]
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be compared with all of the others: {error}") from None
-        print("  ".join(f"{value:.4f}" for value in row) + f"  distance {1 - row[0]:.4f}  {file}")
-
-
-def run(main):
+def run_command(main):
     """Calls a program. What its user can mend becomes one line and exit status 2; Ctrl-C is 130."""
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last saved state", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        advice = "out of memory, try a smaller --batch-size (tamt.py: and --accumulate): " if memory else ""
-        told = isinstance(error, OSError) and error.filename and error.strerror  # without [Errno 2]
-        text = f"{error.filename}: {error.strerror}" if told else str(error)
-        print(f"error: {advice}{' '.join(text.split())}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory, try a smaller --batch-size (tamt.py: and --accumulate): {one_line(error)}",
+              file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def main(argv=None):
-    args = settings(argv)
-    if args.compare:
-        return compare(args.compare)
-    pick_device(args)
-    if args.evaluate or args.mask:
-        return judge(args)
-    began, trains = time.time(), args.method in ("tamt", "imp")
-    with first_process_first(args):
-        model, vocab = open_model(args)                                                     # step 1
-        check_run(args.out, identity(args), args.resume, "mask.json")
-        rows = open_text(args, vocab, "train") if trains else None                          # step 2
-        dev = open_text(args, vocab, "dev") if args.data else None
-        state = open_run(args.out, identity(args), args.resume, "mask.json", args.rank_id)
-    layers, scores = mask_model(model, args.scope), None
-    if args.method != "imp":
-        masks = start_masks(layers, args)                                                   # step 3
-        set_masks(layers, masks)
-    if args.method == "tamt":
-        scores = Scores(layers, masks, args.sparsity, args.rank)                            # step 4
+def one_line(error) -> str:
+    """The text of an error, without the number that Python puts before the name of a file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return f"{' '.join(str(error).split()):.1000}"
 
-    def evaluate():
-        return dev_losses(model, dev, vocab, args.device, args.dtype) if args.data else {}
-    if trains:
-        print(f"{len(rows):,} rows of {args.seq_len} tokens, {args.updates:,} updates, lr {args.lr:.3g} "
-              f"({args.lr_reason})")
-        train(model, vocab, layers, scores, rows, evaluate, args, state)                    # steps 5, 6, 7
-    if args.rank_id:
-        return
-    finish(model, layers, vocab, evaluate(), began, args)                                   # step 8
+
+def main(argv=None):
+    settings = parse_settings(Settings, "Find a sparse subnetwork of a pre-trained BERT, by default with TAMT.", argv)
+    if settings.compare:
+        compare_masks(settings.compare)
+    elif settings.evaluate or settings.mask:
+        evaluate_mask(settings)
+    else:
+        note_flags_without_effect(settings)
+        find_mask(settings)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
