@@ -1481,14 +1481,14 @@ def paper_updates(sparsity: float) -> int:
     return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
 
 
-def choose_learning_rate(values: dict, num_updates: int) -> tuple[float, str]:
+def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, str]:
     """The learning rate, and the reason that is printed.
 
     An update moves a score by about lr, and the mask changes at about phi = 0.01: with the paper's 2e-5 a run of
     600 updates changes nothing. So --steps without --lr raises the rate until the scores can travel as far as
     in the paper's full run. It is never lowered."""
     if values["method"] in ("omp", "random"):
-        return 0.0, "nothing trains"
+        return None, "nothing trains"
     if values["lr"]:
         return values["lr"], "as asked"
     paper_rate = 2e-5 if values["objective"] == "kd" else 5e-5
