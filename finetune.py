@@ -5,33 +5,43 @@
     python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
-The mask is fixed and its zeros lie in the weights themselves: each pruned entry is set to zero once, and its
-gradient is zeroed before clipping, so it stays exactly zero, and AdamW does bit for bit what it would do
-under torch's prune.custom_from_mask, as in the released code. Without --mask all weights train.
+    1. One experiment       open, train, finish
+    2. What it consists of  ticket, network, task, folder; losses, predictions; the training loop; the result
+    3. IMP on a task        a loop around the experiment
+    4. Super Tickets        the importance of heads and FFNs, taking them out, the curve
+    5. Several tasks        one encoder, and for each task a head and a ticket
+    Appendix                records, predictions, export; settings and the command line
 
-Same as the released code: a fresh head per seed, AdamW without decay, linear decay to 0 without warm-up, clip
-1.0, epochs, batch sizes and lengths per task (glue_squad.TASKS), best score over the dev evaluations.
-Deliberately different: batches hold sentences of like length; every epoch's end, hence the last step, is
-evaluated, `best` and `final` stand side by side; MNLI reports matched and mismatched under their own names;
-SQuAD's answers are found by characters and never lie in the padding; an undefined metric is 0. Tickets found
-on a task: rounds of IMP start with a fresh head (released: it is kept), on the schedule of ten rounds, as
-released; Super Tickets train with our AdamW (released: Adamax, warm-up, decay .01), gradients of their gates
-do not add up over batches, random ones are drawn without replacement; shuffling permutes the entries of a
-matrix (released: whole layers).
+The mask is fixed, and its zeros lie in the weights themselves: every pruned entry is set to zero once, and its
+gradient is set to zero before clipping. So it stays exactly zero, and AdamW does bit for bit what it does
+under torch's prune.custom_from_mask, which the released code uses. Without --mask all weights train.
 
-Glossary: B sequences, T tokens, C labels, n examples, D hidden, L layers, H heads; a `target` is a class id,
-a number, or a span's two positions.
+What differs from the released code:
+
+    |                  | released                             | here
+    | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
+    | evaluation       | every N updates                      | and at the end of each epoch, the last update included
+    | best step, MRPC  | by max(accuracy, mean of it and F1)  | by accuracy
+    | best step, MNLI  | by mismatched accuracy, as "acc"     | by matched; both have names of their own
+    | answers of SQuAD | widened to whole words; 20 best of   | by characters; 20 best starts and ends in the
+    |                  | all positions, then the rest dropped | paragraph
+    | IMP rounds       | keep the head                        | begin with a fresh one
+    | Super Tickets    | Adamax, warm-up, decay .01           | AdamW as for all tasks
+    |   importance     | gradients of batches add up          | each batch counts once
+    |   random tickets | drawn with replacement               | without
+    | --weights        | shuffled: whole layers change places | the entries of each matrix do
+
+Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H heads.
 """
 
-import argparse
 import hashlib
 import json
+import math
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,37 +53,199 @@ import bert
 import data
 import glue_squad
 import tamt
+from tamt import option
 
-TOY = {"epochs": 6, "lr": 1e-3, "max_len": 128}  # in place of the paper's defaults: its model is small
+# ---------------------------------------------------------------------------------------------------
+# 1. One experiment
+# ---------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------- a task made ready
+
+def fine_tune(settings: "Settings") -> dict:
+    """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
+    returns the content of result.json. Raises ValueError or OSError, in one line, for input that is wrong."""
+    experiment = open_experiment(settings)
+    if experiment.result is None:
+        train(experiment)
+        finish(experiment)
+    return experiment.result
+
+
+def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
+    """Reads all that the run will need, so that what is wrong shows before anything is written."""
+    start_time = time.time()
+    machine = tamt.start_machine(settings.device, settings.dtype)
+    tasks = find_tasks(settings)
+    tickets = read_tickets(settings)
+    model, vocabulary = tamt.load_model(choose_model(settings, tickets))
+    run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
+
+    task_folders = {task.name: find_folder(task, run) for task in tasks}
+    texts = {task.name: read_texts(task, task_folders[task.name], run.predict) for task in tasks}
+    identity = identify(run, tickets, texts)
+    if run.out is None:
+        run = replace(run, out=default_folder(run, tickets, identity))
+    refuse_results_file(run)
+    tamt.check_folder(run.out, identity, "result.json")
+    if run.resume and (run.out / "result.json").exists():
+        return finished_experiment(run, tasks)
+    state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
+
+    task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
+    masks, prunable = prepare_network(model, tasks, tickets, run)
+    model.to(machine.device)
+    if len(tasks) > 1:
+        share_encoder(model, task_data, tickets, machine)
+    return Experiment(run, identity, model, vocabulary, tickets, task_data, masks, prunable, state, start_time)
 
 
 @dataclass
-class Work:
-    """A task as token ids. A sequence is a pair (ids (T,), segments (T,)); lists are in file order."""
+class Experiment:
+    """A run in progress."""
+    run: "Run"
+    identity: dict  # what --resume compares
+    model: bert.Model | None
+    vocabulary: data.Vocabulary | None
+    tickets: list["Ticket"]
+    tasks: list["TaskData"]  # one, or several that share the encoder
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {name of a weight: True where it is kept}
+    prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
+    state: dict | None = None  # of an interrupted run
+    start_time: float = 0.0
+    history: list[dict] = field(default_factory=list)  # the evaluations
+    result: dict | None = None
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. What an experiment consists of: ticket, network, task
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ticket:
+    """A mask file. A Super Ticket also names the units that it takes out."""
+    file: Path
+    masks: dict[str, torch.Tensor]
+    meta: dict
+
+
+def read_tickets(settings) -> list[Ticket]:
+    """The mask files of --mask: none, one, or one for each of several tasks."""
+    tickets = []
+    for file in split_names(settings.mask or "", settings):
+        masks, meta = tamt.read_mask(file)
+        tickets.append(Ticket(Path(file), masks, meta))
+    return tickets
+
+
+def choose_model(settings, tickets: list[Ticket]) -> str:
+    """--model, or the model that the masks were made for."""
+    if settings.model:
+        return settings.model
+    if not tickets:
+        return "toy"
+    names = sorted({str(ticket.meta.get("model")) for ticket in tickets})
+    if len(names) > 1:
+        raise ValueError(f"--mask: tickets of different models, {', '.join(names)}: --model is needed")
+    if not tickets[0].meta.get("model"):
+        raise ValueError(f"{tickets[0].file} does not say which model it belongs to: --model is needed")
+    return names[0]
+
+
+def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dict, list[str]]:
+    """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
+    task -> the masks that training keeps, and the names of the weights that IMP may prune."""
+    layers = tamt.maskable_layers(model)
+    for ticket in tickets:
+        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
+    prunable = list(tamt.maskable_layers(model, run.scope))  # a fresh pooler is never pruned
+
+    torch.manual_seed(run.seed)
+    add_head(model, tasks)
+    change_weights(model, run.weights)
+    if len(tasks) > 1 or not tickets:
+        return {}, prunable
+
+    ticket = tickets[0]
+    if ticket.meta.get("method") == "super":
+        heads, feed_forward = removed_units(model.config, ticket)
+        remove_units(model, heads, feed_forward)
+        return {}, prunable
+
+    masks = {}
+    parameters = dict(model.named_parameters())
+    for name, mask in ticket.masks.items():
+        if name in parameters:  # the pooler may be gone
+            parameters[name].data.mul_(mask)
+            masks[name] = mask.to(run.machine.device)
+    return masks, prunable
+
+
+def add_head(model, tasks: list):
+    """A fresh head for the task, drawn by the seed. Heads that the task does not use are removed: BERT
+    classifies from the pooler, RoBERTa's classifier and the answers of SQuAD do not need it."""
+    is_span = tasks[0].predicts == "span"
+    is_roberta = model.config.model_type == "roberta"
+    needs_pooler = not is_span and not is_roberta
+    if needs_pooler and not model.has_pooler:
+        model.add_pooler()
+        print("the checkpoint has no pooler: a fresh one is trained, dense")
+    if is_span:
+        model.add_span_head()
+    elif len(tasks) == 1:  # several tasks get theirs in share_encoder
+        model.add_classifier(tasks[0].num_outputs)
+
+    for name in ("cls", "lm_head"):
+        if hasattr(model, name):
+            delattr(model, name)
+    if not needs_pooler and model.has_pooler:
+        del model.backbone.pooler
+
+
+def change_weights(model, kind: str):
+    """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it?"""
+    if kind == "random":
+        fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
+        model.backbone.load_state_dict(fresh.backbone.state_dict())
+    if kind == "shuffled":
+        for layer in tamt.maskable_layers(model, "encoder").values():
+            weight = layer.weight.data
+            order = torch.randperm(weight.numel())
+            layer.weight.data = weight.flatten()[order].view(weight.shape)
+
+
+@dataclass
+class TaskData:
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order."""
     task: glue_squad.Task
     train: list  # sequences
-    targets: np.ndarray  # (n,) class ids or numbers, (n, 2) first and last position of a span
-    dev: dict[str, list]  # "dev", for MNLI "dev_mm" -> sequences
-    texts: dict[str, list]  # the splits to predict -> examples, or for SQuAD questions
-    windows: list  # SQuAD's dev windows, which turn logits into text
-    prefix: str = ""  # of its metrics, where tasks share an encoder
-    own: list = field(default_factory=list)  # (holder, name, value): its head and ticket, if they do (share)
+    targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
+    dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
+    texts: dict[str, list]  # splits -> examples, or questions of SQuAD
+    windows: list = field(default_factory=list)  # of SQuAD's dev questions: they turn logits into text
+    prefix: str = ""  # in front of the names of its metrics, where tasks share an encoder
+    head: nn.Module | None = None  # where tasks share an encoder: its classifier,
+    masks: dict | None = None  # its ticket,
+    skipped: list[bool] | None = None  # and the layers whose feed-forward network its ticket takes out
 
 
-def read_files(task, folder, predict: bool = False) -> dict[str, list]:
-    """{split: examples, or for SQuAD questions} of all that the run will need, so that what is wrong with the
-    files shows before anything is written. MNLI's mismatched and diagnostic files may be missing."""
-    squad, texts = task.name == "squad", {}
-    if predict and not squad and "test" not in task.files:
-        raise ValueError(f"--predict: task {task.name} names no test file")
-    for split in ("train", "dev", "dev_mm", *(("test", "test_mm", "ax") if predict and not squad else ())):
+def read_texts(task, folder: Path, predict: bool) -> dict[str, list]:
+    """{split: examples, or questions of SQuAD}: train, dev, and the test files if they are to be predicted.
+    MNLI's mismatched and diagnostic files may be missing."""
+    splits = ["train", "dev", "dev_mm"]
+    if predict and task.predicts != "span":
+        if "test" not in task.files:
+            raise ValueError(f"--predict: task {task.name} names no test file")
+        splits += ["test", "test_mm", "ax"]
+
+    texts = {}
+    for split in splits:
         if split not in task.files:
             continue
         try:
-            path = glue_squad.find(task, split, folder)
-            texts[split] = glue_squad.load_squad(path) if squad else glue_squad.load_glue(task, split, folder)
+            if task.predicts == "span":
+                texts[split] = glue_squad.load_squad(glue_squad.find_file(task, split, folder))
+            else:
+                texts[split] = glue_squad.load_glue(task, split, folder)
         except FileNotFoundError as error:
             if split in ("train", "dev", "test"):
                 raise
@@ -81,680 +253,964 @@ def read_files(task, folder, predict: bool = False) -> dict[str, list]:
     return texts
 
 
-def make_work(task, texts: dict[str, list], vocab, max_len: int, limit: int | None = None, seed=0) -> Work:
-    """Encodes train and dev. `limit` keeps that many random training examples (windows for SQuAD, as in the
-    paper's few-data curves), drawn by `seed`."""
-    examples, windows = texts["train"], []
-    if task.name == "squad":
-        made = glue_squad.windows(examples, vocab, max_len, training=True)
-        windows = glue_squad.windows(texts["dev"], vocab, max_len)
-        targets = np.array([(w.start, w.end) for w in made], np.int64)
-        train, dev = [(w.ids, w.segments) for w in made], {"dev": [(w.ids, w.segments) for w in windows]}
+def encode_task(task, texts: dict[str, list], vocabulary, run) -> TaskData:
+    """Token ids of train and dev. --limit keeps that many random training examples (windows for SQuAD, as in
+    the paper's few-data curves)."""
+    windows = []
+    if task.predicts == "span":
+        train_windows = glue_squad.windows(texts["train"], vocabulary, run.max_len, training=True)
+        windows = glue_squad.windows(texts["dev"], vocabulary, run.max_len)
+        train = [(window.input_ids, window.token_type_ids) for window in train_windows]
+        targets = np.array([(window.start_position, window.end_position) for window in train_windows], np.int64)
+        dev = {"dev": [(window.input_ids, window.token_type_ids) for window in windows]}
     else:
-        train = glue_squad.encode(examples, vocab, max_len)
-        targets = np.array([e.label for e in examples], np.int64 if task.labels else np.float32)
-        dev = {s: glue_squad.encode(texts[s], vocab, max_len) for s in texts if s.startswith("dev")}
+        dtype = np.int64 if task.predicts == "class" else np.float32
+        train = glue_squad.encode(texts["train"], vocabulary, run.max_len)
+        targets = np.array([example.label for example in texts["train"]], dtype)
+        dev = {split: glue_squad.encode(texts[split], vocabulary, run.max_len)
+               for split in ("dev", "dev_mm") if split in texts}
+
     if not train:
         raise ValueError(f"task {task.name}: no training question has its answer where the file says")
-    if limit and limit < len(train):
-        chosen = np.random.default_rng([seed, 0x11]).permutation(len(train))[:limit]
-        train, targets = [train[i] for i in chosen], targets[chosen]
-    return Work(task, train, targets, dev, {s: found for s, found in texts.items() if s != "train"}, windows)
+    if run.limit and run.limit < len(train):
+        order = data.random_stream(run.seed, "limit").permutation(len(train))[:run.limit]
+        train = [train[index] for index in order]
+        targets = targets[order]
+    return TaskData(task, train, targets, dev, texts, windows)
 
 
-# ---------------------------------------------------------------- losses and predictions
+# Losses and predictions
 
 
-def logits_of(model, net, work: Work, batch):  # B pairs of ids and segments -> (B, C), or (B, T, 2) for spans
-    ids, keep, segments = (torch.from_numpy(x) for x in glue_squad.pad(batch, model.config.pad_token_id))
+def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
+    batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     device = next(model.parameters()).device
-    ids, segments, keep = ids.to(device), segments.to(device), None if keep.all() else keep.to(device)
-    hidden = net(ids, keep, segments if model.config.type_vocab_size > 1 else None)[-1]
-    if work.task.name != "squad":
-        return model.class_logits(hidden)
-    logits = model.span_logits(hidden).float()
-    return logits if keep is None else logits.masked_fill(~keep[..., None], -1e4)  # no answer in the padding
+    input_ids, attention_mask, token_type_ids = (torch.from_numpy(array).to(device) for array in batch)  # (B, T) each
+    if model.config.type_vocab_size == 1:
+        token_type_ids = None
+    if attention_mask.all():
+        attention_mask = None
+
+    hidden_states = model(input_ids, attention_mask, token_type_ids)
+    if task_data.task.predicts != "span":
+        return model.class_logits(hidden_states[-1])
+    logits = model.span_logits(hidden_states[-1]).float()
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # an answer never lies in the padding
+    return logits
 
 
-def task_loss(work: Work, logits, targets):  # (B, C) and (B,), or (B, T, 2) and (B, 2) -> sum over the batch
-    """Cross-entropy; squared error for a number; the mean of start and end for a span."""
-    if work.task.name == "squad":
-        return sum(F.cross_entropy(logits[..., i], targets[:, i], reduction="sum") for i in (0, 1)) / 2
-    if work.task.labels is None:
-        return F.mse_loss(logits[:, 0].float(), targets, reduction="sum")
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def task_loss(task, logits, targets):
+    """Summed over the batch: cross-entropy of classes (B, C), (B,); squared error of numbers (B, 1), (B,);
+    the mean of the cross-entropies of start and end (B, T, 2), (B, 2)."""
+    logits = logits.float()
+    if task.predicts == "number":
+        return F.mse_loss(logits[:, 0], targets, reduction="sum")
+    if task.predicts == "class":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    start_loss = F.cross_entropy(logits[..., 0], targets[:, 0], reduction="sum")
+    end_loss = F.cross_entropy(logits[..., 1], targets[:, 1], reduction="sum")
+    return (start_loss + end_loss) / 2
 
 
 @torch.no_grad()
-def predict(model, work: Work, sequences: list, args, batch_size: int = 64) -> list[np.ndarray]:
-    """Logits of each sequence in order, in eval mode: (C,) or (T, 2) each. Like lengths go together."""
-    training, found = model.training, [None] * len(sequences)
-    enter(work)
+def predict_logits(experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list[np.ndarray]:
+    """The logits of each sequence, in order, in eval mode: (C,) or (T, 2) each."""
+    model = experiment.model
+    switch_to(model, task_data)
+    was_training = model.training
     model.eval()
-    order = np.argsort([len(ids) for ids, _ in sequences], kind="stable")
-    for at in range(0, len(order), batch_size):
-        rows = order[at:at + batch_size]
-        with tamt.autocast(args.device, args.dtype):
-            logits = logits_of(model, model, work, [sequences[i] for i in rows]).float().cpu().numpy()
-        for i, row in zip(rows, logits, strict=True):
-            found[i] = row
-    model.train(training)
-    return found
+    logits = [None] * len(sequences)
+    lengths = [len(input_ids) for input_ids, _ in sequences]
+    by_length = np.argsort(lengths, kind="stable")  # little padding
+    for start in range(0, len(sequences), batch_size):
+        indices = by_length[start:start + batch_size]
+        with tamt.autocast(experiment.run.machine):
+            batch_logits = task_logits(model, task_data, [sequences[index] for index in indices])
+        for index, row in zip(indices, batch_logits.float().cpu().numpy(), strict=True):
+            logits[index] = row
+    model.train(was_training)
+    return logits
 
 
-def answers(work: Work, logits: list):
+def to_predictions(task_data: TaskData, logits: list):
     """Logits -> class ids (n,), numbers (n,), or {question id: text}."""
-    if work.task.name == "squad":
-        starts, ends = ([row[:, i] for row in logits] for i in (0, 1))
-        return glue_squad.best_answers(work.texts["dev"], work.windows, starts, ends)
-    return np.array([row.argmax() for row in logits] if work.task.labels else [row[0] for row in logits])
+    if task_data.task.predicts == "class":
+        return np.array([row.argmax() for row in logits])
+    if task_data.task.predicts == "number":
+        return np.array([row[0] for row in logits])
+    start_logits = [row[:, 0] for row in logits]
+    end_logits = [row[:, 1] for row in logits]
+    return glue_squad.best_answers(task_data.texts["dev"], task_data.windows, start_logits, end_logits)
 
 
-def evaluate(model, work: Work, args) -> dict[str, float]:
-    """The task's metrics on its dev sets, under their names."""
-    scores = {}
-    for split, sequences in work.dev.items():
-        said = answers(work, predict(model, work, sequences, args))
-        scores |= glue_squad.squad_scores(said, work.texts[split]) if work.task.name == "squad" else \
-            glue_squad.score(work.task, said, work.texts[split], split)
-    return scores
+def evaluate(experiment) -> dict[str, float]:
+    """The metrics of all tasks on their dev sets, under their names."""
+    metrics = {}
+    for task_data in experiment.tasks:
+        task = task_data.task
+        for split, sequences in task_data.dev.items():
+            predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
+            if task.predicts == "span":
+                scores = glue_squad.squad_scores(predictions, task_data.texts[split])
+            else:
+                scores = glue_squad.score(task, predictions, task_data.texts[split], split)
+            for name, value in scores.items():
+                metrics[task_data.prefix + name] = value
+    return metrics
 
 
-# ---------------------------------------------------------------- fine-tuning
+# The training loop
 
 
-def apply_masks(model, masks: dict[str, torch.Tensor]):
-    for name, mask in masks.items():
-        model.get_parameter(name).data.mul_(mask)
+def train(experiment):
+    """Trains all weights under the fixed masks, and evaluates every --eval-every updates and after each epoch.
 
+    Order and dropout are functions of the seed and the number of the update alone, so that an interrupted run
+    continues exactly."""
+    run = experiment.run
+    model = experiment.model
+    parameters = dict(model.named_parameters())
+    optimizer = tamt.make_optimizer(parameters.values(), run.machine.device)
+    step = 0
+    total_loss = 0.0  # since the last evaluation
+    if experiment.state is not None:
+        tamt.restore_parameters(parameters, optimizer, experiment.state, run.out / "state.pt")
+        experiment.history = list(experiment.state["history"])
+        step = experiment.state["step"]
+        total_loss = experiment.state["total_loss"]
 
-def enter(work: Work):
-    """Where tasks share an encoder, each batch goes through its own task's head and ticket."""
-    for holder, name, value in work.own:
-        setattr(holder, name, value)
-
-
-def epoch_batches(works: list[Work], args, epoch: int) -> list[tuple[Work, np.ndarray]]:
-    """The tasks' batches, shuffled together: a function of seed and epoch."""
-    rng = np.random.default_rng([args.seed, epoch])
-    batches = [(work, rows) for work in works for rows in
-               glue_squad.bucketed([len(ids) for ids, _ in work.train], args.batch_size, rng)]
-    return batches if len(works) == 1 else [batches[i] for i in rng.permutation(len(batches))]
-
-
-def fine_tune(model, works: list[Work], masks: dict, args, state: dict | None = None) -> dict:
-    """Trains all weights under fixed masks -> what outcome() says, {} in all processes but the first.
-
-    Order and dropout are functions of (seed, step), so that `state` continues a run exactly."""
-    params = dict(model.named_parameters())
-    optimizer = tamt.adamw(params.values(), args.device)
-    history, begin, total = [], 0, 0.0  # evaluations; first step; sum of losses since the last evaluation
-    if state:
-        with tamt.reading(args.out / "state.pt"):
-            tamt.restore_learning(state["params"], state["optimizer"], params, optimizer)
-            history, begin, total = list(state["history"]), state["step"], float(state["loss"])
-    net = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
-    per_epoch = sum(-(-len(work.train) // args.batch_size) for work in works)
-    steps = per_epoch * args.epochs
-    began = saved = time.time()
+    updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.tasks)
+    num_updates = updates_per_epoch * run.epochs
+    horizon = num_updates * run.horizon_rounds
+    progress = Progress(step, num_updates)
+    saved_at = time.time()
+    batches = []
     model.train()
-    for step in range(begin, steps):
-        epoch, number = divmod(step, per_epoch)
-        if number == 0 or step == begin:
-            batches = epoch_batches(works, args, epoch)
-        work, batch = batches[number]
-        enter(work)
-        rows = batch[args.rank_id::args.world]
-        part = args.world if len(rows) else 0  # a last batch may have fewer rows than there are processes
-        rows = rows if part else batch[:1]
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1021 + args.rank_id)
-        with tamt.autocast(args.device, args.dtype):
-            logits = logits_of(model, net, work, [work.train[i] for i in rows])
-        targets = torch.from_numpy(work.targets[rows]).to(args.device)
-        loss = task_loss(work, logits, targets) * part / len(batch)
-        loss.backward()  # processes average their gradients
-        with torch.no_grad():
-            for name, mask in masks.items():
-                params[name].grad.mul_(mask.view(torch.uint8))  # as in tamt.masked
-        norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / (steps * args.stretch))
-        optimizer.step()
-        optimizer.zero_grad()
-        total, done = total + float(loss.detach()), step + 1
-        if not np.isfinite(total + float(norm)):
-            raise ValueError(f"loss {total:.3g}, gradient's norm {norm:.3g} at step {done}: a lower --lr "
-                             f"(here {args.lr:g}) may help")
-        if args.rank_id:
-            continue
-        if done % args.eval_every == 0 or done % per_epoch == 0:
-            since = done - (history[-1]["step"] if history else 0)
-            scores = {work.prefix + k: x for work in works for k, x in evaluate(model, work, args).items()}
-            history.append({"step": done, "loss": total / since, **scores})
-            total, left = 0.0, round((time.time() - began) / (done - begin) * (steps - done))
-            figures = "  ".join(f"{k} {value:.4f}" for k, value in history[-1].items() if k != "step")
-            print(f"step {done}/{steps}  {figures}  ETA {left // 60}:{left % 60:02}", flush=True)
-        if done % per_epoch == 0 or time.time() - saved > tamt.SAVE_SECONDS:
-            saved = time.time()
-            tamt.write_torch(args.out / "state.pt", {
-                "format": 1, "settings": args.identity, "step": done, "history": history, "loss": total,
-                "params": {n: p.data for n, p in params.items()}, "optimizer": optimizer.state_dict()})
+    while step < num_updates:
+        epoch, number_in_epoch = divmod(step, updates_per_epoch)
+        if number_in_epoch == 0 or not batches:
+            batches = epoch_batches(experiment.tasks, run, epoch)
+        task_data, rows = batches[number_in_epoch]
+        torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout
+        learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
+        total_loss += update(experiment, task_data, rows, parameters, optimizer, learning_rate, t=step + 1)
+        step += 1
+
+        is_epoch_end = step % updates_per_epoch == 0
+        if is_epoch_end or step % run.eval_every == 0:
+            last_step = experiment.history[-1]["step"] if experiment.history else 0
+            line = {"step": step, "loss": total_loss / (step - last_step), **evaluate(experiment)}
+            experiment.history.append(line)
+            progress.show(line)
+            total_loss = 0.0
+        if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
+            saved_at = time.time()
+            save_state(experiment, parameters, optimizer, step, total_loss)
     model.eval()
-    return outcome(works, history, steps) if not args.rank_id else {}
 
 
-def outcome(works: list[Work], history: list[dict], steps: int) -> dict:
-    """All metrics at the best step by the task's first one (the mean over tasks), and at the last step."""
-    firsts = [work.prefix + work.task.metrics[0] for work in works]
-    names = [work.prefix + name for work in works for name in work.task.metrics]
-    names = [name for name in names if name in history[0]]  # accuracy_mm only with the mismatched file
-    best, final = max(history, key=lambda line: sum(line[name] for name in firsts)), history[-1]
-    return {"best": {n: best[n] for n in names}, "final": {n: final[n] for n in names},
-            "best_step": best["step"], "steps": steps, "evaluations": history}
+def epoch_batches(tasks: list[TaskData], run, epoch: int) -> list[tuple[TaskData, np.ndarray]]:
+    """The batches of an epoch, those of several tasks shuffled together: (task, indices of its examples)."""
+    generator = data.random_stream(run.seed, "order", epoch)
+    batches = []
+    for task_data in tasks:
+        lengths = [len(input_ids) for input_ids, _ in task_data.train]
+        for rows in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
+            batches.append((task_data, rows))
+    if len(tasks) > 1:
+        batches = [batches[index] for index in generator.permutation(len(batches))]
+    return batches
 
 
-# ---------------------------------------------------------------- several tasks, one encoder
+def update(experiment, task_data, rows, parameters: dict, optimizer, learning_rate: float, t: int) -> float:
+    """One update of all weights under the masks -> the mean loss of the batch."""
+    model = experiment.model
+    machine = experiment.run.machine
+    switch_to(model, task_data)
+    targets = torch.from_numpy(task_data.targets[rows]).to(machine.device)
+    with tamt.autocast(machine):
+        logits = task_logits(model, task_data, [task_data.train[row] for row in rows])
+    loss = task_loss(task_data.task, logits, targets) / len(rows)
+    loss.backward()
+
+    # What is pruned gets no gradient, stays zero, and does not count in the norm that is clipped.
+    for name, mask in experiment.masks.items():
+        parameters[name].grad.mul_(mask)
+    norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    loss_value = float(loss.detach())
+    if not math.isfinite(loss_value + float(norm)):
+        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {float(norm):.3g} at update {t}: "
+                         f"a lower --lr (here {learning_rate:g}) may help")
+
+    optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss_value
 
 
-def share(model, works: list[Work], tickets: list[dict], args):
-    """Ticket sharing (Liang et al. 2021): one encoder, a head per task, every batch under its own ticket.
-
-    Masks lie over the weights here, not in them: gradients reach a weight only from tasks that keep it (what
-    AdamW remembers of those moves it in the other tasks' steps, too, unless its whole FFN is out)."""
-    layers, model.heads = tamt.mask_model(model) if tickets else {}, nn.ModuleList()
-    for i, work in enumerate(works):
-        model.new_head("classifier", len(work.task.labels or ()) or 1)
-        model.heads.append(model.classifier)
-        masks, found = (tickets[i], args.units[i]) if tickets else ({}, None)
-        work.prefix, work.own = f"{work.task.name}_", [(model, "classifier", model.classifier)]
-        for name, layer in layers.items():
-            work.own.append((layer, "mask", masks.get(name, torch.ones_like(layer.mask))))
-        for number, layer in enumerate(model.base.encoder["layer"]):
-            gone = found is not None and found[1][number]  # an FFN that is None takes no part
-            work.own.append((layer, "intermediate", None if gone else layer.intermediate))
-            work.own.append((layer.output, "dense", None if gone else layer.output["dense"]))
+def save_state(experiment, parameters: dict, optimizer, step: int, total_loss: float):
+    tamt.write_torch(experiment.run.out / "state.pt", {
+        "format": 2,
+        "settings": experiment.identity,
+        "step": step,
+        "history": experiment.history,
+        "total_loss": total_loss,
+        "parameters": {name: parameter.data for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+    })
 
 
-# ---------------------------------------------------------------- tickets found on the task
+class Progress:
+    """A line for each evaluation, with the time that is left."""
+
+    def __init__(self, step: int, num_updates: int):
+        self.first_step = step
+        self.num_updates = num_updates
+        self.began = time.time()
+
+    def show(self, line: dict):
+        step = line["step"]
+        seconds_per_update = (time.time() - self.began) / max(step - self.first_step, 1)
+        minutes, seconds = divmod(round(seconds_per_update * (self.num_updates - step)), 60)
+        values = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name != "step")
+        print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
 
 
-def one_run(args, folder: str, mask: list, then=None) -> dict:
-    """Fine-tunes in a folder of its own, skipped by --resume if it is finished -> its result.json."""
-    own = argparse.Namespace(**{**vars(args), "out": args.out / folder, "mask": mask})
-    try:
-        tune(own, then)
-    except tamt.Finished:
-        pass
-    line = bert.read_json(own.out / "result.json")
-    if not {"best", "final", "sparsity", "mask"} <= line.keys():
-        raise ValueError(f"{own.out / 'result.json'}: no result of this version; remove it to start anew")
-    return line
+# The result
 
 
-def save_ticket(path, model, masks: dict, args, **more):
-    report = tamt.sparsity_report(model, masks)
-    told = {name: tamt.plain(getattr(args, name)) for name in ("model", "weights", "seed", "lr", "data")}
-    tamt.save_mask(path, masks, told | more | {
-        "task": names_of(args), "sparsity": report["masked_set"],
-        "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")}})
+def finish(experiment):
+    """Writes predictions and export if they were asked for, then result.json and the line in --results."""
+    run = experiment.run
+    for task_data in experiment.tasks:
+        if run.predict:
+            write_predictions(experiment, task_data)
+        if run.export:
+            export_model(experiment, task_data)
+
+    best, final = best_and_final(experiment)
+    floor = {}
+    for task_data in experiment.tasks:
+        for split in task_data.dev:
+            for name, value in glue_squad.floor(task_data.task, task_data.texts[split], split).items():
+                floor[task_data.prefix + name] = value
+    metas = [ticket.meta for ticket in experiment.tickets]
+    if len(experiment.tasks) == 1:
+        metas = metas[0] if metas else None
+    experiment.result = {
+        "task": task_names(experiment.tasks),
+        "model": run.model,
+        "mask": metas,
+        "sparsity": experiment.identity["sparsity"],
+        "seed": run.seed,
+        "best": {name: best[name] for name in floor},
+        "final": {name: final[name] for name in floor},
+        "best_step": best["step"],
+        "steps": final["step"],
+        "floor": floor,
+        "seconds": round(time.time() - experiment.start_time, 1),
+        "command": run.command,
+        "settings": experiment.identity | {"data": tamt.plain(run.data)},
+        "device": str(run.machine.device),
+        "threads": torch.get_num_threads(),
+        "versions": tamt.versions(),
+        "evaluations": experiment.history,
+    }
+    tamt.write_json(run.out / "result.json", experiment.result)
+    record(run, experiment.result)
+    print_summary(experiment.result)
 
 
-def prune_trained(model, works, masks: dict, args, level: float):
-    """The end of an IMP round: of what is left, the smallest trained weights go, up to `level` in all."""
-    sizes = {n: model.get_parameter(n).detach().abs() for n in args.prunable if n in tamt.maskable(model)}
-    sizes |= {n: sizes[n].masked_fill(~mask, -1.0) for n, mask in masks.items()}  # pruned stays pruned
-    save_ticket(args.out / "mask.pt", model, tamt.prune(sizes, level, args.rank), args, method="imp",
-                rank=args.rank, scope=args.scope)
+def best_and_final(experiment) -> tuple[dict, dict]:
+    """The evaluation that is best in the first metric of the task (the mean over several tasks), and the last."""
+    names = [task_data.prefix + task_data.task.metrics[0] for task_data in experiment.tasks]
+    best = max(experiment.history, key=lambda line: sum(line[name] for name in names))
+    return best, experiment.history[-1]
 
 
-def find_imp(args):
-    """Task-specific IMP (Chen et al. 2020; LT_glue.py): fine-tune, prune 10 % of the count by magnitude, go
-    back to the pre-trained weights, again. By default encoder and pooler compete as one (--rank, --scope)."""
-    rounds, mask, levels = [], [], tamt.imp_levels(args.sparsity)
+# ---------------------------------------------------------------------------------------------------
+# 3. Iterative magnitude pruning on a task
+# ---------------------------------------------------------------------------------------------------
+
+
+def find_imp(settings) -> dict:
+    """Tickets of BERT-Tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune 10 % of the count by magnitude, go
+    back to the pre-trained weights, again. Encoder and pooler compete as one by default (--rank, --scope).
+
+    A round that is finished is not repeated by --resume."""
+    settings = resolve_search(settings)
+    levels = tamt.imp_levels(settings.sparsity)
+    mask = None
+    rounds = []
     for number, level in enumerate(levels, 1):
         print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
-        line = one_run(args, f"round-{number}", mask, partial(prune_trained, level=level))
-        rounds.append({"sparsity": line["sparsity"], "best": line["best"], "final": line["final"]})
-        mask = [args.out / f"round-{number}" / "mask.pt"]
-    return mask[0], {"rounds": rounds}
+        folder = settings.out / f"round-{number}"
+        round_settings = replace(settings, find=None, mask=mask, out=folder, results=None)
+        # As released, the schedule of a round is the first tenth of a decay over ten rounds.
+        experiment = open_experiment(round_settings, horizon_rounds=10)
+        if experiment.result is None:
+            train(experiment)
+            masks = prune_trained(experiment, level, settings)
+            save_ticket(folder / "mask.pt", experiment, masks, {
+                "method": "imp", "rank": settings.rank, "scope": settings.scope})
+            finish(experiment)
+        result = experiment.result
+        rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
+        mask = str(folder / "mask.pt")
+    return finish_search(settings, mask, {"rounds": rounds})
 
+
+def prune_trained(experiment, level: float, settings) -> dict[str, torch.Tensor]:
+    """Of what is left, the smallest trained weights go, up to a sparsity of `level`."""
+    parameters = dict(experiment.model.named_parameters())
+    magnitudes = {}
+    for name in experiment.prunable:
+        if name in parameters:  # SQuAD has no pooler
+            magnitudes[name] = parameters[name].detach().abs()
+            if name in experiment.masks:
+                magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # what is pruned stays pruned
+    return tamt.make_masks(magnitudes, level, settings.rank)
+
+
+def save_ticket(path, experiment, masks: dict, more: dict):
+    run = experiment.run
+    report = tamt.sparsity_report(experiment.model, masks)
+    meta = {
+        "model": run.model,
+        "weights": run.weights,
+        "seed": run.seed,
+        "lr": run.lr,
+        "data": tamt.plain(run.data),
+        "task": task_names(experiment.tasks),
+        "sparsity": report["masked_set"],
+        "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
+    }
+    tamt.save_mask(path, masks, meta | more)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Super Tickets: whole heads and feed-forward networks
+# ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
-TICKETS = [f"{order}-{level}" for order in ORDERS for level in range(1, 9)]
+LEVELS = range(1, 9)
 
 
-def importance(model, work: Work, args) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
-    """Expected sensitivity of every head's context vectors and every FFN's output o, in eval mode over the
-    training set: mean over batches of sum |<dL/do, o>|, a term per position; a layer's heads have norm 1."""
-    context, output, layers = [], [], model.base.encoder["layer"]
-    hooks = [hook for layer in layers for hook in (
-        layer.attention["output"]["dense"].register_forward_pre_hook(lambda _, x: context.append(x[0])),
-        layer.output["dense"].register_forward_hook(lambda _, x, y: output.append(y)))]
-    heads, ffn, starts = 0.0, 0.0, range(0, len(work.train), args.batch_size)
+def find_super(settings) -> dict:
+    """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and feed-forward networks, remove more and
+    more of them from the pre-trained model, and fine-tune each ticket. The winning ticket with the best dev
+    score is the super ticket."""
+    settings = resolve_search(settings)
+    results = {}
+    experiment = open_experiment(replace(settings, find=None, out=settings.out / "dense"))
+    if experiment.result is None:
+        train(experiment)
+        heads, feed_forward = importance(experiment)
+        save_super_tickets(experiment, heads, feed_forward, settings.out)
+        finish(experiment)
+    results["dense"] = experiment.result
+
+    for order in settings.orders:
+        for level in LEVELS:
+            name = f"{order}-{level}"
+            ticket = settings.out / f"{name}.pt"
+            experiment = open_experiment(replace(settings, find=None, mask=str(ticket), out=settings.out / name))
+            if experiment.result is None:
+                train(experiment)
+                finish(experiment)
+            results[name] = experiment.result
+
+    first_metric = experiment.tasks[0].task.metrics[0]
+    curve = []
+    for name, result in results.items():
+        remaining = 1.0
+        if result["mask"]:
+            remaining -= result["mask"]["found"]["whole_model"]
+        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
+        print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
+              f"{result['best'][first_metric]:.4f}")
+
+    best = None
+    candidates = [name for name in results if name.startswith("winning")]
+    if candidates:
+        best_name = max(candidates, key=lambda name: results[name]["best"][first_metric])
+        best = settings.out / f"{best_name}.pt"
+    return finish_search(settings, best, {"curve": curve})
+
+
+def importance(experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
+    """How much the loss feels each head and each feed-forward network, in eval mode over the training set.
+
+    o is the context vector of a head, or the output of a feed-forward network, at one position. Its importance
+    is |<dL/do, o>|, summed over the positions of a batch, the mean over batches. Those of a layer's heads are
+    divided by their l2 norm (mt_dnn/inference.py)."""
+    model = experiment.model
+    run = experiment.run
+    task_data = experiment.tasks[0]
+    layers = model.backbone.encoder.layer
+    contexts = []
+    outputs = []
+    hooks = []
+    for layer in layers:
+        hooks.append(layer.attention.output.dense.register_forward_pre_hook(
+            lambda module, inputs: contexts.append(inputs[0])))
+        hooks.append(layer.output.dense.register_forward_hook(
+            lambda module, inputs, output: outputs.append(output)))
+
     model.eval()
-    for rows in (slice(start, start + args.batch_size) for start in starts):
-        targets = torch.from_numpy(work.targets[rows]).to(args.device)
-        context.clear(), output.clear()
-        with tamt.autocast(args.device, args.dtype):
-            logits = logits_of(model, model, work, work.train[rows])
-        seen = context + output  # 2L times (B, T, D)
-        grads = torch.autograd.grad(task_loss(work, logits, targets) / len(targets), seen)
-        felt = torch.stack([(g * o).detach().float() for g, o in zip(grads, seen, strict=True)])
-        felt = felt.unflatten(-1, (-1, layers[0].head_size)).sum(-1)  # (2L, B, T, H)
-        heads += felt[:len(layers)].abs().sum((1, 2)).cpu() / len(starts)
-        ffn += felt[len(layers):].sum(-1).abs().sum((1, 2)).cpu() / len(starts)
+    head_importance = torch.zeros(len(layers), model.config.num_attention_heads)
+    feed_forward_importance = torch.zeros(len(layers))
+    starts = range(0, len(task_data.train), run.batch_size)
+    for start in starts:
+        rows = slice(start, start + run.batch_size)
+        targets = torch.from_numpy(task_data.targets[rows]).to(run.machine.device)
+        contexts.clear()
+        outputs.clear()
+        with tamt.autocast(run.machine):
+            logits = task_logits(model, task_data, task_data.train[rows])
+        loss = task_loss(task_data.task, logits, targets) / len(targets)
+        gradients = torch.autograd.grad(loss, contexts + outputs)  # 2 L times (B, T, D)
+
+        for index in range(len(layers)):
+            product = (gradients[index] * contexts[index]).detach().float()  # (B, T, D)
+            per_head = product.unflatten(-1, (-1, layers[0].attention.self.head_size)).sum(-1)  # (B, T, H)
+            head_importance[index] += per_head.abs().sum((0, 1)).cpu() / len(starts)
+            product = (gradients[len(layers) + index] * outputs[index]).detach().float()
+            feed_forward_importance[index] += product.sum(-1).abs().sum().cpu() / len(starts)
     for hook in hooks:
         hook.remove()
-    return heads / (heads.norm(dim=1, keepdim=True) + 1e-20), ffn
+    norms = head_importance.norm(dim=1, keepdim=True)
+    return head_importance / (norms + 1e-20), feed_forward_importance
 
 
-def structured(heads, ffn, order: str, level: int, seed: int):  # (L, H), (L,) -> bool: which go
-    """The paper's eight nested levels: int(L H level / 10) heads and int(L level / 12) FFNs go, the least
-    important first (winning), the most important (losing), or in a random order; a layer keeps one head."""
-    (L, H), rng, sign = heads.shape, np.random.default_rng([seed, 0x57]), {"winning": 1, "losing": -1}
-    heads, ffn = (rng.random(x.shape) if order == "random" else sign[order] * x.numpy() for x in (heads, ffn))
-    heads[np.arange(L), heads.argmax(1)] = np.inf
-    gone = np.zeros((L, H), bool), np.zeros(L, bool)
-    gone[0].reshape(-1)[np.argsort(heads, None, "stable")[:min(L * H * level // 10, L * H - L)]] = True
-    gone[1][np.argsort(ffn, kind="stable")[:L * level // 12]] = True
-    return gone
+def save_super_tickets(experiment, heads, feed_forward, folder: Path):
+    """importance.json, and the tickets of all orders and levels."""
+    tamt.write_json(folder / "importance.json", {"heads": heads.tolist(), "ffn": feed_forward.tolist()})
+    for order in ORDERS:
+        for level in LEVELS:
+            removed = choose_units(heads, feed_forward, order, level, experiment.run.seed)
+            masks = unit_masks(experiment.model.config, *removed)
+            save_ticket(folder / f"{order}-{level}.pt", experiment, masks, {
+                "method": "super", "order": order, "level": level})
 
 
-def unit_masks(config, heads, ffn) -> dict[str, torch.Tensor]:
-    """Units that go, (L, H) and (L,) bool, as masks of the six matrices of each layer: all their weights."""
-    masks, D, inner = {}, config.hidden_size, config.intermediate_size
-    for i, (gone, no) in enumerate(zip(heads, ffn, strict=True)):
-        rows = torch.from_numpy(np.repeat(~gone, D // len(gone)))  # of the context vectors
-        own = {f"attention.self.{name}": rows[:, None].repeat(1, D) for name in ("query", "key", "value")}
-        own["attention.output.dense"] = rows.repeat(D, 1)
-        own["intermediate.dense"], own["output.dense"] = (
-            torch.full(shape, not no) for shape in ((inner, D), (D, inner)))
-        masks |= {f"{config.model_type}.encoder.layer.{i}.{name}.weight": own[name] for name in own}
+def choose_units(heads, feed_forward, order: str, level: int, seed: int):  # (L, H), (L,) -> the same, bool
+    """True for the units that go at one of the paper's eight nested levels: int(L H level / 10) heads and
+    int(L level / 12) feed-forward networks; the least important first ("winning"), the most important first
+    ("losing"), or at random. The last head of a layer stays."""
+    generator = data.random_stream(seed, "tickets")
+    num_layers, num_heads = heads.shape
+    if order == "random":
+        head_keys = generator.random(heads.shape)  # the smallest go first
+        feed_forward_keys = generator.random(feed_forward.shape)
+    elif order == "losing":
+        head_keys = -heads.numpy()
+        feed_forward_keys = -feed_forward.numpy()
+    else:
+        head_keys = heads.numpy().copy()
+        feed_forward_keys = feed_forward.numpy()
+
+    last_heads = head_keys.argmax(axis=1)
+    head_keys[np.arange(num_layers), last_heads] = np.inf
+    num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
+    removed_heads = np.zeros(num_layers * num_heads, bool)
+    removed_heads[np.argsort(head_keys.flatten(), kind="stable")[:num_removed]] = True
+    removed_feed_forward = np.zeros(num_layers, bool)
+    removed_feed_forward[np.argsort(feed_forward_keys, kind="stable")[:num_layers * level // 12]] = True
+    return removed_heads.reshape(num_layers, num_heads), removed_feed_forward
+
+
+def unit_masks(config, removed_heads, removed_feed_forward) -> dict[str, torch.Tensor]:
+    """Units that go, (L, H) and (L,) bool, as masks of the six matrices of each layer."""
+    D = config.hidden_size
+    head_size = D // config.num_attention_heads
+    masks = {}
+    for index in range(config.num_hidden_layers):
+        layer = f"{config.model_type}.encoder.layer.{index}"
+        kept_rows = torch.from_numpy(np.repeat(~removed_heads[index], head_size))  # (D,) of the context vectors
+        for name in ("query", "key", "value"):
+            masks[f"{layer}.attention.self.{name}.weight"] = kept_rows[:, None].repeat(1, D)
+        masks[f"{layer}.attention.output.dense.weight"] = kept_rows.repeat(D, 1)
+        is_kept = bool(~removed_feed_forward[index])
+        masks[f"{layer}.intermediate.dense.weight"] = torch.full((config.intermediate_size, D), is_kept)
+        masks[f"{layer}.output.dense.weight"] = torch.full((D, config.intermediate_size), is_kept)
     return masks
 
 
-def units(config, masks: dict, file):  # -> (L, H), (L,) bool: the heads and FFNs that a ticket takes out
-    layers = [f"{config.model_type}.encoder.layer.{i}." for i in range(config.num_hidden_layers)]
-    size = config.hidden_size // config.num_attention_heads
-    heads = np.stack([~masks[f"{x}attention.output.dense.weight"][0, ::size].numpy() for x in layers])
-    ffn = np.array([not masks[f"{x}output.dense.weight"].any() for x in layers])
-    whole = unit_masks(config, heads, ffn)
-    if heads.all(1).any() or masks.keys() ^ whole or not all(masks[n].equal(whole[n]) for n in whole):
-        raise ValueError(f"{file}: a Super Ticket takes out whole heads, not all of a layer, and whole FFNs")
-    return heads, ffn
+def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
+    """The units that a Super Ticket's masks take out; ValueError if they are anything but whole units."""
+    head_size = config.hidden_size // config.num_attention_heads
+    heads = []
+    feed_forward = []
+    for index in range(config.num_hidden_layers):
+        layer = f"{config.model_type}.encoder.layer.{index}"
+        first_row = ticket.masks[f"{layer}.attention.output.dense.weight"][0]
+        heads.append(~first_row[::head_size].cpu().numpy())
+        feed_forward.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
+    heads = np.stack(heads)
+    feed_forward = np.array(feed_forward)
+
+    expected = unit_masks(config, heads, feed_forward)
+    is_whole = ticket.masks.keys() == expected.keys()
+    is_whole = is_whole and all(torch.equal(ticket.masks[name].cpu(), expected[name]) for name in expected)
+    if heads.all(axis=1).any() or not is_whole:
+        raise ValueError(f"{ticket.file}: a Super Ticket takes out whole heads, not all of a layer, and whole "
+                         "feed-forward networks")
+    return heads, feed_forward
 
 
-def remove_units(model, heads, ffn):  # (L, H), (L,) bool
-    """Takes heads and FFNs out of the computation: smaller matrices, logits as if their outputs were 0."""
-    for layer, gone, no in zip(model.base.encoder["layer"], heads, ffn, strict=True):
-        layer.rows = torch.from_numpy(np.repeat(~gone, layer.head_size))  # (D,) of the context; for full_size
-        for linear in layer.attention["self"].values():
-            linear.weight = nn.Parameter(linear.weight.data[layer.rows])
-            linear.bias = nn.Parameter(linear.bias.data[layer.rows])
-        linear = layer.attention["output"]["dense"]
-        linear.weight = nn.Parameter(linear.weight.data[:, layer.rows])
-        if no:
-            layer.intermediate = layer.output["dense"] = None
+def remove_units(model, removed_heads, removed_feed_forward):
+    """Takes heads and feed-forward networks out of the network: matrices become smaller, and the logits are
+    what they would be if the units gave zeros."""
+    for index, layer in enumerate(model.backbone.encoder.layer):
+        attention = layer.attention.self
+        kept_rows = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
+        attention.kept_rows = kept_rows  # the export fills zeros in where rows are gone
+        for linear in (attention.query, attention.key, attention.value):
+            linear.weight = nn.Parameter(linear.weight.data[kept_rows])
+            linear.bias = nn.Parameter(linear.bias.data[kept_rows])
+        dense = layer.attention.output.dense
+        dense.weight = nn.Parameter(dense.weight.data[:, kept_rows])
+        if removed_feed_forward[index]:
+            layer.output = SkippableResidual(layer.output)
+            layer.output.is_skipped = True
+            layer.output.dense = None
+            layer.intermediate = nn.Identity()
 
 
-def full_size(model) -> dict[str, torch.Tensor]:
-    """The tensors in the sizes of the config, zeros where weights and units are gone: transformers 5 does not
-    read the config's pruned_heads any more."""
-    tensors = {n: p.data for n, p in model.named_parameters(remove_duplicate=False) if n[:6] != "heads."}
+class SkippableResidual(nn.Module):
+    """A Residual whose feed-forward network can be left out; its LayerNorm then acts on the residual alone."""
+
+    def __init__(self, residual: bert.Residual):
+        super().__init__()
+        self.dense = residual.dense
+        self.LayerNorm = residual.LayerNorm
+        self.dropout = residual.dropout
+        self.is_skipped = False
+
+    def forward(self, x, residual):
+        if self.is_skipped:
+            return self.LayerNorm(residual)
+        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Several tasks, one encoder
+# ---------------------------------------------------------------------------------------------------
+
+
+def share_encoder(model, tasks: list[TaskData], tickets: list[Ticket], machine):
+    """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its own ticket.
+
+    Here the masks lie over the weights, not in them: a weight gets gradients from those tasks alone that keep it.
+    (AdamW's moments move it in the updates of the other tasks, too.)"""
+    layers = {}
+    if tickets:
+        layers = tamt.mask_model(model)
+        for layer in model.backbone.encoder.layer:
+            layer.output = SkippableResidual(layer.output)
+    model.masked_layers = layers
+    model.heads = nn.ModuleDict()
+    for index, task_data in enumerate(tasks):
+        task = task_data.task
+        model.add_classifier(task.num_outputs)
+        model.heads[task.name] = model.classifier
+        task_data.head = model.classifier
+        task_data.prefix = f"{task.name}_"
+        if tickets:
+            ticket = tickets[index]
+            task_data.masks = {name: mask.to(machine.device) for name, mask in ticket.masks.items()}
+            task_data.skipped = [False] * model.config.num_hidden_layers
+            if ticket.meta.get("method") == "super":
+                _, removed_feed_forward = removed_units(model.config, ticket)
+                task_data.skipped = removed_feed_forward.tolist()
+    del model.classifier
+
+
+def switch_to(model, task_data: TaskData):
+    """From now on the encoder serves this task: its head, its masks, its feed-forward networks."""
+    if task_data.head is None:
+        return  # the only task
+    model.classifier = task_data.head
+    if task_data.masks is not None:
+        tamt.set_masks(model.masked_layers, task_data.masks)
+        for layer, is_skipped in zip(model.backbone.encoder.layer, task_data.skipped, strict=True):
+            layer.output.is_skipped = is_skipped
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: records, predictions, export. Skip it at a first reading, like all that follows.
+# ---------------------------------------------------------------------------------------------------
+
+
+def record(run, result: dict):
+    """Adds the line of a finished run to --results, once, whenever a kill may come. The state goes at the end: it
+    is three times the size of the model, and of no more use."""
+    line = {name: value for name, value in result.items() if name != "evaluations"}
+    if run.results is not None:
+        held = run.results.read_bytes() if run.results.is_file() else b""
+        if json.dumps(line).encode() not in held:
+            data.append_line(run.results, line)
+    (run.out / "state.pt").unlink(missing_ok=True)
+
+
+def finished_experiment(run, tasks: list) -> Experiment:
+    """--resume of a run that has nothing left to do."""
+    result = bert.read_json(run.out / "result.json")
+    if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
+        raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
+    if (run.out / "state.pt").exists():  # killed just before the end
+        record(run, result)
+    has_predictions = any(run.out.glob("*.tsv")) or any(run.out.glob("predictions.json"))
+    has_exports = all(folder.exists() for folder in export_folders(run, tasks))
+    if run.predict and not has_predictions or not has_exports:
+        raise ValueError(f"{run.out} is finished, its model gone: --predict and --export need it again, without "
+                         "--resume")
+    print(f"{run.out} is finished: its figures are in {run.out / 'result.json'}")
+    task_data = [TaskData(task, [], np.zeros(0), {}, {}) for task in tasks]
+    return Experiment(run, {}, None, None, [], task_data, result=result)
+
+
+def print_summary(result: dict):
+    """The block of lines that grep reads."""
+    print("---")
+    print(f"task: {result['task']}")
+    print(f"sparsity: {result['sparsity']:.4f}")
+    for kind in ("best", "final", "floor"):
+        for name, value in result[kind].items():
+            print(f"{kind}_{name}: {value:.4f}")
+    print(f"seconds: {result['seconds']:.4f}")
+
+
+def write_predictions(experiment, task_data: TaskData):
+    """GLUE's table for each test file, or SQuAD's JSON for dev, by the model after its last update."""
+    run = experiment.run
+    task = task_data.task
+    if task.predicts == "span":
+        files = {"dev": "predictions.json"}
+    else:
+        test_splits = [split for split in task_data.texts if split in ("test", "test_mm", "ax")]
+        files = {split: f"{task.folder}.tsv" for split in test_splits}
+        if task.name == "mnli":
+            files = {split: glue_squad.SUBMISSION_FILES[split] for split in test_splits}
+
+    for split, name in files.items():
+        sequences = task_data.dev.get(split)
+        if sequences is None:
+            sequences = glue_squad.encode(task_data.texts[split], experiment.vocabulary, run.max_len)
+        predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
+        glue_squad.write_submission(task, predictions, run.out / name)
+        print(f"{run.out / name}: {len(predictions):,} predictions")
+
+
+def export_model(experiment, task_data: TaskData):
+    """What transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
+    model = experiment.model
+    task = task_data.task
+    architecture = "ForQuestionAnswering"
+    extra = {}
+    if task.predicts != "span":
+        architecture = "ForSequenceClassification"
+        labels = task.labels or ("score",)
+        extra["id2label"] = dict(enumerate(labels))
+        extra["label2id"] = {label: index for index, label in enumerate(labels)}
+    if task.predicts == "number":
+        extra["problem_type"] = "regression"
+    switch_to(model, task_data)
+    folder = experiment.run.export
+    if len(experiment.tasks) > 1:
+        folder = folder / task.name
+    bert.save(folder, model.config, full_size_tensors(model), architecture, **extra)
+    data.save_vocabulary(experiment.vocabulary, folder, model.config.model_type, model.config.positions)
+
+
+def full_size_tensors(model) -> dict[str, torch.Tensor]:
+    """The tensors in the sizes of the config, with zeros where weights and units are gone: transformers 5 does
+    not read pruned_heads from a config any more."""
+    tensors = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith("heads."):
+            tensors[name] = parameter.data
     for name, layer in model.named_modules():
-        if isinstance(layer, tamt.Masked):  # tasks share the encoder
+        if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
             tensors[f"{name}.weight"] = layer.weight.data * layer.mask
+
     with torch.device("meta"):
-        whole = bert.Base(model.config, model.has("pooler"))
-    for name, p in whole.named_parameters(prefix=model.config.model_type):
-        if name not in tensors:
-            tensors[name] = torch.zeros(p.shape)
-        elif (small := tensors[name]).shape != p.shape:
-            rows = model.base.encoder["layer"][int(name.split(".")[3])].rows
-            tensors[name] = torch.zeros(p.shape)
-            tensors[name][(slice(None), rows) if "output" in name else rows] = small.cpu()
+        full = bert.Backbone(model.config, model.has_pooler)
+    for name, expected in full.named_parameters(prefix=model.config.model_type):
+        if name in tensors and tensors[name].shape == expected.shape:
+            continue
+        filled = torch.zeros(expected.shape)
+        if name in tensors:  # a head is gone: its rows in query, key, value, its columns in the output
+            layer = model.backbone.encoder.layer[int(name.split(".")[3])]
+            kept_rows = layer.attention.self.kept_rows
+            if ".output." in name:
+                filled[:, kept_rows] = tensors[name].cpu()
+            else:
+                filled[kept_rows] = tensors[name].cpu()
+        tensors[name] = filled
     return tensors
 
 
-def make_tickets(model, works, masks, args):
-    """Weighs the units of a model fine-tuned on the task, and writes down all tickets."""
-    heads, ffn = importance(model, works[0], args)
-    tamt.write_json(args.out.parent / "importance.json", {"heads": heads.tolist(), "ffn": ffn.tolist()})
-    for name in TICKETS:
-        order, _, level = name.partition("-")
-        ticket = unit_masks(model.config, *structured(heads, ffn, order, int(level), args.seed))
-        save_ticket(args.out.parent / f"{name}.pt", model, ticket, args, method="super", order=order,
-                    level=int(level))
+def export_folders(run, tasks: list) -> list[Path]:
+    if not run.export:
+        return []
+    if len(tasks) == 1:
+        return [run.export]
+    return [run.export / task.name for task in tasks]
 
 
-def find_super(args):
-    """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and FFNs, take out more and more of them
-    from the pre-trained model, fine-tune each ticket; that with the best dev score is the super ticket."""
-    lines, first = {"dense": one_run(args, "dense", [], make_tickets)}, args.tasks[0].metrics[0]
-    for name in [name for name in TICKETS if name[:-2] in args.orders]:
-        lines[name] = one_run(args, name, [args.out / f"{name}.pt"])
-    curve = []
-    for name, line in lines.items():
-        left = 1 - line["mask"]["found"]["whole_model"] if line["mask"] else 1.0
-        curve.append({"ticket": name, "remaining": left, "best": line["best"], "final": line["final"]})
-        print(f"{name:10} {left:.1%} of the weights remain  best_{first}: {line['best'][first]:.4f}")
-    best = max([*lines][1:9], key=lambda name: lines[name]["best"][first])
-    return args.out / f"{best}.pt", {"curve": curve}
+def task_names(tasks: list[TaskData]) -> str:
+    return ",".join(task_data.task.name for task_data in tasks)
 
 
-def find(args):
-    """--find: a folder of fine-tunings, and at the end the ticket they led to, as mask.pt like any other."""
-    names = ("model", "data", "find", "sparsity", "rank", "scope", "orders", "weights", "epochs",
-             "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "dtype")
-    began, asked = time.time(), {"task": names_of(args)} | {n: tamt.plain(getattr(args, n)) for n in names}
-    kind = f"imp-{args.sparsity:g}" if args.find == "imp" else "super"
-    name = f"{names_of(args)}-{Path(args.model).name}-{kind}-s{args.seed}"
-    args.out = args.out or Path("out", name)
-    tamt.check_run(args.out, asked, args.resume, "mask.json")
-    args.search = {"format": 1, "settings": asked, "step": 0}
-    ticket, story = (find_imp if args.find == "imp" else find_super)(args)
-    if args.rank_id:
-        return
-    masks, meta = tamt.read_mask(ticket)
-    tamt.save_mask(args.out / "mask.pt", masks, meta)
-    tamt.write_json(args.out / "mask.json", {"settings": asked, "meta": meta, **story})
-    (args.out / "state.pt").unlink(missing_ok=True)
-    words = ["python", "finetune.py", "--task", args.task, "--mask", str(args.out / "mask.pt")]
-    words += ["--data", str(args.data)] if args.data else []
-    print(f"---\ntask: {names_of(args)}\nmask: {args.out / 'mask.pt'}\nsparsity: {meta['sparsity']:.4f}\n"
-          f"seconds: {time.time() - began:.4f}\nnext: {shlex.join(words)}")
+def finish_search(settings, ticket, story: dict) -> dict:
+    """mask.pt, an ordinary mask file, and mask.json with the story of the search. ticket: None if none is to win."""
+    content = {"settings": search_identity(settings), **story}
+    print("---")
+    print(f"task: {settings.task}")
+    if ticket is not None:
+        masks, meta = tamt.read_mask(ticket)
+        tamt.save_mask(settings.out / "mask.pt", masks, meta)
+        content["meta"] = meta
+        print(f"mask: {settings.out / 'mask.pt'}")
+        print(f"sparsity: {meta['sparsity']:.4f}")
+    else:
+        print("no super ticket: it is one of the winning tickets, and --orders leaves them out")
+    tamt.write_json(settings.out / "mask.json", content)
+    if ticket is not None:
+        words = ["python", "finetune.py", "--task", settings.task, "--mask", str(settings.out / "mask.pt")]
+        if settings.data:
+            words += ["--data", str(settings.data)]
+        print(f"next: {shlex.join(words)}")
+    return content
 
 
-def begin_search(args):
-    """Once the input is known to be good: from now on the folder holds this search, unfinished."""
-    (args.out.parent / "mask.json").unlink(missing_ok=True)
-    for part in args.out.parent.glob(data.PARTS):
-        part.unlink(missing_ok=True)
-    tamt.write_torch(args.out.parent / "state.pt", args.search)
+# ---------------------------------------------------------------------------------------------------
+# Appendix: settings and the command line
+# ---------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------- command line
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user can choose: a field is a flag of the command line. None: the task, or resolve(), chooses."""
+    task: str = option("sst2", f"{', '.join(glue_squad.TASKS)}, or the FILE.json of a task of your own; several, with "
+                       "commas, share an encoder", required=True)
+    mask: str | None = option(None, "mask file or folder of a run, for several tasks one each; without it the dense "
+                              "model is fine-tuned")
+    model: str | None = option(None, "name or path of the checkpoint (the one the mask's metadata names; toy)")
+    data: Path | None = option(None, "folder with GLUE's folders, train-v1.1.json, dev-v1.1.json (downloaded)",
+                               type=Path)
+    find: str | None = option(None, "look for a ticket on the task: by iterative magnitude pruning, or of whole heads "
+                              "and feed-forward networks", choices=["imp", "super"])
+    sparsity: float | None = option(None, "--find imp: fraction of weights to REMOVE (0.7)", "fraction", type=float)
+    rank: str | None = option(None, "--find imp: where entries compete (global)", choices=["global", "local"])
+    scope: str | None = option(None, "--find imp: all adds the word embeddings (encoder)", choices=["all", "encoder"])
+    orders: tuple | None = option(None, "--find super: tickets to try (all three)", nargs="+", choices=ORDERS)
+    weights: str = option("pretrained", "below the head: random draws them, shuffled permutes each matrix "
+                          "(pretrained)", choices=["pretrained", "random", "shuffled"])
+    epochs: int | None = option(None, "passes over the training set (GLUE 3, SQuAD 2, several tasks 5)", "positive",
+                                type=int)
+    batch_size: int | None = option(None, "examples per update (GLUE 32, SQuAD 16)", "positive", type=int)
+    max_len: int | None = option(None, "tokens per example (GLUE 128, SQuAD 384)", "positive", type=int)
+    lr: float | None = option(None, "learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)",
+                              "positive", type=float)
+    seed: int = option(1, "of head, order, dropout and --limit (1)", "seed", type=int)
+    limit: int | None = option(None, "train on this many random examples; SQuAD: windows (all)", "positive", type=int)
+    eval_every: int | None = option(None, "updates between evaluations, besides the end of each epoch (50; MNLI, QQP "
+                                    "and QNLI 500, SQuAD 1000)", "positive", type=int)
+    device: str = option("auto", "where to compute (auto)", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = option("auto", "of the forward pass (auto)", choices=["auto", "fp32", "bf16"])
+    out: Path | None = option(None, "folder of the run (out/TASK-MASK-sSEED-...)", type=Path)
+    results: Path | None = option(Path("results.jsonl"), "gets one line per run (results.jsonl)", type=Path)
+    resume: bool = option(False, "continue the run in --out exactly where it stopped")
+    predict: bool = option(False, "write GLUE's submission file, or SQuAD's of dev, into --out")
+    export: Path | None = option(None, "write the fine-tuned model for transformers", type=Path, metavar="DIR")
 
-
-def settings(argv=None):
-    """The command line, with the task's own defaults filled in."""
-    parser = tamt.Parser(description="Fine-tune a subnetwork of a pre-trained BERT on one task.")
-    add, whole, number = parser.add_argument, tamt.positive(int), tamt.positive(float)
-    add("--task", required=True, help=f"{', '.join(glue_squad.TASKS)}, or the FILE.json of an own task; "
-        "several with commas share an encoder")
-    add("--mask", help="mask file, for several tasks one each; without it the dense model is fine-tuned")
-    add("--model", help="name or path of the checkpoint (the one the mask's metadata names; toy)")
-    add("--data", type=Path, help="folder with GLUE's folders, train-v1.1.json, dev-v1.1.json (downloaded)")
-    add("--find", choices=["imp", "super"], help="look for a ticket on the task: by iterative magnitude "
-        "pruning, or of whole heads and feed-forward networks")
-    add("--sparsity", type=tamt.fraction, help="--find imp: fraction of weights to REMOVE (0.7)")
-    add("--rank", choices=["global", "local"], help="--find imp: where entries compete (global)")
-    add("--scope", choices=["all", "encoder"], help="--find imp: all adds word embeddings (encoder)")
-    add("--orders", nargs="+", choices=ORDERS, help="--find super: tickets to try (all three)")
-    add("--weights", choices=["pretrained", "random", "shuffled"], default="pretrained", help="below the "
-        "head: random is a fresh one, shuffled permutes each matrix (pretrained)")
-    add("--epochs", type=whole, help="passes over the training set (GLUE 3, SQuAD 2, several tasks 5)")
-    add("--batch-size", type=whole, help="examples per update (GLUE 32, SQuAD 16)")
-    add("--max-len", type=whole, help="tokens per example (GLUE 128, SQuAD 384)")
-    add("--lr", type=number, help="learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)")
-    add("--seed", type=int, default=1, help="of head, order, dropout and --limit (1)")
-    add("--limit", type=whole, help="train on this many random examples; SQuAD: windows (all)")
-    add("--eval-every", type=whole, help="updates between evaluations, besides each epoch's end (50; MNLI, "
-        "QQP and QNLI 500, SQuAD 1000)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute (auto)")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of the forward pass (auto)")
-    add("--out", type=Path, help="folder of the run (out/TASK-MASK-sSEED-...)")
-    add("--results", type=Path, default=Path("results.jsonl"), help="gets one line per run (results.jsonl)")
-    add("--resume", action="store_true", help="continue the run in --out exactly where it stopped")
-    add("--predict", action="store_true", help="write GLUE's submission file, or SQuAD's of dev, into --out")
-    add("--export", type=Path, metavar="DIR", help="write the fine-tuned model for transformers")
-    args = parser.parse_args(argv)
-    several = args.several = "," in args.task and not Path(args.task).is_file()
-
-    def parts(text):
-        found = [x.strip() for x in text.split(",")] if several else [text]
-        if "" in found:
-            raise ValueError(f"--task, --mask: an empty name in {text!r}")
-        return found
-    args.tasks = [glue_squad.find_task(x) for x in parts(args.task)]
-    args.mask = [] if args.mask is None else [Path(x) for x in parts(args.mask)]
-    names = {task.name for task in args.tasks}
-    if several and (len(names) < len(args.tasks) or "squad" in names or "WORLD_SIZE" in os.environ):
-        raise ValueError("--task: tasks that share an encoder are different, without squad, in one process")
-    if several and args.mask and len(args.mask) != len(args.tasks):
-        raise ValueError(f"--mask: {len(args.mask)} files for {len(args.tasks)} tasks; expected one for each")
-    if args.find and (several or args.mask or args.predict or args.export):
-        raise ValueError("--find goes with one --task and without --mask, --predict and --export")
-    for find, own in (("imp", {"sparsity": 0.7, "rank": "global", "scope": "encoder"}),
-                      ("super", {"orders": ORDERS})):
-        for name in own:
-            if args.find != find and getattr(args, name) is not None:
+    def __post_init__(self):
+        tamt.check_settings(self)
+        names = split_names(self.task, self)
+        tasks = find_tasks(self)
+        if len(names) > 1:
+            is_repeated = len({task.name for task in tasks}) < len(tasks)
+            if is_repeated or any(task.predicts == "span" for task in tasks):
+                raise ValueError("--task: tasks that share an encoder are different ones, without squad")
+            if self.mask and len(split_names(self.mask, self)) != len(names):
+                raise ValueError(f"--mask: {len(split_names(self.mask, self))} files for {len(names)} tasks; expected "
+                                 "one for each")
+        if self.find and (len(names) > 1 or self.mask or self.predict or self.export):
+            raise ValueError("--find goes with one --task and without --mask, --predict and --export")
+        for name, find in (("sparsity", "imp"), ("rank", "imp"), ("scope", "imp"), ("orders", "super")):
+            if getattr(self, name) is not None and self.find not in (find, None):
                 raise ValueError(f"--{name} goes with --find {find}")
-            if args.find == find and getattr(args, name) is None:
-                setattr(args, name, own[name])
-    if args.orders:
-        args.orders = [order for order in ORDERS if order in args.orders]
-    if args.find:
-        args.model = args.model or "toy"
-    args.stretch = 10 if args.find == "imp" else 1  # as released: the schedule's horizon is ten rounds
-    if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed {args.seed}: expected 0 to {2**31 - 1}")
-    ordinary = args.results.is_file() or str(args.results) == os.devnull or not args.results.exists()
-    if not args.results.absolute().parent.is_dir() or not ordinary:
-        raise ValueError(f"--results {args.results}: expected a file in a folder that exists")
-    for folder in export_folders(args):
-        if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
-            raise ValueError(f"--export {folder}: a file stands there; expected a folder, new or old")
-    args.command = shlex.join(["python", sys.argv[0], *map(str, sys.argv[1:] if argv is None else argv)])
-    args.rank_id, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return args
+        if self.results is not None:
+            is_file = self.results.is_file() or not self.results.exists() or str(self.results) == os.devnull
+            if not is_file or not self.results.absolute().parent.is_dir():
+                raise ValueError(f"--results {self.results}: expected a file in a folder that exists")
+        for folder in export_folders(self, tasks):
+            if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+                raise ValueError(f"--export {folder}: a file stands there; expected a folder, new or old")
 
 
-def open_ticket(args):
-    """The model with the head that the task needs and no other (several tasks get theirs in share), its
-    vocabulary, and for each mask file the masks that fit; a lone Super Ticket's units are gone already."""
-    found = [tamt.read_mask(file) for file in args.mask]
-    args.mask_meta = [meta for _, meta in found]
-    models = sorted({str(meta.get("model")) for meta in args.mask_meta})
-    if not args.model and models[1:]:
-        raise ValueError(f"--mask: tickets of different models, {', '.join(models)}: --model is needed")
-    args.model = args.model or (args.mask_meta[0].get("model") if found else "toy")
-    if not args.model or not isinstance(args.model, str):
-        raise ValueError(f"{args.mask[0]} does not say which model it belongs to: --model is needed")
-    if args.model not in (*data.MODELS, "toy"):
-        args.model = str(Path(args.model).resolve())
-    for folder in export_folders(args):
-        tamt.refuse_own_folder(args.model, folder)
-    model, vocab = tamt.load_model(args.model)
-    task, several, paper = args.tasks[0], args.several, {}
-    if several:  # ticket sharing's own
-        paper = {"epochs": 5, "lr": 5e-5, "eval_every": max(task.eval_every for task in args.tasks)}
-    for name in ("epochs", "batch_size", "max_len", "lr", "eval_every"):
-        if getattr(args, name) is None:
-            default = paper.get(name, getattr(task, name))
-            setattr(args, name, TOY.get(name, default) if args.model == "toy" else default)
-    if not 6 <= args.max_len <= model.config.positions:
-        raise ValueError(f"--max-len {args.max_len}: expected 6 to {model.config.positions} tokens, the "
-                         f"positions of {args.model}")
-    tickets = [tamt.fit_masks(tamt.maskable(model), masks, file)
-               for (masks, _), file in zip(found, args.mask, strict=True)]
-    digest, sizes = hashlib.sha256(), []
-    for mask in (mask for masks in tickets for mask in masks.values()):
-        digest.update(tamt.pack(mask).numpy())
-        sizes.append((int((~mask).sum()), mask.numel()))
-    args.mask_digest = digest.hexdigest()[:16] if args.mask else None
-    args.removed = sum(zeros for zeros, _ in sizes) / max(sum(entries for _, entries in sizes), 1)
-    args.prunable = list(tamt.maskable(model, args.scope))  # before a fresh pooler comes
-    args.units = [units(model.config, masks, file) if meta.get("method") == "super" else None
-                  for masks, file, meta in zip(tickets, args.mask, args.mask_meta, strict=True)]
-    torch.manual_seed(args.seed)
-    squad, roberta = task.name == "squad", model.config.model_type == "roberta"
-    if not squad and not roberta and not model.has("pooler"):
-        model.new_head("pooler")
-        print(f"{args.model} has no pooler: a fresh one is trained, dense")
-    if not several:
-        model.new_head("span" if squad else "classifier", len(task.labels or ()) or 1)
-    for name in ["cls", "lm_head"] + ["pooler"] * (squad or roberta):  # RoBERTa's classifier needs no pooler
-        for holder in (model, model.base):
-            if hasattr(holder, name):
-                delattr(holder, name)
-    other_weights(model, args.weights)
-    if not several and found and args.units[0]:
-        remove_units(model, *args.units[0])
-        tickets = [{}]
-    model.to(args.device)
-    return model, vocab, [{n: m.to(args.device) for n, m in masks.items()
-                           if model.has("pooler") or "pooler" not in n} for masks in tickets]
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """The settings of one run with nothing left open."""
+    machine: tamt.Machine
+    checkpoint: str  # checksum of the pre-trained weights
+    horizon_rounds: int  # the learning rate would reach 0 after so many runs like this one
+    command: str
 
 
-def other_weights(model, kind: str):
-    """BERT-Tickets' ablations: what is the mask worth over other weights than the pre-trained ones?"""
-    if kind == "random":
-        model.base.load_state_dict(bert.Model(model.config, model.has("pooler"), mlm=False).base.state_dict())
-    if kind == "shuffled":
-        for layer in tamt.maskable(model, "encoder").values():
-            W = layer.weight.data
-            layer.weight.data = W.flatten()[torch.randperm(W.numel())].view(W.shape)
+# In place of the paper's defaults: the toy's model is small.
+TOY = {"epochs": 6, "lr": 1e-3, "max_len": 128}
 
 
-def data_folder(args, task) -> Path:
-    """Where a task's files are: --data, the toy's tasks, or the cache, after a download."""
-    if args.data and not args.data.is_dir():
-        raise FileNotFoundError(f"--data {args.data}: no such folder")
+def split_names(text: str, settings) -> list[str]:
+    """Several tasks, or masks, are separated by commas."""
+    if "," not in settings.task or Path(settings.task).is_file():
+        return [text] if text else []
+    names = [name.strip() for name in text.split(",")] if text else []
+    if "" in names:
+        raise ValueError(f"--task, --mask: an empty name in {text!r}")
+    return names
+
+
+def find_tasks(settings) -> list[glue_squad.Task]:
+    return [glue_squad.find_task(name) for name in split_names(settings.task, settings)]
+
+
+def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], model, horizon_rounds: int) -> Run:
+    """Fills in what the settings leave open, from the task, the toy, and the model."""
+    values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    values["model"] = tamt.absolute_model(choose_model(settings, tickets))
+    for folder in export_folders(settings, tasks):
+        tamt.refuse_own_folder(values["model"], folder)
+
+    task = tasks[0]
+    defaults = {name: getattr(task, name) for name in ("epochs", "batch_size", "max_len", "lr", "eval_every")}
+    if len(tasks) > 1:  # ticket sharing's own
+        defaults |= {"epochs": 5, "lr": 5e-5, "eval_every": max(each.eval_every for each in tasks)}
+    if values["model"] == "toy":
+        defaults |= TOY
+    defaults |= {"scope": "encoder"}
+    for name, default in defaults.items():
+        if values[name] is None:
+            values[name] = default
+
+    positions = model.config.positions
+    if not 6 <= values["max_len"] <= positions:
+        raise ValueError(f"--max-len {values['max_len']}: expected 6 to {positions} tokens, the positions of "
+                         f"{values['model']}")
+    words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
+    return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model), horizon_rounds=horizon_rounds,
+               command=shlex.join(words))
+
+
+def resolve_search(settings: Settings) -> Settings:
+    """Fills in the defaults of a search, and checks its folder."""
+    values = {"model": settings.model or "toy"}
+    if settings.find == "imp":
+        values["sparsity"] = 0.7 if settings.sparsity is None else settings.sparsity
+        values["rank"] = settings.rank or "global"
+        values["scope"] = settings.scope or "encoder"
+        kind = f"imp-{values['sparsity']:g}"
+    else:
+        chosen = settings.orders or ORDERS
+        values["orders"] = tuple(order for order in ORDERS if order in chosen)
+        kind = "super"
+    if settings.data is not None:
+        values["data"] = Path(os.path.abspath(settings.data))
+    task = find_tasks(settings)[0]
+    values["model"] = tamt.absolute_model(values["model"])
+    name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
+    values["out"] = settings.out or Path("out", name)
+    settings = replace(settings, **values)
+    tamt.check_folder(settings.out, search_identity(settings), "mask.json")
+    if not settings.resume or not (settings.out / "mask.json").exists():
+        (settings.out / "mask.json").unlink(missing_ok=True)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    return settings
+
+
+def search_identity(settings) -> dict:
+    names = ("task", "model", "find", "sparsity", "rank", "scope", "orders", "weights", "epochs", "batch_size",
+             "max_len", "lr", "seed", "limit", "eval_every", "dtype")
+    return {name: tamt.plain(getattr(settings, name)) for name in names}
+
+
+def find_folder(task, run) -> Path:
+    """Where the files of a task are: --data, the toy's tasks, or the cache, after a download."""
+    if run.data is not None and not run.data.is_dir():
+        raise FileNotFoundError(f"--data {run.data}: no such folder")
     if task.name not in glue_squad.TASKS:
         return Path(task.files["train"][0]).parent
-    if args.data:
-        return args.data.resolve()
-    return tamt.toy_folder("tasks") if args.model == "toy" else glue_squad.download(task)
+    if run.data is not None:
+        return run.data
+    if run.model == "toy":
+        return tamt.toy_folder("tasks")
+    return glue_squad.download(task, splits=wanted_splits(task, run.predict))
 
 
-def finish(model, works: list[Work], vocab, args, result: dict, began: float):
-    """Predictions, export, the line in --results, and the block that grep reads."""
-    floors = [(work.prefix, glue_squad.floor(work.task, work.texts[split], split))
-              for work in works for split in work.dev]
-    floor = {prefix + name: value for prefix, scores in floors for name, value in scores.items()}
-    for i, work in enumerate(works):
-        if args.predict:
-            write_predictions(model, work, vocab, args)
-        if args.export:
-            export(model, work, vocab, export_folders(args)[i])
-    history, seconds, name = result.pop("evaluations"), time.time() - began, names_of(args)
-    metas = args.mask_meta if args.several else next(iter(args.mask_meta), None)
-    line = {"task": name, "model": args.model, "mask": metas, "sparsity": args.removed,
-            "seed": args.seed, **result, "floor": floor, "seconds": round(seconds, 1),
-            "command": args.command, "settings": args.identity, "device": str(args.device),
-            "threads": torch.get_num_threads(), "processes": args.world, "versions": tamt.versions()}
-    tamt.write_json(args.out / "result.json", line | {"evaluations": history})
-    record(args)
-    print(f"---\ntask: {name}\nsparsity: {args.removed:.4f}")
-    for kind, scores in (("best", result["best"]), ("final", result["final"]), ("floor", floor)):
-        print("".join(f"{kind}_{name}: {value:.4f}\n" for name, value in scores.items()), end="")
-    print(f"seconds: {seconds:.4f}")
+def wanted_splits(task, predict: bool) -> list[str]:
+    splits = ["train", "dev", "dev_mm"]
+    if predict:
+        splits += ["test", "test_mm", "ax"]
+    return [split for split in splits if split in task.files]
 
 
-def export_folders(args) -> list[Path]:
-    """Where --export writes: for several tasks a folder each below it."""
-    if not args.export:
-        return []
-    return [args.export / task.name for task in args.tasks] if args.several else [args.export]
+def identify(run, tickets: list[Ticket], texts: dict) -> dict:
+    """What makes this run this run; --resume refuses any other. Masks, texts and weights count by content."""
+    names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
+             "horizon_rounds")
+    identity = {"task": ",".join(texts)} | {name: tamt.plain(getattr(run, name)) for name in names}
+    identity["dtype"] = str(run.machine.dtype)
+
+    text_digest = hashlib.sha256()
+    for task_texts in texts.values():
+        for split in ("train", "dev", "dev_mm"):
+            text_digest.update(repr(task_texts.get(split)).encode("utf-8", "surrogatepass"))
+    identity["texts"] = text_digest.hexdigest()[:16]
+
+    mask_digest = hashlib.sha256()
+    num_pruned = 0
+    num_entries = 0
+    for ticket in tickets:
+        for name, mask in sorted(ticket.masks.items()):
+            mask_digest.update(name.encode())
+            mask_digest.update(tamt.pack(mask).numpy())
+            num_pruned += int((~mask).sum())
+            num_entries += mask.numel()
+    identity["masks"] = mask_digest.hexdigest()[:16] if tickets else None
+    identity["sparsity"] = num_pruned / max(num_entries, 1)
+    return identity
 
 
-def record(args):
-    """Adds the finished run's line to --results, once, whenever a kill may come. Rounds of IMP get none: they
-    are steps on the way. state.pt goes at the end: three times the size of the model, and of no more use."""
-    line = bert.read_json(args.out / "result.json")
-    del line["evaluations"]
-    held = args.results.read_bytes() if args.results.is_file() else b""
-    if args.find != "imp" and json.dumps(line).encode() not in held:
-        data.append_line(args.results, line)
-    (args.out / "state.pt").unlink(missing_ok=True)
+def default_folder(run, tickets: list[Ticket], identity: dict) -> Path:
+    """out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
+    name = f"{Path(run.model).name}-dense"
+    if tickets:
+        file = tickets[0].file
+        name = file.name if file.is_dir() else file.absolute().parent.name
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
+    return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest}"
 
 
-def write_predictions(model, work: Work, vocab, args):
-    """GLUE's TSV of each test split, or SQuAD's JSON for dev, by the model after its last step."""
-    squad = work.task.name == "squad"
-    for split in ["dev"] if squad else [s for s in work.texts if not s.startswith("dev")]:
-        sequences = work.dev[split] if squad else glue_squad.encode(work.texts[split], vocab, args.max_len)
-        said = answers(work, predict(model, work, sequences, args))
-        name = f"{work.task.folder}.tsv" if work.task.name != "mnli" else glue_squad.SUBMISSION[split]
-        path = args.out / ("predictions.json" if squad else name)
-        glue_squad.write_submission(work.task, said, path)
-        print(f"{path}: {len(said):,} predictions")
-
-
-def export(model, work: Work, vocab, folder):
-    """What transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
-    kind, extra, labels = "ForQuestionAnswering", {}, work.task.labels
-    if work.task.name != "squad":
-        kind, names = "ForSequenceClassification", labels or ("score",)
-        extra = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-        extra |= {} if labels else {"problem_type": "regression"}
-    enter(work)
-    bert.save(folder, model.config, full_size(model), kind, **extra)
-    data.save_vocabulary(vocab, folder, model.config.positions)
-
-
-def names_of(args) -> str:
-    return ",".join(task.name for task in args.tasks)
-
-
-def identity(args) -> dict:
-    """What makes a run this run: settings, and the masks by their content."""
-    names = ("model", "data", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "dtype",
-             "weights", "find", "mask_digest")
-    return {"task": names_of(args)} | {name: tamt.plain(getattr(args, name)) for name in names}
-
-
-def tune(args, then=None):
-    """One run: reads all it needs, fine-tunes, shows the trained model to `then`, records what it scores."""
-    began = time.time()
-    with tamt.first_process_first(args):
-        model, vocab, tickets = open_ticket(args)
-        folders = [data_folder(args, task) for task in args.tasks]
-        texts = [read_files(task, folder, args.predict)
-                 for task, folder in zip(args.tasks, folders, strict=True)]
-    args.data = ",".join(dict.fromkeys(map(str, folders)))
-    args.identity = identity(args)
-    if args.out is None:
-        name = args.mask[0].resolve().parent.name if args.mask else f"{Path(args.model).name}-dense"
-        digest = hashlib.sha256(json.dumps(args.identity).encode()).hexdigest()[:8]
-        args.out = Path("out") / f"{names_of(args)}-{name}-s{args.seed}-{digest}"
-    if args.results.resolve() in [args.out.resolve() / name for name in ("result.json", "state.pt")]:
-        raise ValueError(f"--results {args.results} is a file that the run itself writes: choose another")
-    try:
-        state = tamt.open_run(args.out, args.identity, args.resume, "result.json", args.rank_id)
-    except tamt.Finished:
-        if not args.rank_id and (args.out / "state.pt").exists():  # killed just before the end
-            record(args)
-        told = [*args.out.glob("*.tsv"), *args.out.glob("predictions.json")]
-        if args.predict and not told or not all(folder.exists() for folder in export_folders(args)):
-            raise ValueError(f"{args.out} is finished, its model gone: --predict and --export need it "
-                             "again, without --resume") from None
-        raise
-    if args.find and not args.rank_id:
-        begin_search(args)
-    works = [make_work(task, text, vocab, args.max_len, args.limit, args.seed)
-             for task, text in zip(args.tasks, texts, strict=True)]
-    masks = tickets[0] if tickets and not args.several else {}
-    apply_masks(model, masks)
-    if args.several:
-        share(model, works, tickets, args)
-    n = sum(len(work.train) for work in works)
-    print(f"{names_of(args)}: {n:,} training examples, {args.epochs} epochs, batch {args.batch_size}, lr "
-          f"{args.lr:g}; {args.model}, {args.removed:.2%} of the masked set zero")
-    result = fine_tune(model, works, masks, args, state)
-    if not args.rank_id:
-        if then:
-            then(model, works, masks, args)
-        finish(model, works, vocab, args, result, began)
-    if args.world > 1:
-        torch.distributed.barrier()  # what it wrote, the next run may read
+def refuse_results_file(run):
+    for name in ("result.json", "state.pt"):
+        if run.results is not None and run.results.absolute() == (run.out / name).absolute():
+            raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
 
 
 def main(argv=None):
-    args = settings(argv)
-    tamt.pick_device(args)
-    (find if args.find else tune)(args)
+    settings = tamt.parse_settings(Settings, "Fine-tune a subnetwork of a pre-trained BERT on one task.", argv)
+    if settings.find == "imp":
+        find_imp(settings)
+    elif settings.find == "super":
+        find_super(settings)
+    else:
+        fine_tune(settings)
 
 
 if __name__ == "__main__":
-    tamt.run(main)
+    tamt.run_command(main)
