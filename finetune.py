@@ -41,7 +41,7 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,9 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tasks = find_tasks(settings)
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
+    layers = tamt.maskable_layers(model)
+    for ticket in tickets:
+        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
     task_folders = {task.name: find_folder(task, run) for task in tasks}
@@ -85,10 +88,9 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     if run.out is None:
         run = replace(run, out=default_folder(run, tickets, identity))
     refuse_results_file(run)
-    tamt.check_folder(run.out, identity, "result.json")
-    if run.resume and (run.out / "result.json").exists():
-        return finished_experiment(run, tasks)
-    state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
+    result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
+    if result is not None:
+        return finished_experiment(run, tasks, result)
 
     task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
     masks, prunable = prepare_network(model, tasks, tickets, run)
@@ -154,9 +156,6 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dict, list[str]]:
     """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
     task -> the masks that training keeps, and the names of the weights that IMP may prune."""
-    layers = tamt.maskable_layers(model)
-    for ticket in tickets:
-        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
     prunable = list(tamt.maskable_layers(model, run.scope))  # a fresh pooler is never pruned
 
     torch.manual_seed(run.seed)
@@ -855,9 +854,8 @@ def record(run, result: dict):
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
-def finished_experiment(run, tasks: list) -> Experiment:
+def finished_experiment(run, tasks: list, result: dict) -> Experiment:
     """--resume of a run that has nothing left to do."""
-    result = bert.read_json(run.out / "result.json")
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
@@ -867,7 +865,6 @@ def finished_experiment(run, tasks: list) -> Experiment:
     if run.predict and not has_predictions or not has_exports:
         raise ValueError(f"{run.out} is finished, its model gone: --predict and --export need it again, without "
                          "--resume")
-    print(f"{run.out} is finished: its figures are in {run.out / 'result.json'}")
     task_data = [TaskData(task, [], np.zeros(0), {}, {}) for task in tasks]
     return Experiment(run, {}, None, None, [], task_data, result=result)
 

@@ -4,9 +4,9 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The method in eight steps, in the order in which find_mask() takes them:
+The method in eight steps, in the order in which find_mask() takes them (section 6):
 
-    1  open_model      read an original checkpoint; its weights W are frozen for good
+    1  open_model      read an original checkpoint; its weights W are frozen
     2  open_text       cut plain text into rows of T token ids
     3  start_masks     one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
     4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
@@ -15,40 +15,44 @@ The method in eight steps, in the order in which find_mask() takes them:
     7  update_masks    rank the scores anew: exactly round(N s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
 
-Baselines: `--method omp` ends after step 3, `--method random` draws that mask, and `--method imp` trains
-W itself between prunings (Chen et al. 2020).
+The mask alone is the result. With the masked-LM loss (mlm) the head of the model trains along, and is thrown
+away; distillation (kd) has no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
+random mask instead, and `--method imp`, iterative magnitude pruning, trains W itself between prunings.
 
     W    weights (theta in the paper)             S    scores (the paper's underlined M)
-    M    binary mask, True = kept                 phi  threshold between pruned and kept scores
+    M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
     s    sparsity, the fraction REMOVED           N    entries of the masked set; n of one matrix
     B sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts
+    run: the settings with nothing left open; its fields are the flags of the command line (run.sparsity)
 
-How the three differ. Where the last column is empty, this program does what the released code does.
+How the paper, the released code and this program differ. A first reading may skip the table: its terms are
+explained below. An empty cell means "as in the released code", a dash that the paper does not say.
 
     |                 | paper                  | released code                    | here
     | what is ranked  | absolute scores        | signed scores                    |
-    | who competes    | one phi for all        | entries of one matrix            | all scores; --rank local: one matrix
-    | how many go     | a fraction s           | int(n s), and all ties at phi    | round(N s); of ties the first stay
-    | when            | -                      | phi stands still for 1000 (KD:   | after every update;
-    |                 |                        | 100) updates, s drifts           | --refresh-every 1000 as released
-    | gate            | S >= phi               | S > phi                          | by rank; between refreshes S > phi
+    | who competes    | all entries            | entries of one matrix            | all entries; --rank local: one matrix
+    | how many go     | a fraction s           | int(n s), and all ties at the    | round(N s); of equal scores the first
+    |                 |                        | threshold                        | stay
+    | when            | -                      | the threshold stands still for   | after every update;
+    |                 |                        | 1000 (kd: 100) updates, s drifts | --refresh-every 1000 as released
+    | gate            | S >= threshold         | S > threshold                    | by rank; between refreshes S > threshold
     | masked set      | without the pooler     | with the pooler                  |
     | decoder         | -                      | shares W of the embeddings,      |
     |                 |                        | but not their mask               |
-    | no gradient:    | -                      | compete like all others, though  | --rank global: keep their start
-    | pooler, unseen  |                        | only phi moves                   | mask, inside the same count
-    | words           |                        |                                  |
-    | optimiser       | -                      | AdamW; KD: BertAdam              | their formulas (optimizer_settings)
-    | clipping at 1.0 | -                      | all gradients; KD: each tensor   | all gradients
-    | text of KD      | same as MLM            | sentence pairs, one token of     | the rows of MLM, without corruption
+    | entries without | -                      | compete like all others, though  | --rank global: keep their start mask,
+    | gradient        |                        | nothing moves their scores       | inside the same count
+    | optimiser       | -                      | AdamW; kd: BertAdam              | their formulas, see optimizer_settings
+    | clipping at 1.0 | -                      | all gradients; kd: each tensor   | all gradients
+    | text of kd      | same as mlm            | sentence pairs, one token of     | the rows of mlm, without corruption
     |                 |                        | each corrupted                   |
-    | mean of KD      | tokens                 | tokens and padding               | tokens
-    | teacher of KD   | -                      | with dropout; MLM+KD: without    | without
-    | short runs      | -                      | the same learning rate           | raised: scores travel as far
-    | IMP rewinds     | to the pre-trained W   | copies the trained W onto itself | as in the paper; --no-rewind
+    | mean of kd      | tokens                 | tokens and padding               | tokens
+    | teacher of kd   | -                      | with dropout; mlm+kd: without    | without
+    | short runs      | -                      | the learning rate of full runs   | raised, see learning_rate
+    | rewinding (imp) | to the pre-trained W   | does nothing: copies the trained | to the pre-trained W; --no-rewind as
+    |                 |                        | W onto itself                    | released
     | corruption      | 15 %                   | 15 % of all but special tokens   | [UNK] is a special token, too
 
-A mask goes into the released code by torch.save(tamt.load_mask("mask.pt"), "theirs.pt"). Left out, as in the
+torch.save(tamt.load_mask("mask.pt"), "theirs.pt") makes a mask file for the released code. Left out, as in the
 released runs: distillation of attention, schedules of the sparsity. Also left out: FSDP.
 """
 
@@ -78,6 +82,7 @@ import data
 
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
+# Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 # ---------------------------------------------------------------------------------------------------
@@ -89,7 +94,7 @@ class StraightThrough(torch.autograd.Function):
     """The masked weight W * M, differentiable with respect to the scores S that M was ranked from.
 
     M is a step function of S, so its true derivative is zero almost everywhere. The straight-through
-    estimator takes M for S in the backward pass (Eq. 4):
+    estimator treats M in the backward pass as if it were S (Eq. 4):
 
         dL/dS  :=  dL/dM  =  dL/d(W * M) * W
     """
@@ -110,7 +115,7 @@ class MaskedLayer(nn.Module):
     """What masked linear layers and embeddings share.
 
     While a mask is learned, the layer has scores. Without scores the weight itself may train under the mask
-    (IMP). As a teacher the layer shows its weight without the mask."""
+    (IMP). With is_teacher the layer computes with its whole weight, as in the dense model."""
 
     def __init__(self, layer):
         super().__init__()
@@ -154,12 +159,13 @@ class MaskedEmbedding(MaskedLayer):
 
 
 def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
-    """{name of the weight: layer} of the masked set, in model order: word embeddings (not with scope
-    "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
+    """{name of the weight, as in checkpoints: layer} of the masked set, in model order: word embeddings (not with
+    scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
-    for name, module in model.backbone.named_modules(prefix=model.config.model_type):
+    for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # bert.encoder.layer.0...
         is_linear = isinstance(module, (nn.Linear, MaskedLinear))
-        if is_linear or name.endswith("word_embeddings") and scope == "all":
+        is_embedding = name.endswith("word_embeddings")
+        if is_linear or (is_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
     return layers
 
@@ -196,21 +202,22 @@ def rank(values, num_pruned: int):  # (n,) -> (n,) bool
 def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
     """Writes into `mask` what rank() returns, faster, and returns where the threshold now lies.
 
-    One update moves the threshold little. Nearly every entry is settled by a comparison with the last one:
-    it stays above threshold + radius and goes up to threshold - radius. Only the few in between are sorted.
-    A radius that is too small costs another round, never exactness."""
+    One update moves the threshold little, so nearly every entry is settled by a comparison with the old one: it
+    is kept if it lies above threshold + radius, and pruned if it lies at or below threshold - radius. Only the
+    few in between are sorted. A radius that is too small costs a second attempt, never exactness."""
     low = threshold - radius
     high = threshold + radius
-    num_kept, undecided = compare(values, low, high, mask)  # mask = values > high; positions of low < value <= high
+    # mask = values > high; undecided: the positions where low < value <= high
+    num_above, undecided = split_at(values, low, high, mask)
 
-    num_surely_pruned = len(values) - num_kept - len(undecided)
-    num_left = num_pruned - num_surely_pruned  # so many of the undecided have to go
-    if not 0 <= num_left <= len(undecided):
+    num_below = len(values) - num_above - len(undecided)
+    num_to_prune = num_pruned - num_below  # of the undecided
+    if not 0 <= num_to_prune <= len(undecided):
         return rank_near(values, num_pruned, threshold, 8 * radius, mask)
 
-    undecided_mask = rank(values[undecided], num_left)
+    undecided_mask = rank(values[undecided], num_to_prune)
     mask[undecided] = undecided_mask
-    if num_left == 0:
+    if num_to_prune == 0:
         return low  # the largest pruned value is not above it
     return float(values[undecided][~undecided_mask].max())
 
@@ -225,8 +232,8 @@ def rank_groups(values, n: int, m: int):  # (rows, columns) -> (rows, columns) b
 
 
 def make_masks(values: dict, sparsity: float, rule: str) -> dict:
-    """{name: values} -> {name: mask} by one of the three rules of --rank: round(N s) of all entries go
-    ("global"), round(n s) of each matrix ("local"), or all but N of every M ("N:M")."""
+    """{name: values} -> {name: mask} by one of the three rules of --rank: prune round(N s) of all entries
+    ("global"), prune round(n s) of each matrix ("local"), or keep n of every m consecutive entries ("n:m")."""
     if is_n_m(rule):
         n, m = n_and_m(rule)
         return {name: rank_groups(matrix, n, m) for name, matrix in values.items()}
@@ -244,11 +251,26 @@ def make_masks(values: dict, sparsity: float, rule: str) -> dict:
     return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
 
+def is_n_m(rule: str) -> bool:
+    return ":" in rule
+
+
+def n_and_m(rule: str) -> tuple[int, int]:
+    """The rule "2:4" gives 2 and 4. ValueError if it is not N:M with 0 < N < M."""
+    try:
+        n, m = (int(number) for number in rule.split(":"))
+    except ValueError:
+        n, m = 0, 0
+    if not 0 < n < m:
+        raise ValueError(f"--rank {rule}: expected global, local, or N:M with 0 < N < M, such as 2:4")
+    return n, m
+
+
 def magnitude_masks(layers: dict, sparsity: float, rule: str) -> dict:
-    """Masks by |W|: OMP on fresh layers, and the next level of IMP on masked ones, since what is pruned
-    stays pruned."""
+    """Masks by |W|: OMP on fresh layers, and the next level of IMP on layers that are masked already."""
     magnitudes = {}
     for name, layer in layers.items():
+        # What is pruned stays pruned: -1 is below every magnitude.
         magnitudes[name] = layer.weight.detach().abs().masked_fill(~layer.mask, -1.0)
     return make_masks(magnitudes, sparsity, rule)
 
@@ -263,8 +285,10 @@ def random_masks(layers: dict, sparsity: float, rule: str, seed: int) -> dict:
 
 
 def start_masks(layers: dict, run) -> dict:
-    """The OMP mask or the random mask. As the start of scores it is made inside each matrix, as in the paper
-    (with --rank N:M inside each group)."""
+    """The OMP mask or the random mask.
+
+    As the start of scores it is made inside each matrix, as in the paper, even if the scores then compete
+    globally: a global OMP would empty whole matrices before any training."""
     rule = run.rank
     if run.method == "tamt" and rule == "global":
         rule = "local"
@@ -278,15 +302,27 @@ def start_masks(layers: dict, run) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Group:
+    """Scores that compete with each other, vector[begin:end], and the threshold between kept and pruned ones."""
+    begin: int
+    end: int
+    num_pruned: int
+    shape: tuple
+    threshold: float = PHI
+
+
 class Scores:
     """One score for each masked weight, in one long vector, and the masks that follow from it.
 
-    Each layer holds views of its stretch of the vector and of the mask. A group is a stretch whose entries
-    compete: the whole vector under one global rank, else a matrix.
+    layer.scores and layer.mask are views of a stretch of this vector and of its mask: what the optimiser writes
+    into layer.scores is what is ranked here, and what the ranking writes here is what the layer multiplies with.
+    So the vector and the mask are only ever changed in place.
 
-    Entries that can get no gradient must not be decided by a threshold that drifts past them. Under a global
-    rank they are put out of its reach: their score is plus infinity if they start as kept and minus infinity
-    if they start as pruned. So they keep their start mask, and they count in the exact number."""
+    Some entries never get a gradient (entries_without_gradient). Under a global rank the threshold could drift
+    past their two values, 0 and 2 phi, and then prune or keep all of them at once. They are pinned: their score
+    becomes plus infinity if they start as kept and minus infinity if they start as pruned. So they keep their
+    start mask, and still count among the round(N s)."""
 
     def __init__(self, layers: dict, start: dict, sparsity: float, rule: str, without_gradient: dict):
         """start {name: mask}; without_gradient {name: bool tensor that broadcasts to the mask}."""
@@ -294,38 +330,37 @@ class Scores:
         self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([start[name].flatten() for name in layers])
 
+        self.groups = []  # by default the entries of each matrix compete
         begin = 0
-        matrices = []
         for name, layer in layers.items():
             end = begin + layer.weight.numel()
             learns = not name.endswith("pooler.dense.weight")  # neither loss reads the pooler
             layer.scores = nn.Parameter(self.vector[begin:end].view(layer.weight.shape), requires_grad=learns)
             layer.mask = self.mask[begin:end].view(layer.weight.shape)
-            matrices.append(Group(begin, end, round((end - begin) * sparsity), layer.weight.shape))
+            self.groups.append(Group(begin, end, round((end - begin) * sparsity), layer.weight.shape))
             begin = end
 
-        self.groups = matrices
         if rule == "global":
             self.groups = [Group(0, begin, round(begin * sparsity), (begin,))]
-            for name, fixed in without_gradient.items():
+            for name, is_pinned in without_gradient.items():
                 scores = layers[name].scores.data
-                scores.masked_fill_(fixed & start[name], math.inf)
-                scores.masked_fill_(fixed & ~start[name], -math.inf)
+                scores.masked_fill_(is_pinned & start[name], math.inf)
+                scores.masked_fill_(is_pinned & ~start[name], -math.inf)
             self.make_start_exact()
 
     def make_start_exact(self):
-        """The start is rounded in each matrix, and the sum may differ from round(N s) by a few entries. They
-        begin on the other side, so that the count is exact before the first update, too."""
+        """The start mask is rounded in each matrix, so its total may miss round(N s) by a few entries. These few
+        change sides, so that the count is exact before the first update, too."""
         self.update_masks()
-        start = 2 * PHI * self.mask
-        self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start))
+        start_scores = 2 * PHI * self.mask
+        self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
         for group in self.groups:
             group.threshold = PHI
 
     @torch.no_grad()
     def update_masks(self, radius: float | None = None):
-        """Ranks the scores anew; then exactly the asked number is pruned. radius: how far a threshold has
-        probably moved since the last time; None: unknown."""
+        """Ranks the scores anew, after which exactly the right number is pruned. radius: how far a threshold has
+        probably moved since the last ranking; None: unknown."""
         for group in self.groups:
             scores = self.vector[group.begin:group.end]
             mask = self.mask[group.begin:group.end]
@@ -336,29 +371,24 @@ class Scores:
                 group.threshold = rank_near(scores, group.num_pruned, group.threshold, radius, mask)
             else:
                 mask.copy_(rank(scores, group.num_pruned))
-                group.threshold = largest(scores[~mask])  # the released code's phi
+                group.threshold = largest(scores[~mask])
 
     @torch.no_grad()
     def gate(self):
-        """Between two refreshes, as released: phi stands still, S > phi decides, and the sparsity drifts."""
+        """Between two refreshes, as released: the threshold stands still, S > threshold decides, and the sparsity
+        drifts."""
         for group in self.groups:
             scores = self.vector[group.begin:group.end]
             torch.gt(scores, group.threshold, out=self.mask[group.begin:group.end])
 
 
-@dataclass
-class Group:
-    """Entries that compete with each other: vector[begin:end]."""
-    begin: int
-    end: int
-    num_pruned: int
-    shape: tuple
-    threshold: float = PHI
+def largest(values) -> float:
+    return float(values.max()) if len(values) else -math.inf
 
 
 def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
     """{name: bool tensor, True where no gradient ever comes}: the pooler, the row of [PAD], and with the
-    objective kd, which reads clean text, the rows of all words that the text does not hold. (Under masked LM
+    objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked LM
     a tenth of the chosen tokens become any word of the vocabulary, so every row is read sooner or later.)"""
     without = {}
     for name, layer in layers.items():
@@ -381,7 +411,8 @@ def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
 
 
 def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
-    """Cross-entropy at the corrupted positions: their sum divided by num_predictions (default: P)."""
+    """Cross-entropy at the chosen positions: their sum divided by num_predictions (default: P). A micro-batch
+    divides by the number of its whole batch, so that the parts add up to the batch's mean."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / max(num_predictions or len(labels), 1)
 
@@ -393,14 +424,14 @@ def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None
     tokens (or their sum divided by num_tokens) and over layers 1 .. L, without the embedding output. It is 0
     for equal states and 2 for opposite ones."""
     total = 0.0
-    for teacher_states, student_states in zip(teacher[1:], student[1:], strict=True):
-        cosine = F.cosine_similarity(teacher_states.float(), student_states.float(), dim=-1)  # (B, T)
+    for of_teacher, of_student in zip(teacher[1:], student[1:], strict=True):  # (B, T, D) each
+        cosine = F.cosine_similarity(of_teacher.float(), of_student.float(), dim=-1)  # (B, T)
         distance = 1 - cosine
         if attention_mask is not None:
             distance = distance * attention_mask
         total = total + distance.sum()
     if num_tokens is None:
-        num_tokens = cosine.numel() if attention_mask is None else attention_mask.sum()
+        num_tokens = teacher[0][..., 0].numel() if attention_mask is None else attention_mask.sum()
     num_layers = len(teacher) - 1
     return total / (num_layers * num_tokens)
 
@@ -437,19 +468,19 @@ class MicroBatch(NamedTuple):
     labels: torch.Tensor  # (P,)
 
 
-def micro_batch(batch: Batch, rows: slice, device) -> MicroBatch:
+def make_micro_batch(batch: Batch, which: slice, device) -> MicroBatch:
     def to_device(array):
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if device.type == "cuda":
             tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
         return tensor.to(device, non_blocking=True)
 
-    input_ids = batch.input_ids[rows]
-    is_token = batch.is_token[rows]
-    positions = np.flatnonzero(batch.is_chosen[rows])
+    input_ids = batch.input_ids[which]
+    is_token = batch.is_token[which]
+    positions = np.flatnonzero(batch.is_chosen[which])
     return MicroBatch(
         input_ids=to_device(input_ids),
-        corrupted_ids=to_device(batch.corrupted_ids[rows]),
+        corrupted_ids=to_device(batch.corrupted_ids[which]),
         attention_mask=None if is_token.all() else to_device(is_token),
         positions=to_device(positions),
         labels=to_device(input_ids.reshape(-1)[positions]))
@@ -458,21 +489,21 @@ def micro_batch(batch: Batch, rows: slice, device) -> MicroBatch:
 def batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
     """The loss of a micro-batch: its share of the mean over the whole batch's tokens and predictions.
 
-    network is the student: the model itself, compiled, or wrapped for several processes. In mlm+kd, which adds
-    the two losses, teacher and student both read the corrupted text; in kd they read the clean one."""
+    network computes the student: it is the model itself, compiled, or wrapped for several processes. In mlm+kd,
+    which adds the two losses, teacher and student both read the corrupted text; in kd the clean one."""
     input_ids = inputs.input_ids if objective == "kd" else inputs.corrupted_ids
-    student = network(input_ids, inputs.attention_mask)  # L + 1 times (b, T, D)
+    student_states = network(input_ids, inputs.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
 
     if objective in ("mlm", "mlm+kd"):
         # Logits at the chosen positions alone give the same loss and the same gradients.
-        hidden_states = student[-1].flatten(0, 1)[inputs.positions]  # (P, D)
+        hidden_states = student_states[-1].flatten(0, 1)[inputs.positions]  # (P, D)
         loss = loss + mlm_loss(model.mlm_logits(hidden_states), inputs.labels, num_predictions)
 
     if objective in ("kd", "mlm+kd"):
         with dense_teacher(model):
-            teacher = model(input_ids, inputs.attention_mask)
-        loss = loss + kd_loss(teacher, student, inputs.attention_mask, num_tokens)
+            teacher_states = model(input_ids, inputs.attention_mask)
+        loss = loss + kd_loss(teacher_states, student_states, inputs.attention_mask, num_tokens)
     return loss
 
 
@@ -496,7 +527,7 @@ def dense_teacher(model):
 
 @torch.no_grad()
 def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
-    """What a mask is worth on held-out rows, in eval mode; each loss is the mean over batches, in order
+    """What a mask is worth on held-out rows, in eval mode; each loss is the mean of the means of its batches
     (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
     dev_mlm_loss: on one corruption, the same for every model; left out without a masked-LM head.
@@ -509,7 +540,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     starts = range(0, len(rows), batch_size)
     for start in starts:
         batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
-        inputs = micro_batch(batch, slice(None), machine.device)
+        inputs = make_micro_batch(batch, slice(None), machine.device)
         for objective in objectives:
             with autocast(machine):
                 loss = batch_loss(model, model, objective, inputs, batch.num_tokens, batch.num_predictions)
@@ -519,12 +550,68 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Training: one update, the loop around it, the rounds of IMP
+# 5. Training: the learning rate, one update, the loop around it, the rounds of IMP
 # ---------------------------------------------------------------------------------------------------
 
 
+def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
+    """The learning rate of a short run with --steps, whose decay reaches 0 at its end.
+
+    An update moves a score by about the learning rate, and the mask changes where scores have moved by about
+    phi = 0.01: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is raised until the
+    scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
+    full_run = paper_updates(sparsity)
+    factor = travel(full_run, HORIZON, objective) / travel(num_updates, num_updates, objective)
+    return min(paper_learning_rate(objective) * max(factor, 1.0), 1e-2)
+
+
+def paper_learning_rate(objective: str) -> float:
+    return 2e-5 if objective == "kd" else 5e-5
+
+
+def paper_updates(sparsity: float) -> int:
+    """The paper's number of updates at this sparsity; between its values a straight line."""
+    return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
+
+
+def travel(num_updates: int, horizon: int, objective: str) -> float:
+    """How far a score travels under a constant gradient, in units of the first learning rate: the sum over all
+    updates of the linear decay times, for kd's BertAdam, its missing bias correction."""
+    t = np.arange(1, num_updates + 1)
+    distances = 1 - (t - 1) / horizon
+    if objective == "kd":
+        distances = distances * (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
+    return float(distances.sum())
+
+
+def make_optimizer(parameters, device):
+    """Its learning rate, eps and weight decay are set at each update, by optimizer_settings."""
+    is_fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
+
+
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """What makes torch's AdamW compute the released optimisers in update number t (from 1). m and v are the
+    moving averages of the gradient and of its square, x is what trains.
+
+        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
+                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
+        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
+                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
+                             (kd: mask_training/train_kd.py with TinyBERT's optimiser)
+
+    With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
+    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b."""
+    a = 1 - 0.9**t
+    b = math.sqrt(1 - 0.999**t)
+    if objective == "kd":
+        return {"lr": learning_rate * a / b, "eps": 1e-6 / b, "weight_decay": 0.01 * b / a}
+    return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
+
+
 class Training:
-    """A run in progress: everything that its updates change. state.pt holds it between two processes."""
+    """A run in progress. What its updates change is saved in state.pt."""
 
     def __init__(self, run, identity, model, vocabulary, layers, scores, rows, dev_rows):
         self.run = run
@@ -532,11 +619,11 @@ class Training:
         self.model = model
         self.vocabulary = vocabulary
         self.layers = layers
-        self.scores = scores  # None with IMP, where W trains
+        self.scores = scores  # None with imp, where W trains
         self.rows = rows
         self.dev_rows = dev_rows
 
-        self.parameters = choose_parameters(model, run)
+        self.parameters = select_parameters(model, run)
         self.pretrained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()
                            if not name.endswith(".scores")}
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
@@ -546,88 +633,18 @@ class Training:
         self.saved_at = time.time()
 
 
-def choose_parameters(model, run) -> dict[str, nn.Parameter]:
+def select_parameters(model, run) -> dict[str, nn.Parameter]:
     """What trains: the scores, and for masked LM its head without the decoder (TAMT masking/maskers.py:524).
-    With IMP all weights train but the pooler, which gets no gradient."""
-    is_imp = run.method == "imp"
+    With imp all weights train but the pooler's, which get no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(".scores"):
-            continue  # set by Scores
+            continue  # Scores has decided
         is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-        trains = is_head if "mlm" in run.objective else False
-        if is_imp and "pooler" not in name:
-            trains = True
+        trains = is_head and "mlm" in run.objective
+        if run.method == "imp":
+            trains = "pooler" not in name
         parameter.requires_grad_(trains)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def make_optimizer(parameters, device):
-    """The learning rate, eps and weight decay are set at each update, by optimizer_settings."""
-    is_fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
-
-
-def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """What makes torch's AdamW compute the released optimisers in update number t (from 1).
-
-    torch's AdamW:       W <- (1 - lr decay) W - lr m^ / (sqrt(v^) + eps),  m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
-    released AdamW:      adds its eps of 1e-8 to sqrt(v) instead of sqrt(v^), no decay
-                         (mlm, mlm+kd, imp, fine-tuning; transformers 2.10 optimization.py)
-    released BertAdam:   no bias correction: lr (m / (sqrt(v) + 1e-6) + .01 W)
-                         (kd; mask_training/train_kd.py with TinyBERT's optimizer)
-
-    The bias corrections are known numbers, so they go into the settings."""
-    correction_m = 1 - 0.9**t
-    correction_v = math.sqrt(1 - 0.999**t)
-    if objective != "kd":
-        return {"lr": learning_rate, "eps": 1e-8 / correction_v, "weight_decay": 0.0}
-    bert_adam_rate = learning_rate * correction_m / correction_v
-    return {"lr": bert_adam_rate, "eps": 1e-6 / correction_v, "weight_decay": 0.01 * correction_v / correction_m}
-
-
-def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
-    """One update of scores (or, with IMP, of weights) -> the loss of the batch. t counts updates, from 1.
-
-    A batch is --accumulate micro-batches, and each of the processes takes its share of every one."""
-    run = training.run
-    machine = run.machine
-    share = run.batch_size // machine.num_processes  # rows
-    total_loss = torch.zeros((), device=machine.device)
-    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)
-    for start in starts:
-        inputs = micro_batch(batch, slice(start, start + share), machine.device)
-        is_last = start == starts[-1]
-        # Gradients are averaged across processes on the last micro-batch only.
-        with nullcontext() if is_last or machine.num_processes == 1 else training.network.no_sync():
-            with autocast(machine):
-                loss = batch_loss(training.model, training.network, run.objective, inputs,
-                                  batch.num_tokens, batch.num_predictions)
-            (loss * machine.num_processes).backward()  # the average of the processes becomes their sum
-        total_loss += loss.detach()
-    if machine.num_processes > 1:
-        torch.distributed.all_reduce(total_loss)
-
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
-    if not math.isfinite(float(total_loss) + float(norm)):
-        raise ValueError(f"the loss is {float(total_loss)} and the norm of its gradient {float(norm):.3g} at "
-                         f"update {training.step + 1}: try a lower --lr (here {learning_rate:.2g}) or "
-                         f"--dtype fp32; {run.out} keeps the last state")
-
-    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, t))
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-    return float(total_loss)
-
-
-def next_batch(training: Training) -> Batch:
-    """The rows, their corruption and dropout are functions of the seed and the number of the update alone, so
-    a resumed run sees what an undisturbed one sees."""
-    run = training.run
-    step = training.step
-    torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)  # dropout
-    num_rows = run.batch_size * run.accumulate
-    indices = data.batch_rows(len(training.rows), run.seed, step * num_rows, num_rows)
-    return make_batch(training.rows[indices], training.vocabulary, data.random_stream(run.seed, "corruption", step))
 
 
 def train_scores(training: Training):
@@ -640,7 +657,6 @@ def train_scores(training: Training):
         training.step += 1
 
         if run.refresh_every == 1:
-            # The threshold hardly moves further than the scores, 2 lr is a generous guess.
             training.scores.update_masks(radius=2 * learning_rate)
         elif is_refresh_due(run, training.step):
             training.scores.update_masks()
@@ -649,16 +665,68 @@ def train_scores(training: Training):
 
         losses = {}
         if training.step % run.eval_every == 0 and training.step < run.num_updates:
-            losses = evaluate(training)
+            with pretrained_weights(training):  # every mask is judged with the original head
+                losses = evaluate_on_dev(training)
         training.log.step(training.step, loss, learning_rate, losses)
         if training.step % run.save_every == 0:
-            save_step(training, run.sparsity)
+            save_mask_of_step(training, run.sparsity)
         save_state_if_due(training)
 
 
+def next_batch(training: Training) -> Batch:
+    """The rows of an update, their corruption and its dropout are functions of the seed and the number of the
+    update alone, so a resumed run sees what an uninterrupted one sees."""
+    run = training.run
+    step = training.step
+    torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)  # dropout
+    num_rows = run.batch_size * run.accumulate
+    indices = data.batch_rows(len(training.rows), run.seed, step * num_rows, num_rows)
+    generator = data.random_stream(run.seed, "corruption", step)
+    return make_batch(training.rows[indices], training.vocabulary, generator)
+
+
+def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
+    """One update of the scores (with imp, of the weights) -> the loss of the batch. t counts updates, from 1."""
+    run = training.run
+    loss = backward(training, batch)
+    norm = float(nn.utils.clip_grad_norm_(training.parameters.values(), run.clip))
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
+                         f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
+                         "state")
+
+    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, t))
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return loss
+
+
+def backward(training: Training, batch: Batch) -> float:
+    """Computes the gradients of a batch -> its loss.
+
+    The batch is --accumulate micro-batches of --batch-size rows. Every process has all of it, and computes its
+    share of the rows of each micro-batch."""
+    run = training.run
+    machine = run.machine
+    share = run.batch_size // machine.num_processes  # rows
+    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)
+    total_loss = torch.zeros((), device=machine.device)
+    for start in starts:
+        inputs = make_micro_batch(batch, slice(start, start + share), machine.device)
+        with average_gradients_if(start == starts[-1], training):
+            with autocast(machine):
+                loss = batch_loss(training.model, training.network, run.objective, inputs,
+                                  batch.num_tokens, batch.num_predictions)
+            (loss * machine.num_processes).backward()  # processes average gradients; their sum is wanted
+        total_loss += loss.detach()
+    if machine.num_processes > 1:
+        torch.distributed.all_reduce(total_loss)
+    return float(total_loss)
+
+
 def is_refresh_due(run, step: int) -> bool:
-    """Released: mlm refreshes after updates N, 2 N, ..., kd after 1, N - 1, 2 N - 1, ...; both when they evaluate
-    or save, and at the end."""
+    """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
+    updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
     if step % run.eval_every == 0 or step % run.save_every == 0 or step == run.num_updates:
         return True
     if run.objective == "kd":
@@ -675,28 +743,29 @@ def train_imp(training: Training):
     levels = imp_levels(run.sparsity)
     training.model.train()
     if training.step == 0:
-        start_round(training, levels[0])
+        prune_and_rewind(training, levels[0])
     while training.step < run.num_updates:
         step_in_round = training.step % run.prune_every
         learning_rate = run.lr * max(1 - step_in_round / run.horizon, 0)
         loss = update(training, next_batch(training), learning_rate, t=step_in_round + 1)
         training.step += 1
         if training.step % run.prune_every == 0:
-            start_round(training, levels[training.step // run.prune_every])
+            prune_and_rewind(training, levels[training.step // run.prune_every])
         training.log.step(training.step, loss, learning_rate, {})
         save_state_if_due(training)
 
 
-def start_round(training: Training, level: float):
-    """Prunes up to a sparsity of `level`, and rewinds all weights below the head to the pre-trained ones."""
+def prune_and_rewind(training: Training, level: float):
+    """Prunes up to a sparsity of `level`, and sets all weights but the head's back to the pre-trained ones."""
     run = training.run
     set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
     if not run.no_rewind:
         for name, weight in training.pretrained.items():
-            if name.startswith(run.family):
+            is_backbone = name.startswith(f"{run.family}.")
+            if is_backbone:
                 training.parameters[name].data.copy_(weight)
     training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
-    save_step(training, level)
+    save_mask_of_step(training, level)
 
 
 def imp_levels(sparsity: float) -> list[float]:
@@ -705,22 +774,25 @@ def imp_levels(sparsity: float) -> list[float]:
     return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]
 
 
-def evaluate(training: Training) -> dict[str, float]:
-    """Dev losses of the present masks over the pre-trained weights: every mask is judged with the original head."""
+def evaluate_on_dev(training: Training) -> dict[str, float]:
     if training.dev_rows is None or training.run.machine.process_index > 0:
         return {}
-    swap_weights(training)
-    losses = dev_losses(training.model, training.dev_rows, training.vocabulary, training.run.machine)
-    swap_weights(training)
-    return losses
+    return dev_losses(training.model, training.dev_rows, training.vocabulary, training.run.machine)
 
 
-def swap_weights(training: Training):
-    """Exchanges trained and pre-trained weights; a second call swaps them back."""
+@contextmanager
+def pretrained_weights(training: Training):
+    """Within, the model has its pre-trained weights; afterwards the trained ones are back."""
+    trained = {name: training.parameters[name].data for name in training.pretrained}
+    restore_pretrained(training)
+    yield
+    for name, weight in trained.items():
+        training.parameters[name].data = weight
+
+
+def restore_pretrained(training: Training):
     for name, weight in training.pretrained.items():
-        parameter = training.parameters[name]
-        training.pretrained[name] = parameter.data
-        parameter.data = weight
+        training.parameters[name].data = weight
 
 
 def set_masks(layers: dict, masks: dict):
@@ -744,12 +816,11 @@ def find_mask(settings: "Settings") -> dict:
         run = resolve(settings, machine, model)
         rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
         dev_rows = open_text(run, vocabulary, "dev") if run.data else None
-        identity = identify(run, rows, dev_rows)
-        check_folder(run.out, identity, "mask.json")
-    if run.resume and (run.out / "mask.json").exists():
-        print(f"{run.out} is finished: its figures are in {run.out / 'mask.json'}")
-        return bert.read_json(run.out / "mask.json")
-    state = open_folder(run.out, identity, run.resume, "mask.json", machine)
+
+    identity = identify(run, rows, dev_rows)
+    result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
+    if result is not None:
+        return result  # there is nothing left to do
 
     layers = mask_model(model, run.scope)
     scores = None
@@ -770,7 +841,7 @@ def find_mask(settings: "Settings") -> dict:
             train_imp(training)
         else:
             train_scores(training)  # steps 5, 6, 7
-        swap_weights(training)  # of all that was trained, the mask alone is the result
+        restore_pretrained(training)  # of all that was trained, the mask alone is the result
     return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
 
 
@@ -828,7 +899,7 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
 # ---------------------------------------------------------------------------------------------------
 
 
-def compare(values, low: float, high: float, mask):
+def split_at(values, low: float, high: float, mask):
     """Writes values > high into `mask` (n,) -> how many those are, and the positions of the values in between,
     low < value <= high, in ascending order.
 
@@ -850,25 +921,6 @@ def compare(values, low: float, high: float, mask):
         num_above += np.count_nonzero(above)
         between.append(begin + np.flatnonzero((piece > low) ^ above))
     return num_above, torch.from_numpy(np.concatenate(between))
-
-
-def largest(values) -> float:
-    return float(values.max()) if len(values) else -math.inf
-
-
-def is_n_m(rule: str) -> bool:
-    return ":" in rule
-
-
-def n_and_m(rule: str) -> tuple[int, int]:
-    """"2:4" -> 2, 4. ValueError if it is not N:M with 0 < N < M."""
-    try:
-        n, m = (int(number) for number in rule.split(":"))
-    except ValueError:
-        n, m = 0, 0
-    if not 0 < n < m:
-        raise ValueError(f"--rank {rule}: expected global, local, or N:M with 0 < N < M, such as 2:4")
-    return n, m
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1141,16 +1193,34 @@ def read_state(out: Path) -> dict | None:
     return state
 
 
-def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machine) -> dict | None:
-    """The state to continue from, or None to start; then what an earlier run left in the folder is removed."""
+def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machine) -> tuple:
+    """(result, state): the result of a finished run that is resumed, else the state to continue from, else twice
+    None; then what an earlier run left in the folder is removed. Of several processes the first one looks, since
+    the folder lies on its host, and tells the others."""
+    if machine.num_processes == 1:
+        return open_own_folder(out, identity, resume, result_name)
+    outcome = [None, None]  # what was found, or the error
+    if machine.process_index == 0:
+        try:
+            outcome[0] = open_own_folder(out, identity, resume, result_name)
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def open_own_folder(out: Path, identity: dict, resume: bool, result_name: str) -> tuple:
     check_folder(out, identity, result_name)
     state = read_state(out)
     result = out / result_name
+    if resume and result.exists():
+        print(f"{out} is finished: its figures are in {result}")
+        return bert.read_json(result), None
     if state is not None and not resume and not result.exists():
         raise ValueError(f"{out} holds this run, unfinished at step {state['step']}: continue with --resume, or "
                          "choose another --out, or remove that folder")
-    if machine.process_index > 0:
-        return state if resume else None
 
     out.mkdir(parents=True, exist_ok=True)
     for part in out.rglob(data.PART_FILES):  # what a killed run was writing
@@ -1158,10 +1228,10 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     if resume and state is not None:
         print(f"resuming {out} at step {state['step']}")
         cut_log(out / "log.jsonl", state["step"])
-        return state
+        return None, state
     for name in (result_name, "state.pt", "log.jsonl"):
         (out / name).unlink(missing_ok=True)
-    return None
+    return None, None
 
 
 def cut_log(file: Path, step: int):
@@ -1223,7 +1293,7 @@ def restore_parameters(parameters: dict, optimizer, state: dict, file):
     optimizer.load_state_dict(state["optimizer"])
 
 
-def save_step(training: Training, sparsity: float):
+def save_mask_of_step(training: Training, sparsity: float):
     """step-N/mask.pt, the mask after N updates."""
     run = training.run
     if run.machine.process_index > 0:
@@ -1392,6 +1462,8 @@ class Settings:
                              "goes with tamt only")
         if self.rank not in (None, "global", "local"):
             self.check_n_m()
+        if not isinstance(self.seed, int):
+            raise ValueError(f"--seed {self.seed}: expected a whole number")
         if self.mask and not (self.evaluate or self.export):
             raise ValueError("--mask goes with --evaluate or --export")
         if self.export and Path(self.export).exists() and not Path(self.export).is_dir():
@@ -1401,6 +1473,8 @@ class Settings:
         n, m = n_and_m(self.rank)
         if self.method == "imp":
             raise ValueError(f"--rank {self.rank} goes with tamt, omp and random, not with imp")
+        if self.refresh_every > 1:
+            raise ValueError(f"--rank {self.rank} has no threshold that could stand still: leave --refresh-every out")
         if self.sparsity is not None and abs(self.sparsity - (1 - n / m)) > 1e-4:
             raise ValueError(f"--rank {self.rank} removes {1 - n / m:.4g}: leave --sparsity {self.sparsity:g} out")
 
@@ -1476,40 +1550,18 @@ def schedule(values: dict) -> tuple[int, int]:
     return paper_updates(values["sparsity"]), HORIZON
 
 
-def paper_updates(sparsity: float) -> int:
-    """The paper's number of updates at this sparsity; between its values a straight line."""
-    return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
-
-
 def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, str]:
-    """The learning rate, and the reason that is printed.
-
-    An update moves a score by about lr, and the mask changes at about phi = 0.01: with the paper's 2e-5 a run of
-    600 updates changes nothing. So --steps without --lr raises the rate until the scores can travel as far as
-    in the paper's full run. It is never lowered."""
+    """The learning rate, and the reason that is printed."""
     if values["method"] in ("omp", "random"):
         return None, "nothing trains"
     if values["lr"]:
         return values["lr"], "as asked"
-    paper_rate = 2e-5 if values["objective"] == "kd" else 5e-5
+    paper_rate = paper_learning_rate(values["objective"])
     if values["method"] == "imp" or not values["steps"]:
         return paper_rate, "the paper's"
-
-    full_run = paper_updates(values["sparsity"])
-    factor = travel(full_run, HORIZON, values["objective"]) / travel(num_updates, num_updates, values["objective"])
-    rate = min(paper_rate * max(factor, 1.0), 1e-2)
-    return rate, (f"the paper's {paper_rate:g} x {rate / paper_rate:.4g}: in {num_updates:,} updates scores can travel "
-                  f"as far as in the paper's {full_run:,}; at most 0.01")
-
-
-def travel(num_updates: int, horizon: int, objective: str) -> float:
-    """How far a score travels under a constant gradient, in units of the first learning rate: the sum over
-    the updates of the linear decay times, for BertAdam, its missing bias correction."""
-    t = np.arange(1, num_updates + 1)
-    distances = 1 - (t - 1) / horizon
-    if objective == "kd":
-        distances = distances * (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
-    return float(distances.sum())
+    rate = learning_rate_of(values["objective"], values["sparsity"], num_updates)
+    return rate, (f"the paper's {paper_rate:g} x {rate / paper_rate:.4g}, at most 0.01: scores can travel as far as in "
+                  f"its {paper_updates(values['sparsity']):,} updates")
 
 
 def check_widths(model: bert.Model, scope: str, rule: str):
@@ -1587,7 +1639,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def note_flags_without_effect(settings: Settings):
-    """A flag that the method ignores is said and no error, so that a sweep can pass the same flags to all."""
+    """A flag that the method ignores is reported, not refused, so that a sweep can pass the same flags to all."""
     if settings.method in ("omp", "random"):
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
@@ -1663,6 +1715,13 @@ def wrap_network(model, run):
     return network
 
 
+def average_gradients_if(is_last: bool, training: "Training"):
+    """Gradients are averaged across processes in the last backward pass of an update only."""
+    if is_last or training.run.machine.num_processes == 1:
+        return nullcontext()
+    return training.network.no_sync()
+
+
 @contextmanager
 def first_process_first(machine: Machine):
     """The first process of each host downloads, makes the toy and caches token ids; then the others go on."""
@@ -1697,7 +1756,7 @@ def toy_folder(name: str) -> Path:
 
 
 def run_command(main):
-    """Calls a program. What its user can mend becomes one line and exit status 2; Ctrl-C is 130."""
+    """Calls a program. What its user can fix becomes one line and exit status 2; Ctrl-C is 130."""
     try:
         main()
     except KeyboardInterrupt:
