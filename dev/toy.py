@@ -368,8 +368,8 @@ def fresh_model(size):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = bert.Model(bert.Config(vocab_size=size, **SIZES))
-        model.new_head("classifier", 2)
-    table = model.base.embeddings.position_embeddings.weight
+        model.add_classifier(2)
+    table = model.backbone.embeddings.position_embeddings.weight
     angle = torch.arange(table.shape[0])[:, None] * 50 ** -torch.linspace(0, 1, table.shape[1] // 2)
     table.data = 0.05 * torch.cat([angle.sin(), angle.cos()], 1)
     return model.eval()  # no dropout: each row is seen but a few times
@@ -385,7 +385,7 @@ def mlm_loss(model, ids, vocab, rng, pairs=False):
     if pairs:
         right = np.arange(ids.shape[1]) > half
         ids = np.where(right & strange, np.roll(ids, 1, 0), ids)
-        ids[:, half], segments = vocab.sep, torch.from_numpy(right * 1)
+        ids[:, half], segments = vocab.sep_id, torch.from_numpy(right * 1)
     shown, chosen = map(torch.from_numpy, data.corrupt(ids, vocab, rng))
     hidden = model(shown, None, segments)[-1]
     loss = F.cross_entropy(model.mlm_logits(hidden[chosen]), torch.from_numpy(ids)[chosen])
@@ -410,7 +410,7 @@ def pretrain(folder, steps=1800):
         T, B = (32, 32) if step < switch else (128, 8)
         if step in (0, switch):
             rows = data.corpus(folder / "text", vocab, T, "train")
-            model.base.embeddings.position_embeddings.requires_grad_(T == 128)
+            model.backbone.embeddings.position_embeddings.requires_grad_(T == 128)
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
         loss = mlm_loss(model, rows[data.batch_rows(len(rows), 0, step * B, B)], vocab, rng, step % 3 == 2)
@@ -427,7 +427,7 @@ def pretrain(folder, steps=1800):
         losses = [mlm_loss(model, rows[at:at + 16], vocab, rng).item() for at in range(0, len(rows), 16)]
     del model.classifier
     bert.save(folder / "model", model.config, model.state_dict(), "ForMaskedLM")
-    data.save_vocabulary(vocab, folder / "model", 128)
+    data.save_vocabulary(vocab, folder / "model", "bert", 128)
     print(f"toy: dev MLM loss {np.mean(losses):.4f}, {time.time() - began:.0f} s")
 
 
