@@ -906,7 +906,8 @@ def read_tensorflow(path) -> dict[str, torch.Tensor]:
     shards = {}
     tensors = {}
     for name, entry in entries.items():
-        file = f"{prefix}.data-{entry.get(SHARD, 0):05d}-of-{num_shards:05d}"
+        with naming(f"{prefix}.index: variable {name!r:.200}"):
+            file = f"{prefix}.data-{entry.get(SHARD, 0):05d}-of-{num_shards:05d}"
         if file not in shards:
             shards[file] = read_bytes(file)
         with naming(f"{file}: variable {name!r:.200}"):
