@@ -336,11 +336,12 @@ class Model(nn.Module):
         self.qa_outputs = self.fresh(nn.Linear, self.config.hidden_size, 2)
 
     def fresh(self, make, *arguments) -> nn.Module:
-        """A module with BERT's initialisation, drawn from torch's global generator, on the model's device."""
+        """A module with BERT's initialisation, drawn from torch's global generator, in the model's mode and on
+        its device."""
         device = self.backbone.embeddings.word_embeddings.weight.device
         with torch.device(device):
             module = make(*arguments)
-        return module.apply(self.initialise)
+        return module.apply(self.initialise).train(self.training)
 
     def initialise(self, module):
         """Weights are drawn from N(0, 0.02), biases are 0. A LayerNorm is made as 1 and 0 by torch."""
