@@ -336,8 +336,8 @@ class Model(nn.Module):
         self.qa_outputs = self.fresh(nn.Linear, self.config.hidden_size, 2)
 
     def fresh(self, make, *arguments) -> nn.Module:
-        """A module with BERT's initialisation, drawn from torch's global generator, in the model's mode and on
-        its device."""
+        """A module with BERT's initialisation, drawn from torch's global generator. It is on the model's
+        device, and in its mode: dropout stays off after load()."""
         device = self.backbone.embeddings.word_embeddings.weight.device
         with torch.device(device):
             module = make(*arguments)
@@ -809,7 +809,12 @@ def read_pickle(path):
     except (OSError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make torch raise almost any type
-        reason = str(error).split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__
+        # torch's message begins with advice not to be followed here; what was wrong comes after it.
+        paragraphs = re.split(r"WeightsUnpickler error: |\n\n+", str(error))
+        reason = paragraphs[min(1, len(paragraphs) - 1)].strip() or type(error).__name__
+        foreign = re.search(r"GLOBAL (\S+)", reason)
+        if foreign:
+            reason = f"it holds {foreign[1]:.100}; only tensors and plain values are read"
         raise ValueError(f"{path}: not a readable PyTorch file ({reason.splitlines()[0]:.200})") from None
 
 

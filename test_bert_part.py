@@ -1,7 +1,9 @@
-"""The promises of bert.py. Everything is made at run time; the real files are used as well where they are at hand."""
+"""The promises of bert.py. Everything is made at run time; real files are used as well where they
+are at hand."""
 
 import argparse
 import base64
+import io
 import json
 import os
 import random
@@ -140,11 +142,11 @@ def test_all_hidden_states_are_those_of_transformers(tmp_path, family, num_heads
     theirs.save_pretrained(tmp_path)
     input_ids, attention_mask = padded_batch(family)
 
-    expected = theirs(input_ids, attention_mask=attention_mask.long(), output_hidden_states=True).hidden_states
+    output = theirs(input_ids, attention_mask=attention_mask.long(), output_hidden_states=True)
     found = bert.load(tmp_path)(input_ids, attention_mask)
 
-    assert len(found) == len(expected) == 3  # the embeddings and two layers
-    for ours, other in zip(found, expected, strict=True):
+    assert len(found) == 3  # the embeddings and two layers
+    for ours, other in zip(found, output.hidden_states, strict=True):
         assert_close(ours[attention_mask], other[attention_mask])
 
 
@@ -298,6 +300,14 @@ def test_heads_added_later_are_drawn_from_torchs_generator(model):
     torch.manual_seed(5)
     model.add_classifier(3)
     assert not torch.equal(first[0], next(model.classifier.parameters()))
+
+
+def test_heads_added_later_have_the_models_mode(model):
+    model.eval().add_classifier(3)
+    last_hidden_state = torch.randn(2, 5, 32)
+    assert torch.equal(model.class_logits(last_hidden_state), model.class_logits(last_hidden_state))
+    model.train().add_classifier(3)
+    assert not torch.equal(model.class_logits(last_hidden_state), model.class_logits(last_hidden_state))
 
 
 @torch.no_grad()
@@ -465,7 +475,13 @@ BIASES = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}
 
 
 @both_families
-@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."])
+@pytest.mark.parametrize("prefix", [
+    "module.",  # DistributedDataParallel
+    "model.",  # Lightning
+    "_orig_mod.",  # torch.compile
+    "module._orig_mod.",
+    "_orig_mod.module.model.",
+])
 def test_what_training_programs_put_in_front_of_names_is_dropped(world, tmp_path, family, prefix):
     tensors, settings = read_folder(world / family)
     wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
@@ -474,7 +490,9 @@ def test_what_training_programs_put_in_front_of_names_is_dropped(world, tmp_path
 
 def test_a_compiled_module_inside_the_model_is_read(world, tmp_path):
     tensors, settings = read_folder(world / "bert")
-    compiled = {name.replace("bert.encoder.", "bert.encoder._orig_mod."): t for name, t in tensors.items()}
+    compiled = {}
+    for name, tensor in tensors.items():
+        compiled[name.replace("bert.encoder.", "bert.encoder._orig_mod.")] = tensor
     assert_loads_as(write_folder(tmp_path / "compiled", compiled, settings), world / "bert")
 
 
@@ -483,9 +501,10 @@ def test_the_spelling_of_2018_is_read(world, tmp_path, family):
     tensors, settings = read_folder(world / family)
     old = {}
     for name, tensor in tensors.items():
-        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        name = name.replace("LayerNorm.bias", "LayerNorm.beta")
         old[name] = tensor
-    assert "bert.embeddings.LayerNorm.gamma" in old or family == "roberta"
+    assert f"{family}.embeddings.LayerNorm.gamma" in old
     assert_loads_as(write_folder(tmp_path / "old", old, settings), world / family)
 
 
@@ -515,7 +534,8 @@ def test_a_bare_encoder_of_unknown_family_is_refused(world, tmp_path):
     tensors, settings = read_folder(world / "bert")
     bare = {name.removeprefix("bert."): t for name, t in tensors.items() if name.startswith("bert.")}
     folder = write_folder(tmp_path / "bare", bare, without(settings, "model_type", "architectures"))
-    refused(bert.load, folder, match="model.safetensors: .*must name one family, bert or roberta; found: none")
+    match = "model.safetensors: .*must name one family, bert or roberta; found: none"
+    refused(bert.load, folder, match=match)
 
 
 def test_a_model_type_that_contradicts_the_weights_is_refused(world, tmp_path):
@@ -604,7 +624,7 @@ def test_the_bias_of_the_decoder_may_be_stored_under_the_decoders_name_alone(wor
 @both_families
 @pytest.mark.parametrize("said", [True, False])
 @torch.no_grad()
-def test_a_decoder_that_differs_from_the_embeddings_counts_whatever_the_config_says(world, tmp_path, family, said):
+def test_a_decoder_that_differs_counts_whatever_the_config_says(world, tmp_path, family, said):
     tensors, settings = read_folder(world / family)
     words = tensors[f"{family}.embeddings.word_embeddings.weight"]
     doubled = tensors | {f"{DECODERS[family]}.weight": 2 * words}
@@ -744,7 +764,8 @@ def test_of_several_checkpoints_one_must_be_named(world, tmp_path):
 
 
 def test_a_folder_without_weights_says_what_is_looked_for(tmp_path):
-    refused(bert.load, tmp_path, match=r"no model.safetensors, pytorch_model.bin, model.pt or \*.ckpt.index in it")
+    match = r"no model.safetensors, pytorch_model.bin, model.pt or \*.ckpt.index in it"
+    refused(bert.load, tmp_path, match=match)
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
@@ -752,7 +773,8 @@ def test_a_path_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_file_of_another_kind_is_refused(world):
-    refused(bert.load, world / "bert" / "config.json", match="config.json: not a checkpoint: expected .safetensors")
+    file = world / "bert" / "config.json"
+    refused(bert.load, file, match="config.json: not a checkpoint: expected .safetensors")
 
 
 def test_weights_without_a_config_are_refused(world, tmp_path):
@@ -868,9 +890,13 @@ def test_a_real_index_of_googles_lists_its_variables():
 
 
 def test_an_object_checkpoint_of_tensorflow_2_is_named(tmp_path):
-    variables = {"_CHECKPOINTABLE_OBJECT_GRAPH": torch.ones(1), "model/x/.ATTRIBUTES/VARIABLE_VALUE": torch.ones(2)}
+    variables = {
+        "_CHECKPOINTABLE_OBJECT_GRAPH": torch.ones(1),
+        "model/x/.ATTRIBUTES/VARIABLE_VALUE": torch.ones(2),
+    }
     fuzz.write_tensorflow(tmp_path / "ckpt-1", variables)
-    refused(bert.load, tmp_path, match="ckpt-1.index: an object checkpoint of TensorFlow 2; expected .*bert_model.ckpt")
+    match = "ckpt-1.index: an object checkpoint of TensorFlow 2; expected .*bert_model.ckpt"
+    refused(bert.load, tmp_path, match=match)
 
 
 @pytest.mark.parametrize("variable", [
@@ -884,7 +910,8 @@ def test_albert_and_electra_of_tensorflow_are_named(tmp_path, variable):
 
 def test_a_tensorflow_checkpoint_of_anything_else_shows_its_variables(tmp_path):
     fuzz.write_tensorflow(tmp_path / "model.ckpt", {"resnet/conv/kernel": torch.ones(2, 2)})
-    refused(bert.load, tmp_path, match="model.ckpt.index: no variable bert/.*; the file has: resnet/conv/kernel")
+    match = "model.ckpt.index: no variable bert/.*; the file has: resnet/conv/kernel"
+    refused(bert.load, tmp_path, match=match)
 
 
 # fairseq.
@@ -941,7 +968,8 @@ FAIRSEQ_ARGS = argparse.Namespace(encoder_attention_heads=4, activation_fn="gelu
     {"side": "encoder", "norm": "layernorm_embedding"},  # since 2020
 ], ids=str)
 def test_fairseqs_layouts_are_read(roberta_tensors, tmp_path, layout):
-    folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors, **layout), {"args": FAIRSEQ_ARGS})
+    tensors = fairseq_tensors(roberta_tensors, **layout)
+    folder = write_fairseq(tmp_path / "f", tensors, {"args": FAIRSEQ_ARGS})
     assert_equal(bert.load(folder).state_dict(), roberta_tensors)
 
 
@@ -983,7 +1011,8 @@ def test_a_fairseq_file_without_its_settings_needs_a_config(world, roberta_tenso
 def test_a_fairseq_file_with_layers_of_another_kind_is_refused(roberta_tensors, tmp_path):
     more = {"decoder.sentence_encoder.layer_norm.weight": torch.ones(32)}
     folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors) | more, {"args": FAIRSEQ_ARGS})
-    refused(bert.load, folder, match="model.pt: decoder.sentence_encoder.layer_norm.weight is not a part of RoBERTa")
+    match = "model.pt: decoder.sentence_encoder.layer_norm.weight is not a part of RoBERTa"
+    refused(bert.load, folder, match=match)
 
 
 @real
@@ -1005,10 +1034,15 @@ def test_a_real_legacy_pickle_of_a_12_layer_model_is_read():
 
 def test_all_missing_and_misshaped_tensors_stand_in_one_error(world, tmp_path):
     tensors, settings = read_folder(world / "bert")
-    tensors = without(tensors, "bert.encoder.layer.1.output.dense.bias", "cls.predictions.transform.dense.weight")
-    tensors |= {"bert.pooler.dense.weight": torch.ones(2, 2), "bert.embeddings.LayerNorm.bias": torch.ones(3)}
-    message = refused(bert.load, write_folder(tmp_path / "odd", tensors, settings), match="model.safetensors: ")
-    assert "missing: bert.encoder.layer.1.output.dense.bias, cls.predictions.transform.dense.weight;" in message
+    del tensors["bert.encoder.layer.1.output.dense.bias"]
+    del tensors["cls.predictions.transform.dense.weight"]
+    tensors["bert.pooler.dense.weight"] = torch.ones(2, 2)
+    tensors["bert.embeddings.LayerNorm.bias"] = torch.ones(3)
+
+    folder = write_folder(tmp_path / "odd", tensors, settings)
+    message = refused(bert.load, folder, match="model.safetensors: ")
+    missing = "bert.encoder.layer.1.output.dense.bias, cls.predictions.transform.dense.weight"
+    assert f"missing: {missing};" in message
     assert "bert.embeddings.LayerNorm.bias [3] instead of [32]" in message
     assert "bert.pooler.dense.weight [2, 2] instead of [32, 32]" in message
 
@@ -1016,7 +1050,8 @@ def test_all_missing_and_misshaped_tensors_stand_in_one_error(world, tmp_path):
 def test_a_long_list_of_missing_tensors_is_cut_and_shows_what_the_file_has(world, tmp_path):
     tensors, settings = read_folder(world / "bert")
     tensors = {name.replace(".attention.", ".attn."): tensor for name, tensor in tensors.items()}
-    message = refused(bert.load, write_folder(tmp_path / "odd", tensors, settings), match="and 16 more; the file has: ")
+    folder = write_folder(tmp_path / "odd", tensors, settings)
+    message = refused(bert.load, folder, match="and 16 more; the file has: ")
     assert message.count("attention.self") == 4
     assert len(message) < 700
 
@@ -1027,7 +1062,8 @@ def test_weights_that_are_whole_numbers_are_refused(world, tmp_path, dtype):
     tensors, settings = read_folder(world / "bert")
     tensors["bert.pooler.dense.weight"] = torch.ones(32, 32, dtype=dtype)
     folder = write_folder(tmp_path / "whole", tensors, settings)
-    refused(bert.load, folder, match=f"wrong values: bert.pooler.dense.weight holds {dtype}, not floating-point")
+    match = f"wrong values: bert.pooler.dense.weight holds {dtype}, not floating-point"
+    refused(bert.load, folder, match=match)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -1045,12 +1081,14 @@ def test_fp64_weights_beyond_fp32_are_refused(world, tmp_path):
     refused(bert.load, folder, match="bert.pooler.dense.weight holds values that are not finite")
 
 
-@pytest.mark.parametrize("model_type", ["albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta",
-                                        "modernbert"])
+@pytest.mark.parametrize("model_type", [
+    "albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta", "modernbert",
+])
 def test_a_hugging_face_folder_of_another_family_is_named(world, tmp_path, model_type):
     tensors, settings = read_folder(world / "bert")
     folder = write_folder(tmp_path / "other", tensors, settings | {"model_type": model_type})
-    refused(bert.load, folder, match=f"this is a model of the family {model_type}; only bert and roberta are read")
+    match = f"this is a model of the family {model_type}; only bert and roberta are read"
+    refused(bert.load, folder, match=match)
 
 
 @pytest.mark.parametrize("prefix", ["albert", "electra", "distilbert"])
@@ -1101,7 +1139,8 @@ def test_a_size_that_the_config_lacks_is_named(world, tmp_path, name, null):
     settings = without(settings, name)
     if null:
         settings[name] = None
-    refused(bert.load, write_folder(tmp_path / "odd", tensors, settings), match=f"config.json: missing {name}$")
+    folder = write_folder(tmp_path / "odd", tensors, settings)
+    refused(bert.load, folder, match=f"config.json: missing {name}$")
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused(world, tmp_path):
@@ -1161,7 +1200,7 @@ def contents(folder):
 
 
 def test_on_a_full_disk_save_leaves_the_old_files(world, tmp_path):
-    """Files of this process may have at most 10,000 bytes for a moment: the weights do not fit, the config does."""
+    """For a moment files may have at most 10,000 bytes: the config fits, the weights do not."""
     model = bert.load(world / "bert")
     bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
     before = contents(tmp_path)
@@ -1170,7 +1209,8 @@ def test_on_a_full_disk_save_leaves_the_old_files(world, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        refused(bert.save, tmp_path, model.config, doubled, "ForOther", match="too large: .*model.safetensors")
+        match = "too large: .*model.safetensors"
+        refused(bert.save, tmp_path, model.config, doubled, "ForOther", match=match)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -1274,8 +1314,6 @@ def test_checksums_are_crc32c_rotated_by_15_bits_plus_a_constant(content, crc):
 
 
 def read_varint(content):
-    import io
-
     return bert.read_varint(io.BytesIO(content))
 
 
