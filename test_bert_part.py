@@ -604,13 +604,14 @@ def test_a_tied_matrix_may_be_stored_under_the_decoders_name_alone(world, tmp_pa
 
 
 @both_families
-def test_a_tied_matrix_and_its_bias_may_be_stored_twice(world, tmp_path, family):
+def test_a_tied_matrix_and_its_bias_may_be_stored_twice(world, tmp_path, family, capsys):
     tensors, settings = read_folder(world / family)
     decoder = {
         f"{DECODERS[family]}.weight": tensors[f"{family}.embeddings.word_embeddings.weight"].clone(),
         f"{DECODERS[family]}.bias": tensors[BIASES[family]].clone(),
     }
     assert_loads_as(write_folder(tmp_path / "twice", tensors | decoder, settings), world / family)
+    assert capsys.readouterr().out == ""  # nothing is called unused
 
 
 @both_families
