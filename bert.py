@@ -54,7 +54,7 @@ class Config:
 
     @property
     def positions(self) -> int:
-        """The longest sequence in tokens. RoBERTa's table begins at row pad + 1: 514 rows serve 512 tokens."""
+        """The longest sequence in tokens. RoBERTa begins at row pad + 1: 514 rows serve 512 tokens."""
         if self.model_type == "roberta":
             return self.max_position_embeddings - self.pad_token_id - 1
         return self.max_position_embeddings
@@ -110,7 +110,8 @@ class SelfAttention(nn.Module):
         self.head_size = D // config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
 
-    def forward(self, hidden_states, attention_mask):  # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, H * head size)
+    def forward(self, hidden_states, attention_mask):
+        # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, H * head size)
         query = self.split_heads(self.query(hidden_states))  # (B, H, T, head size)
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
@@ -200,7 +201,8 @@ class Backbone(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         if attention_mask is not None:
-            attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): for all heads and queries
+            # (B, T) -> (B, 1, 1, T): the same for all heads and queries
+            attention_mask = attention_mask.bool()[:, None, None, :]
         embedded = self.embeddings(input_ids, token_type_ids)
         return self.encoder(embedded, attention_mask)
 
@@ -334,11 +336,12 @@ class Model(nn.Module):
         self.qa_outputs = self.fresh(nn.Linear, self.config.hidden_size, 2)
 
     def fresh(self, make, *arguments) -> nn.Module:
-        """A module with BERT's initialisation, drawn from torch's global generator, on the model's device."""
+        """A module with BERT's initialisation, drawn from torch's global generator. It is on the model's
+        device, and in its mode: dropout stays off after load()."""
         device = self.backbone.embeddings.word_embeddings.weight.device
         with torch.device(device):
             module = make(*arguments)
-        return module.apply(self.initialise)
+        return module.apply(self.initialise).train(self.training)
 
     def initialise(self, module):
         """Weights are drawn from N(0, 0.02), biases are 0. A LayerNorm is made as 1 and 0 by torch."""
@@ -414,7 +417,9 @@ def save(folder, config: Config, tensors: dict, architecture: str, **extra):
 
 
 def find_weights(path: Path) -> Path:
-    """The file with the weights: the path itself, the first kind found in its folder, or a TensorFlow index."""
+    """The file with the weights: the path itself, the first kind in a folder, or TensorFlow's index.
+
+    Links are not followed: in a hub cache they lead to blobs/, where names and config.json are lost."""
     if path.is_dir():
         path = find_weights_in(path)
     index = Path(TENSORFLOW_SUFFIX.sub("", str(path)) + ".index")
@@ -423,7 +428,8 @@ def find_weights(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
     if not path.name.endswith((*PICKLE_SUFFIXES, ".safetensors", ".index.json")):
-        raise ValueError(f"{path}: not a checkpoint: expected .safetensors, .bin, .pt, .ckpt or TensorFlow's .index")
+        raise ValueError(f"{path}: not a checkpoint: expected .safetensors, .bin, .pt, .ckpt or "
+                         "TensorFlow's .index")
     return path
 
 
@@ -431,35 +437,46 @@ def find_weights_in(folder: Path) -> Path:
     patterns = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json", "*.index", "*.safetensors", "*.bin", "*.pt", "*.ckpt"]
     for pattern in patterns:
-        files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))  # ._x is macOS's
+        files = visible_files(folder, pattern)
         if len(files) > 1:
             raise ValueError(f"{folder}: several checkpoints, name one: {shorten([f.name for f in files])}")
         if files:
             return files[0]
-    raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin, model.pt or *.ckpt.index in it")
+    raise FileNotFoundError(f"{folder}: no model.safetensors, pytorch_model.bin, model.pt or "
+                            "*.ckpt.index in it")
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Sorted; without the ._bert_model.ckpt.index that macOS writes beside bert_model.ckpt.index."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 def read_weights(file: Path) -> tuple[dict, dict]:
     """The tensors under Hugging Face's names, in any spelling of them; and what a fairseq file, which has no
     config.json, says of the sizes ({} for the other formats)."""
     if file.suffix == ".index":
-        return from_tensorflow(read_tensorflow(file)), {}
-    if file.suffix == ".json":
-        return read_sharded(file), {}
-    if file.suffix == ".safetensors":
-        return read_safetensors(file), {}
-
-    content = read_pickle(file)
-    tensors = merge_pruned(find_state_dict(content, file))
-    if any(".sentence_encoder." in name for name in tensors):
+        tensors = read_tensorflow(file)
         with naming(file):
+            return from_tensorflow(tensors), {}
+
+    content = {}
+    if file.suffix == ".json":
+        tensors = read_sharded(file)
+    elif file.suffix == ".safetensors":
+        tensors = read_safetensors(file)
+    else:
+        content = read_pickle(file)
+        tensors = find_state_dict(content, file)
+    with naming(file):
+        tensors = merge_pruned(tensors)
+        if any(".sentence_encoder." in name for name in tensors):
             return from_fairseq(tensors, content)
     return tensors, {}
 
 
 def find_config(weights_file: Path) -> Path | None:
     folder = weights_file.parent
-    for file in [folder / "config.json", *sorted(folder.glob("*bert_config.json"))]:
+    for file in [folder / "config.json", *visible_files(folder, "*bert_config.json")]:
         if file.is_file():
             return file
     return None
@@ -470,7 +487,7 @@ OTHER_FAMILIES = ("albert", "camembert", "deberta", "distilbert", "electra", "mp
 
 
 def find_family(tensors: dict, settings: dict) -> str:
-    """"bert" or "roberta": from model_type and architectures of the config, and from the names of the weights.
+    """"bert" or "roberta": from the config's model_type and architectures, and from the weights' names.
 
     Google's config and those of old RoBERTa models have no model_type, and a bare encoder has no prefix."""
     families = set()
@@ -487,23 +504,26 @@ def find_family(tensors: dict, settings: dict) -> str:
 
     other = families & {*OTHER_FAMILIES, str(model_type)} - {"bert", "roberta"}
     if other:
-        raise ValueError(f"this is a model of the family {shorten(sorted(other))}; only bert and roberta are read")
+        raise ValueError(f"this is a model of the family {shorten(sorted(other))}; "
+                         "only bert and roberta are read")
     families &= {"bert", "roberta"}
     if len(families) != 1:
-        raise ValueError(f"the names of the weights ({shorten(list(tensors))}) and model_type in config.json must "
-                         f"name one family, bert or roberta; found: {' and '.join(sorted(families)) or 'none'}")
+        found = " and ".join(sorted(families)) or "none"
+        raise ValueError(f"the names of the weights ({shorten(list(tensors))}) and model_type in "
+                         f"config.json must name one family, bert or roberta; found: {found}")
     return families.pop()
 
 
-# What training programs put in front of a name: DistributedDataParallel, torch.compile, Lightning.
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|model\.)*")
+# What training programs put in front of a name: DistributedDataParallel, Lightning, and torch.compile,
+# which may also have wrapped a module inside: bert._orig_mod.pooler.dense.bias.
+WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.")
 
 
 def normalise_names(tensors: dict, family: str) -> dict:
     """Any Hugging Face spelling -> the names of this module.
 
     module.bert.pooler.dense.bias  ->  bert.pooler.dense.bias
-    embeddings.LayerNorm.gamma     ->  bert.embeddings.LayerNorm.weight     (a bare encoder, spelled as in 2018)
+    embeddings.LayerNorm.gamma     ->  bert.embeddings.LayerNorm.weight  (a bare encoder of 2018)
     """
     normalised = {}
     for name, tensor in tensors.items():
@@ -573,7 +593,8 @@ def check_number_of_layers(config: Config, tensors: dict):
     numbers = [re.search(r"\.encoder\.layer\.(\d+)\.", name) for name in tensors]
     found = len({match[1] for match in numbers if match})
     if config.num_hidden_layers > found:
-        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, but the weights have {found} layers")
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}, "
+                         f"but the weights have {found} layers")
 
 
 def settle_decoder(config: Config, tensors: dict) -> Config:
@@ -589,8 +610,9 @@ def settle_decoder(config: Config, tensors: dict) -> Config:
     if decoder not in tensors:
         return config
     if words not in tensors:
-        tensors[words] = tensors.pop(decoder)
-        return replace(config, tie_word_embeddings=True)
+        if config.tie_word_embeddings:
+            tensors[words] = tensors.pop(decoder)
+        return config
     if not torch.equal(tensors[decoder].float(), tensors[words].float()):
         return replace(config, tie_word_embeddings=False)
     if config.tie_word_embeddings:
@@ -599,7 +621,7 @@ def settle_decoder(config: Config, tensors: dict) -> Config:
 
 
 def check_tensors(expected: dict, tensors: dict):
-    """Compares names, shapes and kinds of values with the model's, and lists all that does not fit at once."""
+    """Compares names, shapes and kinds of values with the model's; one error lists all that does not fit."""
     missing = []
     wrong_shape = []
     not_numbers = []
@@ -612,7 +634,7 @@ def check_tensors(expected: dict, tensors: dict):
             wrong_shape.append(f"{name} {list(tensor.shape)} instead of {list(parameter.shape)}")
         elif not tensor.is_floating_point():
             not_numbers.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
-        elif not tensor.isfinite().all():
+        elif not tensor.float().isfinite().all():
             not_numbers.append(f"{name} holds values that are not finite")
 
     problems = []
@@ -693,7 +715,7 @@ def read_bytes(path) -> np.ndarray:
 
 def tensor_from_bytes(raw, dtype, shape: list) -> torch.Tensor:
     """Little-endian bytes, uint8 (n,) -> a tensor on the same memory where the alignment allows it."""
-    valid = all(type(size) is int and size >= 0 for size in shape)
+    valid = all(type(size) is int and 0 <= size < 2**63 for size in shape)
     if not valid or math.prod(shape) * dtype.itemsize != len(raw):
         raise ValueError(f"{len(raw):,} bytes cannot hold {dtype} of shape {str(shape):.80}")
     if raw.ctypes.data % dtype.itemsize:
@@ -707,8 +729,10 @@ def tensor_from_bytes(raw, dtype, shape: list) -> torch.Tensor:
 #     N bytes   JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, ...}
 #     the rest  the tensors, one after the other; offsets count from here
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}
 
 
 def read_safetensors(path) -> dict[str, torch.Tensor]:
@@ -720,13 +744,16 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
     tensors = {}
     with naming(path):
         header = json.loads(content[8:8 + header_size].tobytes())
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}, not a JSON object")
         data = content[8 + header_size:]
         header.pop("__metadata__", None)
         covered = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             if begin != covered or not begin <= end <= len(data):
-                raise ValueError(f"{name:.200}: bytes {begin} to {end} do not follow on {covered}, or are not there")
+                raise ValueError(f"{name:.200}: bytes {begin} to {end} do not follow on {covered}, "
+                                 "or are not there")
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{name:.200}: dtype {entry['dtype']!r:.20} is not one of "
                                  f"{', '.join(SAFETENSORS_DTYPES)}")
@@ -746,7 +773,11 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor]):
     begin = 0
     for name, tensor in ordered:
         end = begin + tensor.nbytes
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
 
     header_bytes = json.dumps(header).encode()
@@ -772,20 +803,32 @@ def read_pickle(path):
     try:
         if is_zip:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch does not compare the checksums
-            if damaged:
-                raise ValueError(f"{damaged} fails its checksum")
+                check_archive(archive)
         with torch.serialization.safe_globals([argparse.Namespace]):  # fairseq's settings
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make torch raise almost any type
-        reason = str(error).split("WeightsUnpickler error: ")[-1].strip() or type(error).__name__
+        # torch's message begins with advice not to be followed here; what was wrong comes after it.
+        paragraphs = re.split(r"WeightsUnpickler error: |\n\n+", str(error))
+        reason = paragraphs[min(1, len(paragraphs) - 1)].strip() or type(error).__name__
+        foreign = re.search(r"GLOBAL (\S+)", reason)
+        if foreign:
+            reason = f"it holds {foreign[1]:.100}; only tensors and plain values are read"
         raise ValueError(f"{path}: not a readable PyTorch file ({reason.splitlines()[0]:.200})") from None
 
 
+def check_archive(archive: zipfile.ZipFile):
+    """What torch does not check: it would take compressed bytes for the numbers themselves."""
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise ValueError("a compressed archive; torch.save stores without compression")
+    damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} fails its checksum")
+
+
 def find_state_dict(content, path) -> dict[str, torch.Tensor]:
-    """The {name: tensor} in what read_pickle returned: the content itself, or inside a training checkpoint."""
+    """The {name: tensor} in what read_pickle returned: all of it, or an entry of a training checkpoint."""
     if isinstance(content, dict):
         for key in ("model", "state_dict", "model_state_dict"):
             if isinstance(content.get(key), dict):
@@ -796,9 +839,11 @@ def find_state_dict(content, path) -> dict[str, torch.Tensor]:
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: entry {name!r:.200} is not a tensor")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{path}: entry {name!r:.200} is sparse or has no values")
         size = max(tensor.nbytes, tensor.untyped_storage().nbytes())
-        if tensor.layout != torch.strided or tensor.is_meta or size > Path(path).stat().st_size:
-            raise ValueError(f"{path}: entry {name!r:.200} is not a plain tensor that fits the file")
+        if size > Path(path).stat().st_size:
+            raise ValueError(f"{path}: entry {name!r:.200} claims more bytes than the file has")
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
@@ -807,7 +852,11 @@ def merge_pruned(tensors: dict) -> dict:
     merged = {}
     for name, tensor in tensors.items():
         if name.endswith("_orig") and f"{name[:-5]}_mask" in tensors:
-            merged[name[:-5]] = tensor * tensors[f"{name[:-5]}_mask"]
+            mask = tensors[f"{name[:-5]}_mask"]
+            if mask.shape != tensor.shape:
+                raise ValueError(f"{name[:-5]}_mask has shape {list(mask.shape)} instead of "
+                                 f"{list(tensor.shape)}")
+            merged[name[:-5]] = tensor * mask
         elif not (name.endswith("_mask") and f"{name[:-5]}_orig" in tensors):
             merged[name] = tensor
     return merged
@@ -821,7 +870,8 @@ def read_sharded(path) -> dict[str, torch.Tensor]:
     tensors = {}
     for shard in sorted({str(file) for file in weight_map.values()}):
         if not re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", shard):
-            raise ValueError(f'{path}: "weight_map" must name .safetensors or .bin files beside it, not {shard:.99}')
+            raise ValueError(f'{path}: "weight_map" must name .safetensors or .bin files beside it, '
+                             f"not {shard:.99}")
         file = Path(path).parent / shard
         if file.suffix == ".bin":
             tensors |= find_state_dict(read_pickle(file), file)
@@ -862,7 +912,8 @@ def read_tensorflow(path) -> dict[str, torch.Tensor]:
     shards = {}
     tensors = {}
     for name, entry in entries.items():
-        file = f"{prefix}.data-{entry.get(SHARD, 0):05d}-of-{num_shards:05d}"
+        with naming(f"{prefix}.index: variable {name!r:.200}"):
+            file = f"{prefix}.data-{entry.get(SHARD, 0):05d}-of-{num_shards:05d}"
         if file not in shards:
             shards[file] = read_bytes(file)
         with naming(f"{file}: variable {name!r:.200}"):
@@ -880,8 +931,10 @@ def read_variable(entry: dict, data) -> torch.Tensor:
     raw = data[begin:end]
 
     # The checksum takes 0.15 s per megabyte in Python, so only small variables are compared.
-    if len(raw) <= 1 << 20 and masked_crc32c(raw.tobytes()) != int.from_bytes(entry.get(CHECKSUM, b""), "little"):
-        raise ValueError("fails its checksum")
+    if len(raw) <= 1 << 20:
+        checksum = int.from_bytes(entry.get(CHECKSUM, b""), "little")
+        if masked_crc32c(raw.tobytes()) != checksum:
+            raise ValueError("fails its checksum")
 
     shape = []
     for field, dimension in read_fields(entry.get(SHAPE, b"")):
@@ -898,7 +951,8 @@ def read_tensorflow_index(path) -> tuple[int, dict[str, dict]]:
     entries = {}
     with naming(f"{path}: not a TensorFlow index, or a damaged one"):
         if len(index) > LARGEST_INDEX or index[-8:] != TENSORFLOW_MAGIC:
-            raise ValueError(f"the magic number at its end is missing, or it has over {LARGEST_INDEX:,} bytes")
+            raise ValueError("the magic number at its end is missing, or it has over "
+                             f"{LARGEST_INDEX:,} bytes")
         footer = io.BytesIO(index[-48:])
         read_handle(footer)
         for _, handle in read_block(index, *read_handle(footer)):
@@ -908,8 +962,9 @@ def read_tensorflow_index(path) -> tuple[int, dict[str, dict]]:
         if header.get(ENDIANNESS):
             raise ValueError("big-endian data")
     if any(name.startswith("_CHECKPOINTABLE_OBJECT_GRAPH") for name in entries):
-        raise ValueError(f"{path}: an object checkpoint of TensorFlow 2; expected one in the layout of Google's BERT "
-                         "(bert_model.ckpt), or the model saved by transformers as model.safetensors")
+        raise ValueError(f"{path}: an object checkpoint of TensorFlow 2; expected one in the layout of "
+                         "Google's BERT (bert_model.ckpt), or the model saved by transformers as "
+                         "model.safetensors")
     return header.get(NUM_SHARDS, 0), entries
 
 
@@ -1053,12 +1108,15 @@ def from_tensorflow(tensors: dict) -> dict:
         if not name.startswith(("bert/", "cls/", "electra/")) or parent in tensors:
             continue  # global_step, and the optimiser's bert/pooler/dense/bias/adam_m
         if "/group_0/" in name or name.startswith("electra/"):
-            raise ValueError(f"{name} belongs to ALBERT or ELECTRA; only BERT is read from TensorFlow checkpoints")
+            raise ValueError(f"{name:.200} belongs to ALBERT or ELECTRA; only BERT is read from "
+                             "TensorFlow checkpoints")
         new = re.sub(r"_embeddings$", "_embeddings/weight", name)
         new = re.sub(r"/output_(weight|bias)s?$", r"/\1", new)
         new = re.sub(r"/kernel$", "/weight", new)
         new = new.replace("/layer_", "/layer/").replace("/", ".")
         renamed[new] = tensor.T if name.endswith("/kernel") else tensor
+    if not renamed:
+        raise ValueError(f"no variable bert/...; the file has: {shorten(sorted(tensors))}")
     return renamed
 
 
@@ -1131,7 +1189,10 @@ def fairseq_options(content: dict) -> dict:
     options = content.get("args")
     if options is None:
         options = content.get("cfg")
-        options = options.get("model", options) if isinstance(options, dict) else getattr(options, "model", options)
+        if isinstance(options, argparse.Namespace):
+            options = vars(options)
+        if isinstance(options, dict):
+            options = options.get("model", options)
     if isinstance(options, argparse.Namespace):
         return vars(options)
     return options if isinstance(options, dict) else {}

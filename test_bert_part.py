@@ -1,0 +1,1350 @@
+"""The promises of bert.py. Everything is made at run time; real files are used as well where they
+are at hand."""
+
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import re
+import resource
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bert
+from dev import fuzz
+
+ROOT = Path(__file__).parent
+REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
+real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
+WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
+
+
+def tiny(folder, family="bert", seed=0, **sizes):
+    """An ordinary model folder: two layers, 32 wide, a vocabulary of whole words."""
+    torch.manual_seed(seed)
+    letters = "".join(sorted({*"".join(WORDS)}))
+    if family == "bert":
+        specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        pieces = [f"##{letter}" for letter in letters]
+        vocab = list(dict.fromkeys([*specials, ".", *WORDS, *letters, *pieces]))
+        special_sizes = {"max_position_embeddings": 64}
+    else:
+        symbols = dict.fromkeys(letters + ".Ġ")
+        vocab = ["<s>", "<pad>", "</s>", "<unk>", *symbols, "<mask>"]
+        special_sizes = {
+            "max_position_embeddings": 66,
+            "type_vocab_size": 1,
+            "pad_token_id": 1,
+            "layer_norm_eps": 1e-5,
+        }
+    usual_sizes = {
+        "vocab_size": len(vocab),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    config = bert.Config(**{**usual_sizes, **special_sizes, "model_type": family, **sizes})
+    model = bert.Model(config, pooler=True, mlm_head=True)
+    shake(model, 0.05)
+    bert.save(folder, config, dict(model.named_parameters()), "ForMaskedLM")
+
+    if family == "bert":
+        (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    else:
+        ids = {token: number for number, token in enumerate(vocab)}
+        (folder / "vocab.json").write_text(json.dumps(ids))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def shake(model, size):
+    """No tensor stays all zeros or all ones, so that a test notices when one is not loaded."""
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * size
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny model and a text with some order in it."""
+    folder = tmp_path_factory.mktemp("world")
+    os.environ["TAMT_CACHE"] = str(folder / "cache")
+    rng = random.Random(0)
+    lines = [" ".join(["the", rng.choice(WORDS[6:9]), *rng.sample(WORDS, 5)]) + " ." for _ in range(900)]
+    (folder / "text.txt").write_text("\n".join(lines) + "\n")
+    tiny(folder / "bert")
+    tiny(folder / "roberta", "roberta")
+    return folder
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def model(request, world):
+    return bert.load(world / request.param)
+
+
+# ---------------------------------------------------------------------------------------------------
+# bert: the network
+# ---------------------------------------------------------------------------------------------------
+
+
+def transformers_model(family, kind="ForMaskedLM", **sizes):
+    """A tiny model of the transformers library, the program that everyone else runs these weights with."""
+    import transformers
+
+    torch.manual_seed(1)
+    settings = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66,
+    }
+    if family == "roberta":
+        settings |= {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5}
+    config = getattr(transformers, f"{family.title()}Config")(**{**settings, **sizes})
+    theirs = getattr(transformers, f"{family.title()}{kind}")(config).eval()
+    shake(theirs, 0.1)
+    return theirs
+
+
+def padded_batch(family, vocab_size=100):
+    """Three sequences of 40, 25 and 7 tokens -> input_ids (3, 40) int64, attention_mask (3, 40) bool."""
+    torch.manual_seed(2)
+    pad = 1 if family == "roberta" else 0
+    lengths = torch.tensor([[40], [25], [7]])
+    attention_mask = torch.arange(40) < lengths
+    input_ids = torch.randint(3, vocab_size, (3, 40))
+    input_ids[~attention_mask] = pad
+    return input_ids, attention_mask
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance), (found - expected).abs().max()
+
+
+both_families = pytest.mark.parametrize("family", ["bert", "roberta"])
+
+
+@both_families
+@pytest.mark.parametrize("num_heads", [1, 4, 32])
+@torch.no_grad()
+def test_all_hidden_states_are_those_of_transformers(tmp_path, family, num_heads):
+    theirs = transformers_model(family, num_attention_heads=num_heads)
+    theirs.save_pretrained(tmp_path)
+    input_ids, attention_mask = padded_batch(family)
+
+    output = theirs(input_ids, attention_mask=attention_mask.long(), output_hidden_states=True)
+    found = bert.load(tmp_path)(input_ids, attention_mask)
+
+    assert len(found) == 3  # the embeddings and two layers
+    for ours, other in zip(found, output.hidden_states, strict=True):
+        assert_close(ours[attention_mask], other[attention_mask])
+
+
+@both_families
+@torch.no_grad()
+def test_mlm_logits_are_those_of_transformers(tmp_path, family):
+    theirs = transformers_model(family)
+    theirs.save_pretrained(tmp_path)
+    input_ids, attention_mask = padded_batch(family)
+
+    ours = bert.load(tmp_path)
+    last_hidden_state = ours(input_ids, attention_mask)[-1]
+    expected = theirs(input_ids, attention_mask=attention_mask.long()).logits
+
+    assert_close(ours.mlm_logits(last_hidden_state)[attention_mask], expected[attention_mask])
+
+
+@both_families
+@torch.no_grad()
+def test_class_logits_are_those_of_transformers(tmp_path, family):
+    theirs = transformers_model(family, "ForSequenceClassification", num_labels=3)
+    theirs.save_pretrained(tmp_path)
+    input_ids, attention_mask = padded_batch(family)
+
+    ours = bert.load(tmp_path)
+    ours.add_classifier(3)
+    ours.load_state_dict(theirs.state_dict())  # the names are the same, down to the last one
+    expected = theirs(input_ids, attention_mask=attention_mask.long()).logits
+
+    assert_close(ours.class_logits(ours(input_ids, attention_mask)[-1]), expected)
+
+
+@both_families
+@torch.no_grad()
+def test_span_logits_are_those_of_transformers(tmp_path, family):
+    theirs = transformers_model(family, "ForQuestionAnswering")
+    theirs.save_pretrained(tmp_path)
+    input_ids, attention_mask = padded_batch(family)
+
+    ours = bert.load(tmp_path)
+    ours.add_span_head()
+    ours.load_state_dict(theirs.state_dict())
+    output = theirs(input_ids, attention_mask=attention_mask.long())
+    expected = torch.stack([output.start_logits, output.end_logits], dim=-1)
+
+    found = ours.span_logits(ours(input_ids, attention_mask)[-1])
+    assert_close(found[attention_mask], expected[attention_mask])
+
+
+@torch.no_grad()
+def test_token_types_are_those_of_transformers(tmp_path):
+    theirs = transformers_model("bert")
+    theirs.save_pretrained(tmp_path)
+    input_ids, _ = padded_batch("bert")
+    token_type_ids = (torch.arange(40) > 20).long().expand(3, -1)  # a second sentence from token 21 on
+
+    expected = theirs.bert(input_ids, token_type_ids=token_type_ids).last_hidden_state
+    found = bert.load(tmp_path)(input_ids, token_type_ids=token_type_ids)[-1]
+
+    assert_close(found, expected)
+
+
+@real
+@torch.no_grad()
+def test_the_real_bert_tiny_is_that_of_transformers():
+    import transformers
+
+    path = REAL / "models/bert-tiny-mlm"
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(path).eval()
+    ours = bert.load(path)
+    input_ids, attention_mask = padded_batch("bert", vocab_size=30_522)
+
+    last_hidden_state = ours(input_ids, attention_mask)[-1]
+    expected = theirs(input_ids, attention_mask=attention_mask.long(), output_hidden_states=True)
+
+    assert_close(last_hidden_state[attention_mask], expected.hidden_states[-1][attention_mask])
+    assert_close(ours.mlm_logits(last_hidden_state)[attention_mask], expected.logits[attention_mask])
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_for_the_tokens(model):
+    input_ids, attention_mask = padded_batch(model.config.model_type, vocab_size=20)
+    in_a_batch = model(input_ids, attention_mask)[-1]
+
+    for row, length in enumerate([40, 25, 7]):
+        alone = model(input_ids[row:row + 1, :length])[-1]  # no padding, hence no attention_mask
+        assert_close(in_a_batch[row, :length], alone[0])
+
+
+@torch.no_grad()
+def test_what_stands_under_the_padding_mask_is_never_read():
+    """For BERT: RoBERTa finds its positions by the pad token itself."""
+    model = bert.Model(bert.Config(20, 32, 2, 4, 64, 64)).eval()
+    input_ids, attention_mask = padded_batch("bert", vocab_size=20)
+    other_ids = input_ids.masked_fill(~attention_mask, 7)
+
+    found = model(other_ids, attention_mask)[-1]
+    assert torch.equal(found[attention_mask], model(input_ids, attention_mask)[-1][attention_mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@torch.no_grad()
+def test_an_attention_mask_may_hold_ones_and_zeros(model, dtype):
+    input_ids, attention_mask = padded_batch(model.config.model_type, vocab_size=20)
+    expected = model(input_ids, attention_mask)[-1]
+    assert torch.equal(model(input_ids, attention_mask.to(dtype))[-1], expected)
+
+
+def test_bert_counts_positions_from_0(world):
+    model = bert.load(world / "bert")
+    input_ids = torch.tensor([[2, 7, 8, 3, 0, 0]])  # [CLS] The cat [SEP] [PAD] [PAD]
+    assert model.backbone.embeddings.position_ids(input_ids).tolist() == [0, 1, 2, 3, 4, 5]
+    assert model.config.positions == 64  # all 64 rows of the table
+
+
+def test_roberta_counts_positions_from_pad_plus_1(world):
+    model = bert.load(world / "roberta")
+    input_ids = torch.tensor([[0, 7, 8, 2, 1, 1]])  # <s> The cat </s> <pad> <pad>
+    assert model.backbone.embeddings.position_ids(input_ids).tolist() == [[2, 3, 4, 5, 1, 1]]
+    assert model.config.positions == 64  # of 66 rows: nothing is at position 0, only padding at 1
+
+
+def test_more_tokens_than_positions_are_an_error(model):
+    assert model(torch.full((1, 64), 5))[-1].shape == (1, 64, 32)
+    with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
+        model(torch.full((1, 65), 5))
+
+
+@both_families
+def test_a_fresh_model_has_berts_initialisation(family):
+    pad = 1 if family == "roberta" else 0
+    config = bert.Config(1000, 64, 2, 4, 128, 64, model_type=family, pad_token_id=pad)
+    for name, parameter in bert.Model(config).named_parameters():
+        if parameter.ndim == 2:
+            assert 0.017 < parameter.std() < 0.023, name  # N(0, 0.02)
+        elif name.lower().endswith(("layernorm.weight", "layer_norm.weight")):
+            assert (parameter == 1).all(), name
+        else:
+            assert (parameter == 0).all(), name
+
+
+def test_heads_added_later_are_drawn_from_torchs_generator(model):
+    model.add_classifier(3)
+    torch.manual_seed(4)
+    model.add_classifier(3)
+    first = [parameter.clone() for parameter in model.classifier.parameters()]
+    torch.manual_seed(4)
+    model.add_classifier(3)
+    second = list(model.classifier.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(5)
+    model.add_classifier(3)
+    assert not torch.equal(first[0], next(model.classifier.parameters()))
+
+
+def test_heads_added_later_have_the_models_mode(model):
+    model.eval().add_classifier(3)
+    last_hidden_state = torch.randn(2, 5, 32)
+    assert torch.equal(model.class_logits(last_hidden_state), model.class_logits(last_hidden_state))
+    model.train().add_classifier(3)
+    assert not torch.equal(model.class_logits(last_hidden_state), model.class_logits(last_hidden_state))
+
+
+@torch.no_grad()
+def test_a_layer_without_its_last_head_is_one_whose_last_head_says_nothing(world):
+    """A structured ticket removes heads: the layer counts them from its query matrix."""
+    input_ids, attention_mask = padded_batch("bert", vocab_size=20)
+    silenced = bert.load(world / "bert")
+    removed = bert.load(world / "bert")
+    silenced.bert.encoder.layer[0].attention.output.dense.weight[:, 24:] = 0  # 4 heads of 8 columns
+
+    attention = removed.bert.encoder.layer[0].attention
+    for linear in (attention.self.query, attention.self.key, attention.self.value):
+        linear.weight = nn.Parameter(linear.weight[:24])
+        linear.bias = nn.Parameter(linear.bias[:24])
+    attention.output.dense.weight = nn.Parameter(attention.output.dense.weight[:, :24])
+
+    assert_close(removed(input_ids, attention_mask)[-1], silenced(input_ids, attention_mask)[-1])
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only(model):
+    input_ids, _ = padded_batch(model.config.model_type, vocab_size=20)
+    assert torch.equal(model(input_ids)[-1], model(input_ids)[-1])
+    model.train()
+    assert not torch.equal(model(input_ids)[-1], model(input_ids)[-1])
+
+
+# Attention on a CPU: with dropout it is computed in pieces, with random bits of its own.
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_without_dropout_is_torchs(padded):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 5, 2, 16, 8).unbind()  # each (B, H, T, head size)
+    attention_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
+    found = bert.attention(query, key, value, attention_mask, dropout=0.0)
+    assert torch.equal(found, F.scaled_dot_product_attention(query, key, value, attention_mask))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_in_pieces_is_torchs_with_the_same_random_mask(padded, monkeypatch):
+    """Five sequences in pieces of 2, 2 and 1; the gradients of query, key and value are compared as well."""
+    masks = []
+    draw = bert.random_mask
+
+    def remember(shape, dropout):
+        masks.append(draw(shape, dropout))
+        return masks[-1]
+
+    monkeypatch.setattr(bert, "random_mask", remember)
+    torch.manual_seed(0)
+    inputs = [torch.randn(5, 2, 512, 8, requires_grad=True) for _ in range(3)]
+    lengths = torch.tensor([512, 100, 1, 37, 300])
+    attention_mask = (torch.arange(512) < lengths[:, None])[:, None, None] if padded else None
+    weights_of_the_loss = torch.randn(5, 2, 512, 8)
+
+    found = bert.attention(*inputs, attention_mask, dropout=0.25)
+    found_gradients = torch.autograd.grad((found * weights_of_the_loss).sum(), inputs)
+    assert [len(mask) for mask in masks] == [2, 2, 1]
+
+    # torch's own function for tests takes the random mask, and padding as -inf to add.
+    random_mask = torch.cat(masks).bool()
+    padding = torch.zeros(5, 1, 1, 512)
+    if padded:
+        padding.masked_fill_(~attention_mask, float("-inf"))
+    theirs = torch.ops.aten._scaled_dot_product_attention_math
+    expected, _ = theirs(*inputs, padding, 0.25, False, random_mask)
+    gradients = torch.autograd.grad((expected * weights_of_the_loss).sum(), inputs)
+
+    assert_close(found, expected)
+    for found_gradient, gradient in zip(found_gradients, gradients, strict=True):
+        assert_close(found_gradient, gradient, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.25, 0.5, 0.9])
+def test_a_random_mask_is_0_as_often_as_asked_whatever_its_neighbours_are(dropout):
+    torch.manual_seed(0)
+    num_draws = 1_000_000
+    dropped = bert.random_mask((1000, 1000), dropout).flatten() == 0
+    deviation = (dropout * (1 - dropout) / num_draws) ** 0.5
+    assert abs(dropped.double().mean() - dropout) < 5 * deviation
+
+    # Four draws come from one random number: each of the four, and each pair, is as frequent as the others.
+    groups = dropped.view(-1, 4).double()
+    for draw in range(4):
+        assert abs(groups[:, draw].mean() - dropout) < 10 * deviation
+        for other in range(draw):
+            both = (groups[:, draw] * groups[:, other]).mean()
+            assert abs(both - dropout**2) < 10 * deviation
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3, 5), (4, 4)])
+def test_a_random_mask_holds_zeros_and_ones_of_the_shape_asked(shape):
+    torch.manual_seed(0)
+    mask = bert.random_mask(shape, 0.5)
+    assert mask.shape == shape
+    assert mask.dtype == torch.uint8
+    assert mask.max() <= 1
+
+
+def test_random_masks_follow_manual_seed():
+    torch.manual_seed(7)
+    first = bert.random_mask((100,), 0.5)
+    assert not torch.equal(bert.random_mask((100,), 0.5), first)
+    torch.manual_seed(7)
+    assert torch.equal(bert.random_mask((100,), 0.5), first)
+
+
+# ---------------------------------------------------------------------------------------------------
+# bert: which checkpoints load() reads
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder):
+    """-> the tensors of a folder and its config.json, to be changed and written again."""
+    return bert.read_safetensors(folder / "model.safetensors"), bert.read_json(folder / "config.json")
+
+
+def write_folder(folder, tensors, settings):
+    folder.mkdir(exist_ok=True)
+    bert.write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_pickle(folder, content, settings, name="pytorch_model.bin", **options):
+    folder.mkdir(exist_ok=True)
+    torch.save(content, folder / name, **options)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def without(dictionary, *names):
+    return {name: value for name, value in dictionary.items() if name not in names}
+
+
+def assert_equal(found, expected):
+    """Two dicts hold the same names, and tensors of the same types and values."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_loads_as(folder, expected_folder):
+    model = bert.load(folder)
+    assert_equal(model.state_dict(), bert.load(expected_folder).state_dict())
+    assert not model.training
+
+
+def refused(call, *args, match):
+    """The error is one line; -> its text."""
+    with pytest.raises((ValueError, OSError), match=match) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1500
+    return message
+
+
+DECODERS = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder"}
+BIASES = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}
+
+# Names: one model, spelled in many ways.
+
+
+@both_families
+@pytest.mark.parametrize("prefix", [
+    "module.",  # DistributedDataParallel
+    "model.",  # Lightning
+    "_orig_mod.",  # torch.compile
+    "module._orig_mod.",
+    "_orig_mod.module.model.",
+])
+def test_what_training_programs_put_in_front_of_names_is_dropped(world, tmp_path, family, prefix):
+    tensors, settings = read_folder(world / family)
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    assert_loads_as(write_folder(tmp_path / "wrapped", wrapped, settings), world / family)
+
+
+def test_a_compiled_module_inside_the_model_is_read(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    compiled = {}
+    for name, tensor in tensors.items():
+        compiled[name.replace("bert.encoder.", "bert.encoder._orig_mod.")] = tensor
+    assert_loads_as(write_folder(tmp_path / "compiled", compiled, settings), world / "bert")
+
+
+@both_families
+def test_the_spelling_of_2018_is_read(world, tmp_path, family):
+    tensors, settings = read_folder(world / family)
+    old = {}
+    for name, tensor in tensors.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        name = name.replace("LayerNorm.bias", "LayerNorm.beta")
+        old[name] = tensor
+    assert f"{family}.embeddings.LayerNorm.gamma" in old
+    assert_loads_as(write_folder(tmp_path / "old", old, settings), world / family)
+
+
+@both_families
+def test_without_model_type_the_names_of_the_weights_tell_the_family(world, tmp_path, family):
+    tensors, settings = read_folder(world / family)
+    settings = without(settings, "model_type", "architectures")
+    assert_loads_as(write_folder(tmp_path / "untyped", tensors, settings), world / family)
+
+
+@both_families
+def test_the_architecture_tells_the_family_of_a_bare_encoder(world, tmp_path, family):
+    """transformers' BertModel has names without bert. in front; old configs have no model_type."""
+    tensors, settings = read_folder(world / family)
+    bare = {name.removeprefix(f"{family}."): t for name, t in tensors.items() if name.startswith(family)}
+    settings = without(settings, "model_type") | {"architectures": [f"{family.title()}Model"]}
+
+    model = bert.load(write_folder(tmp_path / "bare", bare, settings))
+
+    expected = {f"{family}.{name}": tensor for name, tensor in bare.items()}
+    assert_equal(model.state_dict(), expected)
+    assert model.has_pooler
+    assert model.mlm_head is None
+
+
+def test_a_bare_encoder_of_unknown_family_is_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    bare = {name.removeprefix("bert."): t for name, t in tensors.items() if name.startswith("bert.")}
+    folder = write_folder(tmp_path / "bare", bare, without(settings, "model_type", "architectures"))
+    match = "model.safetensors: .*must name one family, bert or roberta; found: none"
+    refused(bert.load, folder, match=match)
+
+
+def test_a_model_type_that_contradicts_the_weights_is_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "odd", tensors, settings | {"model_type": "roberta"})
+    refused(bert.load, folder, match="must name one family, bert or roberta; found: bert and roberta")
+
+
+def test_old_roberta_configs_lack_three_settings(world, tmp_path):
+    tensors, settings = read_folder(world / "roberta")
+    settings = without(settings, "pad_token_id", "type_vocab_size", "layer_norm_eps")
+    config = bert.load(write_folder(tmp_path / "old", tensors, settings)).config
+    assert (config.pad_token_id, config.type_vocab_size, config.layer_norm_eps) == (1, 1, 1e-5)
+
+
+def test_googles_config_lacks_layer_norm_eps(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "old", tensors, without(settings, "layer_norm_eps", "pad_token_id"))
+    assert bert.load(folder).config.layer_norm_eps == 1e-12
+    assert bert.load(folder).config.pad_token_id == 0
+
+
+# What a file holds, and what it lacks.
+
+
+@both_families
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_all_weights_become_fp32(world, tmp_path, family, dtype):
+    tensors, settings = read_folder(world / family)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    model = bert.load(write_folder(tmp_path / "typed", tensors, settings))
+    assert_equal(model.state_dict(), {name: tensor.float() for name, tensor in tensors.items()})
+
+
+@both_families
+def test_a_model_has_the_pooler_and_the_head_that_its_file_has(world, tmp_path, family):
+    tensors, settings = read_folder(world / family)
+    head = {"bert": "cls", "roberta": "lm_head"}[family]
+    no_pooler = {name: t for name, t in tensors.items() if ".pooler." not in name}
+    no_head = {name: t for name, t in tensors.items() if not name.startswith(head)}
+
+    model = bert.load(write_folder(tmp_path / "no_pooler", no_pooler, settings))
+    assert not model.has_pooler
+    assert model.mlm_head is not None
+
+    model = bert.load(write_folder(tmp_path / "no_head", no_head, settings))
+    assert model.has_pooler
+    assert model.mlm_head is None
+
+
+def test_tensors_without_use_are_named_in_one_line_and_old_buffers_are_not(world, tmp_path, capsys):
+    tensors, settings = read_folder(world / "bert")
+    tensors |= {"cls.seq_relationship.bias": torch.ones(2), "other.x": torch.ones(1)}
+    tensors |= {"bert.embeddings.position_ids": torch.arange(9)}
+    bert.load(write_folder(tmp_path / "more", tensors, settings))
+    assert capsys.readouterr().out == "model.safetensors: not used: cls.seq_relationship.bias, other.x\n"
+
+
+@both_families
+def test_a_tied_matrix_may_be_stored_under_the_decoders_name_alone(world, tmp_path, family):
+    """safetensors stores shared memory once, and programs chose either name."""
+    tensors, settings = read_folder(world / family)
+    words = f"{family}.embeddings.word_embeddings.weight"
+    renamed = without(tensors, words) | {f"{DECODERS[family]}.weight": tensors[words]}
+    assert_loads_as(write_folder(tmp_path / "renamed", renamed, settings), world / family)
+
+
+@both_families
+def test_a_tied_matrix_and_its_bias_may_be_stored_twice(world, tmp_path, family, capsys):
+    tensors, settings = read_folder(world / family)
+    decoder = {
+        f"{DECODERS[family]}.weight": tensors[f"{family}.embeddings.word_embeddings.weight"].clone(),
+        f"{DECODERS[family]}.bias": tensors[BIASES[family]].clone(),
+    }
+    assert_loads_as(write_folder(tmp_path / "twice", tensors | decoder, settings), world / family)
+    assert capsys.readouterr().out == ""  # nothing is called unused
+
+
+@both_families
+def test_the_bias_of_the_decoder_may_be_stored_under_the_decoders_name_alone(world, tmp_path, family):
+    tensors, settings = read_folder(world / family)
+    bias = {f"{DECODERS[family]}.bias": tensors[BIASES[family]]}
+    folder = write_folder(tmp_path / "bias", without(tensors, BIASES[family]) | bias, settings)
+    assert_loads_as(folder, world / family)
+
+
+@both_families
+@pytest.mark.parametrize("said", [True, False])
+@torch.no_grad()
+def test_a_decoder_that_differs_counts_whatever_the_config_says(world, tmp_path, family, said):
+    tensors, settings = read_folder(world / family)
+    words = tensors[f"{family}.embeddings.word_embeddings.weight"]
+    doubled = tensors | {f"{DECODERS[family]}.weight": 2 * words}
+    folder = write_folder(tmp_path / "untied", doubled, settings | {"tie_word_embeddings": said})
+
+    hidden_states = torch.randn(4, 32)
+    untied = bert.load(folder)
+    tied_logits = bert.load(world / family).mlm_logits(hidden_states)
+    bias = tensors[BIASES[family]]
+    assert_close(untied.mlm_logits(hidden_states) - bias, 2 * (tied_logits - bias))
+    assert not untied.config.tie_word_embeddings
+
+
+@both_families
+def test_of_an_untied_model_neither_matrix_may_be_missing(world, tmp_path, family):
+    tensors, settings = read_folder(world / family)
+    words = f"{family}.embeddings.word_embeddings.weight"
+    settings = settings | {"tie_word_embeddings": False}
+    folder = write_folder(tmp_path / "no_decoder", tensors, settings)
+    refused(bert.load, folder, match=f"missing: {DECODERS[family]}.weight;")
+
+    moved = without(tensors, words) | {f"{DECODERS[family]}.weight": tensors[words]}
+    folder = write_folder(tmp_path / "no_words", moved, settings)
+    refused(bert.load, folder, match=f"missing: {words};")
+
+
+# Files and folders.
+
+
+@both_families
+def test_a_file_of_a_folder_is_read_as_the_folder_is(world, family):
+    assert_loads_as(world / family / "model.safetensors", world / family)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "epoch=3.ckpt", "model.pt", "weights.pth"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_new_and_legacy_are_read(world, tmp_path, name, zipped):
+    tensors, settings = read_folder(world / "bert")
+    write_pickle(tmp_path, tensors, settings, name, _use_new_zipfile_serialization=zipped)
+    assert_loads_as(tmp_path / name, world / "bert")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_the_weights_inside_a_training_checkpoint_are_read(world, tmp_path, key):
+    tensors, settings = read_folder(world / "bert")
+    content = {"epoch": 3, key: tensors, "optimizer": {"lr": 1e-4}}
+    assert_loads_as(write_pickle(tmp_path / "run", content, settings, "last.ckpt"), world / "bert")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_the_product_of_torchs_prune_is_read(world, tmp_path, suffix):
+    """torch.nn.utils.prune keeps weight_orig and weight_mask until prune.remove is called."""
+    from torch.nn.utils import prune
+
+    _, settings = read_folder(world / "bert")
+    pruned = bert.load(world / "bert")
+    query = pruned.bert.encoder.layer[0].attention.self.query
+    prune.l1_unstructured(query, "weight", amount=0.7)
+    if suffix == "bin":
+        folder = write_pickle(tmp_path / "pruned", pruned.state_dict(), settings)
+    else:
+        folder = write_folder(tmp_path / "pruned", pruned.state_dict(), settings)
+
+    found = bert.load(folder).bert.encoder.layer[0].attention.self.query.weight
+    assert (found == 0).sum() == round(0.7 * 32 * 32)
+    assert torch.equal(found, query.weight)
+
+
+def test_a_prune_mask_of_another_shape_is_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    weight = tensors.pop("bert.pooler.dense.weight")
+    halves = {"bert.pooler.dense.weight_orig": weight, "bert.pooler.dense.weight_mask": torch.ones(3, 32)}
+    folder = write_pickle(tmp_path / "odd", tensors | halves, settings)
+    message = r"pytorch_model.bin: bert.pooler.dense.weight_mask has shape \[3, 32\] instead of \[32, 32\]"
+    refused(bert.load, folder, match=message)
+
+
+def test_a_sharded_model_of_transformers_is_read(tmp_path):
+    theirs = transformers_model("roberta")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    theirs.save_pretrained(tmp_path / "whole")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert_loads_as(tmp_path / "sharded", tmp_path / "whole")
+    assert_loads_as(tmp_path / "sharded" / "model.safetensors.index.json", tmp_path / "whole")
+
+
+def write_shards(folder, tensors, settings):
+    """Half of the tensors in a.bin, half in b.safetensors; -> the index, and its content."""
+    names = sorted(tensors)
+    first = {name: tensors[name] for name in names[::2]}
+    second = {name: tensors[name] for name in names[1::2]}
+    write_pickle(folder, first, settings, "a.bin")
+    bert.write_safetensors(folder / "b.safetensors", second)
+    weight_map = dict.fromkeys(first, "a.bin") | dict.fromkeys(second, "b.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index, weight_map
+
+
+def test_shards_may_be_pickles(world, tmp_path):
+    write_shards(tmp_path / "sharded", *read_folder(world / "bert"))
+    assert_loads_as(tmp_path / "sharded", world / "bert")
+
+
+def test_a_tensor_that_no_shard_holds_is_named(world, tmp_path):
+    index, weight_map = write_shards(tmp_path / "sharded", *read_folder(world / "bert"))
+    index.write_text(json.dumps({"weight_map": weight_map | {"more": "b.safetensors"}}))
+    refused(bert.load, index, match="index.json: its shards lack more")
+
+
+def test_a_hub_caches_links_count_as_they_are_named(world, tmp_path):
+    """In a hub cache snapshots/<commit>/model.safetensors is a link to blobs/<hash>, which has no suffix."""
+    blobs = tmp_path / "blobs"
+    snapshot = tmp_path / "snapshots" / "86b5e0934494"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate(["config.json", "model.safetensors"]):
+        (blobs / f"abcdef{number}").write_bytes((world / "bert" / name).read_bytes())
+        (snapshot / name).symlink_to(f"../../blobs/abcdef{number}")
+    assert_loads_as(snapshot, world / "bert")
+    assert_loads_as(snapshot / "model.safetensors", world / "bert")
+
+
+def test_the_shadow_files_of_macos_are_ignored(world, tmp_path):
+    write_google(tmp_path / "google", *read_folder(world / "bert"))
+    for file in list((tmp_path / "google").iterdir()):
+        (file.parent / f"._{file.name}").write_bytes(b"\0\5\x16\7 Mac OS X")
+    assert_loads_as(tmp_path / "google", world / "bert")
+
+
+def test_of_several_checkpoints_one_must_be_named(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    write_pickle(tmp_path, tensors, settings, "x.pt")
+    write_pickle(tmp_path, tensors, settings, "y.pt")
+    refused(bert.load, tmp_path, match="several checkpoints, name one: x.pt, y.pt")
+    assert_loads_as(tmp_path / "y.pt", world / "bert")
+
+
+def test_a_folder_without_weights_says_what_is_looked_for(tmp_path):
+    match = r"no model.safetensors, pytorch_model.bin, model.pt or \*.ckpt.index in it"
+    refused(bert.load, tmp_path, match=match)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    refused(bert.load, tmp_path / "gone", match="gone: no such checkpoint file or folder")
+
+
+def test_a_file_of_another_kind_is_refused(world):
+    file = world / "bert" / "config.json"
+    refused(bert.load, file, match="config.json: not a checkpoint: expected .safetensors")
+
+
+def test_weights_without_a_config_are_refused(world, tmp_path):
+    bert.write_safetensors(tmp_path / "model.safetensors", read_folder(world / "bert")[0])
+    refused(bert.load, tmp_path, match="no config.json or bert_config.json beside model.safetensors")
+
+
+# TensorFlow.
+
+
+def google_name(name):
+    """bert.encoder.layer.0.output.dense.weight -> bert/encoder/layer_0/output/dense/kernel"""
+    if "LayerNorm" in name:
+        name = name.replace(".weight", ".gamma").replace(".bias", ".beta")
+    elif name == "cls.predictions.bias":
+        name = "cls.predictions.output_bias"
+    elif "_embeddings" in name:
+        name = name.removesuffix(".weight")
+    else:
+        name = name.replace(".weight", ".kernel")
+    return name.replace(".layer.", ".layer_").replace(".", "/")
+
+
+def write_google(folder, tensors, settings, **options):
+    """A folder as Google ships it, with two variables of the optimiser."""
+    variables = {"global_step": torch.tensor(7), "bert/pooler/dense/bias/adam_m": torch.ones(32)}
+    for name, tensor in tensors.items():
+        new = google_name(name)
+        variables[new] = tensor.T if new.endswith("/kernel") else tensor
+    folder.mkdir(exist_ok=True)
+    fuzz.write_tensorflow(folder / "bert_model.ckpt", variables, **options)
+    settings = without(settings, "model_type", "architectures", "layer_norm_eps", "pad_token_id")
+    (folder / "bert_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("snappy", [False, True])
+@pytest.mark.parametrize("name", ["", "bert_model.ckpt", "bert_model.ckpt.index",
+                                  "bert_model.ckpt.data-00000-of-00001"])
+def test_googles_layout_is_read_from_any_of_its_names(world, tmp_path, name, snappy):
+    write_google(tmp_path / "google", *read_folder(world / "bert"), snappy=snappy)
+    assert_loads_as(tmp_path / "google" / name, world / "bert")
+
+
+# Index and data of a checkpoint that TensorFlow 2.21 wrote, zlib and base85.
+GOOGLE = """
+c-rmQe{2(F7zgmTUAtaOS+6&{VOQ))CRQA~k<bL<T>FP88e$d$(HKm*u5W*2*B`rH#TjExA!JiDixMG(U~xtlA~L}kqG%dJ$Pi=Dh%6$cQG-Mc
+5@O6iV*I`vj;t%(AN$YJ<kO~o-uJ!tdEV#Rq=eLSCa;+@kvm*bs%jEVM`<jU$|UmA8o8gUk7m`h6s4NXnFNbq=D2_uY`oy#?zOrTaymWzu_z*N
+`gpRJZ*0nC^C>Nr%|xy*hG85VHaRpL(9J<dyM7PvY0|R2G!xPKb9DA-^W^A~IS>w>R6L7#SM$cK8k;?ipB$&x1$0Yr{ju?h`gS4HlZ{bTQdkO+
+4oTKDnqga#vIQ+y&~A{MsN0am)ua1{JFLRY^olHUpoQDD*dfGdCQqekO3qJ*ODue(FMO=6zPXpG8LG_4xNKu7uUL7e(LZ0vQzb6-(*Bt%l<iny
+-ToJr2CA;0JJ<??`!0Xb>Ja)0RIQk<J2Blgc;)z#s?&>3HhpB%(h#OUEh~kJ{TCZB{mHw2J5_ypsew&DczOFC(k4vxNkxTI8I7uG8cWF<m1Y%)
+7fU=&aoe*8|EQK8FY0b~c<WN-<sOe<a7G?%b<3UB*B8$^BNiF{^x;uo^)q7OcjJk!MHO3^>YuWQZ6Q9a4OrbmE}K=5U6obJw_}w}?dF~)n;^+C
+IUPw~-<lV(SC*VxCR9HJFRNl~$iJDi2t7((%Bd(=59`bPwZ@FhC|c2nqMeOAxSL-fXsVpa$5}OQP?xd~7jGFVpKPtHi@p$%RV$nC_ExP+k%d=3
+_Q)!+`q?jJyLRp@d~NZecl#nLRpiM%CsVm9+ct|Oe}D_Fed?#JK3mg9no1<KnRoP<A8AEhVIP^-kWjKwS&8H|n&a#O5eG!f{p8e}Zi2@$Ga=7g
+2&rRl2D|T#vsV*)DqY$$N=$W0ve!QSSs?Mtnf-R|u-!!rACLd7zua1Q==9V({XRT(5)uX-ico@b=gni}{+q{m5TOIY&<z_P2RaPE5bS^=jKC-y
+f)b3u2^fbmoQI1r!LHjyhy^%s0uQ&r0`P$dtq_1V=z!(00y-fK55Q_z1KqF|o`ChR0b-B@1#+OlGw>Yf@M728bFbC9ZH6r{058E-col}=HP{Ak
+zz*06yI?mI;VpO@-hmO=3-7`EFbW6YL-+^|!N+hIK7$f`4oBc9jKLT1C42=Z;2ZcBzJqc29)5tcP=+7jXE+Dv;aB(_F2F^&1b@O`FacNKD*OW^
+gxeL&P!}>jd!xQE>X};aC!^eJ{XR3wz1F{fjB>B_@8!AXe(U$_|Mh!j0V~vl4LGoa1LlDf=0gLxLdIur)E7oQbE}_ftDksqg8+>o<FhyFi(2oQ
+x#n&(*Jxd%Yu5Vx`(N&J%inhGe}R7i!@(ir"""
+
+
+def test_what_tensorflow_itself_wrote_is_read(tmp_path):
+    """Variable number i, in the order of the names, holds ((0, 1, 2, ... mod 251) + i) / 256."""
+    content = zlib.decompress(base64.b85decode("".join(GOOGLE.split())))
+    (tmp_path / "c.index").write_bytes(content[:1280])
+    (tmp_path / "c.data-00000-of-00001").write_bytes(content[1280:])
+
+    variables = bert.read_tensorflow(tmp_path / "c")
+    assert variables.pop("global_step") == 7
+    assert len(variables) == 31
+    for number, name in enumerate(sorted(variables)):
+        count = variables[name].numel()
+        expected = (torch.arange(count) % 251 + number) / 256
+        assert torch.equal(variables[name].flatten(), expected), name
+
+    config = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 16, "max_position_embeddings": 8}
+    (tmp_path / "bert_config.json").write_text(json.dumps(config))
+    query = bert.load(tmp_path).bert.encoder.layer[0].attention.self.query.weight
+    assert torch.equal(query, variables["bert/encoder/layer_0/attention/self/query/kernel"].T)
+
+
+@real
+@torch.no_grad()
+def test_a_real_checkpoint_of_googles_run_pretraining_is_read(capsys):
+    """Its next-sentence head has no use here, and its name is printed as Hugging Face spells it."""
+    assert_is_that_of_transformers(bert.load(REAL / "tf/tf_keras_bert_test_checkpoint"), num_heads=4)
+    assert "not used: cls.seq_relationship.bias, cls.seq_relationship.weight\n" in capsys.readouterr().out
+
+
+def assert_is_that_of_transformers(ours, num_heads):
+    """transformers has no reader for these files any more, so it gets the weights from here."""
+    import transformers
+
+    assert ours.config.num_attention_heads == num_heads
+    family = ours.config.model_type.title()
+    config = getattr(transformers, f"{family}Config")(**vars(ours.config))
+    theirs = getattr(transformers, f"{family}ForMaskedLM")(config).eval()
+    report = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert all("decoder" in name for name in report.missing_keys)
+    theirs.tie_weights()
+    input_ids = torch.randint(4, config.vocab_size, (2, 9))
+    assert_close(ours.mlm_logits(ours(input_ids)[-1]), theirs(input_ids).logits)
+
+
+@real
+def test_a_real_index_of_googles_lists_its_variables():
+    path = REAL / "tf/google_index_only/uncased_L-4_H-256_A-4.bert_model.ckpt.index"
+    num_shards, entries = bert.read_tensorflow_index(path)
+    assert num_shards == 1
+    assert "bert/encoder/layer_3/attention/self/query/kernel" in entries
+    assert "bert/encoder/layer_4/attention/self/query/kernel" not in entries
+
+
+def test_an_object_checkpoint_of_tensorflow_2_is_named(tmp_path):
+    variables = {
+        "_CHECKPOINTABLE_OBJECT_GRAPH": torch.ones(1),
+        "model/x/.ATTRIBUTES/VARIABLE_VALUE": torch.ones(2),
+    }
+    fuzz.write_tensorflow(tmp_path / "ckpt-1", variables)
+    match = "ckpt-1.index: an object checkpoint of TensorFlow 2; expected .*bert_model.ckpt"
+    refused(bert.load, tmp_path, match=match)
+
+
+@pytest.mark.parametrize("variable", [
+    "bert/encoder/transformer/group_0/inner_group_0/attention_1/self/query/kernel",  # ALBERT
+    "electra/encoder/layer_0/attention/self/query/kernel",
+])
+def test_albert_and_electra_of_tensorflow_are_named(tmp_path, variable):
+    fuzz.write_tensorflow(tmp_path / "model.ckpt", {variable: torch.ones(2, 2)})
+    refused(bert.load, tmp_path, match=f"model.ckpt.index: {variable} belongs to ALBERT or ELECTRA")
+
+
+def test_a_tensorflow_checkpoint_of_anything_else_shows_its_variables(tmp_path):
+    fuzz.write_tensorflow(tmp_path / "model.ckpt", {"resnet/conv/kernel": torch.ones(2, 2)})
+    match = "model.ckpt.index: no variable bert/.*; the file has: resnet/conv/kernel"
+    refused(bert.load, tmp_path, match=match)
+
+
+# fairseq.
+
+
+def fairseq_tensors(tensors, fused=False, side="decoder", norm="emb_layer_norm"):
+    """Hugging Face's names -> fairseq's. The token types do not exist there, nor does the pooler."""
+    modules = {new: old for old, new in bert.FAIRSEQ_NAMES.items()}
+    modules["embeddings.LayerNorm"] = norm
+    renamed = {
+        f"{side}.lm_head.weight": tensors["roberta.embeddings.word_embeddings.weight"],
+        f"{side}.sentence_encoder.version": torch.ones(1),
+        "classification_heads.mnli.dense.bias": torch.ones(1),
+    }
+    for name, tensor in tensors.items():
+        if "token_type" in name or "pooler" in name:
+            continue
+        if name.startswith("lm_head."):
+            renamed[f"{side}.{name}"] = tensor
+            continue
+        match = re.fullmatch(r"roberta\.(?:encoder\.layer\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        layer, module, kind = match.groups()
+        prefix = f"{side}.sentence_encoder."
+        if layer is not None:
+            prefix += f"layers.{layer}."
+        if fused and module == "attention.self.query":
+            three = [tensors[name.replace("query", part)] for part in ("query", "key", "value")]
+            renamed[f"{prefix}self_attn.in_proj_{kind}"] = torch.cat(three)
+        elif not (fused and module.startswith("attention.self.")):
+            renamed[f"{prefix}{modules[module]}.{kind}"] = tensor
+    return renamed
+
+
+def write_fairseq(folder, tensors, settings_of_fairseq):
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": tensors, "last_optimizer_state": None} | settings_of_fairseq, folder / "model.pt")
+    return folder
+
+
+@pytest.fixture
+def roberta_tensors(world):
+    """RoBERTa as fairseq trains it: no pooler, and token types that are all zero."""
+    tensors, _ = read_folder(world / "roberta")
+    tensors["roberta.embeddings.token_type_embeddings.weight"].zero_()
+    return {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+
+
+FAIRSEQ_ARGS = argparse.Namespace(encoder_attention_heads=4, activation_fn="gelu", encoder_layers=2)
+
+
+@pytest.mark.parametrize("layout", [
+    {"fused": True},  # 2019: query, key and value in one matrix
+    {"fused": False},
+    {"side": "encoder", "norm": "layernorm_embedding"},  # since 2020
+], ids=str)
+def test_fairseqs_layouts_are_read(roberta_tensors, tmp_path, layout):
+    tensors = fairseq_tensors(roberta_tensors, **layout)
+    folder = write_fairseq(tmp_path / "f", tensors, {"args": FAIRSEQ_ARGS})
+    assert_equal(bert.load(folder).state_dict(), roberta_tensors)
+
+
+@pytest.mark.parametrize("place", ["args", "cfg of Namespace", "cfg of dict", "Namespace of Namespace"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_fairseqs_settings_are_read_from_args_and_from_cfg(roberta_tensors, tmp_path, place, activation):
+    options = argparse.Namespace(encoder_attention_heads=4, activation_fn=activation)
+    if place == "args":
+        settings = {"args": options}
+    elif place == "cfg of Namespace":
+        settings = {"args": None, "cfg": {"model": options}}
+    elif place == "cfg of dict":
+        settings = {"args": None, "cfg": {"model": vars(options)}}
+    else:
+        settings = {"args": None, "cfg": argparse.Namespace(model=options)}
+
+    folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), settings)
+    if activation == "gelu":
+        assert bert.load(folder).config.num_attention_heads == 4
+    else:
+        refused(bert.load, folder, match="model.pt: activation_fn 'relu' is not supported; expected gelu")
+
+
+def test_relu_in_a_fairseq_file_is_refused_whatever_a_config_beside_it_says(world, roberta_tensors, tmp_path):
+    relu = argparse.Namespace(encoder_attention_heads=4, activation_fn="relu")
+    folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), {"cfg": {"model": relu}})
+    (folder / "config.json").write_text((world / "roberta" / "config.json").read_text())
+    refused(bert.load, folder, match="model.pt: activation_fn 'relu' is not supported")
+
+
+def test_a_fairseq_file_without_its_settings_needs_a_config(world, roberta_tensors, tmp_path):
+    """The shapes tell everything but the number of heads."""
+    folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), {})
+    refused(bert.load, folder, match="model.pt: missing num_attention_heads")
+    (folder / "config.json").write_text((world / "roberta" / "config.json").read_text())
+    assert_equal(bert.load(folder).state_dict(), roberta_tensors)
+
+
+def test_a_fairseq_file_with_layers_of_another_kind_is_refused(roberta_tensors, tmp_path):
+    more = {"decoder.sentence_encoder.layer_norm.weight": torch.ones(32)}
+    folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors) | more, {"args": FAIRSEQ_ARGS})
+    match = "model.pt: decoder.sentence_encoder.layer_norm.weight is not a part of RoBERTa"
+    refused(bert.load, folder, match=match)
+
+
+@real
+@torch.no_grad()
+def test_a_real_fairseq_model_is_read():
+    assert_is_that_of_transformers(bert.load(REAL / "models/sapiens-fairseq"), num_heads=8)
+
+
+@real
+@torch.no_grad()
+def test_a_real_legacy_pickle_of_a_12_layer_model_is_read():
+    assert_is_that_of_transformers(bert.load(REAL / "models/rxnfp"), num_heads=4)
+
+
+# ---------------------------------------------------------------------------------------------------
+# bert: what load() refuses
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_all_missing_and_misshaped_tensors_stand_in_one_error(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    del tensors["bert.encoder.layer.1.output.dense.bias"]
+    del tensors["cls.predictions.transform.dense.weight"]
+    tensors["bert.pooler.dense.weight"] = torch.ones(2, 2)
+    tensors["bert.embeddings.LayerNorm.bias"] = torch.ones(3)
+
+    folder = write_folder(tmp_path / "odd", tensors, settings)
+    message = refused(bert.load, folder, match="model.safetensors: ")
+    missing = "bert.encoder.layer.1.output.dense.bias, cls.predictions.transform.dense.weight"
+    assert f"missing: {missing};" in message
+    assert "bert.embeddings.LayerNorm.bias [3] instead of [32]" in message
+    assert "bert.pooler.dense.weight [2, 2] instead of [32, 32]" in message
+
+
+def test_a_long_list_of_missing_tensors_is_cut_and_shows_what_the_file_has(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    tensors = {name.replace(".attention.", ".attn."): tensor for name, tensor in tensors.items()}
+    folder = write_folder(tmp_path / "odd", tensors, settings)
+    message = refused(bert.load, folder, match="and 16 more; the file has: ")
+    assert message.count("attention.self") == 4
+    assert len(message) < 700
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_weights_that_are_whole_numbers_are_refused(world, tmp_path, dtype):
+    """Quantised weights of the right shape would load, and compute nonsense in silence."""
+    tensors, settings = read_folder(world / "bert")
+    tensors["bert.pooler.dense.weight"] = torch.ones(32, 32, dtype=dtype)
+    folder = write_folder(tmp_path / "whole", tensors, settings)
+    match = f"wrong values: bert.pooler.dense.weight holds {dtype}, not floating-point"
+    refused(bert.load, folder, match=match)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(world, tmp_path, value):
+    tensors, settings = read_folder(world / "bert")
+    tensors["bert.pooler.dense.weight"][3, 4] = value
+    folder = write_folder(tmp_path / "infinite", tensors, settings)
+    refused(bert.load, folder, match="bert.pooler.dense.weight holds values that are not finite")
+
+
+def test_fp64_weights_beyond_fp32_are_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    tensors["bert.pooler.dense.weight"] = torch.full((32, 32), 1e300, dtype=torch.float64)
+    folder = write_folder(tmp_path / "large", tensors, settings)
+    refused(bert.load, folder, match="bert.pooler.dense.weight holds values that are not finite")
+
+
+@pytest.mark.parametrize("model_type", [
+    "albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta", "modernbert",
+])
+def test_a_hugging_face_folder_of_another_family_is_named(world, tmp_path, model_type):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "other", tensors, settings | {"model_type": model_type})
+    match = f"this is a model of the family {model_type}; only bert and roberta are read"
+    refused(bert.load, folder, match=match)
+
+
+@pytest.mark.parametrize("prefix", ["albert", "electra", "distilbert"])
+def test_another_family_is_named_by_its_weights_alone(world, tmp_path, prefix):
+    tensors, settings = read_folder(world / "bert")
+    tensors = {name.replace("bert.", f"{prefix}.", 1): tensor for name, tensor in tensors.items()}
+    folder = write_folder(tmp_path / "other", tensors, without(settings, "model_type", "architectures"))
+    refused(bert.load, folder, match=f"this is a model of the family {prefix};")
+
+
+def test_two_names_for_one_tensor_are_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    tensors["module.bert.pooler.dense.bias"] = torch.ones(32)
+    folder = write_folder(tmp_path / "twice", tensors, settings)
+    refused(bert.load, folder, match="another name both mean bert.pooler.dense.bias")
+
+
+@pytest.mark.parametrize("name, value, valid", [
+    ("num_attention_heads", 0, "a whole number from 1 to 10,000,000"),
+    ("num_attention_heads", "4", "a whole number from 1"),
+    ("num_attention_heads", [4], "a whole number from 1"),
+    ("hidden_size", True, "a whole number from 1"),
+    ("vocab_size", 2.5, "a whole number from 1"),
+    ("num_hidden_layers", 10**30, "a whole number from 1"),
+    ("type_vocab_size", 0, "a whole number from 1"),
+    ("pad_token_id", -1, "a whole number from 0"),
+    ("layer_norm_eps", "x", "a number in "),
+    ("layer_norm_eps", float("nan"), "a number in "),
+    ("hidden_dropout_prob", 1, "a number in "),
+    ("tie_word_embeddings", "no", "true or false"),
+    ("tie_word_embeddings", 1, "true or false"),
+    ("hidden_act", "relu", "expected gelu"),
+    ("hidden_act", "gelu_new", "expected gelu"),
+    ("is_decoder", True, "expected False"),
+    ("position_embedding_type", "relative_key", "expected absolute"),
+], ids=str)
+def test_a_setting_that_cannot_be_is_refused_with_what_would_be_valid(world, tmp_path, name, value, valid):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "odd", tensors, settings | {name: value})
+    refused(bert.load, folder, match=f"config.json: {name} .*{valid}")
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                  "intermediate_size", "max_position_embeddings"])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_size_that_the_config_lacks_is_named(world, tmp_path, name, null):
+    tensors, settings = read_folder(world / "bert")
+    settings = without(settings, name)
+    if null:
+        settings[name] = None
+    folder = write_folder(tmp_path / "odd", tensors, settings)
+    refused(bert.load, folder, match=f"config.json: missing {name}$")
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "odd", tensors, settings | {"num_attention_heads": 5})
+    refused(bert.load, folder, match="num_attention_heads 5 does not divide hidden_size 32")
+
+
+def test_more_layers_than_the_file_has_are_refused_before_they_are_built(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "odd", tensors, settings | {"num_hidden_layers": 1000})
+    refused(bert.load, folder, match="num_hidden_layers is 1000, but the weights have 2 layers")
+
+
+def test_a_pad_token_outside_the_vocabulary_is_refused(world, tmp_path):
+    tensors, settings = read_folder(world / "bert")
+    folder = write_folder(tmp_path / "odd", tensors, settings | {"pad_token_id": 10**5})
+    refused(bert.load, folder, match="pad_token_id 100000 leaves no words or no positions")
+
+
+# ---------------------------------------------------------------------------------------------------
+# bert: save(), and the files that everything else is written with
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_what_save_writes_load_reads(model, tmp_path):
+    bert.save(tmp_path / "new" / "folder", model.config, model.state_dict(), "ForMaskedLM")
+    found = bert.load(tmp_path / "new" / "folder")
+    assert_equal(found.state_dict(), model.state_dict())
+    assert found.config == model.config
+
+
+@torch.no_grad()
+def test_what_save_writes_transformers_opens_with_equal_logits(model, tmp_path):
+    import transformers
+
+    family = model.config.model_type
+    bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == f"{family.title()}ForMaskedLM"
+
+    input_ids, attention_mask = padded_batch(family, vocab_size=20)
+    expected = theirs(input_ids, attention_mask=attention_mask.long()).logits
+    found = model.mlm_logits(model(input_ids, attention_mask)[-1])
+    assert_close(found[attention_mask], expected[attention_mask])
+
+
+def test_save_writes_extra_settings_into_the_config(model, tmp_path):
+    bert.save(tmp_path, model.config, {}, "ForSequenceClassification", id2label={"0": "no", "1": "yes"})
+    settings = bert.read_json(tmp_path / "config.json")
+    assert settings["id2label"] == {"0": "no", "1": "yes"}
+    assert settings["architectures"] == [f"{model.config.model_type.title()}ForSequenceClassification"]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_on_a_full_disk_save_leaves_the_old_files(world, tmp_path):
+    """For a moment files may have at most 10,000 bytes: the config fits, the weights do not."""
+    model = bert.load(world / "bert")
+    bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
+    before = contents(tmp_path)
+    doubled = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        match = "too large: .*model.safetensors"
+        refused(bert.save, tmp_path, model.config, doubled, "ForOther", match=match)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert contents(tmp_path) == before
+
+
+def test_save_into_a_file_is_an_error_that_names_it(model, tmp_path):
+    (tmp_path / "taken").touch()
+    refused(bert.save, tmp_path / "taken", model.config, {}, "ForMaskedLM", match="exists: .*taken")
+
+
+def test_an_atomic_write_appears_when_it_is_complete(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"old")
+    with bert.atomic_write(file) as stream:
+        stream.write(b"new")
+        assert file.read_bytes() == b"old"
+    assert contents(tmp_path) == {"x": b"new"}
+
+
+def test_an_atomic_write_that_is_interrupted_leaves_no_trace(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        with bert.atomic_write(file) as stream:
+            stream.write(b"half of the ne")
+            raise KeyboardInterrupt
+    assert contents(tmp_path) == {"x": b"old"}
+
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "x.json: not readable as JSON"),
+    (b'{"a": ', "x.json: not readable as JSON"),
+    (b"\xff\xfe{\0}\0", "x.json: not readable as JSON"),
+    (b"[" * 100_000, "x.json: not readable as JSON"),
+    (b"[1]", "x.json: expected a JSON object, not a list"),
+])
+def test_read_json_refuses_all_but_objects(tmp_path, content, match):
+    (tmp_path / "x.json").write_bytes(content)
+    refused(bert.read_json, tmp_path / "x.json", match=match)
+
+
+def test_read_json_ignores_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa4"}')
+    assert bert.read_json(tmp_path / "x.json") == {"a": "ä"}
+
+
+# safetensors, beside the library of that name.
+
+
+def tensors_of_all_kinds():
+    torch.manual_seed(0)
+    tensors = {}
+    for dtype in bert.SAFETENSORS_DTYPES.values():
+        for shape in ((), (0,), (3, 0, 2), (5,), (3, 7)):
+            tensors[f"{dtype} of shape {shape}"] = torch.randint(0, 2, shape).to(dtype)
+    return tensors
+
+
+def test_the_library_reads_what_is_written_here(tmp_path):
+    from safetensors.torch import load_file
+
+    bert.write_safetensors(tmp_path / "x", tensors_of_all_kinds())
+    assert_equal(load_file(tmp_path / "x"), tensors_of_all_kinds())
+
+
+def test_what_the_library_writes_is_read_here(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(tensors_of_all_kinds(), tmp_path / "x", metadata={"format": "pt"})
+    assert_equal(bert.read_safetensors(tmp_path / "x"), tensors_of_all_kinds())
+
+
+def test_transposed_tensors_and_parameters_are_written_as_they_look(tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = {"transposed": torch.arange(6.0).view(2, 3).T, "parameter": nn.Parameter(torch.ones(2))}
+    bert.write_safetensors(tmp_path / "x", tensors)
+    assert_equal(load_file(tmp_path / "x"), tensors)
+
+
+def test_writing_to_a_loaded_tensor_never_reaches_the_file(tmp_path):
+    bert.write_safetensors(tmp_path / "x", {"a": torch.ones(5)})
+    before = (tmp_path / "x").read_bytes()
+    bert.read_safetensors(tmp_path / "x")["a"] += 1
+    assert (tmp_path / "x").read_bytes() == before
+
+
+# TensorFlow's small change: checksums, numbers, snappy. The right values come from their specifications.
+
+
+@pytest.mark.parametrize("content, crc", [
+    (b"123456789", 0xE3069283),  # the check value of every catalogue of checksums
+    (bytes(32), 0x8A9136AA),  # these three stand in RFC 3720, B.4
+    (b"\xff" * 32, 0x62A8AB43),
+    (bytes(range(32)), 0x46DD794E),
+])
+def test_checksums_are_crc32c_rotated_by_15_bits_plus_a_constant(content, crc):
+    rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
+    assert bert.masked_crc32c(content) == (rotated + 0xA282EAD8) % 2**32
+
+
+def read_varint(content):
+    return bert.read_varint(io.BytesIO(content))
+
+
+def test_a_varint_has_seven_bits_a_byte_the_low_ones_first():
+    assert read_varint(b"\x00") == 0
+    assert read_varint(b"\x7f") == 127
+    assert read_varint(b"\x80\x01") == 128
+    assert read_varint(b"\xac\x02") == 300
+    assert read_varint(b"\xff" * 9 + b"\x01") == 2**64 - 1
+
+
+def test_a_varint_without_end_is_refused():
+    refused(read_varint, b"\xac", match="cut short")
+    refused(read_varint, b"\x80" * 10 + b"\x01", match="more than ten bytes")
+
+
+def test_snappy_copies_may_overlap_themselves():
+    literal = b"\x05\x04ab"  # five bytes; the first two are "ab"
+    assert bert.decompress_snappy(literal + b"\x0a\x02\0") == b"ababa"  # 3 from 2 back, distance in two bytes
+    assert bert.decompress_snappy(literal + b"\x0b\x02\0\0\0") == b"ababa"  # distance in four bytes
+    assert bert.decompress_snappy(b"\x06\x04ab\x01\x02") == b"ababab"  # 4 from 2 back, distance in one byte
+
+
+@pytest.mark.parametrize("length, tag", [
+    (60, b"\xec"),  # up to 60 the length stands in the tag: 4 * 59
+    (61, b"\xf0\x3c"),  # then the next byte holds the length less one
+    (256, b"\xf0\xff"),
+    (257, b"\xf4\x00\x01"),
+    (65_537, b"\xf8\x00\x00\x01"),
+])
+def test_snappy_literals_of_all_sizes_are_read(length, tag):
+    content = bytes(number % 251 for number in range(length))
+    assert bert.decompress_snappy(fuzz.write_varint(length) + tag + content) == content
