@@ -538,6 +538,7 @@ def find_imp(settings) -> dict:
     back to the pre-trained weights, again. Encoder and pooler compete as one by default (--rank, --scope).
 
     A round that is finished is not repeated by --resume."""
+    start_time = time.time()
     settings = resolve_search(settings)
     levels = tamt.imp_levels(settings.sparsity)
     mask = None
@@ -557,7 +558,7 @@ def find_imp(settings) -> dict:
         result = experiment.result
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask = str(folder / "mask.pt")
-    return finish_search(settings, mask, {"rounds": rounds})
+    return finish_search(settings, mask, {"rounds": rounds}, start_time)
 
 
 def prune_trained(experiment, level: float, settings) -> dict[str, torch.Tensor]:
@@ -600,6 +601,7 @@ def find_super(settings) -> dict:
     """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and feed-forward networks, remove more and
     more of them from the pre-trained model, and fine-tune each ticket. The winning ticket with the best dev
     score is the super ticket."""
+    start_time = time.time()
     settings = resolve_search(settings)
     results = {}
     experiment = open_experiment(replace(settings, find=None, out=settings.out / "dense"))
@@ -635,7 +637,7 @@ def find_super(settings) -> dict:
     if candidates:
         best_name = max(candidates, key=lambda name: results[name]["best"][first_metric])
         best = settings.out / f"{best_name}.pt"
-    return finish_search(settings, best, {"curve": curve})
+    return finish_search(settings, best, {"curve": curve}, start_time)
 
 
 def importance(experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
@@ -962,7 +964,7 @@ def task_names(tasks: list[TaskData]) -> str:
     return ",".join(task_data.task.name for task_data in tasks)
 
 
-def finish_search(settings, ticket, story: dict) -> dict:
+def finish_search(settings, ticket, story: dict, start_time: float) -> dict:
     """mask.pt, an ordinary mask file, and mask.json with the story of the search. ticket: None if none is to win."""
     content = {"settings": search_identity(settings), **story}
     print("---")
@@ -976,6 +978,7 @@ def finish_search(settings, ticket, story: dict) -> dict:
     else:
         print("no super ticket: it is one of the winning tickets, and --orders leaves them out")
     tamt.write_json(settings.out / "mask.json", content)
+    print(f"seconds: {time.time() - start_time:.4f}")
     if ticket is not None:
         words = ["python", "finetune.py", "--task", settings.task, "--mask", str(settings.out / "mask.pt")]
         if settings.data:
