@@ -28,29 +28,29 @@ random mask instead, and `--method imp`, iterative magnitude pruning, trains W i
 How the paper, the released code and this program differ. A first reading may skip the table: its terms are
 explained below. An empty cell means "as in the released code", a dash that the paper does not say.
 
-    |                 | paper                  | released code                    | here
-    | what is ranked  | absolute scores        | signed scores                    |
-    | who competes    | all entries            | entries of one matrix            | all entries; --rank local: one matrix
-    | how many go     | a fraction s           | int(n s), and all ties at the    | round(N s); of equal scores the first
-    |                 |                        | threshold                        | stay
-    | when            | -                      | the threshold stands still for   | after every update;
-    |                 |                        | 1000 (kd: 100) updates, s drifts | --refresh-every 1000 as released
-    | gate            | S >= threshold         | S > threshold                    | by rank; between refreshes S > threshold
-    | masked set      | without the pooler     | with the pooler                  |
-    | decoder         | -                      | shares W of the embeddings,      |
-    |                 |                        | but not their mask               |
-    | entries without | -                      | compete like all others, though  | --rank global: keep their start mask,
-    | gradient        |                        | nothing moves their scores       | inside the same count
-    | optimiser       | -                      | AdamW; kd: BertAdam              | their formulas, see optimizer_settings
-    | clipping at 1.0 | -                      | all gradients; kd: each tensor   | all gradients
-    | text of kd      | same as mlm            | sentence pairs, one token of     | the rows of mlm, without corruption
-    |                 |                        | each corrupted                   |
-    | mean of kd      | tokens                 | tokens and padding               | tokens
-    | teacher of kd   | -                      | with dropout; mlm+kd: without    | without
-    | short runs      | -                      | the learning rate of full runs   | raised, see learning_rate
-    | rewinding (imp) | to the pre-trained W   | does nothing: copies the trained | to the pre-trained W; --no-rewind as
-    |                 |                        | W onto itself                    | released
-    | corruption      | 15 %                   | 15 % of all but special tokens   | [UNK] is a special token, too
+    |                 | paper                | released code                   | here
+    | what is ranked  | absolute scores      | signed scores                   |
+    | who competes    | all entries          | the entries of a matrix         | all; --rank local: those of a matrix
+    | how many go     | a fraction s         | int(n s), and all ties at the   | round(N s); of equal scores the
+    |                 |                      | threshold                       | first ones stay
+    | when            | -                    | every 1000 (kd: 100) updates; s | after every update;
+    |                 |                      | drifts in between               | --refresh-every 1000 as released
+    | gate            | S >= threshold       | S > threshold                   | rank; between refreshes as released
+    | masked set      | without the pooler   | with the pooler                 |
+    | decoder         | -                    | shares W of the embeddings, but |
+    |                 |                      | not their mask                  |
+    | entries without | -                    | compete like all others, though | --rank global: keep their start mask,
+    | gradient        |                      | nothing moves their scores      | inside the same count
+    | optimiser       | -                    | AdamW; kd: BertAdam             | the same: optimizer_settings
+    | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
+    | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
+    |                 |                      | each corrupted                  |
+    | mean of kd      | over tokens          | over tokens and padding         | over tokens
+    | teacher of kd   | -                    | with dropout; mlm+kd: without   | without
+    | short runs      | -                    | the rate of full runs           | a higher one: learning_rate_of
+    | rewinding (imp) | to the pre-trained W | none: the trained W are copied  | to the pre-trained W;
+    |                 |                      | onto themselves                 | --no-rewind as released
+    | corruption      | 15 %                 | 15 % of all but special tokens  | [UNK] is a special token, too
 
 torch.save(tamt.load_mask("mask.pt"), "theirs.pt") makes a mask file for the released code. Left out, as in the
 released runs: distillation of attention, schedules of the sparsity. Also left out: FSDP.
