@@ -1,8 +1,9 @@
 """From plain text to batches of token ids.
 
-    1. Vocabulary      the tokenizer of a model folder, read and written
+    1. Vocabulary      the tokenizer of a model folder
     2. Text            plain text to rows of T token ids, in a memory-mapped file
     3. Batches         the order of the rows, and masked-LM corruption
+    Appendix           the settings of a tokenizer, and its files written
     Appendix           files: names, locks, hashes, progress
     Appendix           download and unpack
     Appendix           the named models and corpora, with their hashes
@@ -11,8 +12,8 @@ Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
 
 import codecs
+import gzip
 import hashlib
-import io
 import json
 import mmap
 import os
@@ -241,6 +242,302 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
     return tokenizer
 
 
+# ---------------------------------------------------------------------------------------------------
+# 2. Text to rows of T token ids
+# ---------------------------------------------------------------------------------------------------
+
+
+def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool = False) -> np.memmap:
+    """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
+
+    source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
+    wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
+    between [CLS] and [SEP]; headings and the borders of documents are ignored and the tail is dropped
+    (released code: data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each
+    line of the text is one row, cut or padded to T.
+
+    The rows are kept in the cache. The name of their file is a digest of what made them: the bytes of
+    the text, the tokenizer, T, `lines`. It therefore answers the question which text this is.
+
+    Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
+    lines = lines or vocabulary.one_row_per_line
+    file, begin, end = find_text(source, split, lines)
+    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, lines]
+    digest = hashlib.sha256(json.dumps(made_by).encode())
+    for piece in read_bytes(file, begin, end):
+        digest.update(piece)
+
+    path = cache() / "blocks" / f"{digest.hexdigest()[:32]}.bin"
+    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_rows = padded_lines if lines else packed_blocks
+        with bert.atomic_write(path) as out:
+            for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
+                out.write(rows.astype(dtype).tobytes())
+            if out.tell() == 0:
+                raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
+
+    rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
+    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
+    return rows
+
+
+def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
+    """The text of a split: a file, and the bytes where the text begins and ends in it."""
+    path = Path(source)
+    if str(source) in CORPORA:
+        path = corpus_folder(str(source))
+
+    if path.is_dir():
+        name = "wiki.train" if split == "train" else "wiki.valid"
+        for file in (path / f"{name}.raw", path / f"{name}.tokens"):
+            if file.is_file():
+                return file, 0, file.stat().st_size
+        raise FileNotFoundError(f"{path}: no {name}.raw or {name}.tokens in this folder")
+
+    if not path.is_file():
+        raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
+                                f"{', '.join(CORPORA)}, toy")
+    if path.suffix.lower() in TO_TEXT:
+        line = TO_TEXT[path.suffix.lower()].format(str(path))
+        raise ValueError(f"{path}: expected plain text, not {path.suffix}; if its texts are called 'text', "
+                         f"this line of Python makes text.txt of it: {line}")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+    border = dev_border(path, size, lines)
+    if split == "train":
+        return path, 0, border
+    return path, border, size
+
+
+WRITE_TEXT = r"open('text.txt', 'w').writelines(each['text'] + '\n' for each in "
+TO_TEXT = {  # format: the path
+    ".jsonl": "import json; " + WRITE_TEXT + "map(json.loads, open({!r})))",
+    ".json": "import json; " + WRITE_TEXT + "json.load(open({!r})))",
+    ".csv": "import csv; " + WRITE_TEXT + "csv.DictReader(open({!r})))",
+}
+
+
+def dev_border(path: Path, size: int, lines: bool) -> int:
+    """The byte of a text file where its last 5 %, the dev text, begin.
+
+    It is the begin of a line: of 200 lines the last 10 are dev. A text with less than 20 lines is cut
+    after 95 % of its bytes, at the space before; only rows of a line each need a whole one."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
+
+        if num_lines >= 20 or (lines and num_lines > 1):
+            border = size - 1
+            for _ in range(max(num_lines // 20, 1)):
+                border = text.rfind(b"\n", 0, border)
+            return border + 1
+
+        border = max(size * 95 // 100, 1)
+        space = text.rfind(b" ", 0, border)
+        if space > 0:
+            return space
+        while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
+            border += 1
+        return border
+
+
+def read_text(file: Path, begin: int, end: int, quiet: bool = False):
+    """Yields the text between two bytes of a file, 2 MB at a time, with "\\n" for Windows' line ends; a byte
+    order mark is dropped."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
+    position = begin
+    held = ""
+    for piece in read_bytes(file, begin, end):
+        is_last = position + len(piece) == end
+        try:
+            text = held + decoder.decode(piece, final=is_last)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
+        held = ""
+        if text.endswith("\r") and not is_last:  # its "\n" may come with the next piece
+            held = "\r"
+            text = text[:-1]
+        yield text.replace("\r\n", "\n")
+        position += len(piece)
+        progress.add(len(piece))
+
+
+# A piece has at least 2,000 characters and ends with a letter or digit before a space; where no space comes
+# for long, before other white space.
+PIECE = re.compile(r"(?s).{2000,10000}?\w(?= )|.{2000,}?\w(?=\s)")
+PIECE_BEFORE_SPACE = re.compile(r"(?s).{2000,}?\w(?= )")
+
+
+def cut_pieces(texts, tokenizer: Tokenizer):
+    """Yields lists of pieces of a long text, so that many can be encoded at once, on all cores.
+
+    The ids of the pieces, one after the other, are those of the text as a whole: both kinds of
+    tokenizers look at one word at a time. A word of BERT's ends at a space, and one of RoBERTa's begins
+    with its space ("a  b" is "a", " ", " b"), so the cut lies between a word and the space after it.
+    With add_prefix_space each piece gets a space in front unless it begins with one."""
+    pattern = PIECE
+    if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
+        pattern = PIECE_BEFORE_SPACE
+    rest = ""
+    for text in texts:
+        rest += text
+        pieces = []
+        begin = 0
+        match = pattern.match(rest)
+        while match:
+            pieces.append(match[0])
+            begin = match.end()
+            match = pattern.match(rest, begin)
+        rest = rest[begin:]
+        yield pieces
+    yield [rest]
+
+
+def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
+    encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
+    """Yields rows (n, T): the stream of tokens in blocks of T - 2 between [CLS] and [SEP]."""
+    length = seq_len - 2
+    rest = np.empty(0, np.int32)
+    for pieces in cut_pieces(texts, vocabulary.tokenizer):
+        ids = [np.array(each, np.int32) for each in encode(pieces, vocabulary)]
+        stream = np.concatenate([rest, *ids])
+        num_rows = len(stream) // length
+
+        rows = np.empty((num_rows, seq_len), np.int32)
+        rows[:, 0] = vocabulary.cls_id
+        rows[:, 1:-1] = stream[:num_rows * length].reshape(num_rows, length)
+        rows[:, -1] = vocabulary.sep_id
+        rest = stream[num_rows * length:]
+        yield rows
+
+
+def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
+    """Yields rows (n, T): each line that is not blank, cut to T - 2 tokens, between [CLS] and [SEP],
+    padded."""
+    rest = ""
+    for text in chain(texts, ["\n"]):
+        *lines, rest = (rest + text).split("\n")
+        lines = [line.strip() for line in lines if line.strip()]
+
+        rows = np.full((len(lines), seq_len), vocabulary.pad_id, np.int32)
+        for row, ids in zip(rows, encode(lines, vocabulary), strict=True):
+            ids = [vocabulary.cls_id, *ids[:seq_len - 2], vocabulary.sep_id]
+            row[:len(ids)] = ids
+        yield rows
+
+
+def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
+    """Warns from 5 % of unknown tokens on: a text that the vocabulary cannot read gives low losses that
+    mean nothing. Raises ValueError if there is nothing to predict at all."""
+    counts = count_tokens(rows, vocabulary)
+    counts[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id]] = 0
+    share = counts[vocabulary.unknown_id] / max(counts.sum(), 1)
+
+    counts[vocabulary.special_ids] = 0
+    if counts.sum() == 0:
+        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
+                         "vocabulary")
+    if share >= 0.05:
+        examples = ", ".join(unknown_words(texts, vocabulary))
+        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
+              f"{examples}", file=sys.stderr)
+
+
+def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
+    """Three words of a text that become [UNK]."""
+    words = []
+    for pieces in cut_pieces(texts, vocabulary.tokenizer):
+        for piece in pieces:
+            encoding = vocabulary.tokenizer.encode(piece, add_special_tokens=False)
+            for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                word = repr(piece[begin:end][:20])
+                if token_id == vocabulary.unknown_id and word not in words:
+                    words.append(word)
+                if len(words) == 3:
+                    return words
+    return words
+
+
+def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
+    """How often each id occurs in rows (n, T) -> (V,) int64. A million tokens at a time: there may be
+    many."""
+    counts = np.zeros(vocabulary.size, np.int64)
+    num_rows = max(2**20 // rows.shape[1], 1)
+    for begin in range(0, len(rows), num_rows):
+        counts += np.bincount(rows[begin:begin + num_rows].ravel(), minlength=vocabulary.size)
+    return counts
+
+
+def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
+    """Which ids occur in rows (n, T) -> (V,) bool."""
+    return count_tokens(rows, vocabulary) > 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Batches and masked-LM corruption
+# ---------------------------------------------------------------------------------------------------
+
+PURPOSES = ("order", "corruption", "masks", "limit", "tickets")  # results depend on this order
+
+
+def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
+    """A generator of random numbers for one purpose, so that no two purposes share their numbers;
+    `numbers`, such as the step, give each use of it a stream of its own."""
+    return np.random.default_rng([seed, PURPOSES.index(purpose), *numbers])
+
+
+def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Rows number start .. start + count - 1 of an endless reading of num_rows rows, shuffled anew each
+    epoch.
+
+    A function of the seed and the position alone, so that a run can continue anywhere -> (count,)
+    int64."""
+    rows = []
+    for position in range(start, start + count):
+        epoch, place = divmod(position, num_rows)
+        rows.append(epoch_order(num_rows, seed, epoch)[place])
+    return np.array(rows)
+
+
+@lru_cache(2)  # a batch may lie on the border of two epochs
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return random_stream(seed, "order", epoch).permutation(num_rows)
+
+
+def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's masked-LM corruption of input_ids (B, T).
+
+    Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become
+    [MASK], 10 % a random word of the whole vocabulary, 10 % stay as they are.
+
+    -> corrupted ids (B, T), is_chosen (B, T) bool: the positions whose original token is to be
+    predicted."""
+    is_special = np.isin(input_ids, vocabulary.special_ids)
+    is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
+
+    fate = generator.random(input_ids.shape)
+    random_words = generator.integers(vocabulary.size, size=input_ids.shape)
+    is_masked = is_chosen & (fate < 0.8)
+    is_random = is_chosen & (fate >= 0.8) & (fate < 0.9)
+
+    corrupted_ids = np.where(is_masked, vocabulary.mask_id, input_ids)
+    corrupted_ids = np.where(is_random, random_words, corrupted_ids)
+    return corrupted_ids, is_chosen
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: the settings of a tokenizer. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
+
+
 def gpt2_files(folder: Path) -> list[Path]:
     """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
     beside = [folder / name for name in GPT2_BPE]
@@ -254,20 +551,36 @@ def gpt2_files(folder: Path) -> list[Path]:
 
 
 def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json, and special_tokens_map.json where the former does not list all added
-    tokens."""
+    """tokenizer_config.json and special_tokens_map.json, merged as transformers does it: the map adds what the
+    other file leaves open, its extra_special_tokens are added, and it counts for nothing where
+    tokenizer_config.json lists all added tokens itself."""
     settings = {}
-    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if not (folder / name).is_file() or "added_tokens_decoder" in settings:
-            continue
-        content = bert.read_json(folder / name)
-        if name == "config.json":
-            content = {"tokenizer_class": content.get("tokenizer_class")}
-        settings |= {key: value for key, value in content.items() if value is not None}
+    if (folder / "config.json").is_file():
+        settings["tokenizer_class"] = bert.read_json(folder / "config.json").get("tokenizer_class")
+    if (folder / "tokenizer_config.json").is_file():
+        settings |= bert.read_json(folder / "tokenizer_config.json")
+    settings = {key: value for key, value in settings.items() if value is not None}
+
+    lists = ("extra_special_tokens", "additional_special_tokens")
+    if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in settings:
+        tokens = {key: value for key, value in bert.read_json(folder / "special_tokens_map.json").items()
+                  if value is not None}
+        own_list = [token for key in lists for token in token_list(settings.get(key))]
+        if own_list:
+            tokens.pop("additional_special_tokens", None)
+            tokens["extra_special_tokens"] = own_list + token_list(tokens.get("extra_special_tokens"))
+        settings |= tokens
 
     if settings.get("split_special_tokens"):
         raise ValueError(f"{folder}: the tokenizer setting split_special_tokens is not supported")
     return settings
+
+
+def token_list(tokens) -> list:
+    """A list of tokens, or a dict of named ones, or nothing -> a list."""
+    if isinstance(tokens, dict):
+        return list(tokens.values())
+    return list(tokens or [])
 
 
 def refuse_other_class(file: Path, settings: dict, expected: str):
@@ -313,10 +626,8 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
             roles.append(key)  # a special token that only this model has
     special = [settings[role] for role in roles if isinstance(settings.get(role), (str, dict))]
 
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if isinstance(extra, dict):
-        extra = list(extra.values())
-    special += [*names, *extra]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    special += [*names, *token_list(extra)]
     special_contents = {token_content(token) for token in special}
 
     numbered_tokens = {}
@@ -447,286 +758,6 @@ def is_plain_bert(tokenizer: Tokenizer) -> bool:
 def is_plain_roberta(tokenizer: Tokenizer) -> bool:
     is_bpe = isinstance(tokenizer.model, models.BPE) and tokenizer.normalizer is None
     return is_bpe and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 2. Text to rows of T token ids
-# ---------------------------------------------------------------------------------------------------
-
-
-def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool = False) -> np.memmap:
-    """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
-
-    source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
-    wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
-    between [CLS] and [SEP]; headings and the borders of documents are ignored and the tail is dropped
-    (released code: data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each
-    line of the text is one row, cut or padded to T.
-
-    The rows are kept in the cache. The name of their file is a digest of what made them: the bytes of
-    the text, the tokenizer, T, `lines`. It therefore answers the question which text this is.
-
-    Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
-    lines = lines or vocabulary.one_row_per_line
-    file, begin, end = find_text(source, split, lines)
-    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, lines]
-    digest = hashlib.sha256(json.dumps(made_by).encode())
-    for piece in read_bytes(file, begin, end):
-        digest.update(piece)
-
-    path = cache() / "blocks" / f"{digest.hexdigest()[:32]}.bin"
-    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        make_rows = padded_lines if lines else packed_blocks
-        with bert.atomic_write(path) as out:
-            for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
-                out.write(rows.astype(dtype).tobytes())
-            if out.tell() == 0:
-                raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
-
-    rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
-    return rows
-
-
-def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
-    """The text of a split: a file, and the bytes where the text begins and ends in it."""
-    path = Path(source)
-    if str(source) in CORPORA:
-        path = corpus_folder(str(source))
-
-    if path.is_dir():
-        name = "wiki.train" if split == "train" else "wiki.valid"
-        for file in (path / f"{name}.raw", path / f"{name}.tokens"):
-            if file.is_file():
-                return file, 0, file.stat().st_size
-        raise FileNotFoundError(f"{path}: no {name}.raw or {name}.tokens in this folder")
-
-    if not path.is_file():
-        raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
-                                f"{', '.join(CORPORA)}, toy")
-    if path.suffix in TO_TEXT:
-        line = TO_TEXT[path.suffix].format(str(path))
-        raise ValueError(f"{path}: expected plain text, not {path.suffix}; if its texts are called 'text', "
-                         f"this line of Python makes text.txt of it: {line}")
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError(f"{path}: the file is empty")
-
-    border = dev_border(path, size, lines)
-    if split == "train":
-        return path, 0, border
-    return path, border, size
-
-
-WRITE_TEXT = r"open('text.txt', 'w').writelines(each['text'] + '\n' for each in "
-TO_TEXT = {  # format: the path
-    ".jsonl": "import json; " + WRITE_TEXT + "map(json.loads, open({!r})))",
-    ".json": "import json; " + WRITE_TEXT + "json.load(open({!r})))",
-    ".csv": "import csv; " + WRITE_TEXT + "csv.DictReader(open({!r})))",
-}
-
-
-def dev_border(path: Path, size: int, lines: bool) -> int:
-    """The byte of a text file where its last 5 %, the dev text, begin.
-
-    It is the begin of a line: of 200 lines the last 10 are dev. A text with less than 20 lines is cut
-    after 95 % of its bytes, at the space before; only rows of a line each need a whole one."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
-
-        if num_lines >= 20 or (lines and num_lines > 1):
-            border = size - 1
-            for _ in range(max(num_lines // 20, 1)):
-                border = text.rfind(b"\n", 0, border)
-            return border + 1
-
-        border = max(size * 95 // 100, 1)
-        space = text.rfind(b" ", 0, border)
-        if space > 0:
-            return space
-        while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
-            border += 1
-        return border
-
-
-def read_text(file: Path, begin: int, end: int, quiet: bool = False):
-    """Yields the text between two bytes of a file, 2 MB at a time. Each line ends in "\\n", whatever
-    the file says, as in Python's text mode; a byte order mark is dropped."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
-    position = begin
-    for piece in read_bytes(file, begin, end):
-        try:
-            text = decoder.decode(piece, final=position + len(piece) == end)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
-        yield text
-        position += len(piece)
-        progress.add(len(piece))
-
-
-# At least 2,000 characters up to a space, else up to a line end, else 10,000 characters.
-PIECE = re.compile(r"(?s).{2000,10000}?\S(?= )|.{2000,10000}?\S(?=\n)|.{10000}")
-
-
-def cut_pieces(texts):
-    """Yields lists of pieces of a long text, so that many can be encoded at once, on all cores.
-
-    The ids of the pieces, one after the other, are those of the text as a whole: both kinds of
-    tokenizers look at one word at a time. A word of BERT's ends at a space, and one of RoBERTa's begins
-    with its space ("a  b" is "a", " ", " b"), so the cut lies between a word and the space after it. (A
-    word of more than 10,000 characters is cut itself.)"""
-    rest = ""
-    for text in texts:
-        rest += text
-        pieces = []
-        begin = 0
-        match = PIECE.match(rest)
-        while match:
-            pieces.append(match[0])
-            begin = match.end()
-            match = PIECE.match(rest, begin)
-        rest = rest[begin:]
-        yield pieces
-    yield [rest]
-
-
-def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
-    encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
-
-
-def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
-    """Yields rows (n, T): the stream of tokens in blocks of T - 2 between [CLS] and [SEP]."""
-    length = seq_len - 2
-    rest = np.empty(0, np.int32)
-    for pieces in cut_pieces(texts):
-        ids = [np.array(each, np.int32) for each in encode(pieces, vocabulary)]
-        stream = np.concatenate([rest, *ids])
-        num_rows = len(stream) // length
-
-        rows = np.empty((num_rows, seq_len), np.int32)
-        rows[:, 0] = vocabulary.cls_id
-        rows[:, 1:-1] = stream[:num_rows * length].reshape(num_rows, length)
-        rows[:, -1] = vocabulary.sep_id
-        rest = stream[num_rows * length:]
-        yield rows
-
-
-def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
-    """Yields rows (n, T): each line that is not blank, cut to T - 2 tokens, between [CLS] and [SEP],
-    padded."""
-    rest = ""
-    for text in chain(texts, ["\n"]):
-        *lines, rest = (rest + text).split("\n")
-        lines = [line.strip() for line in lines if line.strip()]
-
-        rows = np.full((len(lines), seq_len), vocabulary.pad_id, np.int32)
-        for row, ids in zip(rows, encode(lines, vocabulary), strict=True):
-            ids = [vocabulary.cls_id, *ids[:seq_len - 2], vocabulary.sep_id]
-            row[:len(ids)] = ids
-        yield rows
-
-
-def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
-    """Warns from 5 % of unknown tokens on: a text that the vocabulary cannot read gives low losses that
-    mean nothing. Raises ValueError if there is nothing to predict at all."""
-    counts = count_tokens(rows, vocabulary)
-    counts[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id]] = 0
-    share = counts[vocabulary.unknown_id] / max(counts.sum(), 1)
-
-    counts[vocabulary.special_ids] = 0
-    if counts.sum() == 0:
-        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
-                         "vocabulary")
-    if share >= 0.05:
-        examples = ", ".join(unknown_words(texts, vocabulary))
-        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
-              f"{examples}", file=sys.stderr)
-
-
-def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
-    """Three words of a text that become [UNK]."""
-    words = []
-    for pieces in cut_pieces(texts):
-        for piece in pieces:
-            encoding = vocabulary.tokenizer.encode(piece, add_special_tokens=False)
-            for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                word = repr(piece[begin:end][:20])
-                if token_id == vocabulary.unknown_id and word not in words:
-                    words.append(word)
-                if len(words) == 3:
-                    return words
-    return words
-
-
-def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
-    """How often each id occurs in rows (n, T) -> (V,) int64. A million tokens at a time: there may be
-    many."""
-    counts = np.zeros(vocabulary.size, np.int64)
-    num_rows = max(2**20 // rows.shape[1], 1)
-    for begin in range(0, len(rows), num_rows):
-        counts += np.bincount(rows[begin:begin + num_rows].ravel(), minlength=vocabulary.size)
-    return counts
-
-
-def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
-    """Which ids occur in rows (n, T) -> (V,) bool."""
-    return count_tokens(rows, vocabulary) > 0
-
-
-# ---------------------------------------------------------------------------------------------------
-# 3. Batches and masked-LM corruption
-# ---------------------------------------------------------------------------------------------------
-
-PURPOSES = ("order", "corruption", "masks", "limit", "tickets")  # results depend on this order
-
-
-def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A generator of random numbers for one purpose, so that no two purposes share their numbers;
-    `numbers`, such as the step, give each use of it a stream of its own."""
-    return np.random.default_rng([seed, PURPOSES.index(purpose), *numbers])
-
-
-def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows number start .. start + count - 1 of an endless reading of num_rows rows, shuffled anew each
-    epoch.
-
-    A function of the seed and the position alone, so that a run can continue anywhere -> (count,)
-    int64."""
-    rows = []
-    for position in range(start, start + count):
-        epoch, place = divmod(position, num_rows)
-        rows.append(epoch_order(num_rows, seed, epoch)[place])
-    return np.array(rows)
-
-
-@lru_cache(2)  # a batch may lie on the border of two epochs
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return random_stream(seed, "order", epoch).permutation(num_rows)
-
-
-def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's masked-LM corruption of input_ids (B, T).
-
-    Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become
-    [MASK], 10 % a random word of the whole vocabulary, 10 % stay as they are.
-
-    -> corrupted ids (B, T), is_chosen (B, T) bool: the positions whose original token is to be
-    predicted."""
-    is_special = np.isin(input_ids, vocabulary.special_ids)
-    is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
-
-    fate = generator.random(input_ids.shape)
-    random_words = generator.integers(vocabulary.size, size=input_ids.shape)
-    is_masked = is_chosen & (fate < 0.8)
-    is_random = is_chosen & (fate >= 0.8) & (fate < 0.9)
-
-    corrupted_ids = np.where(is_masked, vocabulary.mask_id, input_ids)
-    corrupted_ids = np.where(is_random, random_words, corrupted_ids)
-    return corrupted_ids, is_chosen
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -880,6 +911,7 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
             return path
         if sha256 and part.exists() and file_sha256(part) == sha256:
             os.replace(part, path)  # a run was killed when only the name was missing
+            remember_hash(path, sha256)
             return path
 
         errors = {}
@@ -929,6 +961,8 @@ def request(url: str, part: Path, size: int | None, sha256: str | None):
                 sha256 = sha256 or announced[0]
                 size = size or int(each.headers.get("X-Linked-Size", 0))
 
+        if answer.status_code == 416 and sha256 and file_sha256(part) == sha256:
+            return  # the part was complete; a run was killed when only the name was missing
         if answer.status_code != 200 and not continues(answer, num_bytes, sha256):
             part.unlink(missing_ok=True)
             raise TryAgain(f"{status}: not the range that was asked for")
@@ -1094,13 +1128,22 @@ def unpack_zip(archive, folder: Path, suffixes: tuple, limit: int):
 def unpack_tar(archive, folder: Path, suffixes: tuple, limit: int):
     """The filter "data" refuses members that lead out of the folder, links out of it, and devices."""
     total = 0
-    with tarfile.open(archive, "r:gz") as packed:
-        for member in packed:
-            total += member.size
+    with gzip.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r:") as packed:
+            for member in packed:
+                total += member.size
+                if total > limit:
+                    raise ValueError(f"unpacks to more than {limit:,} bytes")
+                if member.name.endswith(suffixes):
+                    packed.extract(member, folder, filter="data")
+
+        # gzip compares its checksum at the end of the file, which lies behind the end of the last member.
+        num_bytes = 1
+        while num_bytes > 0:
+            num_bytes = len(stream.read(CHUNK))
+            total += num_bytes
             if total > limit:
-                raise ValueError(f"unpacks to more than {limit:,} bytes")
-            if member.name.endswith(suffixes):
-                packed.extract(member, folder, filter="data")
+                raise ValueError("goes on after its last member")
 
 
 # ---------------------------------------------------------------------------------------------------
