@@ -2,13 +2,18 @@
 
 Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al. 2019), section 3.
 
-    1. The network      embeddings, L layers of attention and feed-forward, three heads
-    2. Checkpoints      load() in ten steps, and save()
-    Appendix            the file formats: safetensors, PyTorch, TensorFlow, fairseq
+    1. The network      embeddings and L layers; heads for masked words, classes and answers
+    2. Checkpoints      load() and save()
+    Appendix            files, and the checkpoint formats: safetensors, PyTorch, TensorFlow, fairseq
     Appendix            attention on a CPU
 
-The names of all modules are the names in published checkpoints (bert.encoder.layer.0.attention.self.query),
-so a Hugging Face file needs no table of names.
+    model = bert.load("folder")                         # a checkpoint as published
+    hidden_states = model(input_ids, attention_mask)    # a list: the embeddings, then each layer's output
+    logits = model.mlm_logits(hidden_states[-1])        # (B, T, V)
+
+Modules are called what published checkpoints call them (bert.encoder.layer.0.attention.self.query), so a
+Hugging Face file needs no table of names; the price are a few branches where BERT and RoBERTa have different
+names for the same thing. Left out is the head for next-sentence prediction.
 
 Letters in shapes: B sequences, T tokens, D hidden size, H heads, L layers, V vocabulary, C classes.
 """
@@ -54,7 +59,7 @@ class Config:
 
     @property
     def positions(self) -> int:
-        """The longest sequence in tokens. RoBERTa begins at row pad + 1: 514 rows serve 512 tokens."""
+        """The longest sequence in tokens. RoBERTa's positions begin at row pad + 1: 514 rows serve 512 tokens."""
         if self.model_type == "roberta":
             return self.max_position_embeddings - self.pad_token_id - 1
         return self.max_position_embeddings
@@ -96,10 +101,9 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The H attention heads of a layer: each token's context vectors, concatenated (Eq. 1 of the TAMT paper).
+    """The H attention heads of a layer: the context vectors of each token, concatenated.
 
-    The heads are counted from the rows of the query matrix, not from the config: a structured ticket
-    (finetune.py) removes some."""
+    H is read off the rows of the query matrix, not off the config, since heads may have been removed."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -116,8 +120,8 @@ class SelfAttention(nn.Module):
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
 
-        # softmax(query key^T / sqrt(head size)) value. This is torch's scaled_dot_product_attention;
-        # the last appendix says what it does differently on a CPU.
+        # softmax(query key^T / sqrt(head size)) value. attention() is torch's scaled_dot_product_attention,
+        # except for dropout on a CPU, where the last appendix has a faster form.
         dropout = self.dropout if self.training else 0.0
         context = attention(query, key, value, attention_mask, dropout)  # (B, H, T, head size)
         return context.transpose(1, 2).flatten(start_dim=2)
@@ -140,7 +144,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """The first sub-layer. A module called `self` is what checkpoints have: attention.self.query.weight."""
+    """The first sub-layer. Checkpoints call its inner module `self`: attention.self.query.weight."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -153,7 +157,8 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The wide half of the feed-forward network."""
+    """The first half of the feed-forward network, which makes the hidden states wider. The second half, which
+    makes them narrow again, is the Residual of the layer."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -189,8 +194,20 @@ class Encoder(nn.Module):
         return hidden_states
 
 
+class Pooler(nn.Module):
+    """The hidden state of [CLS], made ready for BERT's classifier."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, last_hidden_state):  # (B, T, D) -> (B, D)
+        return torch.tanh(self.dense(last_hidden_state[:, 0]))
+
+
 class Backbone(nn.Module):
-    """Everything below the heads. Checkpoints call it `bert` or `roberta`."""
+    """Everything below the heads, and BERT's pooler, which only the classifier calls. Checkpoints call it `bert`
+    or `roberta`."""
 
     def __init__(self, config: Config, pooler: bool):
         super().__init__()
@@ -205,17 +222,6 @@ class Backbone(nn.Module):
             attention_mask = attention_mask.bool()[:, None, None, :]
         embedded = self.embeddings(input_ids, token_type_ids)
         return self.encoder(embedded, attention_mask)
-
-
-class Pooler(nn.Module):
-    """The hidden state of [CLS], made ready for BERT's classifier."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, last_hidden_state):  # (B, T, D) -> (B, D)
-        return torch.tanh(self.dense(last_hidden_state[:, 0]))
 
 
 class MaskedLMHead(nn.Module):
@@ -250,7 +256,7 @@ class MaskedLMHead(nn.Module):
 
 
 class RobertaClassifier(nn.Module):
-    """RoBERTa's classifier on <s>; it was pre-trained without a pooler."""
+    """RoBERTa's classifier on <s>. RoBERTa was pre-trained without a pooler."""
 
     def __init__(self, config: Config, num_labels: int):
         super().__init__()
@@ -273,7 +279,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.add_module(config.model_type, Backbone(config, pooler))
+        self.add_module(config.model_type, Backbone(config, pooler))  # self.bert or self.roberta
         if mlm_head:
             self.add_mlm_head()
         self.apply(self.initialise)
@@ -337,14 +343,14 @@ class Model(nn.Module):
 
     def fresh(self, make, *arguments) -> nn.Module:
         """A module with BERT's initialisation, drawn from torch's global generator. It is on the model's
-        device, and in its mode: dropout stays off after load()."""
+        device, and in training or eval mode as the model is."""
         device = self.backbone.embeddings.word_embeddings.weight.device
         with torch.device(device):
             module = make(*arguments)
         return module.apply(self.initialise).train(self.training)
 
     def initialise(self, module):
-        """Weights are drawn from N(0, 0.02), biases are 0. A LayerNorm is made as 1 and 0 by torch."""
+        """Weights from a normal distribution of width initializer_range, biases 0. torch makes a LayerNorm as 1 and 0."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -359,9 +365,13 @@ class Model(nn.Module):
 def load(path) -> Model:
     """A model in eval mode from an original checkpoint, with the pooler and the masked-LM head that it holds.
 
-    path: a Hugging Face folder or one of its weight files, the prefix, .index or .data file of a TensorFlow
-    checkpoint, or fairseq's model.pt. All weights become fp32. Tensors that the model does not use are named
-    in one printed line. Raises FileNotFoundError, or ValueError with all missing and mis-shaped tensors."""
+    path is one of
+        a Hugging Face folder, or one of its weight files
+        the prefix of a TensorFlow checkpoint, or its .index or .data file
+        fairseq's model.pt
+
+    All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
+    FileNotFoundError, or ValueError with what is missing, mis-shaped or no number."""
     # Read the two files: the weights, under Hugging Face's names, and the sizes.
     weights_file = find_weights(Path(path))
     tensors, settings = read_weights(weights_file)
@@ -373,26 +383,27 @@ def load(path) -> Model:
                                 f"{weights_file.name}")
 
     # Settle the spelling of the names, the config, and whether the decoder is the embedding matrix.
-    with naming(weights_file):
+    with errors_name(weights_file):
         family = find_family(tensors, settings)
         tensors = normalise_names(tensors, family)
-    with naming(config_file or weights_file):
+    with errors_name(config_file or weights_file):
         config = read_config(settings, family)
         check_number_of_layers(config, tensors)
     config = settle_decoder(config, tensors)
 
-    # Build the model without memory of its own, compare it with the file, and put the tensors in.
+    # Build the model without memory of its own ("meta"), compare it with the file, and put the tensors in.
     head = MLM_HEADS[family]
     has_pooler = any(name.startswith(f"{family}.pooler.") for name in tensors)
     has_mlm_head = any(name.startswith(f"{head}.") for name in tensors)
     with torch.device("meta"):
         model = Model(config, has_pooler, has_mlm_head)
     expected = model.state_dict()
-    with naming(weights_file):
+    with errors_name(weights_file):
         check_tensors(expected, tensors)
     unused = sorted(tensors.keys() - expected.keys())
     if unused:
         print(f"{weights_file.name}: not used: {shorten(unused)}")
+    # Copies, since the tensors may be views of the file; assigned, since meta tensors cannot be written into.
     weights = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in expected}
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -419,7 +430,7 @@ def save(folder, config: Config, tensors: dict, architecture: str, **extra):
 def find_weights(path: Path) -> Path:
     """The file with the weights: the path itself, the first kind in a folder, or TensorFlow's index.
 
-    Links are not followed: in a hub cache they lead to blobs/, where names and config.json are lost."""
+    Symbolic links are not resolved: in a hub cache they lead to blobs/, where names and config.json are lost."""
     if path.is_dir():
         path = find_weights_in(path)
     index = Path(TENSORFLOW_SUFFIX.sub("", str(path)) + ".index")
@@ -456,7 +467,7 @@ def read_weights(file: Path) -> tuple[dict, dict]:
     config.json, says of the sizes ({} for the other formats)."""
     if file.suffix == ".index":
         tensors = read_tensorflow(file)
-        with naming(file):
+        with errors_name(file):
             return from_tensorflow(tensors), {}
 
     content = {}
@@ -467,7 +478,7 @@ def read_weights(file: Path) -> tuple[dict, dict]:
     else:
         content = read_pickle(file)
         tensors = find_state_dict(content, file)
-    with naming(file):
+    with errors_name(file):
         tensors = merge_pruned(tensors)
         if any(".sentence_encoder." in name for name in tensors):
             return from_fairseq(tensors, content)
@@ -487,30 +498,31 @@ OTHER_FAMILIES = ("albert", "camembert", "deberta", "distilbert", "electra", "mp
 
 
 def find_family(tensors: dict, settings: dict) -> str:
-    """"bert" or "roberta": from the config's model_type and architectures, and from the weights' names.
-
-    Google's config and those of old RoBERTa models have no model_type, and a bare encoder has no prefix."""
+    """Decides between "bert" and "roberta", by model_type or architectures in the config and by the names of the
+    weights. Google's config has neither, and the names of a bare encoder do not tell: one of them must."""
     families = set()
-    model_type = settings.get("model_type")
-    if model_type is not None:
-        families.add(str(model_type))
-    for architecture in settings.get("architectures") or []:
-        match = re.match("(Bert|Roberta)(For|Model)", str(architecture))
-        if match and model_type is None:
+    if settings.get("model_type"):
+        families.add(str(settings["model_type"]))
+    elif settings.get("architectures"):
+        match = re.match("(Bert|Roberta)(For|Model)", str(settings["architectures"][0]))
+        if match:
             families.add(match[1].lower())
     for name in tensors:
         first = WRAPPERS.sub("", name).split(".")[0]
-        families.add({"cls": "bert", "lm_head": "roberta"}.get(first, first))
+        if first in ("bert", "cls"):
+            families.add("bert")
+        if first in ("roberta", "lm_head"):
+            families.add("roberta")
+        if first in OTHER_FAMILIES:
+            families.add(first)
 
-    other = families & {*OTHER_FAMILIES, str(model_type)} - {"bert", "roberta"}
-    if other:
-        raise ValueError(f"this is a model of the family {shorten(sorted(other))}; "
-                         "only bert and roberta are read")
-    families &= {"bert", "roberta"}
+    others = families - {"bert", "roberta"}
+    if others:
+        raise ValueError(f"this is a model of the family {shorten(sorted(others))}; only bert and roberta are read")
     if len(families) != 1:
         found = " and ".join(sorted(families)) or "none"
-        raise ValueError(f"the names of the weights ({shorten(list(tensors))}) and model_type in "
-                         f"config.json must name one family, bert or roberta; found: {found}")
+        raise ValueError(f"the names of the weights ({shorten(list(tensors))}) and model_type in config.json must "
+                         f"name one family, bert or roberta; found: {found}")
     return families.pop()
 
 
@@ -540,7 +552,8 @@ def normalise_names(tensors: dict, family: str) -> dict:
 
 
 def read_config(settings: dict, family: str) -> Config:
-    """The fields of a config.json, checked. Old RoBERTa files lack pad_token_id, Google's layer_norm_eps."""
+    """The fields of a config.json, checked. What old RoBERTa files (pad_token_id) and Google's (layer_norm_eps) leave
+    out gets the value that it had then."""
     supported = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
     for name, value in supported.items():
         if settings.get(name) not in (None, value):
@@ -598,9 +611,15 @@ def check_number_of_layers(config: Config, tensors: dict):
 
 
 def settle_decoder(config: Config, tensors: dict) -> Config:
-    """Decides whether the decoder of the masked-LM head is the matrix of the word embeddings (tied).
+    """Decides whether the decoder of the masked-LM head is the matrix of the word embeddings (tied), and brings
+    `tensors` into the form that the model expects:
 
-    A tied matrix may be stored twice, or once under either name. The bias may be stored twice, too."""
+        only the word embeddings are there      as the config says
+        only the decoder is there               it is the word embeddings, if the config says tied
+        both, equal                             as the config says; a tied model needs one of them
+        both, different                         not tied
+
+    The bias may be stored twice, too: newer files have decoder.bias, and that is the one that counts."""
     head = MLM_HEADS[config.model_type]
     words = f"{config.model_type}.embeddings.word_embeddings.weight"
     decoder = f"{head}.decoder.weight"
@@ -657,8 +676,8 @@ def shorten(names: list[str], limit: int = 4) -> str:
 
 
 @contextmanager
-def naming(file):
-    """Turns what a parser stumbles over in a damaged file into one ValueError that names the file."""
+def errors_name(file):
+    """Within, an error of a parser becomes a ValueError of one line that names the file."""
     try:
         yield
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -669,10 +688,10 @@ def naming(file):
 # ---------------------------------------------------------------------------------------------------
 # Appendix: checkpoint formats. Skip it at a first reading.
 #
-# The files come from strangers: no code in them runs, and sizes are compared with the file's.
+# The files come from strangers: no code in them runs, and no size that they claim is believed unchecked.
 # ---------------------------------------------------------------------------------------------------
 
-# Two helpers for files, which the other modules use as well.
+# Files. The other modules use read_json and atomic_write as well.
 
 
 def read_json(path) -> dict:
@@ -742,7 +761,7 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not a complete safetensors file: {len(content):,} bytes, and a header of "
                          f"{header_size:,}")
     tensors = {}
-    with naming(path):
+    with errors_name(path):
         header = json.loads(content[8:8 + header_size].tobytes())
         if not isinstance(header, dict):
             raise ValueError(f"its header is a {type(header).__name__}, not a JSON object")
@@ -790,7 +809,7 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor]):
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-# PyTorch pickles, .bin .pt .pth .ckpt: a zip archive, or since before 2020 five pickles in a row.
+# PyTorch pickles, .bin .pt .pth .ckpt: a zip archive, or, before 2020, five pickles in a row.
 # torch.load(weights_only=True) reads both and runs no code in them.
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -912,11 +931,11 @@ def read_tensorflow(path) -> dict[str, torch.Tensor]:
     shards = {}
     tensors = {}
     for name, entry in entries.items():
-        with naming(f"{prefix}.index: variable {name!r:.200}"):
+        with errors_name(f"{prefix}.index: variable {name!r:.200}"):
             file = f"{prefix}.data-{entry.get(SHARD, 0):05d}-of-{num_shards:05d}"
         if file not in shards:
             shards[file] = read_bytes(file)
-        with naming(f"{file}: variable {name!r:.200}"):
+        with errors_name(f"{file}: variable {name!r:.200}"):
             tensors[name] = read_variable(entry, shards[file])
     return tensors
 
@@ -949,7 +968,7 @@ def read_tensorflow_index(path) -> tuple[int, dict[str, dict]]:
     """P.index -> the number of data files, and {variable: {field number: value}}."""
     index = read_bytes(path)[:LARGEST_INDEX + 1].tobytes()
     entries = {}
-    with naming(f"{path}: not a TensorFlow index, or a damaged one"):
+    with errors_name(f"{path}: not a TensorFlow index, or a damaged one"):
         if len(index) > LARGEST_INDEX or index[-8:] != TENSORFLOW_MAGIC:
             raise ValueError("the magic number at its end is missing, or it has over "
                              f"{LARGEST_INDEX:,} bytes")
