@@ -350,7 +350,7 @@ class Model(nn.Module):
         return module.apply(self.initialise).train(self.training)
 
     def initialise(self, module):
-        """Weights from a normal distribution of width initializer_range, biases 0. torch makes a LayerNorm as 1 and 0."""
+        """Weights from a normal distribution, biases 0. (torch makes a LayerNorm with weight 1 and bias 0.)"""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
