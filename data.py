@@ -1,670 +1,1229 @@
-"""From a URL to a batch of token ids: download and cache, tokenizer, rows of text, masked-LM corruption.
+"""From plain text to batches of token ids.
 
-Part 1 fetches what was published, once, and checks it: what is saved or unpacked is whole, or is not there.
-Part 2 builds a tokenizer from the original vocabulary files. Part 3 turns text into rows of T token ids, in a
-memory-mapped file. Part 4 makes the batches of mask training: which rows, which of their tokens are hidden.
+    1. Vocabulary      the tokenizer of a model folder, read and written
+    2. Text            plain text to rows of T token ids, in a memory-mapped file
+    3. Batches         the order of the rows, and masked-LM corruption
+    Appendix           files: names, locks, hashes, progress
+    Appendix           download and unpack
+    Appendix           the named models and corpora, with their hashes
 
-Glossary: B sequences, T tokens, V vocabulary, n rows.
+Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
 
 import codecs
-import contextlib
-import gzip
 import hashlib
+import io
 import json
 import mmap
 import os
 import re
 import shutil
 import sys
+import tarfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import requests
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors)
+
+import bert
 
 try:
     import fcntl
-except ImportError:  # Windows: there two processes must not fetch the same file at once
+except ImportError:  # Windows has no such locks: there two processes must not write the same file at once
     fcntl = None
 
-# ---------------------------------------------------------------- 1 download and cache
+# ---------------------------------------------------------------------------------------------------
+# 1. Vocabulary and tokenizer
+# ---------------------------------------------------------------------------------------------------
 
-AGENT = "tamt/1.0 (reference implementation of task-agnostic mask training; python-requests)"
-PAUSES = (1.0, 2.0, 4.0, 0.0)  # seconds after each failed try at a mirror
-LARGEST, RATIO, MEMBERS = 8 * 10**9, 200, 10_000  # bytes in a file or archive; unpacked / packed; files
-WEIGHTS = (".safetensors", ".bin", ".pt", ".index")
-HUB, GOOGLE = "https://huggingface.co", "https://storage.googleapis.com/bert_models"
-FAIRSEQ = "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
-AGAIN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)  # may pass
-UNPINNED = (None, None)  # no size and hash were published: what the hub announces is the check
-MODELS = {  # name: (hub repository, revision, {file: (bytes, sha256)}, Google's zip of the same weights)
-    "bert-base": ("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594", {
-        "config.json": (570, "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"),
-        "vocab.txt": (231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-        "model.safetensors": (440449768, "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
-    }, "2018_10_18/uncased_L-12_H-768_A-12.zip"),
-    "bert-large": ("google-bert/bert-large-uncased", "main", dict.fromkeys(
-        ["config.json", "vocab.txt", "model.safetensors"], UNPINNED),
-        "2018_10_18/uncased_L-24_H-1024_A-16.zip"),
-    "roberta-base": ("FacebookAI/roberta-base", "e2da8e2f811d1448a5b465c236feacd80ffbac7b", {
-        "config.json": (None, "ef0185e2aae6e06c5f105a285006952c340e20c7dbf43c86ec82601b13fc45e9"),
-        "vocab.json": (898823, "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655"),
-        "merges.txt": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-        "model.safetensors": (498818054, "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81"),
-    }, None),
-    "roberta-large": ("FacebookAI/roberta-large", "main", dict.fromkeys(
-        ["config.json", "vocab.json", "merges.txt", "model.safetensors"], UNPINNED), None),
-} | {f"bert-{name}": (f"google/bert_uncased_{size}", "main", dict.fromkeys(
-        ["config.json", "vocab.txt", "pytorch_model.bin"], UNPINNED), f"2020_02_20/uncased_{size}.zip")
-     for name, size in {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-8",
-                        "medium": "L-8_H-512_A-8"}.items()}
-CORPORA = {  # name: (mirrors, bytes, sha256); the old S3 bucket has been dead since 2024
-    "wikitext-103": ([f"{HUB}/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
-                      "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"],
-                     191984949, "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
-    "wikitext-2": (["https://wikitext.smerity.com/wikitext-2-raw-v1.zip"],
-                   4721645, "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11")}
-GPT2_BPE = {  # file: (bytes, sha256); fairseq ships RoBERTa without them
-    "encoder.json": (1042301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
-    "vocab.bpe": (456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")}
+WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in the order of the two above
 
 
-def _folder(variable, default):
-    return Path(os.path.expanduser(os.environ.get(variable) or default))
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and the ids of its special tokens. It adds no [CLS] and [SEP], does not cut and does not pad."""
+    tokenizer: Tokenizer
+    size: int  # V, the largest id + 1; the model's matrix may have more rows
+    pad_id: int
+    unknown_id: int
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    one_row_per_line: bool = False  # the symbols of a fairseq dict.txt: each line of text is a padded row
+    extra_special_ids: tuple[int, ...] = ()  # special tokens that a model has beyond these five, such as [E1]
+
+    @property
+    def special_ids(self) -> list[int]:
+        """The ids that corruption never chooses."""
+        return [self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id, *self.extra_special_ids]
 
 
-def _hub_home():
-    return _folder("HF_HOME", _folder("XDG_CACHE_HOME", "~/.cache") / "huggingface")
+def vocabulary(path) -> Vocabulary:
+    """The tokenizer of a model folder, or of the folder in which a checkpoint file lies.
+
+    The first of these that is there: tokenizer.json; vocab.txt (WordPiece); vocab.json + merges.txt
+    (byte-level BPE); dict.txt (fairseq). The path is taken as given: in a hub cache the files are symbolic
+    links, and their targets have neither their names nor their neighbours.
+
+    Raises FileNotFoundError if none is there, ValueError for a damaged file or a setting that would change
+    ids and is not supported."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = folder.parent
+    settings = read_settings(folder)
+    one_row_per_line = bool(settings.get("one_row_per_line"))
+
+    if (folder / "tokenizer.json").is_file():
+        file = folder / "tokenizer.json"
+        tokenizer = read_tokenizer_json(file)
+    elif (folder / "vocab.txt").is_file():
+        file = folder / "vocab.txt"
+        tokenizer = wordpiece(file, settings)
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        file = folder / "vocab.json"
+        refuse_other_class(file, settings, "RobertaTokenizer")
+        tokenizer = byte_level_bpe(bert.read_json(file), folder / "merges.txt", file, settings)
+    elif (folder / "dict.txt").is_file():
+        file = folder / "dict.txt"
+        refuse_other_class(file, settings, "RobertaTokenizer")
+        tokenizer = fairseq(file, settings)
+        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)
+    else:
+        raise FileNotFoundError(f"{folder}: no tokenizer.json, vocab.txt, vocab.json + merges.txt or dict.txt")
+
+    names = special_names(tokenizer, settings, file)
+    add_tokens(tokenizer, names, settings, folder)
+    ids = [tokenizer.token_to_id(name) for name in names]
+
+    extra_ids = []
+    for token_id, token in tokenizer.get_added_tokens_decoder().items():
+        if token.special and token_id not in ids:
+            extra_ids.append(token_id)
+
+    size = 1 + max(tokenizer.get_vocab().values())
+    return Vocabulary(tokenizer, size, *ids, one_row_per_line, tuple(sorted(extra_ids)))
+
+
+def read_tokenizer_json(file: Path) -> Tokenizer:
+    """The tokenizers library's own format. It may carry more than the tokenizer: what it says about cutting,
+    padding, [CLS] and [SEP] is for single sentences, and is switched off."""
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{file}: the tokenizers library cannot read it ({str(error):.200})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = None
+    return tokenizer
+
+
+def wordpiece(file: Path, settings: dict) -> Tokenizer:
+    """BERT's tokenizer from vocab.txt, one token a line: "unaffable" -> un ##aff ##able."""
+    refuse_other_class(file, settings, "BertTokenizer")
+    words = read_lines(file)
+    unknown = token_content(settings.get("unk_token", "[UNK]"))
+
+    tokenizer = Tokenizer(models.WordPiece(numbered(words, file), unk_token=unknown, max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=is_lower_cased(words, file, settings),
+        strip_accents=settings.get("strip_accents"),  # None: where text is lower-cased
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
+    """Whether text is lower-cased: as the settings say, else as the words tell. One line says what they told.
+
+    A folder with settings that are silent on this is lower-cased, as transformers does it."""
+    if "do_lower_case" in settings:
+        return bool(settings["do_lower_case"])
+
+    capitalised = None
+    for word in words:
+        is_special = word[:1] + word[-1:] in ("[]", "<>")  # [CLS], [unused7]
+        if word != word.lower() and not is_special:
+            capitalised = word
+            break
+
+    if capitalised is None:
+        print(f"{file}: no settings for its case; no word has a capital, so text is lower-cased")
+        return True
+    if (file.parent / "tokenizer_config.json").is_file():
+        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as transformers "
+              f"does it, and words such as {capitalised!r} never occur")
+        return True
+    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps its case")
+    return False
+
+
+def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
+    """RoBERTa's tokenizer: {token: id}, and the pairs of tokens to merge, one a line, the first ones first.
+    A token is spelled in bytes, a space as the letter G with a dot: " dog" -> Ġdog."""
+    ids = list(vocab.values())
+    if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
+
+    merges = []
+    for line in read_lines(merges_file):
+        if line.strip() and not line.startswith("#version"):
+            merges.append(tuple(line.split(" ")))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab, merges))
+    except Exception as error:  # a line that is no pair of tokens; the library raises nothing more precise
+        raise ValueError(f"{merges_file}: {str(error):.200}") from None
+
+    add_prefix_space = settings.get("add_prefix_space", False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def fairseq(file: Path, settings: dict) -> Tokenizer:
+    """The tokenizer of a fairseq model. dict.txt has a symbol and its count on each line ("13 850314647").
+
+    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. There are three kinds:
+
+    * In the released RoBERTa a symbol is the number that GPT-2's encoder.json gives a token. Line 0 is 13,
+      which stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside dict.txt or are fetched.
+    * Symbols of one character each, such as amino acids: each character of the text is a token, and white
+      space means nothing.
+    * Longer symbols: the text is split at white space. If they are the pieces of a sentencepiece model, only
+      that model could split a text, so it is refused."""
+    symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
+    num_numbers = sum(symbol.isdecimal() for symbol in symbols)
+
+    if num_numbers > len(symbols) / 2:
+        encoder_file, merges_file = gpt2_files(file.parent)
+        token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
+        tokens = [token_of.get(symbol, symbol) for symbol in symbols]  # madeupword0000 is no number
+        vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], file)
+        return byte_level_bpe(vocab, merges_file, file, settings)
+
+    sentencepiece = sorted(file.parent.glob("*.model"))
+    if sentencepiece:
+        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece models are "
+                         "not supported; a tokenizer.json made by transformers is")
+
+    vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols, "<mask>"], file)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words = pre_tokenizers.WhitespaceSplit()
+    characters = pre_tokenizers.Split(Regex("."), "isolated")
+    is_long = any(len(symbol) > 1 and not symbol.startswith("<") for symbol in symbols)
+    tokenizer.pre_tokenizer = words if is_long else pre_tokenizers.Sequence([words, characters])
+    return tokenizer
+
+
+def gpt2_files(folder: Path) -> list[Path]:
+    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
+    beside = [folder / name for name in GPT2_BPE]
+    if all(path.is_file() for path in beside):
+        return beside
+    return [fetch(file.url, cache() / "gpt2_bpe" / name, file.size, file.sha256) for name, file in GPT2_BPE.items()]
+
+
+def read_settings(folder: Path) -> dict:
+    """tokenizer_config.json, and special_tokens_map.json where the former does not list all added tokens."""
+    settings = {}
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / name).is_file() or "added_tokens_decoder" in settings:
+            continue
+        content = bert.read_json(folder / name)
+        if name == "config.json":
+            content = {"tokenizer_class": content.get("tokenizer_class")}
+        settings |= {key: value for key, value in content.items() if value is not None}
+
+    if settings.get("split_special_tokens"):
+        raise ValueError(f"{folder}: the tokenizer setting split_special_tokens is not supported")
+    return settings
+
+
+def refuse_other_class(file: Path, settings: dict, expected: str):
+    """The original files of two tokenizers are read. Others have files of the same names and other rules."""
+    name = settings.get("tokenizer_class", expected)
+    if name not in (expected, f"{expected}Fast"):
+        raise ValueError(f"{file}: tokenizer_class {name} is not supported, only {expected}, or any class beside a "
+                         "tokenizer.json")
+    if settings.get("do_basic_tokenize") is False:
+        raise ValueError(f"{file}: the tokenizer setting do_basic_tokenize false is not supported")
+
+    never_split = set(settings.get("never_split", ()))
+    if never_split - {*WORDPIECE_SPECIALS, *BPE_SPECIALS}:
+        raise ValueError(f"{file}: the tokenizer setting never_split is not supported")
+
+
+def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
+    """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else [PAD] ..
+    or <pad> ..; a ValueError says which is missing."""
+    names = []
+    for role, wordpiece_name, bpe_name in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
+        name = wordpiece_name
+        if tokenizer.token_to_id(name) is None:
+            name = bpe_name
+        if role in settings:
+            name = token_content(settings[role])
+        elif tokenizer.token_to_id(name) is None:
+            name = f"{wordpiece_name} or {bpe_name}"
+
+        if tokenizer.token_to_id(name) is None:
+            raise ValueError(f"{file}: no {name} among {tokenizer.get_vocab_size()} tokens")
+        names.append(name)
+    return names
+
+
+def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: Path):
+    """Tells the tokenizer which tokens are looked for in the text before it is split into words.
+
+    Without this the text "[MASK]" would become [ mask ]. In transformers' order: the tokens of
+    tokenizer_config.json or added_tokens.json by their ids, the special tokens, those that a model has beyond
+    the usual ones. A token that the vocabulary lacks gets the next free id."""
+    expected_ids = {}
+    if "added_tokens_decoder" in settings:
+        for token_id, token in settings["added_tokens_decoder"].items():
+            expected_ids[int(token_id)] = added_token(token, token.get("special", False))
+    elif (folder / "added_tokens.json").is_file():
+        for content, token_id in bert.read_json(folder / "added_tokens.json").items():
+            expected_ids[int(token_id)] = AddedToken(content, special=False, normalized=True)
+
+    roles = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+    roles += [key for key in settings if key.endswith("_token") and key not in roles]  # a model's very own
+    special = [settings[role] for role in roles if isinstance(settings.get(role), (str, dict))]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        extra = list(extra.values())
+    special_contents = {token_content(token) for token in [*special, *names, *extra]}
+
+    tokens = []
+    for _, token in sorted(expected_ids.items()):
+        if token.content in special_contents and not token.special:
+            normalized = token.normalized and "added_tokens_decoder" in settings
+            token = AddedToken(token.content, special=True, normalized=normalized, lstrip=token.lstrip,
+                               rstrip=token.rstrip, single_word=token.single_word)
+        tokens.append(token)
+    tokens += [added_token(token, True) for token in [*special, *names, *extra]]
+
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokens:
+        if token.content not in known:
+            known.add(token.content)
+            tokenizer.add_tokens([token])
+
+    for token_id, token in expected_ids.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != token_id:
+            raise ValueError(f"{folder}: added token {token.content!r} has id {token_id}, but {found} would be next")
+
+
+def added_token(token: str | dict, special: bool) -> AddedToken:
+    """{"content": "[E1]", "lstrip": false, ...} or "[E1]", both occur -> a token for Tokenizer.add_tokens."""
+    options = {"special": special}
+    if isinstance(token, dict):
+        for key in ("lstrip", "rstrip", "single_word", "normalized"):
+            options[key] = token.get(key, False)
+    return AddedToken(token_content(token), **options)
+
+
+def token_content(token: str | dict) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"tokenizer settings: {str(token):.80} is no token")
+    return content
+
+
+def numbered(tokens: list[str], file: Path) -> dict[str, int]:
+    """{token: its number}; an empty token or one that comes twice is a ValueError."""
+    vocab = {}
+    for number, token in enumerate(tokens):
+        if not token:
+            raise ValueError(f"{file}: token number {number} from 0 is empty")
+        if token in vocab:
+            raise ValueError(f"{file}: token {token!r} stands there twice, as number {vocab[token]} and {number} "
+                             "from 0")
+        vocab[token] = number
+    return vocab
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change nothing.
+    (str.splitlines would also split at rarer characters that are tokens of some vocabularies.)"""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: byte {error.start} is no UTF-8 text") from None
+    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
+
+
+def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: int):
+    """Writes the tokenizer as files that transformers' AutoTokenizer and vocabulary() above read alike.
+
+    tokenizer.json carries everything. A plain BERT or RoBERTa tokenizer gets its original files, too. Any
+    other one is announced as PreTrainedTokenizerFast, since transformers would take the words of tokenizer.json
+    and the rules of a BertTokenizer otherwise. model_type: "bert" or "roberta"; positions: the longest text."""
+    folder = Path(folder)
+    tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy
+    ids = [vocabulary.pad_id, vocabulary.unknown_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]
+    names = [tokenizer.id_to_token(token_id) for token_id in ids]
+    settings = {"model_max_length": positions, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= dict(zip(SPECIAL_ROLES, names, strict=True))
+    settings["extra_special_tokens"] = [tokenizer.id_to_token(each) for each in vocabulary.extra_special_ids]
+    if vocabulary.one_row_per_line:
+        settings["one_row_per_line"] = True  # transformers ignores it
+
+    normalizer = tokenizer.normalizer
+    pre_tokenizer = tokenizer.pre_tokenizer
+    if model_type == "bert" and is_plain_bert(tokenizer):
+        tokenizer.model.save(str(folder))  # vocab.txt
+        settings["tokenizer_class"] = "BertTokenizer"
+        settings["do_lower_case"] = normalizer.lowercase
+        settings["strip_accents"] = normalizer.strip_accents
+        settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
+    if model_type == "roberta" and is_plain_roberta(tokenizer):
+        tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+        settings["tokenizer_class"] = "RobertaTokenizer"
+        settings["add_prefix_space"] = pre_tokenizer.add_prefix_space
+
+    cls_name = names[SPECIAL_ROLES.index("cls_token")]
+    sep_name = names[SPECIAL_ROLES.index("sep_token")]
+    pair = f"{cls_name}:0 $A:0 {sep_name}:0 $B:1 {sep_name}:1"
+    if model_type == "roberta":
+        pair = f"{cls_name}:0 $A:0 {sep_name}:0 {sep_name}:0 $B:0 {sep_name}:0"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{cls_name}:0 $A:0 {sep_name}:0",
+        pair=pair,
+        special_tokens=[(cls_name, vocabulary.cls_id), (sep_name, vocabulary.sep_id)],
+    )
+
+    with bert.atomic_write(folder / "tokenizer.json") as file:
+        file.write(tokenizer.to_str(pretty=True).encode())
+    with bert.atomic_write(folder / "tokenizer_config.json") as file:
+        file.write(json.dumps(settings, indent=1).encode() + b"\n")
+
+
+def is_plain_bert(tokenizer: Tokenizer) -> bool:
+    """Whether transformers' BertTokenizer with three settings splits a text in the same way."""
+    model = tokenizer.model
+    if not isinstance(model, models.WordPiece) or not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        return False
+    is_usual = model.continuing_subword_prefix == "##" and model.max_input_chars_per_word == 100
+    return is_usual and tokenizer.normalizer.clean_text and isinstance(
+        tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+
+
+def is_plain_roberta(tokenizer: Tokenizer) -> bool:
+    is_bpe = isinstance(tokenizer.model, models.BPE) and tokenizer.normalizer is None
+    return is_bpe and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Text to rows of T token ids
+# ---------------------------------------------------------------------------------------------------
+
+
+def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool = False) -> np.memmap:
+    """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
+
+    source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
+    wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2 between
+    [CLS] and [SEP]; headings and the borders of documents are ignored and the tail is dropped (released code:
+    data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each line of the text is
+    one row, cut or padded to T.
+
+    The rows are kept in the cache. The name of their file is a digest of what made them: the bytes of the
+    text, the tokenizer, T, `lines`. It therefore answers the question which text this is.
+
+    Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
+    lines = lines or vocabulary.one_row_per_line
+    file, begin, end = find_text(source, split, lines)
+    made_by = [vocabulary.tokenizer.to_str(), vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id, seq_len, lines]
+    digest = hashlib.sha256(json.dumps(made_by).encode())
+    for piece in read_bytes(file, begin, end):
+        digest.update(piece)
+
+    path = cache() / "blocks" / f"{digest.hexdigest()[:32]}.bin"
+    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_rows = padded_lines if lines else packed_blocks
+        with bert.atomic_write(path) as out:
+            for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
+                out.write(rows.astype(dtype).tobytes())
+            if out.tell() == 0:
+                raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
+
+    rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
+    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
+    return rows
+
+
+def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
+    """The text of a split: a file, and the bytes where the text begins and ends in it."""
+    path = Path(source)
+    if str(source) in CORPORA:
+        path = corpus_folder(str(source))
+
+    if path.is_dir():
+        name = "wiki.train" if split == "train" else "wiki.valid"
+        for file in (path / f"{name}.raw", path / f"{name}.tokens"):
+            if file.is_file():
+                return file, 0, file.stat().st_size
+        raise FileNotFoundError(f"{path}: no {name}.raw or {name}.tokens in this folder")
+
+    if not path.is_file():
+        raise FileNotFoundError(f"corpus {source}: no such file or folder; known: {', '.join(CORPORA)}, toy")
+    if path.suffix in TO_TEXT:
+        raise ValueError(f"{path}: expected plain text, not {path.suffix}; this line of Python makes a text of it "
+                         f"(if it calls its text 'text'): {TO_TEXT[path.suffix].format(str(path))}")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+    border = dev_border(path, size, lines)
+    if split == "train":
+        return path, 0, border
+    return path, border, size
+
+
+TO_TEXT = {  # {!r}: the path
+    ".jsonl": "import json; open('text.txt', 'w').writelines(json.loads(x)['text'] + '\\n' for x in open({!r}))",
+    ".json": "import json; open('text.txt', 'w').writelines(x['text'] + '\\n' for x in json.load(open({!r})))",
+    ".csv": "import csv; open('text.txt', 'w').writelines(x['text'] + '\\n' for x in csv.DictReader(open({!r})))",
+}
+
+
+def dev_border(path: Path, size: int, lines: bool) -> int:
+    """The byte of a text file where its last 5 %, the dev text, begin.
+
+    It is the begin of a line: of 200 lines the last 10 are dev. A text with less than 20 lines is cut after 95 %
+    of its bytes, at the space before; only rows of a line each need a whole one."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
+
+        if num_lines >= 20 or (lines and num_lines > 1):
+            border = size - 1
+            for _ in range(max(num_lines // 20, 1)):
+                border = text.rfind(b"\n", 0, border)
+            return border + 1
+
+        border = max(size * 95 // 100, 1)
+        space = text.rfind(b" ", 0, border)
+        if space > 0:
+            return space
+        while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
+            border += 1
+        return border
+
+
+def read_text(file: Path, begin: int, end: int, quiet: bool = False):
+    """Yields the text between two bytes of a file, 2 MB at a time. Each line ends in "\\n", whatever the file
+    says, as in Python's text mode; a byte order mark is dropped."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
+    position = begin
+    for piece in read_bytes(file, begin, end):
+        try:
+            text = decoder.decode(piece, final=position + len(piece) == end)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
+        yield text
+        position += len(piece)
+        progress.add(len(piece))
+
+
+# At least 2,000 characters up to a space, else up to a line end, else 10,000 characters.
+PIECE = re.compile(r"(?s).{2000,10000}?\S(?= )|.{2000,10000}?\S(?=\n)|.{10000}")
+
+
+def cut_pieces(texts):
+    """Yields lists of pieces of a long text, so that many can be encoded at once, on all cores.
+
+    The ids of the pieces, one after the other, are those of the text as a whole: both kinds of tokenizers look
+    at one word at a time. A word of BERT's ends at a space, and one of RoBERTa's begins with its space
+    ("a  b" is "a", " ", " b"), so the cut lies between a word and the space after it. (A word of more than
+    10,000 characters is cut itself.)"""
+    rest = ""
+    for text in texts:
+        rest += text
+        pieces = []
+        begin = 0
+        match = PIECE.match(rest)
+        while match:
+            pieces.append(match[0])
+            begin = match.end()
+            match = PIECE.match(rest, begin)
+        rest = rest[begin:]
+        yield pieces
+    yield [rest]
+
+
+def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
+    encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
+    """Yields rows (n, T): the stream of tokens in blocks of T - 2 between [CLS] and [SEP]."""
+    length = seq_len - 2
+    rest = np.empty(0, np.int32)
+    for pieces in cut_pieces(texts):
+        ids = [np.array(each, np.int32) for each in encode(pieces, vocabulary)]
+        stream = np.concatenate([rest, *ids])
+        num_rows = len(stream) // length
+
+        rows = np.empty((num_rows, seq_len), np.int32)
+        rows[:, 0] = vocabulary.cls_id
+        rows[:, 1:-1] = stream[:num_rows * length].reshape(num_rows, length)
+        rows[:, -1] = vocabulary.sep_id
+        rest = stream[num_rows * length:]
+        yield rows
+
+
+def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
+    """Yields rows (n, T): each line that is not blank, cut to T - 2 tokens, between [CLS] and [SEP], padded."""
+    rest = ""
+    for text in [*texts, "\n"]:
+        *lines, rest = (rest + text).split("\n")
+        lines = [line.strip() for line in lines if line.strip()]
+
+        rows = np.full((len(lines), seq_len), vocabulary.pad_id, np.int32)
+        for row, ids in zip(rows, encode(lines, vocabulary), strict=True):
+            ids = [vocabulary.cls_id, *ids[:seq_len - 2], vocabulary.sep_id]
+            row[:len(ids)] = ids
+        yield rows
+
+
+def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
+    """Warns from 5 % of unknown tokens on: a text that the vocabulary cannot read gives low losses that mean
+    nothing. Raises ValueError if there is nothing to predict at all."""
+    counts = count_tokens(rows, vocabulary)
+    counts[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id]] = 0
+    share = counts[vocabulary.unknown_id] / max(counts.sum(), 1)
+
+    counts[vocabulary.special_ids] = 0
+    if counts.sum() == 0:
+        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this vocabulary")
+    if share >= 0.05:
+        examples = ", ".join(unknown_words(texts, vocabulary))
+        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as {examples}",
+              file=sys.stderr)
+
+
+def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
+    """Three words of a text that become [UNK]."""
+    words = []
+    for pieces in cut_pieces(texts):
+        for piece in pieces:
+            encoding = vocabulary.tokenizer.encode(piece, add_special_tokens=False)
+            for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                word = repr(piece[begin:end][:20])
+                if token_id == vocabulary.unknown_id and word not in words:
+                    words.append(word)
+                if len(words) == 3:
+                    return words
+    return words
+
+
+def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
+    """How often each id occurs in rows (n, T) -> (V,) int64. A million tokens at a time: there may be many."""
+    counts = np.zeros(vocabulary.size, np.int64)
+    num_rows = max(2**20 // rows.shape[1], 1)
+    for begin in range(0, len(rows), num_rows):
+        counts += np.bincount(rows[begin:begin + num_rows].ravel(), minlength=vocabulary.size)
+    return counts
+
+
+def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
+    """Which ids occur in rows (n, T) -> (V,) bool."""
+    return count_tokens(rows, vocabulary) > 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Batches and masked-LM corruption
+# ---------------------------------------------------------------------------------------------------
+
+PURPOSES = ("order", "corruption", "masks", "limit", "tickets")  # never reorder: results depend on the numbers
+
+
+def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
+    """A generator of random numbers for one purpose, so that no two purposes share their numbers; `numbers`,
+    such as the step, give each use of it a stream of its own."""
+    return np.random.default_rng([seed, PURPOSES.index(purpose), *numbers])
+
+
+def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Rows number start .. start + count - 1 of an endless reading of num_rows rows, shuffled anew each epoch.
+
+    A function of the seed and the position alone, so that a run can continue anywhere -> (count,) int64."""
+    rows = []
+    for position in range(start, start + count):
+        epoch, place = divmod(position, num_rows)
+        rows.append(epoch_order(num_rows, seed, epoch)[place])
+    return np.array(rows)
+
+
+@lru_cache(2)  # a batch may lie on the border of two epochs
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
+    """BERT's masked-LM corruption of input_ids (B, T).
+
+    Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become [MASK],
+    10 % a random word of the whole vocabulary, 10 % stay as they are.
+
+    -> corrupted ids (B, T), is_chosen (B, T) bool: the positions whose original token is to be predicted."""
+    is_special = np.isin(input_ids, vocabulary.special_ids)
+    is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
+
+    fate = generator.random(input_ids.shape)
+    random_words = generator.integers(vocabulary.size, size=input_ids.shape)
+    is_masked = is_chosen & (fate < 0.8)
+    is_random = is_chosen & (fate >= 0.8) & (fate < 0.9)
+
+    corrupted_ids = np.where(is_masked, vocabulary.mask_id, input_ids)
+    corrupted_ids = np.where(is_random, random_words, corrupted_ids)
+    return corrupted_ids, is_chosen
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: files. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
+
+PART_FILES = "*.????????.part"  # what a killed program leaves of a file that it was writing
+CHUNK = 2**21  # bytes that are read at a time
 
 
 def cache() -> Path:
-    """The folder for downloads and token blocks: $TAMT_CACHE, else ~/.cache/tamt."""
-    return _folder("TAMT_CACHE", "~/.cache/tamt")
+    """The folder for downloads and rows of token ids: $TAMT_CACHE, else ~/.cache/tamt."""
+    return environment_folder("TAMT_CACHE", "~/.cache/tamt")
 
 
-def _line(error):
-    """An error as one short line; of nested network errors the innermost reason."""
-    inner = error.args[0] if isinstance(error, requests.RequestException) and error.args else error
-    return next(iter(str(getattr(inner, "reason", inner)).strip().splitlines()), type(error).__name__)[:200]
+def environment_folder(variable: str, default) -> Path:
+    return Path(os.environ.get(variable) or default).expanduser()
 
 
-def _wait_for(file):
-    """Return when no other process holds this open file; it is ours until closed."""
-    with contextlib.suppress(OSError):  # some network file systems have no locks
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _pieces(path, start=0, end=None):
-    """The bytes start .. end of a file, 2 MB at a time."""
+def read_bytes(path, begin: int = 0, end: int | None = None):
+    """Yields the bytes between two positions of a file, 2 MB at a time."""
     with open(path, "rb") as file:
-        at, end = file.seek(start), os.path.getsize(path) if end is None else end
-        while piece := file.read(min(end - at, 1 << 21)):
-            at += len(piece)
+        position = file.seek(begin)
+        if end is None:
+            end = os.path.getsize(path)
+        while position < end:
+            piece = file.read(min(end - position, CHUNK))
+            if not piece:
+                return  # the file has become shorter
+            position += len(piece)
             yield piece
 
 
-def _sha256(pieces):
+def file_sha256(path) -> str:
     digest = hashlib.sha256()
-    for piece in pieces:
+    for piece in read_bytes(path):
         digest.update(piece)
     return digest.hexdigest()
 
 
-PARTS = f"*.{'[0-9a-f]' * 8}.part"  # what a killed program leaves of a file that it was writing
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yield a part path beside `path`; what is written there takes its place in one step, or not at all.
-
-    On any failure the part goes, an old `path` stays, and trouble with the disk is an OSError naming `path`
-    (torch.save calls it RuntimeError). The folder must exist: a run whose folder vanished must stop."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+def lock(file):
+    """Returns when no other process holds this open file. It is ours until it is closed."""
+    if fcntl is None:
+        return
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the new name without its bytes
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"cannot write {path}: {_line(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass  # some network file systems have no locks
 
 
 def append_line(path, content: dict):
-    """Adds one line of JSON to a file that other processes may be adding to: whole, or not at all."""
+    """Adds one line of JSON to a file that other processes may be adding to, as a whole or not at all."""
+    line = json.dumps(content).encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
-        _wait_for(file)
-        end, line = file.seek(0, os.SEEK_END), f"{json.dumps(content)}\n".encode()
-        file.seek(max(end - 1, 0))
-        line = line if file.read(1) in (b"", b"\n") else b"\n" + line  # somebody's line was cut short
+        lock(file)
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                line = b"\n" + line  # a program was killed in the middle of its line
+
         try:
-            if file.write(line) < len(line):
+            num_written = file.write(line)
+            if num_written < len(line):
                 raise OSError("no space left")
         except OSError as error:
             file.truncate(end)
-            raise OSError(f"cannot write {path}: {_line(error)}") from error
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def progress(pieces: Iterable[bytes], name: str, done: int, size: int) -> Iterator[bytes]:
-    """Pass pieces through; say every 5 s, and at the end of more than a MB, how far we are and what is left.
+class Progress:
+    """Says every 5 seconds, and at the end of more than a megabyte, how far something is and how long it takes."""
 
-    done: bytes that were there before; size: bytes in all, 0 if unknown."""
-    before, began, shown = done, time.monotonic(), time.monotonic()
-    for piece in pieces:
-        yield piece
-        done, now = done + len(piece), time.monotonic()
-        if now - shown > 5 or done == size > 10**6:
-            shown, rate = now, (done - before) / max(now - began, 1e-3)
-            left = f" of {size / 1e6:.1f} MB, {(size - done) / rate:.0f} s left" if size else " MB"
-            print(f"{name}: {done / 1e6:.1f}{left}, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
+    def __init__(self, name: str, size: int, done: int = 0, quiet: bool = False):
+        self.name = name
+        self.size = size  # in bytes, 0: unknown
+        self.done = done
+        self.done_before = done
+        self.start_time = time.monotonic()
+        self.print_time = self.start_time
+        self.quiet = quiet
+
+    def add(self, num_bytes: int):
+        self.done += num_bytes
+        now = time.monotonic()
+        is_end = self.done == self.size > 1_000_000
+        if self.quiet or not (is_end or now - self.print_time > 5):
+            return
+
+        self.print_time = now
+        rate = (self.done - self.done_before) / max(now - self.start_time, 0.001)
+        text = f"{self.name}: {self.done / 1e6:.1f} MB"
+        if self.size:
+            seconds_left = (self.size - self.done) / max(rate, 1)
+            text = f"{self.name}: {self.done / 1e6:.1f} of {self.size / 1e6:.1f} MB, {seconds_left:.0f} s left"
+        print(f"{text}, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
 
 
-def fetch(urls: list, path, size: int | None = None, sha256: str | None = None) -> Path:
-    """Return `path`, downloaded if need be from the first of `urls` that delivers what is expected.
+# ---------------------------------------------------------------------------------------------------
+# Appendix: download and unpack. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
 
-    The bytes gather in path.part; the next try, mirror or run continues it if a hash can tell that it fits.
-    If none delivers: OSError with each URL and its error. HF_ENDPOINT replaces the hub in `urls`."""
-    path, errors = Path(path), {}
-    part, hand = path.with_name(f"{path.name}.part"), f"put the file at {path} by hand"
+AGENT = "tamt/1.0 (reference implementation of task-agnostic mask training; python-requests)"
+PAUSES = (1, 2, 4, 0)  # seconds after each failed attempt at a mirror
+LARGEST = 8 * 10**9  # bytes of a file, and of what is unpacked from an archive
+LARGEST_RATIO = 200  # unpacked to packed
+HUB = "https://huggingface.co"
+GOOGLE = "https://storage.googleapis.com/bert_models"
+
+
+@dataclass(frozen=True)
+class Download:
+    """A published file: its URL, a tuple of mirrors, or its name in a repository; its size in bytes and its SHA-256,
+    where they are known."""
+    url: str | tuple[str, ...]
+    size: int | None = None
+    sha256: str | None = None
+
+
+class TryAgain(OSError):
+    """A download failed in a way that may pass."""
+
+
+def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Path:
+    """`path`, downloaded if it is not there, from the first of the mirrors `urls` that delivers what is expected.
+
+    The bytes gather in path.part. The next attempt, mirror or run continues that file if there is a hash to tell
+    that the pieces belong together. A file that was put at `path` by hand is checked, too.
+
+    Raises OSError with each URL and its error if none delivers, ValueError if the file that is there is not the
+    expected one. $HF_ENDPOINT takes the place of the hub in `urls`."""
+    urls = [urls] if isinstance(urls, str) else list(urls)
+    path = Path(path)
+    by_hand = f"put the file at {path} by hand"
     if path.exists():
-        if size and path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, expected {size}: delete it, or {hand}")
+        check_file(path, size, sha256, by_hand)
         return path
-    flags = {os.environ.get(name, "").lower() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    if flags & {"1", "on", "yes", "true"}:
-        raise OSError(f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {urls[0]} is not fetched: {hand}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / ".lock", "w") as lock:
-            _wait_for(lock)
-            for url in [] if path.exists() else urls:  # another process may have been faster
-                for pause in PAUSES:
-                    try:
-                        with open(part, "ab") as file:
-                            _request(url, file, size, sha256)
-                        os.replace(part, path)
-                        return path
-                    except (requests.RequestException, ValueError) as error:  # ValueError: senseless headers
-                        errors[url] = _line(error)
-                        if not isinstance(error, AGAIN):
-                            break
-                        time.sleep(pause)
-            if part.exists() and not part.stat().st_size:
-                part.unlink()
-    except OSError as error:  # the disk; what requests raises is an OSError, too, but ends above
-        with contextlib.suppress(OSError):
+    if is_offline():
+        raise OSError(f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {urls[0]} is not fetched: {by_hand}")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with open(path.parent / ".lock", "w") as lock_file:
+        lock(lock_file)
+        if path.exists():  # another process was faster
+            return path
+        if sha256 and part.exists() and file_sha256(part) == sha256:  # a run was killed before the rename
+            os.replace(part, path)
+            return path
+
+        errors = {}
+        for url in urls:
+            for pause in PAUSES:
+                try:
+                    request(url, part, size, sha256)
+                    os.replace(part, path)
+                    remember_hash(path, sha256)
+                    return path
+                except (TryAgain, requests.ConnectionError, requests.Timeout,
+                        requests.exceptions.ChunkedEncodingError) as error:
+                    errors[url] = reason(error)
+                    time.sleep(pause)
+                except (requests.RequestException, ValueError) as error:  # no further attempt will help
+                    errors[url] = reason(error)
+                    break
+
+        if part.exists() and part.stat().st_size == 0:
             part.unlink()
-        raise OSError(f"cannot write {path}: {_line(error)}") from error
-    if errors:
-        why = "; ".join(f"{url}: {error}" for url, error in errors.items())
-        raise OSError(f"cannot fetch {path.name}: {why}; {hand}")
-    return path
+    text = "; ".join(f"{url}: {error}" for url, error in errors.items())
+    raise OSError(f"cannot fetch {path.name}: {text}; {by_hand}")
 
 
-def _request(url, file, size, sha256):
-    """Complete `file` by one request, else raise `again` (another try may help) or `never` (none will)."""
-    again, never = requests.ConnectionError, requests.RequestException
-    (url, headers), have = _at_hub(url), file.tell()
-    headers |= {"User-Agent": AGENT, "Accept-Encoding": "identity"}
-    headers |= {"Range": f"bytes={have}-"} if have else {}
-    seconds = 10, float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30)  # to connect, between two chunks
-    with requests.get(url, headers=headers, stream=True, timeout=seconds) as answer:
-        code, what, got = answer.status_code, f"{answer.status_code} {answer.reason}", answer.headers
-        # The hub's first, redirecting answer announces what comes: the size, and of large files the sha256.
-        linked = next((a.headers for a in [*answer.history, answer] if "X-Linked-Etag" in a.headers), {})
-        etag = re.search("[0-9a-f]{64}", linked.get("X-Linked-Etag", ""))
-        size, sha256 = int(size or linked.get("X-Linked-Size") or 0), sha256 or (etag and etag[0])
-        piece = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", got.get("Content-Range", "")) if code == 206 else None
-        fits = piece and int(piece[1]) == have and (sha256 or not have)
-        if code in (200, 206, 416) and not fits:  # not the continuation that we asked for: start again
-            file.truncate(0)
-            have = 0
-        resumed, length = have > 0, int((piece[2] if piece else got.get("Content-Length")) or 0)
-        packing, page = got.get("Content-Encoding", "identity"), "text/html" in got.get("Content-Type", "")
-        for error, wrong, why in [
-                (again, code in (408, 429) or code >= 500, what),
-                (again, code in (206, 416) and not fits, f"{what}: not the range that we asked for"),
-                (never, code not in (200, 206), what),
-                (never, packing != "identity", f"sends {packing}, though we accept no packing"),
-                (never, page and not (size or sha256), "sends an HTML page"),
-                (never, size and length and length != size, f"offers {length} bytes, expected {size}")]:
-            if wrong:
-                raise error(why)
-        size = size or length
-        for chunk in progress(answer.iter_content(1 << 16), Path(file.name).stem, have, size):
-            have += file.write(chunk)
-            if have > (size or LARGEST):
-                file.truncate(0)
-                raise never(f"sends more than {size or LARGEST} bytes")
-    if have < size:
-        raise again(f"breaks off after {have} of {size} bytes")
-    file.flush()
-    os.fsync(file.fileno())
-    if sha256 and (found := _sha256(_pieces(file.name))) != sha256:
-        file.truncate(0)
-        raise (again if resumed else never)(f"has hash {found}, expected {sha256}")
+def request(url: str, part: Path, size: int | None, sha256: str | None):
+    """Completes the file `part` by one request. Raises TryAgain if another attempt may help, ValueError or an error
+    of requests if not."""
+    num_bytes = part.stat().st_size if part.exists() else 0
+    url, headers = hub_request(url)
+    headers["User-Agent"] = AGENT
+    headers["Accept-Encoding"] = "identity"  # no packing, so that sizes mean something
+    if num_bytes > 0:
+        headers["Range"] = f"bytes={num_bytes}-"
+
+    seconds = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 30)  # between two chunks
+    with requests.get(url, headers=headers, stream=True, timeout=(10, seconds)) as answer:
+        status = f"{answer.status_code} {answer.reason}"
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
+            raise TryAgain(status)
+        if answer.status_code not in (200, 206, 416):
+            raise ValueError(status)
+
+        # The hub's first answer redirects, and announces the size and of large files the SHA-256.
+        for each in [*answer.history, answer]:
+            announced = re.search("[0-9a-f]{64}", each.headers.get("X-Linked-Etag", ""))
+            if announced:
+                sha256 = sha256 or announced[0]
+                size = size or int(each.headers.get("X-Linked-Size", 0))
+
+        if answer.status_code != 200 and not continues(answer, num_bytes, sha256):
+            part.unlink(missing_ok=True)
+            raise TryAgain(f"{status}: not the range that was asked for")
+        if answer.status_code == 200:
+            num_bytes = 0  # the server sends the file from its start
+
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise ValueError(f"sends {answer.headers['Content-Encoding']}, though no packing was accepted")
+        if "text/html" in answer.headers.get("Content-Type", "") and not (size or sha256):
+            raise ValueError("sends an HTML page")
+        length = int(answer.headers.get("Content-Length", 0))
+        if size and length and num_bytes + length != size:
+            raise ValueError(f"offers {num_bytes + length} bytes, expected {size}")
+        if not size and length:
+            size = num_bytes + length
+
+        was_continued = num_bytes > 0
+        progress = Progress(part.stem, size or 0, num_bytes)
+        with open(part, "ab" if was_continued else "wb") as file:
+            for chunk in answer.iter_content(2**16):
+                num_bytes += len(chunk)
+                if num_bytes > (size or LARGEST):
+                    file.truncate(0)
+                    raise ValueError(f"sends more than {size or LARGEST} bytes")
+                write_chunk(file, chunk)
+                progress.add(len(chunk))
+
+    if size and num_bytes < size:
+        raise TryAgain(f"breaks off after {num_bytes} of {size} bytes")
+    if sha256:
+        found = file_sha256(part)
+        if found != sha256:
+            part.unlink()
+            error = TryAgain if was_continued else ValueError
+            raise error(f"has hash {found}, expected {sha256}")
 
 
-def _at_hub(url):
-    """(url, headers): hub URLs move to HF_ENDPOINT and get the token, which requests drops on other hosts."""
+def continues(answer, num_bytes: int, sha256: str | None) -> bool:
+    """Whether a partial answer (206) begins where the file so far ends, and a hash can tell that both belong
+    together."""
+    content_range = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    if answer.status_code != 206 or content_range is None:
+        return False
+    return int(content_range[1]) == num_bytes and (sha256 is not None or num_bytes == 0)
+
+
+def write_chunk(file, chunk: bytes):
+    try:
+        file.write(chunk)
+    except OSError as error:
+        error.filename = file.name  # a full disk names no file
+        raise
+
+
+def hub_request(url: str) -> tuple[str, dict]:
+    """(url, headers): a hub URL moves to $HF_ENDPOINT and gets the token, which requests drops on other hosts."""
     if not url.startswith(f"{HUB}/"):
         return url, {}
-    file = _folder("HF_TOKEN_PATH", _hub_home() / "token")
-    token = (os.environ.get("HF_TOKEN") or (file.read_text() if file.is_file() else "")).strip()
-    return ((os.environ.get("HF_ENDPOINT") or HUB).rstrip("/") + url.removeprefix(HUB),
-            {"Authorization": f"Bearer {token}"} if token else {})
+    endpoint = os.environ.get("HF_ENDPOINT") or HUB
+    url = endpoint.rstrip("/") + url.removeprefix(HUB)
+
+    token = os.environ.get("HF_TOKEN", "")
+    token_file = environment_folder("HF_TOKEN_PATH", hub_home() / "token")
+    if not token and token_file.is_file():
+        token = token_file.read_text()
+    if not token.strip():
+        return url, {}
+    return url, {"Authorization": f"Bearer {token.strip()}"}
 
 
-def hub(repo: str, files: dict, revision: str = "main") -> Path:
-    """A folder with `files` {name: (bytes, sha256)} of a hub repository, in the hub's own cache or ours."""
-    theirs = _folder("HF_HUB_CACHE", _hub_home() / "hub") / f"models--{repo.replace('/', '--')}"
-    ref = theirs / "refs" / revision
-    folder = theirs / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
-    if not all((folder / file).is_file() for file in files):
-        folder = cache() / "models" / f"{repo}@{revision[:7]}".replace("/", "--")
-    for file, pin in files.items():
-        fetch([f"{HUB}/{repo}/resolve/{revision}/{file}"], folder / file, *pin)
-    return folder
+def hub_home() -> Path:
+    cache_home = environment_folder("XDG_CACHE_HOME", "~/.cache")
+    return environment_folder("HF_HOME", cache_home / "huggingface")
 
 
-def unpack(archive, folder, suffixes: tuple = ("",), limit: int = LARGEST) -> Path:
-    """Unpack a .zip or .tar.gz (members with these suffixes) into `folder`, if that is not there.
+def is_offline() -> bool:
+    values = [os.environ.get(name, "").lower() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    return any(value in ("1", "on", "yes", "true") for value in values)
 
-    `folder` appears when complete. A ValueError names archive and member if one is no plain file, leads out
-    of the folder, comes twice, or is beyond `limit` bytes, RATIO times the archive's size or MEMBERS."""
-    folder, total = Path(folder), 0
-    part = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.part")
+
+def reason(error) -> str:
+    """An error as one short line; of nested network errors the innermost reason."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    error = getattr(error, "reason", error)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def check_file(path: Path, size: int | None, sha256: str | None, by_hand: str):
+    """A ValueError if a file that is there is not the published one. It is hashed once; a marker beside it
+    remembers that."""
+    found_size = path.stat().st_size
+    if size and found_size != size:
+        raise ValueError(f"{path} has {found_size} bytes, expected {size}: delete it, or {by_hand}")
+    if sha256 is None or is_remembered(path, sha256):
+        return
+    found = file_sha256(path)
+    if found != sha256:
+        raise ValueError(f"{path} has hash {found}, expected {sha256}: delete it, or {by_hand}")
+    remember_hash(path, sha256)
+
+
+def hash_marker(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
+
+
+def is_remembered(path: Path, sha256: str) -> bool:
+    marker = hash_marker(path)
+    return marker.is_file() and marker.read_text() == f"{sha256} {path.stat().st_mtime_ns}"
+
+
+def remember_hash(path: Path, sha256: str | None):
+    if sha256 is None:
+        return
+    try:
+        hash_marker(path).write_text(f"{sha256} {path.stat().st_mtime_ns}")
+    except OSError:
+        pass  # a folder that only others may write; the file is hashed again next time
+
+
+def unpack(archive, folder, suffixes: tuple = ("",)) -> Path:
+    """Unpacks a .zip or .tar.gz into `folder`, if that is not there: the members whose names end in `suffixes`.
+
+    `folder` appears when it is complete. Raises ValueError naming the archive if it is damaged or holds
+    suspiciously much, OSError for trouble with the disk."""
+    folder = Path(folder)
     if folder.exists():
         return folder
-    limit = min(limit, 10**6 + RATIO * os.path.getsize(archive))
+    limit = min(LARGEST, 1_000_000 + LARGEST_RATIO * os.path.getsize(archive))
+    part = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.part")
     try:
         part.mkdir(parents=True)
-        for count, (name, size, kind, read) in enumerate(_members(archive), 1):
-            where, total = PureWindowsPath(name), total + size  # Windows' rules know / and \, C: and //host
-            for wrong, why in [(where.anchor or ".." in where.parts, "leads out of the folder"),
-                               (kind == "odd", "is a link or a device, or oddly packed"),
-                               (size < 0 or total > limit, f"goes beyond the {limit} bytes that we unpack"),
-                               (count > MEMBERS, f"is one of more than {MEMBERS}")]:
-                if wrong:
-                    raise ValueError(f"member {name!r} {why}")
-            if kind == "file" and name.endswith(suffixes):
-                target = part.joinpath(*where.parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(target, "xb") as file:  # x: no member may come twice
-                    while piece := read(min(size, 1 << 16)):
-                        size -= file.write(piece)
-                    if size:
-                        raise ValueError(f"member {name!r} is not as long as it says")
-                    file.flush()
-                    os.fsync(file.fileno())
+        if zipfile.is_zipfile(archive):
+            unpack_zip(archive, part, tuple(suffixes), limit)
+        else:
+            unpack_tar(archive, part, tuple(suffixes), limit)
         os.replace(part, folder)
-    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
-        if not folder.is_dir():  # else another process was faster
-            kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"cannot unpack {archive} into {folder}: {_line(error)}") from error
+    except (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile,
+            tarfile.TarError) as error:
+        if folder.is_dir():  # another process was faster
+            return folder
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise ValueError(f"cannot unpack {archive}: {reason(error)}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
-def _members(archive):
-    """Yield (name, bytes when unpacked, "file" | "folder" | "odd", function that reads) of each member.
-
-    A tar is read by hand, since tarfile believes what headers claim, and 10 MB of gzip can be 10 GB: for each
-    member a header of 512 bytes and the content, filled up to 512; zeros end it. Headers x and g are notes
-    about the next member: times, and names of over 100 characters, which stay cut."""
-    kinds = {b"0": "file", b"\0": "file", b"5": "folder", b"x": "folder", b"g": "folder"}
-    if next(_pieces(archive, 0, 2), b"") != b"\x1f\x8b":
-        with zipfile.ZipFile(archive) as bag:
-            for m in bag.infolist():
-                with bag.open(m) as file:
-                    yield m.filename, m.file_size, "folder" if m.is_dir() else "file", file.read
-        return
-    with gzip.open(archive) as file:
-        while (header := file.read(512)).strip(b"\0"):
-            if int(header[148:156].strip(b"\0 "), 8) != sum(header[:148] + 8 * b" " + header[156:]):
-                raise ValueError("damaged between two members")
-            fields = header[345:500] if header[257:263] == b"ustar\0" else b"", header[:100]
-            name = "/".join(field.split(b"\0")[0].decode() for field in fields if field.strip(b"\0"))
-            size, start = int(header[124:136].strip(b"\0 "), 8), file.tell()
-            yield name, size, kinds.get(header[156:157], "odd"), file.read
-            file.seek(start + size + -size % 512)
-        if file.read(1 << 16).strip(b"\0") or file.read(1):  # at the end gzip compares its checksum
-            raise ValueError("goes on after the last member")
+def unpack_zip(archive, folder: Path, suffixes: tuple, limit: int):
+    """zipfile keeps each member inside the folder and compares its checksum."""
+    with zipfile.ZipFile(archive) as zipped:
+        members = [member for member in zipped.infolist() if member.filename.endswith(suffixes)]
+        if sum(member.file_size for member in members) > limit:
+            raise ValueError(f"unpacks to more than {limit:,} bytes")
+        for member in members:
+            zipped.extract(member, folder)
 
 
-def _holding(folder, endings):
-    """The highest folder with a file that ends so; an archive may or may not have a top folder."""
-    found = [p.parent for p in folder.rglob("*") if p.name.endswith(endings) and not p.name.startswith(".")]
-    if not found:
-        raise ValueError(f"{folder} holds no file *{' or *'.join(endings)}")
-    return min(found, key=lambda p: (len(p.parts), p))
+def unpack_tar(archive, folder: Path, suffixes: tuple, limit: int):
+    """The filter "data" refuses members that lead out of the folder, links out of it, and devices."""
+    total = 0
+    with tarfile.open(archive, "r:gz") as packed:
+        for member in packed:
+            total += member.size
+            if total > limit:
+                raise ValueError(f"unpacks to more than {limit:,} bytes")
+            if member.name.endswith(suffixes):
+                packed.extract(member, folder, filter="data")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: the named models and corpora. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A repository of the Hugging Face hub, and those of its files that are needed, by their names there. Where no
+    size and hash were published, what the hub announces is the check."""
+    repository: str
+    files: tuple[Download, ...]
+    revision: str = "main"
+    archive: str | None = None  # Google's zip of the same weights, for the case that the hub cannot be reached
+
+
+MODELS = {
+    "bert-base": NamedModel(
+        repository="google-bert/bert-base-uncased",
+        revision="86b5e0934494bd15c9632b12f734a8a67f723594",
+        files=(
+            Download("config.json", 570, "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"),
+            Download("vocab.txt", 231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+            Download("model.safetensors", 440449768,
+                     "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
+        ),
+        archive="2018_10_18/uncased_L-12_H-768_A-12.zip",
+    ),
+    "bert-large": NamedModel(
+        repository="google-bert/bert-large-uncased",
+        files=(Download("config.json"), Download("vocab.txt"), Download("model.safetensors")),
+        archive="2018_10_18/uncased_L-24_H-1024_A-16.zip",
+    ),
+    "roberta-base": NamedModel(
+        repository="FacebookAI/roberta-base",
+        revision="e2da8e2f811d1448a5b465c236feacd80ffbac7b",
+        files=(
+            Download("config.json", None, "ef0185e2aae6e06c5f105a285006952c340e20c7dbf43c86ec82601b13fc45e9"),
+            Download("vocab.json", 898823, "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655"),
+            Download("merges.txt", 456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+            Download("model.safetensors", 498818054,
+                     "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81"),
+        ),
+    ),
+    "roberta-large": NamedModel(
+        repository="FacebookAI/roberta-large",
+        files=(Download("config.json"), Download("vocab.json"), Download("merges.txt"),
+               Download("model.safetensors")),
+    ),
+}
+SMALL_BERTS = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-8", "medium": "L-8_H-512_A-8"}
+for short_name, sizes in SMALL_BERTS.items():
+    MODELS[f"bert-{short_name}"] = NamedModel(
+        repository=f"google/bert_uncased_{sizes}",
+        files=(Download("config.json"), Download("vocab.txt"), Download("pytorch_model.bin")),
+        archive=f"2020_02_20/uncased_{sizes}.zip",
+    )
+
+CORPORA = {  # Amazon's bucket, which other programs name, has been dead since 2024
+    "wikitext-103": Download(
+        url=(f"{HUB}/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
+             "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"),
+        size=191984949,
+        sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+    ),
+    "wikitext-2": Download(
+        url="https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
+        size=4721645,
+        sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+    ),
+}
+
+GPT2_BPE = {  # fairseq ships RoBERTa without these two
+    "encoder.json": Download(
+        url="https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/encoder.json",
+        size=1042301,
+        sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+    "vocab.bpe": Download(
+        url="https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/vocab.bpe",
+        size=456318,
+        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+}
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".ckpt", ".index")
+ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 
 def model_path(name_or_path) -> Path:
-    """The local path of a model. Names of MODELS are found or fetched, archives are unpacked; "toy" is
-    where its maker puts it. A name wins over a folder of that name: call that one ./bert-base."""
+    """Where a model lies. Names of MODELS are found or fetched, archives are unpacked.
+
+    A name wins over a folder of that name: call that one ./bert-base. Raises ValueError for a path that does not
+    exist, OSError for a model that cannot be fetched."""
     text = os.path.expanduser(name_or_path)
     if text in MODELS:
-        return _named_model(*MODELS[text])
+        return named_model(MODELS[text])
     if text == "toy":
-        return cache() / "toy" / "model"
-    if os.path.isfile(text) and text.lower().endswith((".zip", ".tar.gz", ".tgz")):
-        folder = cache() / "unpacked" / f"{os.path.basename(text)}-{_sha256(_pieces(text))[:16]}"
-        return _holding(unpack(text, folder), WEIGHTS)
-    if not os.path.exists(text) and not os.path.exists(f"{text}.index"):  # a TF prefix is no file itself
+        return cache() / "toy" / "model"  # dev/toy.py makes it
+
+    path = Path(text)
+    if path.is_file() and text.lower().endswith(ARCHIVES):
+        folder = cache() / "unpacked" / f"{path.name}-{file_sha256(path)[:16]}"
+        return folder_with(unpack(path, folder), WEIGHT_FILES)
+    is_tensorflow_prefix = os.path.exists(f"{text}.index")
+    if not path.exists() and not is_tensorflow_prefix:
         raise ValueError(f"unknown model {text!r}: neither a path nor one of {', '.join([*MODELS, 'toy'])}")
-    return Path(text)
+    return path
 
 
-def _named_model(repo, revision, files, archive):
-    folder = cache() / "models" / Path(archive or "-").stem
+def named_model(model: NamedModel) -> Path:
+    """The folder of a named model: from the hub, else from Google's zip, which stays if it was fetched once."""
+    if model.archive is None:
+        return hub_model(model)
+
+    folder = cache() / "models" / Path(model.archive).stem
+    if folder.is_dir():
+        return folder_with(folder, WEIGHT_FILES)
     try:
-        return _holding(folder, WEIGHTS) if folder.is_dir() else hub(repo, files, revision)
-    except OSError as error:
-        if not archive:
-            raise
+        return hub_model(model)
+    except OSError as hub_error:
         try:
-            zipped = fetch([f"{GOOGLE}/{archive}"], folder.with_name(f"{folder.name}.zip"))
-            return _holding(unpack(zipped, folder), WEIGHTS)
-        except OSError as second:
-            raise OSError(f"{error}; {second}") from error
+            zipped = fetch(f"{GOOGLE}/{model.archive}", folder.with_name(f"{folder.name}.zip"))
+            return folder_with(unpack(zipped, folder), WEIGHT_FILES)
+        except OSError as error:
+            raise OSError(f"{hub_error}; {error}") from error
+
+
+def hub_model(model: NamedModel) -> Path:
+    """A folder with the files of a hub repository: the hub's own cache if it has them all, else ours."""
+    hub_cache = environment_folder("HF_HUB_CACHE", hub_home() / "hub")
+    repository = hub_cache / f"models--{model.repository.replace('/', '--')}"
+    commit = model.revision
+    if (repository / "refs" / model.revision).is_file():
+        commit = (repository / "refs" / model.revision).read_text().strip()
+    snapshot = repository / "snapshots" / commit
+    if all((snapshot / file.url).is_file() for file in model.files):
+        return snapshot
+
+    folder = cache() / "models" / f"{model.repository.replace('/', '--')}@{model.revision[:7]}"
+    for file in model.files:
+        url = f"{HUB}/{model.repository}/resolve/{model.revision}/{file.url}"
+        fetch(url, folder / file.url, file.size, file.sha256)
+    return folder
 
 
 def corpus_folder(name: str) -> Path:
     """The folder with wiki.train.raw and wiki.valid.raw of a corpus in CORPORA, fetched if need be."""
-    folder, (urls, size, sha256) = cache() / "corpora" / name, CORPORA[name]
+    folder = cache() / "corpora" / name
     if not folder.exists():
-        unpack(fetch(urls, folder.with_name(f"{name}.zip"), size, sha256), folder)
-    return _holding(folder, ("wiki.train.raw",))
+        file = CORPORA[name]
+        zipped = fetch(file.url, folder.with_name(f"{name}.zip"), file.size, file.sha256)
+        unpack(zipped, folder)
+    return folder_with(folder, ("wiki.train.raw",))
 
 
-# ---------------------------------------------------------------- 2 tokenizer
-
-WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer and the ids of its special tokens. by_line: symbols, each line of text is a padded row."""
-    tokenizer: Tokenizer
-    size: int
-    pad: int
-    unk: int
-    cls: int
-    sep: int
-    mask: int
-    by_line: bool = False
-
-    @property
-    def specials(self) -> list[int]:
-        return [self.pad, self.unk, self.cls, self.sep, self.mask]
-
-
-def vocabulary(path) -> Vocabulary:
-    """The tokenizer of a model folder (or of the folder a checkpoint file lies in), from its original files.
-
-    vocab.txt -> WordPiece; vocab.json + merges.txt -> byte-level BPE; fairseq's dict.txt -> byte-level BPE if
-    its symbols are GPT-2 ids, with encoder.json + vocab.bpe beside it or fetched; another dict.txt -> one
-    symbol per character. Raises ValueError for damaged files, FileNotFoundError if there are none."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if (folder / "vocab.txt").is_file():
-        return _wordpiece(folder / "vocab.txt", folder / "tokenizer_config.json")
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return _byte_bpe(read_json(folder / "vocab.json"), folder / "merges.txt", folder / "vocab.json")
-    if (folder / "dict.txt").is_file():
-        return _fairseq(folder / "dict.txt")
-    raise FileNotFoundError(f"{folder}: no vocab.txt, no vocab.json + merges.txt, no dict.txt")
-
-
-def _wordpiece(file, config):
-    lower = not re.search("(?<!un)cased", file.resolve().parent.name.lower())
-    if config.is_file():
-        lower = bool(read_json(config).get("do_lower_case", True))
-    vocab = _numbered([line.rstrip("\r") for line in _read_text(file).removesuffix("\n").split("\n")], file)
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    return _finish(tokenizer, WORDPIECE_SPECIALS, file)
-
-
-def _byte_bpe(vocab, merges, source):
-    if any(type(i) is not int for i in vocab.values()) or sorted(vocab.values()) != [*range(len(vocab))]:
-        raise ValueError(f"{source}: ids are not 0 .. {len(vocab) - 1}, each once")
-    pairs = [tuple(line.split(" ")) for line in _read_text(merges).split("\n")
-             if line.strip() and not line.startswith("#version")]
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab, pairs))
-    except Exception as error:  # so the library calls a merge that is no pair of tokens
-        raise ValueError(f"{merges}: {error}") from None
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return _finish(tokenizer, BPE_SPECIALS, source)
-
-
-def _fairseq(file):
-    """fairseq numbers <s> <pad> </s> <unk>, the lines of dict.txt ("13 850314647": symbol, count), <mask>.
-    In the released RoBERTa a symbol is the number that GPT-2's encoder.json gives a token: line 0 is 13,
-    which is ".", so "." has id 4."""
-    symbols = [line.split(" ")[0] for line in _read_text(file).split("\n") if line.strip()]
-    by_line = sum(symbol.isdecimal() for symbol in symbols) <= len(symbols) // 2
-    if not by_line:
-        own = [file.with_name(name) for name in GPT2_BPE]
-        encoder, merges = own if all(path.is_file() for path in own) else [
-            fetch([f"{FAIRSEQ}/{name}"], cache() / "gpt2_bpe" / name, *pin) for name, pin in GPT2_BPE.items()]
-        tokens = {str(number): token for token, number in read_json(encoder).items()}
-        symbols = [tokens.get(symbol, symbol) for symbol in symbols]
-    vocab = _numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols, "<mask>"], file)
-    if not by_line:
-        return _byte_bpe(vocab, merges, file)
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return _finish(tokenizer, BPE_SPECIALS, file, by_line)
-
-
-def _finish(tokenizer, names, source, by_line=False):
-    ids = [tokenizer.token_to_id(name) for name in names]
-    if None in ids:
-        raise ValueError(f"{source}: no {names[ids.index(None)]} among {tokenizer.get_vocab_size()} tokens")
-    tokenizer.add_special_tokens(list(names))  # so that the text "[MASK]" is one token
-    return Vocabulary(tokenizer, tokenizer.get_vocab_size(), *ids, by_line)
-
-
-def _numbered(tokens, file):
-    vocab = {token: i for i, token in enumerate(tokens)}
-    for i, token in enumerate(tokens):
-        if not token or vocab[token] != i:
-            why = f"stands there twice, the second time as number {vocab[token]}" if token else "is empty"
-            raise ValueError(f"{file}: token {token!r}, number {i} from 0, {why}")
-    return vocab
-
-
-def save_vocabulary(vocab: Vocabulary, folder, positions: int):
-    """The tokenizer as files that transformers reads: vocab.txt, or vocab.json + merges.txt, and settings."""
-    tokenizer, wordpiece = vocab.tokenizer, isinstance(vocab.tokenizer.model, models.WordPiece)
-    tokenizer.model.save(str(folder))
-    settings = {"model_max_length": positions,
-                "tokenizer_class": "BertTokenizer" if wordpiece else "RobertaTokenizer"}
-    if wordpiece:
-        settings["do_lower_case"] = tokenizer.normalizer.lowercase
-    with replacing(Path(folder) / "tokenizer_config.json") as part:
-        part.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _read_text(file):
-    try:
-        return file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {error.start} is no UTF-8 text") from None
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; a ValueError names the file if it holds anything else."""
-    try:
-        values = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({str(error)[:80]})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return values
-
-
-# ---------------------------------------------------------------- 3 text to rows of token ids
-
-
-def corpus(source, vocab: Vocabulary, seq_len: int, part: str) -> np.ndarray:
-    """The rows of one part ("train" or "dev") of a corpus: (n, T) mapped ids, T = seq_len with both specials.
-
-    source: a name of CORPORA, a text file (the last 5 % of its lines are dev), or a folder of wiki.train.raw
-    and wiki.valid.raw (or .tokens). The text is a stream of tokens cut into consecutive blocks, headings and
-    document borders ignored, the tail dropped (released code: data/datasets/language_modeling.py). With a
-    symbol vocabulary each line is one padded row instead. Cached under what made it: text, vocabulary, T.
-    Raises FileNotFoundError, or ValueError if the text gives no row."""
-    file, start, end = _part_of(source, part)
-    made_by = json.dumps([vocab.tokenizer.to_str(), vocab.by_line, seq_len]).encode()
-    cached = cache() / "blocks" / f"{_sha256(chain([made_by], _pieces(file, start, end)))[:32]}.bin"
-    dtype = np.uint16 if vocab.size <= 65536 else np.uint32
-    if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        make = _padded_lines if vocab.by_line else _blocks
-        with replacing(cached) as partial, open(partial, "wb") as out:
-            for rows in make(_chunks(file, start, end), vocab, seq_len):
-                out.write(rows.astype(dtype).tobytes())
-            if not out.tell():
-                raise ValueError(f"{file}: its {part} text is shorter than one row of {seq_len} tokens")
-    return np.memmap(cached, dtype, "r").reshape(-1, seq_len)
-
-
-def _part_of(source, part):
-    """The text file of a part and the range of its bytes."""
-    path = corpus_folder(str(source)) if str(source) in CORPORA else Path(source)
-    if path.is_dir():
-        stem = "wiki.train" if part == "train" else "wiki.valid"
-        for file in (path / f"{stem}.raw", path / f"{stem}.tokens"):
-            if file.is_file():
-                return file, 0, file.stat().st_size
-        raise FileNotFoundError(f"{path}: no {stem}.raw or {stem}.tokens in this folder")
-    if not path.is_file():
-        raise FileNotFoundError(f"corpus {source}: no such file or folder; known: {', '.join(CORPORA)}, toy")
-    if not (size := path.stat().st_size):
-        raise ValueError(f"{path}: the file is empty")
-    lines, border = 1 + sum(piece.count(b"\n") for piece in _pieces(path, 0, size - 1)), size - 1
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        for _ in range(max(lines // 20, 1)):
-            border = text.rfind(b"\n", 0, border)  # at last -1, if there is but one line
-    return (path, 0, border + 1) if part == "train" else (path, border + 1, size)
-
-
-def _chunks(file, start, end):
-    """The text in pieces of about 2 MB, cut between a word and the white space after it."""
-    decoder, rest, at = codecs.getincrementaldecoder("utf-8")(), "", start
-    for piece in chain(progress(_pieces(file, start, end), f"tokenising {file.name}", 0, end - start), [b""]):
-        try:
-            rest += decoder.decode(piece, final=not piece)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: no UTF-8 text near byte {at + error.start}") from None
-        found = re.match(r"(?s).*\S(?=[ \n])", rest) if piece else None
-        cut = found.end() if found else 0 if piece else len(rest)
-        if not cut and len(rest) > 1 << 22:
-            raise ValueError(f"{file}: no text: 4 million characters without a space near byte {at}")
-        yield rest[:cut]
-        rest, at = rest[cut:], at + len(piece)
-
-
-# White space to GPT-2's BPE. Python's \s has U+001C to U+001F, too.
-SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-GPT2_WORD = re.compile(f" ?[^{SPACE}]+|[{SPACE}]+(?![^{SPACE}])|[{SPACE}]+")
-
-
-def encode_text(chunks: Iterable[str], vocab: Vocabulary) -> Iterator[np.ndarray]:
-    """Token ids of a long text, chunk by chunk: those of the whole, 3.9 times as fast (BPE: 2.5 times).
-
-    Both tokenizers look at one word at a time, so each distinct word is encoded once, a thousand of them in
-    one text with [SEP] in between, and looked up from then on. A word of WordPiece ends at a space, one of
-    BPE begins with its space ("a  b" is "a", " ", " b"), and special tokens cut the text before all that."""
-    tokenizer, wordpiece = vocab.tokenizer, isinstance(vocab.tokenizer.model, models.WordPiece)
-    special = {tokenizer.id_to_token(i): np.int32(i).tobytes() for i in vocab.specials}
-    border = f"({'|'.join(map(re.escape, special))})"
-    sep, memo = tokenizer.id_to_token(vocab.sep), dict(special)
-    for text in chunks:
-        if wordpiece:
-            text = text.replace("\n", " ").replace("\t", " ").replace("\r", " ")
-        spans = re.split(border, text)
-        words = [*chain.from_iterable(s.split(" ") if wordpiece else GPT2_WORD.findall(s) for s in spans)]
-        new = [*{*words} - memo.keys()]
-        groups = [new[i:i + 1000] for i in range(0, len(new), 1000)]
-        texts = [sep.join([*group, ""]) for group in groups]
-        for group, encoding in zip(groups, tokenizer.encode_batch_fast(texts), strict=True):
-            ids, at = np.array(encoding.ids, np.int32), 0
-            raw = ids.tobytes()
-            for word, end in zip(group, (4 * np.flatnonzero(ids == vocab.sep)).tolist(), strict=True):
-                memo[word], at = raw[at:end], end + 4
-        yield np.frombuffer(b"".join(map(memo.__getitem__, words)), np.int32)
-        if len(memo) > 1_000_000:  # bounds memory on text without end
-            memo = dict(special)
-
-
-def _blocks(chunks, vocab, seq_len):
-    rest = np.empty(0, np.int32)
-    for ids in encode_text(chunks, vocab):
-        ids = np.concatenate([rest, ids])
-        n = len(ids) // (seq_len - 2)
-        rows = np.empty((n, seq_len), np.int32)
-        rows[:, 0], rows[:, -1] = vocab.cls, vocab.sep
-        rows[:, 1:-1] = ids[:n * (seq_len - 2)].reshape(n, seq_len - 2)
-        rest = ids[n * (seq_len - 2):]
-        yield rows
-
-
-def _padded_lines(chunks, vocab, seq_len):
-    rest = ""
-    for text in chain(chunks, ["\n"]):
-        *lines, rest = (rest + text).split("\n")
-        lines = [line.strip()[:8 * seq_len] for line in lines if line.strip()]  # "<mask>" is one symbol
-        rows = np.full((len(lines), seq_len), vocab.pad, np.int32)
-        for row, encoding in zip(rows, vocab.tokenizer.encode_batch_fast(lines), strict=True):
-            ids = [vocab.cls, *encoding.ids[:seq_len - 2], vocab.sep]
-            row[:len(ids)] = ids
-        yield rows
-
-
-# ---------------------------------------------------------------- 4 batches
-
-
-@lru_cache(2)
-def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
-def batch_rows(n: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows number start .. start + count - 1 of an endless reading of n rows, shuffled anew each epoch.
-
-    A function of (seed, position) alone, so that a run can continue anywhere."""
-    at = np.arange(start, start + count)
-    return np.array([_epoch_order(n, seed, e)[i] for e, i in zip(at // n, at % n, strict=True)])
-
-
-def corrupt(ids: np.ndarray, vocab: Vocabulary, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """BERT's masked-LM corruption of ids (B, T): each token that is no special one is chosen with probability
-    0.15; of the chosen, 80 % become [MASK], 10 % a uniform word of the whole vocabulary, 10 % stay.
-
-    -> corrupted ids (B, T), chosen (B, T) bool: the positions whose original id is to be predicted."""
-    chosen = (rng.random(ids.shape) < 0.15) & ~np.isin(ids, vocab.specials)
-    fate = rng.random(ids.shape)
-    words = rng.integers(vocab.size, size=ids.shape)
-    hidden = np.where(fate < 0.8, vocab.mask, np.where(fate < 0.9, words, ids))
-    return np.where(chosen, hidden, ids), chosen
+def folder_with(folder: Path, endings: tuple) -> Path:
+    """The highest folder with a file that ends so: archives come with and without a top folder."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.name.endswith(endings) and not path.name.startswith("."):  # ._model.bin is macOS's
+            found.append(path.parent)
+    if not found:
+        raise ValueError(f"{folder} holds no file *{' or *'.join(endings)}")
+    return min(found, key=lambda each: (len(each.parts), each))
