@@ -25,19 +25,28 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import requests
-from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers,
-                        processors)
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 import bert
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there two processes must not write the same file at once
-    fcntl = None
+except ImportError:
+    fcntl = None  # Windows has no such locks: two processes must not write one file there at once
 
 # ---------------------------------------------------------------------------------------------------
 # 1. Vocabulary and tokenizer
@@ -45,12 +54,13 @@ except ImportError:  # Windows has no such locks: there two processes must not w
 
 WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
-SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in the order of the two above
+SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in the same order
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the ids of its special tokens. It adds no [CLS] and [SEP], does not cut and does not pad."""
+    """A tokenizer and the ids of its special tokens. It adds no [CLS] and [SEP], does not cut and does
+    not pad."""
     tokenizer: Tokenizer
     size: int  # V, the largest id + 1; the model's matrix may have more rows
     pad_id: int
@@ -58,24 +68,25 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
-    one_row_per_line: bool = False  # the symbols of a fairseq dict.txt: each line of text is a padded row
-    extra_special_ids: tuple[int, ...] = ()  # special tokens that a model has beyond these five, such as [E1]
+    one_row_per_line: bool = False  # symbols of a fairseq dict.txt: each line of text is a padded row
+    extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, such as [E1]
 
     @property
     def special_ids(self) -> list[int]:
         """The ids that corruption never chooses."""
-        return [self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id, *self.extra_special_ids]
+        five_ids = [self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id]
+        return five_ids + list(self.extra_special_ids)
 
 
 def vocabulary(path) -> Vocabulary:
     """The tokenizer of a model folder, or of the folder in which a checkpoint file lies.
 
     The first of these that is there: tokenizer.json; vocab.txt (WordPiece); vocab.json + merges.txt
-    (byte-level BPE); dict.txt (fairseq). The path is taken as given: in a hub cache the files are symbolic
-    links, and their targets have neither their names nor their neighbours.
+    (byte-level BPE); dict.txt (fairseq). The path is taken as given: in a hub cache the files are
+    symbolic links, and their targets have neither their names nor their neighbours.
 
-    Raises FileNotFoundError if none is there, ValueError for a damaged file or a setting that would change
-    ids and is not supported."""
+    Raises FileNotFoundError if none is there, ValueError for a damaged file or a setting that would
+    change ids and is not supported."""
     folder = Path(path)
     if not folder.is_dir():
         folder = folder.parent
@@ -98,7 +109,8 @@ def vocabulary(path) -> Vocabulary:
         tokenizer = fairseq(file, settings)
         one_row_per_line = isinstance(tokenizer.model, models.WordLevel)
     else:
-        raise FileNotFoundError(f"{folder}: no tokenizer.json, vocab.txt, vocab.json + merges.txt or dict.txt")
+        raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
+                                "no dict.txt")
 
     names = special_names(tokenizer, settings, file)
     add_tokens(tokenizer, names, settings, folder)
@@ -114,8 +126,8 @@ def vocabulary(path) -> Vocabulary:
 
 
 def read_tokenizer_json(file: Path) -> Tokenizer:
-    """The tokenizers library's own format. It may carry more than the tokenizer: what it says about cutting,
-    padding, [CLS] and [SEP] is for single sentences, and is switched off."""
+    """The tokenizers library's own format. It may carry more than the tokenizer: what it says about
+    cutting, padding, [CLS] and [SEP] is for single sentences, and is switched off."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
@@ -132,7 +144,8 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     words = read_lines(file)
     unknown = token_content(settings.get("unk_token", "[UNK]"))
 
-    tokenizer = Tokenizer(models.WordPiece(numbered(words, file), unk_token=unknown, max_input_chars_per_word=100))
+    vocab = numbered(words, file)
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
         strip_accents=settings.get("strip_accents"),  # None: where text is lower-cased
@@ -144,7 +157,8 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
 
 
 def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
-    """Whether text is lower-cased: as the settings say, else as the words tell. One line says what they told.
+    """Whether text is lower-cased: as the settings say, else as the words tell. One line says what they
+    told.
 
     A folder with settings that are silent on this is lower-cased, as transformers does it."""
     if "do_lower_case" in settings:
@@ -161,16 +175,17 @@ def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
         print(f"{file}: no settings for its case; no word has a capital, so text is lower-cased")
         return True
     if (file.parent / "tokenizer_config.json").is_file():
-        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as transformers "
-              f"does it, and words such as {capitalised!r} never occur")
+        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as "
+              f"transformers does it, and words such as {capitalised!r} never occur")
         return True
-    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps its case")
+    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps "
+          "its case")
     return False
 
 
 def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
-    """RoBERTa's tokenizer: {token: id}, and the pairs of tokens to merge, one a line, the first ones first.
-    A token is spelled in bytes, a space as the letter G with a dot: " dog" -> Ġdog."""
+    """RoBERTa's tokenizer: {token: id}, and the pairs of tokens to merge, one a line, the first ones
+    first. A token is spelled in bytes, a space as the letter G with a dot: " dog" -> Ġdog."""
     ids = list(vocab.values())
     if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
@@ -181,7 +196,7 @@ def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -
             merges.append(tuple(line.split(" ")))
     try:
         tokenizer = Tokenizer(models.BPE(vocab, merges))
-    except Exception as error:  # a line that is no pair of tokens; the library raises nothing more precise
+    except Exception as error:  # a line that is no pair of tokens
         raise ValueError(f"{merges_file}: {str(error):.200}") from None
 
     add_prefix_space = settings.get("add_prefix_space", False)
@@ -191,16 +206,17 @@ def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -
 
 
 def fairseq(file: Path, settings: dict) -> Tokenizer:
-    """The tokenizer of a fairseq model. dict.txt has a symbol and its count on each line ("13 850314647").
+    """The tokenizer of a fairseq model. dict.txt has a symbol and its count on each line ("13
+    850314647").
 
     Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. There are three kinds:
 
-    * In the released RoBERTa a symbol is the number that GPT-2's encoder.json gives a token. Line 0 is 13,
-      which stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside dict.txt or are fetched.
-    * Symbols of one character each, such as amino acids: each character of the text is a token, and white
-      space means nothing.
-    * Longer symbols: the text is split at white space. If they are the pieces of a sentencepiece model, only
-      that model could split a text, so it is refused."""
+    * In the released RoBERTa a symbol is the number that GPT-2's encoder.json gives a token. Line 0 is
+      13, which stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside it or are fetched.
+    * Symbols of one character each, such as amino acids: each character of the text is a token, and
+      white space means nothing.
+    * Longer symbols: the text is split at white space. If they are the pieces of a sentencepiece model,
+      only that model could split a text, so they are refused."""
     symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
     num_numbers = sum(symbol.isdecimal() for symbol in symbols)
 
@@ -213,8 +229,8 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
 
     sentencepiece = sorted(file.parent.glob("*.model"))
     if sentencepiece:
-        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece models are "
-                         "not supported; a tokenizer.json made by transformers is")
+        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece "
+                         "models are not supported; a tokenizer.json made by transformers is")
 
     vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols, "<mask>"], file)
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -230,11 +246,16 @@ def gpt2_files(folder: Path) -> list[Path]:
     beside = [folder / name for name in GPT2_BPE]
     if all(path.is_file() for path in beside):
         return beside
-    return [fetch(file.url, cache() / "gpt2_bpe" / name, file.size, file.sha256) for name, file in GPT2_BPE.items()]
+
+    paths = []
+    for name, file in GPT2_BPE.items():
+        paths.append(fetch(file.url, cache() / "gpt2_bpe" / name, file.size, file.sha256))
+    return paths
 
 
 def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json, and special_tokens_map.json where the former does not list all added tokens."""
+    """tokenizer_config.json, and special_tokens_map.json where the former does not list all added
+    tokens."""
     settings = {}
     for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / name).is_file() or "added_tokens_decoder" in settings:
@@ -250,11 +271,12 @@ def read_settings(folder: Path) -> dict:
 
 
 def refuse_other_class(file: Path, settings: dict, expected: str):
-    """The original files of two tokenizers are read. Others have files of the same names and other rules."""
+    """The original files of two tokenizers are read. Others have files of the same names and other
+    rules."""
     name = settings.get("tokenizer_class", expected)
     if name not in (expected, f"{expected}Fast"):
-        raise ValueError(f"{file}: tokenizer_class {name} is not supported, only {expected}, or any class beside a "
-                         "tokenizer.json")
+        raise ValueError(f"{file}: tokenizer_class {name} is not supported, only {expected}, or any class "
+                         "beside a tokenizer.json")
     if settings.get("do_basic_tokenize") is False:
         raise ValueError(f"{file}: the tokenizer setting do_basic_tokenize false is not supported")
 
@@ -264,21 +286,18 @@ def refuse_other_class(file: Path, settings: dict, expected: str):
 
 
 def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
-    """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else [PAD] ..
-    or <pad> ..; a ValueError says which is missing."""
+    """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else
+    [PAD] .. or <pad> ..; a ValueError says which is missing."""
     names = []
-    for role, wordpiece_name, bpe_name in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
-        name = wordpiece_name
-        if tokenizer.token_to_id(name) is None:
-            name = bpe_name
+    for role, *usual_names in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
+        candidates = usual_names
         if role in settings:
-            name = token_content(settings[role])
-        elif tokenizer.token_to_id(name) is None:
-            name = f"{wordpiece_name} or {bpe_name}"
-
-        if tokenizer.token_to_id(name) is None:
-            raise ValueError(f"{file}: no {name} among {tokenizer.get_vocab_size()} tokens")
-        names.append(name)
+            candidates = [token_content(settings[role])]
+        found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
+        if not found:
+            num_tokens = tokenizer.get_vocab_size()
+            raise ValueError(f"{file}: no {' or '.join(candidates)} among {num_tokens} tokens")
+        names.append(found[0])
     return names
 
 
@@ -286,47 +305,48 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
     """Tells the tokenizer which tokens are looked for in the text before it is split into words.
 
     Without this the text "[MASK]" would become [ mask ]. In transformers' order: the tokens of
-    tokenizer_config.json or added_tokens.json by their ids, the special tokens, those that a model has beyond
-    the usual ones. A token that the vocabulary lacks gets the next free id."""
-    expected_ids = {}
-    if "added_tokens_decoder" in settings:
-        for token_id, token in settings["added_tokens_decoder"].items():
-            expected_ids[int(token_id)] = added_token(token, token.get("special", False))
-    elif (folder / "added_tokens.json").is_file():
-        for content, token_id in bert.read_json(folder / "added_tokens.json").items():
-            expected_ids[int(token_id)] = AddedToken(content, special=False, normalized=True)
-
+    tokenizer_config.json or added_tokens.json by their ids, the special tokens, those that a model has
+    beyond the usual ones. A token that the vocabulary lacks gets the next free id."""
     roles = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
-    roles += [key for key in settings if key.endswith("_token") and key not in roles]  # a model's very own
+    for key in settings:
+        if key.endswith("_token") and key not in roles:
+            roles.append(key)  # a special token that only this model has
     special = [settings[role] for role in roles if isinstance(settings.get(role), (str, dict))]
+
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         extra = list(extra.values())
-    special_contents = {token_content(token) for token in [*special, *names, *extra]}
+    special += [*names, *extra]
+    special_contents = {token_content(token) for token in special}
 
-    tokens = []
-    for _, token in sorted(expected_ids.items()):
-        if token.content in special_contents and not token.special:
-            normalized = token.normalized and "added_tokens_decoder" in settings
-            token = AddedToken(token.content, special=True, normalized=normalized, lstrip=token.lstrip,
-                               rstrip=token.rstrip, single_word=token.single_word)
-        tokens.append(token)
-    tokens += [added_token(token, True) for token in [*special, *names, *extra]]
+    numbered_tokens = {}
+    if "added_tokens_decoder" in settings:
+        for token_id, token in settings["added_tokens_decoder"].items():
+            is_special = token_content(token) in special_contents or token.get("special", False)
+            numbered_tokens[int(token_id)] = added_token(token, is_special)
+    elif (folder / "added_tokens.json").is_file():
+        for content, token_id in bert.read_json(folder / "added_tokens.json").items():
+            is_special = content in special_contents
+            numbered_tokens[token_id] = AddedToken(content, special=is_special, normalized=not is_special)
 
+    tokens = [token for _, token in sorted(numbered_tokens.items())]
+    tokens += [added_token(token, True) for token in special]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for token in tokens:
         if token.content not in known:
-            known.add(token.content)
             tokenizer.add_tokens([token])
+            known.add(token.content)
 
-    for token_id, token in expected_ids.items():
+    for token_id, token in numbered_tokens.items():
         found = tokenizer.token_to_id(token.content)
         if found != token_id:
-            raise ValueError(f"{folder}: added token {token.content!r} has id {token_id}, but {found} would be next")
+            raise ValueError(f"{folder}: added token {token.content!r} should have id {token_id}, but has "
+                             f"{found}: the files do not belong together")
 
 
 def added_token(token: str | dict, special: bool) -> AddedToken:
-    """{"content": "[E1]", "lstrip": false, ...} or "[E1]", both occur -> a token for Tokenizer.add_tokens."""
+    """{"content": "[E1]", "lstrip": false, ...} or "[E1]", both occur -> a token for
+    Tokenizer.add_tokens."""
     options = {"special": special}
     if isinstance(token, dict):
         for key in ("lstrip", "rstrip", "single_word", "normalized"):
@@ -348,15 +368,16 @@ def numbered(tokens: list[str], file: Path) -> dict[str, int]:
         if not token:
             raise ValueError(f"{file}: token number {number} from 0 is empty")
         if token in vocab:
-            raise ValueError(f"{file}: token {token!r} stands there twice, as number {vocab[token]} and {number} "
-                             "from 0")
+            raise ValueError(f"{file}: token {token!r} stands there twice, as number {vocab[token]} and "
+                             f"{number} from 0")
         vocab[token] = number
     return vocab
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change nothing.
-    (str.splitlines would also split at rarer characters that are tokens of some vocabularies.)"""
+    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change
+    nothing. (str.splitlines would also split at rarer characters that are tokens of some
+    vocabularies.)"""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -367,16 +388,16 @@ def read_lines(file: Path) -> list[str]:
 def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: int):
     """Writes the tokenizer as files that transformers' AutoTokenizer and vocabulary() above read alike.
 
-    tokenizer.json carries everything. A plain BERT or RoBERTa tokenizer gets its original files, too. Any
-    other one is announced as PreTrainedTokenizerFast, since transformers would take the words of tokenizer.json
-    and the rules of a BertTokenizer otherwise. model_type: "bert" or "roberta"; positions: the longest text."""
+    tokenizer.json carries everything. A plain BERT or RoBERTa tokenizer gets its original files, too.
+    Any other one is announced as PreTrainedTokenizerFast, since transformers would take the words of
+    tokenizer.json and the rules of a BertTokenizer otherwise. model_type: "bert" or "roberta";
+    positions: the longest text."""
     folder = Path(folder)
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy
-    ids = [vocabulary.pad_id, vocabulary.unknown_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]
-    names = [tokenizer.id_to_token(token_id) for token_id in ids]
     settings = {"model_max_length": positions, "tokenizer_class": "PreTrainedTokenizerFast"}
-    settings |= dict(zip(SPECIAL_ROLES, names, strict=True))
-    settings["extra_special_tokens"] = [tokenizer.id_to_token(each) for each in vocabulary.extra_special_ids]
+    names = [tokenizer.id_to_token(token_id) for token_id in vocabulary.special_ids]
+    settings |= dict(zip(SPECIAL_ROLES, names[:5], strict=True))
+    settings["extra_special_tokens"] = names[5:]
     if vocabulary.one_row_per_line:
         settings["one_row_per_line"] = True  # transformers ignores it
 
@@ -393,8 +414,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: 
         settings["tokenizer_class"] = "RobertaTokenizer"
         settings["add_prefix_space"] = pre_tokenizer.add_prefix_space
 
-    cls_name = names[SPECIAL_ROLES.index("cls_token")]
-    sep_name = names[SPECIAL_ROLES.index("sep_token")]
+    cls_name = settings["cls_token"]
+    sep_name = settings["sep_token"]
     pair = f"{cls_name}:0 $A:0 {sep_name}:0 $B:1 {sep_name}:1"
     if model_type == "roberta":
         pair = f"{cls_name}:0 $A:0 {sep_name}:0 {sep_name}:0 $B:0 {sep_name}:0"
@@ -413,11 +434,12 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: 
 def is_plain_bert(tokenizer: Tokenizer) -> bool:
     """Whether transformers' BertTokenizer with three settings splits a text in the same way."""
     model = tokenizer.model
-    if not isinstance(model, models.WordPiece) or not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+    normalizer = tokenizer.normalizer
+    is_wordpiece = isinstance(model, models.WordPiece) and isinstance(normalizer, normalizers.BertNormalizer)
+    if not is_wordpiece or not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer):
         return False
     is_usual = model.continuing_subword_prefix == "##" and model.max_input_chars_per_word == 100
-    return is_usual and tokenizer.normalizer.clean_text and isinstance(
-        tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+    return is_usual and normalizer.clean_text
 
 
 def is_plain_roberta(tokenizer: Tokenizer) -> bool:
@@ -434,18 +456,18 @@ def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool
     """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
 
     source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
-    wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2 between
-    [CLS] and [SEP]; headings and the borders of documents are ignored and the tail is dropped (released code:
-    data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each line of the text is
-    one row, cut or padded to T.
+    wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
+    between [CLS] and [SEP]; headings and the borders of documents are ignored and the tail is dropped
+    (released code: data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each
+    line of the text is one row, cut or padded to T.
 
-    The rows are kept in the cache. The name of their file is a digest of what made them: the bytes of the
-    text, the tokenizer, T, `lines`. It therefore answers the question which text this is.
+    The rows are kept in the cache. The name of their file is a digest of what made them: the bytes of
+    the text, the tokenizer, T, `lines`. It therefore answers the question which text this is.
 
     Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
     lines = lines or vocabulary.one_row_per_line
     file, begin, end = find_text(source, split, lines)
-    made_by = [vocabulary.tokenizer.to_str(), vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id, seq_len, lines]
+    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, lines]
     digest = hashlib.sha256(json.dumps(made_by).encode())
     for piece in read_bytes(file, begin, end):
         digest.update(piece)
@@ -480,10 +502,11 @@ def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
         raise FileNotFoundError(f"{path}: no {name}.raw or {name}.tokens in this folder")
 
     if not path.is_file():
-        raise FileNotFoundError(f"corpus {source}: no such file or folder; known: {', '.join(CORPORA)}, toy")
+        raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
+                                f"{', '.join(CORPORA)}, toy")
     if path.suffix in TO_TEXT:
-        raise ValueError(f"{path}: expected plain text, not {path.suffix}; this line of Python makes a text of it "
-                         f"(if it calls its text 'text'): {TO_TEXT[path.suffix].format(str(path))}")
+        raise ValueError(f"{path}: expected plain text, not {path.suffix}. If its texts are called 'text', "
+                         f"this line of Python makes text.txt of it: {TO_TEXT[path.suffix].format(str(path))}")
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: the file is empty")
@@ -494,18 +517,19 @@ def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
     return path, border, size
 
 
-TO_TEXT = {  # {!r}: the path
-    ".jsonl": "import json; open('text.txt', 'w').writelines(json.loads(x)['text'] + '\\n' for x in open({!r}))",
-    ".json": "import json; open('text.txt', 'w').writelines(x['text'] + '\\n' for x in json.load(open({!r})))",
-    ".csv": "import csv; open('text.txt', 'w').writelines(x['text'] + '\\n' for x in csv.DictReader(open({!r})))",
+WRITE_TEXT = r"open('text.txt', 'w').writelines(each['text'] + '\n' for each in "
+TO_TEXT = {  # format: the path
+    ".jsonl": "import json; " + WRITE_TEXT + "map(json.loads, open({!r})))",
+    ".json": "import json; " + WRITE_TEXT + "json.load(open({!r})))",
+    ".csv": "import csv; " + WRITE_TEXT + "csv.DictReader(open({!r})))",
 }
 
 
 def dev_border(path: Path, size: int, lines: bool) -> int:
     """The byte of a text file where its last 5 %, the dev text, begin.
 
-    It is the begin of a line: of 200 lines the last 10 are dev. A text with less than 20 lines is cut after 95 %
-    of its bytes, at the space before; only rows of a line each need a whole one."""
+    It is the begin of a line: of 200 lines the last 10 are dev. A text with less than 20 lines is cut
+    after 95 % of its bytes, at the space before; only rows of a line each need a whole one."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
 
@@ -525,8 +549,8 @@ def dev_border(path: Path, size: int, lines: bool) -> int:
 
 
 def read_text(file: Path, begin: int, end: int, quiet: bool = False):
-    """Yields the text between two bytes of a file, 2 MB at a time. Each line ends in "\\n", whatever the file
-    says, as in Python's text mode; a byte order mark is dropped."""
+    """Yields the text between two bytes of a file, 2 MB at a time. Each line ends in "\\n", whatever
+    the file says, as in Python's text mode; a byte order mark is dropped."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
     position = begin
@@ -547,10 +571,10 @@ PIECE = re.compile(r"(?s).{2000,10000}?\S(?= )|.{2000,10000}?\S(?=\n)|.{10000}")
 def cut_pieces(texts):
     """Yields lists of pieces of a long text, so that many can be encoded at once, on all cores.
 
-    The ids of the pieces, one after the other, are those of the text as a whole: both kinds of tokenizers look
-    at one word at a time. A word of BERT's ends at a space, and one of RoBERTa's begins with its space
-    ("a  b" is "a", " ", " b"), so the cut lies between a word and the space after it. (A word of more than
-    10,000 characters is cut itself.)"""
+    The ids of the pieces, one after the other, are those of the text as a whole: both kinds of
+    tokenizers look at one word at a time. A word of BERT's ends at a space, and one of RoBERTa's begins
+    with its space ("a  b" is "a", " ", " b"), so the cut lies between a word and the space after it. (A
+    word of more than 10,000 characters is cut itself.)"""
     rest = ""
     for text in texts:
         rest += text
@@ -589,9 +613,10 @@ def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
 
 
 def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
-    """Yields rows (n, T): each line that is not blank, cut to T - 2 tokens, between [CLS] and [SEP], padded."""
+    """Yields rows (n, T): each line that is not blank, cut to T - 2 tokens, between [CLS] and [SEP],
+    padded."""
     rest = ""
-    for text in [*texts, "\n"]:
+    for text in chain(texts, ["\n"]):
         *lines, rest = (rest + text).split("\n")
         lines = [line.strip() for line in lines if line.strip()]
 
@@ -603,19 +628,20 @@ def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
 
 
 def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
-    """Warns from 5 % of unknown tokens on: a text that the vocabulary cannot read gives low losses that mean
-    nothing. Raises ValueError if there is nothing to predict at all."""
+    """Warns from 5 % of unknown tokens on: a text that the vocabulary cannot read gives low losses that
+    mean nothing. Raises ValueError if there is nothing to predict at all."""
     counts = count_tokens(rows, vocabulary)
     counts[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id]] = 0
     share = counts[vocabulary.unknown_id] / max(counts.sum(), 1)
 
     counts[vocabulary.special_ids] = 0
     if counts.sum() == 0:
-        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this vocabulary")
+        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
+                         "vocabulary")
     if share >= 0.05:
         examples = ", ".join(unknown_words(texts, vocabulary))
-        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as {examples}",
-              file=sys.stderr)
+        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
+              f"{examples}", file=sys.stderr)
 
 
 def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
@@ -634,7 +660,8 @@ def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
 
 
 def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
-    """How often each id occurs in rows (n, T) -> (V,) int64. A million tokens at a time: there may be many."""
+    """How often each id occurs in rows (n, T) -> (V,) int64. A million tokens at a time: there may be
+    many."""
     counts = np.zeros(vocabulary.size, np.int64)
     num_rows = max(2**20 // rows.shape[1], 1)
     for begin in range(0, len(rows), num_rows):
@@ -651,19 +678,21 @@ def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
 # 3. Batches and masked-LM corruption
 # ---------------------------------------------------------------------------------------------------
 
-PURPOSES = ("order", "corruption", "masks", "limit", "tickets")  # never reorder: results depend on the numbers
+PURPOSES = ("order", "corruption", "masks", "limit", "tickets")  # results depend on this order
 
 
 def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A generator of random numbers for one purpose, so that no two purposes share their numbers; `numbers`,
-    such as the step, give each use of it a stream of its own."""
+    """A generator of random numbers for one purpose, so that no two purposes share their numbers;
+    `numbers`, such as the step, give each use of it a stream of its own."""
     return np.random.default_rng([seed, PURPOSES.index(purpose), *numbers])
 
 
 def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows number start .. start + count - 1 of an endless reading of num_rows rows, shuffled anew each epoch.
+    """Rows number start .. start + count - 1 of an endless reading of num_rows rows, shuffled anew each
+    epoch.
 
-    A function of the seed and the position alone, so that a run can continue anywhere -> (count,) int64."""
+    A function of the seed and the position alone, so that a run can continue anywhere -> (count,)
+    int64."""
     rows = []
     for position in range(start, start + count):
         epoch, place = divmod(position, num_rows)
@@ -679,10 +708,11 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masked-LM corruption of input_ids (B, T).
 
-    Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become [MASK],
-    10 % a random word of the whole vocabulary, 10 % stay as they are.
+    Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become
+    [MASK], 10 % a random word of the whole vocabulary, 10 % stay as they are.
 
-    -> corrupted ids (B, T), is_chosen (B, T) bool: the positions whose original token is to be predicted."""
+    -> corrupted ids (B, T), is_chosen (B, T) bool: the positions whose original token is to be
+    predicted."""
     is_special = np.isin(input_ids, vocabulary.special_ids)
     is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
 
@@ -745,7 +775,8 @@ def lock(file):
 
 
 def append_line(path, content: dict):
-    """Adds one line of JSON to a file that other processes may be adding to, as a whole or not at all."""
+    """Adds one line of JSON to a file that other processes may be adding to, as a whole or not at
+    all."""
     line = json.dumps(content).encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
         lock(file)
@@ -765,7 +796,8 @@ def append_line(path, content: dict):
 
 
 class Progress:
-    """Says every 5 seconds, and at the end of more than a megabyte, how far something is and how long it takes."""
+    """Says every 5 seconds, and at the end of more than a megabyte, how far something is and how long
+    it takes."""
 
     def __init__(self, name: str, size: int, done: int = 0, quiet: bool = False):
         self.name = name
@@ -779,17 +811,18 @@ class Progress:
     def add(self, num_bytes: int):
         self.done += num_bytes
         now = time.monotonic()
-        is_end = self.done == self.size > 1_000_000
+        is_large = self.size > 1_000_000
+        is_end = is_large and self.done == self.size
         if self.quiet or not (is_end or now - self.print_time > 5):
             return
 
         self.print_time = now
         rate = (self.done - self.done_before) / max(now - self.start_time, 0.001)
-        text = f"{self.name}: {self.done / 1e6:.1f} MB"
+        text = f"{self.done / 1e6:.1f} MB"
         if self.size:
             seconds_left = (self.size - self.done) / max(rate, 1)
-            text = f"{self.name}: {self.done / 1e6:.1f} of {self.size / 1e6:.1f} MB, {seconds_left:.0f} s left"
-        print(f"{text}, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
+            text = f"{self.done / 1e6:.1f} of {self.size / 1e6:.1f} MB, {seconds_left:.0f} s left"
+        print(f"{self.name}: {text}, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -806,8 +839,8 @@ GOOGLE = "https://storage.googleapis.com/bert_models"
 
 @dataclass(frozen=True)
 class Download:
-    """A published file: its URL, a tuple of mirrors, or its name in a repository; its size in bytes and its SHA-256,
-    where they are known."""
+    """A published file: its URL, a tuple of mirrors, or its name in a repository; its size in bytes and
+    its SHA-256, where they are known."""
     url: str | tuple[str, ...]
     size: int | None = None
     sha256: str | None = None
@@ -818,13 +851,14 @@ class TryAgain(OSError):
 
 
 def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Path:
-    """`path`, downloaded if it is not there, from the first of the mirrors `urls` that delivers what is expected.
+    """`path`, downloaded if it is not there, from the first of the mirrors `urls` that delivers what is
+    expected.
 
-    The bytes gather in path.part. The next attempt, mirror or run continues that file if there is a hash to tell
-    that the pieces belong together. A file that was put at `path` by hand is checked, too.
+    The bytes gather in path.part. The next attempt, mirror or run continues that file if there is a
+    hash to tell that the pieces belong together. A file that was put at `path` by hand is checked, too.
 
-    Raises OSError with each URL and its error if none delivers, ValueError if the file that is there is not the
-    expected one. $HF_ENDPOINT takes the place of the hub in `urls`."""
+    Raises OSError with each URL and its error if none delivers, ValueError if the file that is there is
+    not the expected one. $HF_ENDPOINT takes the place of the hub in `urls`."""
     urls = [urls] if isinstance(urls, str) else list(urls)
     path = Path(path)
     by_hand = f"put the file at {path} by hand"
@@ -832,7 +866,8 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
         check_file(path, size, sha256, by_hand)
         return path
     if is_offline():
-        raise OSError(f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {urls[0]} is not fetched: {by_hand}")
+        raise OSError(f"HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, so {urls[0]} is not fetched: "
+                      f"{by_hand}")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -840,8 +875,8 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
         lock(lock_file)
         if path.exists():  # another process was faster
             return path
-        if sha256 and part.exists() and file_sha256(part) == sha256:  # a run was killed before the rename
-            os.replace(part, path)
+        if sha256 and part.exists() and file_sha256(part) == sha256:
+            os.replace(part, path)  # a run was killed when only the name was missing
             return path
 
         errors = {}
@@ -867,8 +902,8 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
 
 
 def request(url: str, part: Path, size: int | None, sha256: str | None):
-    """Completes the file `part` by one request. Raises TryAgain if another attempt may help, ValueError or an error
-    of requests if not."""
+    """Completes the file `part` by one request. Raises TryAgain if another attempt may help, ValueError
+    or an error of requests if not."""
     num_bytes = part.stat().st_size if part.exists() else 0
     url, headers = hub_request(url)
     headers["User-Agent"] = AGENT
@@ -898,7 +933,7 @@ def request(url: str, part: Path, size: int | None, sha256: str | None):
             num_bytes = 0  # the server sends the file from its start
 
         if answer.headers.get("Content-Encoding", "identity") != "identity":
-            raise ValueError(f"sends {answer.headers['Content-Encoding']}, though no packing was accepted")
+            raise ValueError(f"sends {answer.headers['Content-Encoding']}, though it was told not to pack")
         if "text/html" in answer.headers.get("Content-Type", "") and not (size or sha256):
             raise ValueError("sends an HTML page")
         length = int(answer.headers.get("Content-Length", 0))
@@ -929,8 +964,8 @@ def request(url: str, part: Path, size: int | None, sha256: str | None):
 
 
 def continues(answer, num_bytes: int, sha256: str | None) -> bool:
-    """Whether a partial answer (206) begins where the file so far ends, and a hash can tell that both belong
-    together."""
+    """Whether a partial answer (206) begins where the file so far ends, and a hash can tell that both
+    belong together."""
     content_range = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
     if answer.status_code != 206 or content_range is None:
         return False
@@ -946,7 +981,8 @@ def write_chunk(file, chunk: bytes):
 
 
 def hub_request(url: str) -> tuple[str, dict]:
-    """(url, headers): a hub URL moves to $HF_ENDPOINT and gets the token, which requests drops on other hosts."""
+    """(url, headers): a hub URL moves to $HF_ENDPOINT and gets the token, which requests drops on other
+    hosts."""
     if not url.startswith(f"{HUB}/"):
         return url, {}
     endpoint = os.environ.get("HF_ENDPOINT") or HUB
@@ -981,8 +1017,8 @@ def reason(error) -> str:
 
 
 def check_file(path: Path, size: int | None, sha256: str | None, by_hand: str):
-    """A ValueError if a file that is there is not the published one. It is hashed once; a marker beside it
-    remembers that."""
+    """A ValueError if a file that is there is not the published one. It is hashed once; a marker beside
+    it remembers that."""
     found_size = path.stat().st_size
     if size and found_size != size:
         raise ValueError(f"{path} has {found_size} bytes, expected {size}: delete it, or {by_hand}")
@@ -1013,7 +1049,8 @@ def remember_hash(path: Path, sha256: str | None):
 
 
 def unpack(archive, folder, suffixes: tuple = ("",)) -> Path:
-    """Unpacks a .zip or .tar.gz into `folder`, if that is not there: the members whose names end in `suffixes`.
+    """Unpacks a .zip or .tar.gz into `folder`, if that is not there: the members whose names end in
+    `suffixes`.
 
     `folder` appears when it is complete. Raises ValueError naming the archive if it is damaged or holds
     suspiciously much, OSError for trouble with the disk."""
@@ -1070,12 +1107,12 @@ def unpack_tar(archive, folder: Path, suffixes: tuple, limit: int):
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A repository of the Hugging Face hub, and those of its files that are needed, by their names there. Where no
-    size and hash were published, what the hub announces is the check."""
+    """A repository of the Hugging Face hub, and those of its files that are needed, by their names
+    there. Where no size and hash were published, what the hub announces is the check."""
     repository: str
     files: tuple[Download, ...]
     revision: str = "main"
-    archive: str | None = None  # Google's zip of the same weights, for the case that the hub cannot be reached
+    archive: str | None = None  # Google's zip of the same weights, if the hub cannot be reached
 
 
 MODELS = {
@@ -1083,8 +1120,10 @@ MODELS = {
         repository="google-bert/bert-base-uncased",
         revision="86b5e0934494bd15c9632b12f734a8a67f723594",
         files=(
-            Download("config.json", 570, "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"),
-            Download("vocab.txt", 231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+            Download("config.json", 570,
+                     "7160e1553ad2ca51d8c1cb066be533db31826e12d173824c1bb0cb1a4f187d20"),
+            Download("vocab.txt", 231508,
+                     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
             Download("model.safetensors", 440449768,
                      "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
         ),
@@ -1099,9 +1138,12 @@ MODELS = {
         repository="FacebookAI/roberta-base",
         revision="e2da8e2f811d1448a5b465c236feacd80ffbac7b",
         files=(
-            Download("config.json", None, "ef0185e2aae6e06c5f105a285006952c340e20c7dbf43c86ec82601b13fc45e9"),
-            Download("vocab.json", 898823, "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655"),
-            Download("merges.txt", 456318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+            Download("config.json", None,
+                     "ef0185e2aae6e06c5f105a285006952c340e20c7dbf43c86ec82601b13fc45e9"),
+            Download("vocab.json", 898823,
+                     "9e7f63c2d15d666b52e21d250d2e513b87c9b713cfa6987a82ed89e5e6e50655"),
+            Download("merges.txt", 456318,
+                     "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
             Download("model.safetensors", 498818054,
                      "5bde1d28afb363d0103324efeb5afc8b2b397fe5e04beabb9b1ef355255ade81"),
         ),
@@ -1112,7 +1154,12 @@ MODELS = {
                Download("model.safetensors")),
     ),
 }
-SMALL_BERTS = {"tiny": "L-2_H-128_A-2", "mini": "L-4_H-256_A-4", "small": "L-4_H-512_A-8", "medium": "L-8_H-512_A-8"}
+SMALL_BERTS = {
+    "tiny": "L-2_H-128_A-2",
+    "mini": "L-4_H-256_A-4",
+    "small": "L-4_H-512_A-8",
+    "medium": "L-8_H-512_A-8",
+}
 for short_name, sizes in SMALL_BERTS.items():
     MODELS[f"bert-{short_name}"] = NamedModel(
         repository=f"google/bert_uncased_{sizes}",
@@ -1154,8 +1201,8 @@ ARCHIVES = (".zip", ".tar.gz", ".tgz")
 def model_path(name_or_path) -> Path:
     """Where a model lies. Names of MODELS are found or fetched, archives are unpacked.
 
-    A name wins over a folder of that name: call that one ./bert-base. Raises ValueError for a path that does not
-    exist, OSError for a model that cannot be fetched."""
+    A name wins over a folder of that name: call that one ./bert-base. Raises ValueError for a path that
+    does not exist, OSError for a model that cannot be fetched."""
     text = os.path.expanduser(name_or_path)
     if text in MODELS:
         return named_model(MODELS[text])
@@ -1168,12 +1215,14 @@ def model_path(name_or_path) -> Path:
         return folder_with(unpack(path, folder), WEIGHT_FILES)
     is_tensorflow_prefix = os.path.exists(f"{text}.index")
     if not path.exists() and not is_tensorflow_prefix:
-        raise ValueError(f"unknown model {text!r}: neither a path nor one of {', '.join([*MODELS, 'toy'])}")
+        names = ", ".join([*MODELS, "toy"])
+        raise ValueError(f"unknown model {text!r}: neither a path nor one of {names}")
     return path
 
 
 def named_model(model: NamedModel) -> Path:
-    """The folder of a named model: from the hub, else from Google's zip, which stays if it was fetched once."""
+    """The folder of a named model: from the hub, else from Google's zip, which stays if it was fetched
+    once."""
     if model.archive is None:
         return hub_model(model)
 
@@ -1191,7 +1240,8 @@ def named_model(model: NamedModel) -> Path:
 
 
 def hub_model(model: NamedModel) -> Path:
-    """A folder with the files of a hub repository: the hub's own cache if it has them all, else ours."""
+    """A folder with the files of a hub repository: the hub's own cache if it has them all, else
+    ours."""
     hub_cache = environment_folder("HF_HUB_CACHE", hub_home() / "hub")
     repository = hub_cache / f"models--{model.repository.replace('/', '--')}"
     commit = model.revision
