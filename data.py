@@ -395,7 +395,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: 
     folder = Path(folder)
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy
     settings = {"model_max_length": positions, "tokenizer_class": "PreTrainedTokenizerFast"}
-    names = [tokenizer.id_to_token(token_id) for token_id in vocabulary.special_ids]
+    added_tokens = tokenizer.get_added_tokens_decoder()
+    names = [added_tokens[token_id].content for token_id in vocabulary.special_ids]
     settings |= dict(zip(SPECIAL_ROLES, names[:5], strict=True))
     settings["extra_special_tokens"] = names[5:]
     if vocabulary.one_row_per_line:
@@ -435,8 +436,9 @@ def is_plain_bert(tokenizer: Tokenizer) -> bool:
     """Whether transformers' BertTokenizer with three settings splits a text in the same way."""
     model = tokenizer.model
     normalizer = tokenizer.normalizer
-    is_wordpiece = isinstance(model, models.WordPiece) and isinstance(normalizer, normalizers.BertNormalizer)
-    if not is_wordpiece or not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer):
+    if not isinstance(model, models.WordPiece) or not isinstance(normalizer, normalizers.BertNormalizer):
+        return False
+    if not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer):
         return False
     is_usual = model.continuing_subword_prefix == "##" and model.max_input_chars_per_word == 100
     return is_usual and normalizer.clean_text
@@ -505,8 +507,9 @@ def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
         raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
                                 f"{', '.join(CORPORA)}, toy")
     if path.suffix in TO_TEXT:
-        raise ValueError(f"{path}: expected plain text, not {path.suffix}. If its texts are called 'text', "
-                         f"this line of Python makes text.txt of it: {TO_TEXT[path.suffix].format(str(path))}")
+        line = TO_TEXT[path.suffix].format(str(path))
+        raise ValueError(f"{path}: expected plain text, not {path.suffix}; if its texts are called 'text', "
+                         f"this line of Python makes text.txt of it: {line}")
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: the file is empty")
@@ -702,7 +705,7 @@ def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
 
 @lru_cache(2)  # a batch may lie on the border of two epochs
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+    return random_stream(seed, "order", epoch).permutation(num_rows)
 
 
 def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
