@@ -547,7 +547,8 @@ def write_files(folder, **files):
 
 
 BERT_WORDS = ["[E1]", "the", "cat", "don", "Don", "möchte", "mochte", "が", "か", "中", "文", "中文", "ex",
-              "Ex", "##tra", *"'.,<>[]é01ß", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdeghtwx12")]
+              "Ex", "##tra", *"'.,<>[]é01ß", *"abcdefghijklmnopqrstuvwxyz",
+              *(f"##{letter}" for letter in "abcdeghtwx12")]
 MERGES = ["Ġ t", "h e", "Ġt he", "c a", "ca t", "Ġ a", "Ċ Ċ", "Ġ Ġ", "d o", "do n"]
 
 
@@ -650,8 +651,8 @@ def test_an_export_carries_every_setting_for_us_and_for_transformers(tmp_path, m
         assert data.encode(texts, again) == ids and again.special_ids == vocabulary.special_ids
         assert_same_ids(vocabulary, theirs, texts)
         assert theirs.model_max_length == 512
-        with_both = transformers.AutoTokenizer.from_pretrained(folder).encode("a cat", "the")  # [CLS] .. [SEP] ..
-        assert theirs.encode("a cat", "the") == with_both
+        original = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.encode("a cat", "the") == original.encode("a cat", "the")  # with [CLS] and [SEP]
 
 
 @pytest.mark.parametrize("make_folder", [bert_folder, roberta_folder])
@@ -674,12 +675,12 @@ def test_a_tokenizer_json_neither_cuts_nor_pads_nor_adds_cls(tmp_path):
     assert again.encode("the cat the cat").tokens == ["the", "cat", "the", "cat"]
 
 
-@pytest.mark.parametrize("name", ["bert-base-uncased", "roberta-base"])
+@pytest.mark.parametrize("name, kind", [("bert-base-uncased", "Bert"), ("roberta-base", "Roberta")])
 @real
-def test_the_ids_of_the_real_vocabularies_are_those_of_transformers(name):
+def test_the_ids_of_the_real_vocabularies_are_those_of_transformers(name, kind):
     transformers = pytest.importorskip("transformers", "5")  # in 4.45 <mask> ate the space before it
     folder = REAL / "tokenizers" / name
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = getattr(transformers, f"{kind}Tokenizer").from_pretrained(folder)
     assert_same_ids(data.vocabulary(folder), theirs, nasty_texts(300))
 
 
@@ -907,7 +908,7 @@ def test_from_a_twentieth_of_unknown_tokens_on_there_is_a_warning(plain, tmp_pat
 
 def test_a_text_without_any_known_token_is_refused(plain, tmp_path):
     (tmp_path / "wiki.valid.raw").write_text("αβγ δεζ " * 100)
-    with pytest.raises(ValueError, match="wiki.valid.raw: nothing to predict, 100% of its tokens are unknown"):
+    with pytest.raises(ValueError, match="valid.raw: nothing to predict, 100% of its tokens are unknown"):
         data.corpus(tmp_path, plain, 18, "dev")
 
 
@@ -1028,8 +1029,9 @@ SHA256 = hashlib.sha256(BODY).hexdigest()
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A server on this machine. server.files: {path: bytes or a function that answers}, server.requests:
-    what was asked for. It continues downloads; with server.breaks_after it hangs up once, after so many bytes."""
+    """A server on this machine. server.files: {path: bytes or a function that answers}; server.requests:
+    what was asked for. It continues downloads; with server.breaks_after it hangs up once, after so many
+    bytes."""
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         files, requests, breaks_after = {}, [], None
@@ -1130,7 +1132,7 @@ def test_two_processes_fetch_a_file_once_and_continue_what_a_third_left(server, 
 def test_a_file_put_there_by_hand_is_hashed_once(tmp_path, monkeypatch):
     path = tmp_path / "f"
     path.write_bytes(BODY[1:])
-    with pytest.raises(ValueError, match="f has 511999 bytes, expected 512000: delete it, or put the file at"):
+    with pytest.raises(ValueError, match="f has 511999 bytes, expected 512000: delete it, or put the"):
         data.fetch("-", path, len(BODY), SHA256)
     path.write_bytes(BODY[::-1])
     with pytest.raises(ValueError, match=f"f has hash .* expected {SHA256}: delete it"):
@@ -1237,12 +1239,12 @@ def test_an_archive_unpacks_as_a_whole_or_not_at_all(tmp_path, make):
     assert left(tmp_path) == ["all", "archive", "text"]
 
 
-def test_four_processes_append_to_one_file(tmp_path):
+def test_two_processes_append_to_one_file(tmp_path):
     code = "for i in range(40): data.append_line('r.jsonl', {'who': %d, 'i': i, 'text': 'x' * 5000})"
-    processes = [python(code % who, cwd=tmp_path) for who in range(4)]
-    assert [process.communicate(timeout=120)[0] for process in processes] == [""] * 4
+    processes = [python(code % who, cwd=tmp_path) for who in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in processes] == [""] * 2
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    expected = [(who, i) for who in range(4) for i in range(40)]
+    expected = [(who, i) for who in range(2) for i in range(40)]
     assert sorted((line["who"], line["i"]) for line in lines) == expected
 
 
