@@ -11,6 +11,7 @@ Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
 
 import codecs
+import gzip
 import hashlib
 import io
 import json
@@ -1094,13 +1095,22 @@ def unpack_zip(archive, folder: Path, suffixes: tuple, limit: int):
 def unpack_tar(archive, folder: Path, suffixes: tuple, limit: int):
     """The filter "data" refuses members that lead out of the folder, links out of it, and devices."""
     total = 0
-    with tarfile.open(archive, "r:gz") as packed:
-        for member in packed:
-            total += member.size
+    with gzip.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r:") as packed:
+            for member in packed:
+                total += member.size
+                if total > limit:
+                    raise ValueError(f"unpacks to more than {limit:,} bytes")
+                if member.name.endswith(suffixes):
+                    packed.extract(member, folder, filter="data")
+
+        # gzip compares its checksum at the end of the file, which lies behind the end of the last member.
+        num_bytes = 1
+        while num_bytes > 0:
+            num_bytes = len(stream.read(CHUNK))
+            total += num_bytes
             if total > limit:
-                raise ValueError(f"unpacks to more than {limit:,} bytes")
-            if member.name.endswith(suffixes):
-                packed.extract(member, folder, filter="data")
+                raise ValueError("goes on after its last member")
 
 
 # ---------------------------------------------------------------------------------------------------
