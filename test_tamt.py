@@ -749,6 +749,7 @@ def test_windows_line_ends_and_a_byte_order_mark_change_no_id(tmp_path, make_fol
 # Id = 4 + number of the line, after <s> <pad> </s> <unk>.
 @pytest.mark.parametrize("symbols, text, ids", [
     ("L 9\nA 8\nK 1\n", "LA AK", [4, 5, 5, 6]),  # single letters: the space means nothing
+    ("L 9\nA 8\nmadeupword0000 0\n", "LA A", [4, 5, 5]),
     ("L 9\r\nA 8\r\nK 1\r\n", "L X <mask>\tK", [4, 3, 7, 6]),
     ("C@@ 9\nCl 8\nO 1\n", "Cl C@@ O ClO", [5, 4, 6, 3])])  # longer ones: split at spaces
 def test_symbols_of_a_dict_txt_are_letters_or_else_words(tmp_path, symbols, text, ids):
