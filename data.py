@@ -99,14 +99,15 @@ def vocabulary(path) -> Vocabulary:
         tokenizer = read_tokenizer_json(file)
     elif (folder / "vocab.txt").is_file():
         file = folder / "vocab.txt"
+        refuse_unsupported(file, settings, "BertTokenizer")
         tokenizer = wordpiece(file, settings)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         file = folder / "vocab.json"
-        refuse_other_class(file, settings, "RobertaTokenizer")
+        refuse_unsupported(file, settings, "RobertaTokenizer")
         tokenizer = byte_level_bpe(bert.read_json(file), folder / "merges.txt", file, settings)
     elif (folder / "dict.txt").is_file():
         file = folder / "dict.txt"
-        refuse_other_class(file, settings, "RobertaTokenizer")
+        refuse_unsupported(file, settings, "RobertaTokenizer")
         tokenizer = fairseq(file, settings)
         one_row_per_line = isinstance(tokenizer.model, models.WordLevel)
     else:
@@ -141,7 +142,6 @@ def read_tokenizer_json(file: Path) -> Tokenizer:
 
 def wordpiece(file: Path, settings: dict) -> Tokenizer:
     """BERT's tokenizer from vocab.txt, one token a line: "unaffable" -> un ##aff ##able."""
-    refuse_other_class(file, settings, "BertTokenizer")
     words = read_lines(file)
     unknown = token_content(settings.get("unk_token", "[UNK]"))
 
@@ -210,7 +210,8 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
     """The tokenizer of a fairseq model. dict.txt has a symbol and its count on each line ("13
     850314647").
 
-    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. There are three kinds:
+    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. (The last lines may be called
+    madeupword0000 and so on: they fill the matrix up.) There are three kinds:
 
     * In the released RoBERTa a symbol is the number that GPT-2's encoder.json gives a token. Line 0 is
       13, which stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside it or are fetched.
@@ -219,13 +220,15 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
     * Longer symbols: the text is split at white space. If they are the pieces of a sentencepiece model,
       only that model could split a text, so they are refused."""
     symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
+    if "<mask>" not in symbols:
+        symbols.append("<mask>")
     num_numbers = sum(symbol.isdecimal() for symbol in symbols)
 
     if num_numbers > len(symbols) / 2:
         encoder_file, merges_file = gpt2_files(file.parent)
         token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
         tokens = [token_of.get(symbol, symbol) for symbol in symbols]  # madeupword0000 is no number
-        vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *tokens, "<mask>"], file)
+        vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
         return byte_level_bpe(vocab, merges_file, file, settings)
 
     sentencepiece = sorted(file.parent.glob("*.model"))
@@ -233,12 +236,13 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
         raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece "
                          "models are not supported; a tokenizer.json made by transformers is")
 
-    vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols, "<mask>"], file)
+    vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    words = pre_tokenizers.WhitespaceSplit()
-    characters = pre_tokenizers.Split(Regex("."), "isolated")
-    is_long = any(len(symbol) > 1 and not symbol.startswith("<") for symbol in symbols)
-    tokenizer.pre_tokenizer = words if is_long else pre_tokenizers.Sequence([words, characters])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain_symbols = [symbol for symbol in symbols if not symbol.startswith(("<", "madeupword"))]
+    if all(len(symbol) == 1 for symbol in plain_symbols):
+        characters = pre_tokenizers.Split(Regex("."), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
     return tokenizer
 
 
@@ -583,9 +587,9 @@ def token_list(tokens) -> list:
     return list(tokens or [])
 
 
-def refuse_other_class(file: Path, settings: dict, expected: str):
-    """The original files of two tokenizers are read. Others have files of the same names and other
-    rules."""
+def refuse_unsupported(file: Path, settings: dict, expected: str):
+    """Only the original files of BERT's and RoBERTa's tokenizers are read: others have files of the same
+    names and other rules."""
     name = settings.get("tokenizer_class", expected)
     if name not in (expected, f"{expected}Fast"):
         raise ValueError(f"{file}: tokenizer_class {name} is not supported, only {expected}, or any class "
@@ -709,7 +713,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: 
     added_tokens = tokenizer.get_added_tokens_decoder()
     names = [added_tokens[token_id].content for token_id in vocabulary.special_ids]
     settings |= dict(zip(SPECIAL_ROLES, names[:5], strict=True))
-    settings["extra_special_tokens"] = names[5:]
+    if names[5:]:
+        settings["additional_special_tokens"] = names[5:]
     if vocabulary.one_row_per_line:
         settings["one_row_per_line"] = True  # transformers ignores it
 

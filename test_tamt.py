@@ -5,7 +5,6 @@ import argparse
 import ast
 import base64
 import contextlib
-import gzip
 import hashlib
 import http.server
 import io
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -521,58 +519,552 @@ def test_fuzz():
     assert done.stdout.count("refused") == 13
 
 
-# ---------------------------------------------------------------- data: downloads from a server on loopback
+# ---------------------------------------------------------------- data: vocabularies
+
+NASTY = ["the", "a cat", "Don't", "x1,y", "é", "e\u0301", "İ", "ß", "Σ", "中文", "が", "か\u3099", "Möchte",
+         "😀", "w" * 150, "...", "##", "ﬁ", "½", " ", "  ", "\n", "\n\n", "\t", "\r\n",
+         *"\0\x0b\x1c\x1f\x7f\x85\xa0\u180e\u2003\u200b\u2028\u2029\u3000\ufeff\ufffd",
+         "[MASK]", "[SEP]", "<mask>", "</s>", "<s>", "<", "[E1]", "[e1]", "[NEW]", "extra", "Extra"]
+
+
+def nasty_texts(count, seed=0):
+    """Texts of up to forty things that tokenizers have got wrong."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        words = rng.choices([*NASTY, *[" "] * len(NASTY)], k=rng.randint(1, 40))
+        texts.append("".join(words))
+    return texts
+
+
+def write_files(folder, **files):
+    """write_files(folder, vocab_txt="..", config_json={..}): underscores in front of the suffix are dots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        content = content if isinstance(content, str) else json.dumps(content)
+        (folder / ".".join(name.rsplit("_", 1))).write_bytes(content.encode())
+    return folder
+
+
+BERT_WORDS = ["[E1]", "the", "cat", "don", "Don", "möchte", "mochte", "が", "か", "中", "文", "中文", "ex",
+              "Ex", "##tra", *"'.,<>[]é01ß", *"abcdefghijklmnopqrstuvwxyz",
+              *(f"##{letter}" for letter in "abcdeghtwx12")]
+MERGES = ["Ġ t", "h e", "Ġt he", "c a", "ca t", "Ġ a", "Ċ Ċ", "Ġ Ġ", "d o", "do n"]
+
+
+def bert_folder(folder, words=BERT_WORDS, **files):
+    vocab = "\n".join([*data.WORDPIECE_SPECIALS, *words]) + "\n"
+    return write_files(folder, vocab_txt=vocab, config_json={"model_type": "bert"}, **files)
+
+
+def roberta_folder(folder, **files):
+    from tokenizers import pre_tokenizers
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in MERGES]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *letters, *merged, "[E1]", "<mask>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return write_files(folder, vocab_json=vocab, merges_txt="#version: 0.2\n" + "\n".join(MERGES),
+                       config_json={"model_type": "roberta"}, **files)
+
+
+def token(content, special=True, **options):
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {"content": content, "special": special} | plain | options
+
+
+NUM_WORDS = len(data.WORDPIECE_SPECIALS) + len(BERT_WORDS)  # the next free id
+BERT_SETTINGS = {  # setting: what a file of the folder says
+    "lower case": {"do_lower_case": True},
+    "cased": {"do_lower_case": False},
+    "accents stay": {"strip_accents": False},
+    "accents go": {"strip_accents": True},
+    "Chinese words": {"tokenize_chinese_chars": False},
+    "special in an unused slot": {"additional_special_tokens": ["[E1]"]},
+    "special beyond the vocabulary": {"extra_special_tokens": ["[E1]", "[NEW]"]},
+    "a role of its own": {"entity_token": "[E1]"},
+    "mask takes its space": {"mask_token": {"__type": "AddedToken"} | token("[MASK]", lstrip=True)},
+    "another unknown token": {"unk_token": "[E1]"},
+    "class": {"tokenizer_class": "BertTokenizerFast", "model_max_length": 9, "never_split": None},
+    "added_tokens_decoder": {"added_tokens_decoder": {
+        "4": token("[MASK]"), NUM_WORDS: token("extra", special=False, normalized=True)}},
+    "added_tokens.json": {"added_tokens_json": {"[NEW]": NUM_WORDS, "Extra": NUM_WORDS + 1}},
+    "special_tokens_map.json": {"special_tokens_map_json": {"additional_special_tokens": ["[E1]"]}},
+}
+ROBERTA_SETTINGS = {
+    "space in front": {"add_prefix_space": True},
+    "special in an unused slot": {"additional_special_tokens": ["[E1]"]},
+    "special beyond the vocabulary": {"extra_special_tokens": ["[NEW]"]},
+    "mask takes its space": {"mask_token": {"__type": "AddedToken"} | token("<mask>", lstrip=True)},
+    "class": {"tokenizer_class": "RobertaTokenizer", "trim_offsets": False},
+    "meant for BERT": {"do_lower_case": True, "strip_accents": True},
+    "special_tokens_map.json": {"special_tokens_map_json": {"mask_token": token("<mask>", lstrip=True)}},
+}
+
+
+FAMILIES = [(bert_folder, BERT_SETTINGS), (roberta_folder, ROBERTA_SETTINGS)]
+
+
+def with_settings(make_folder, folder, settings):
+    """A folder in which tokenizer_config.json and its neighbours hold these settings."""
+    files = {"tokenizer_config_json": {}}
+    for setting in settings:
+        for key, value in setting.items():
+            if key.endswith("_json"):
+                files[key] = value
+            else:
+                files["tokenizer_config_json"] |= {key: value}
+    return make_folder(folder, **files)
+
+
+def assert_same_ids(vocabulary, theirs, texts):
+    ours = data.encode(texts, vocabulary)
+    for text, ids in zip(texts, ours, strict=True):
+        assert ids == theirs.encode(text, add_special_tokens=False), repr(text)
+    assert vocabulary.special_ids[:5] == [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id,
+                                          theirs.sep_token_id, theirs.mask_token_id]
+
+
+@pytest.mark.parametrize("make_folder, table", FAMILIES)
+def test_each_setting_alone_and_each_pair_gives_the_ids_of_transformers(tmp_path, make_folder, table):
+    transformers = pytest.importorskip("transformers", "5")
+    texts = nasty_texts(200)
+    pairs = [*itertools.combinations(table, 1), *itertools.combinations(table, 2)]
+    for number, names in enumerate(pairs):
+        folder = with_settings(make_folder, tmp_path / str(number), [table[name] for name in names])
+        assert_same_ids(data.vocabulary(folder), transformers.AutoTokenizer.from_pretrained(folder), texts)
+
+
+@pytest.mark.parametrize("make_folder, table", FAMILIES)
+def test_an_export_carries_every_setting_for_us_and_for_transformers(tmp_path, make_folder, table):
+    transformers = pytest.importorskip("transformers", "5")
+    texts = nasty_texts(50)
+    for number, setting in enumerate(table.values()):
+        folder = with_settings(make_folder, tmp_path / str(number), [setting])
+        vocabulary = data.vocabulary(folder)
+        ids = data.encode(texts, vocabulary)
+
+        family = make_folder.__name__.removesuffix("_folder")
+        export = write_files(tmp_path / f"export {number}", config_json={"model_type": family})
+        data.save_vocabulary(vocabulary, export, family, 512)
+        again = data.vocabulary(export)
+        theirs = transformers.AutoTokenizer.from_pretrained(export)
+        assert data.encode(texts, again) == ids and again.special_ids == vocabulary.special_ids
+        assert_same_ids(vocabulary, theirs, texts)
+        assert theirs.model_max_length == 512
+        original = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.encode("a cat", "the") == original.encode("a cat", "the")  # with [CLS] and [SEP]
+
+
+@pytest.mark.parametrize("make_folder", [bert_folder, roberta_folder])
+def test_what_transformers_saves_opens_by_its_tokenizer_json_alone(tmp_path, make_folder):
+    transformers = pytest.importorskip("transformers", "5")
+    theirs = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path / "original"))
+    theirs.save_pretrained(tmp_path / "saved")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "saved" / "tokenizer.json", tmp_path / "alone")
+    for folder in ("saved", "alone"):
+        assert_same_ids(data.vocabulary(tmp_path / folder), theirs, nasty_texts(200))
+
+
+def test_a_tokenizer_json_neither_cuts_nor_pads_nor_adds_cls(tmp_path):
+    vocabulary = data.vocabulary(bert_folder(tmp_path))
+    vocabulary.tokenizer.enable_truncation(3)
+    vocabulary.tokenizer.enable_padding(length=9)
+    data.save_vocabulary(vocabulary, tmp_path, "bert", 512)
+    again = data.vocabulary(tmp_path).tokenizer
+    assert again.encode("the cat the cat").tokens == ["the", "cat", "the", "cat"]
+
+
+@pytest.mark.parametrize("name, kind", [("bert-base-uncased", "Bert"), ("roberta-base", "Roberta")])
+@real
+def test_the_ids_of_the_real_vocabularies_are_those_of_transformers(name, kind):
+    transformers = pytest.importorskip("transformers", "5")  # in 4.45 <mask> ate the space before it
+    folder = REAL / "tokenizers" / name
+    theirs = getattr(transformers, f"{kind}Tokenizer").from_pretrained(folder)
+    assert_same_ids(data.vocabulary(folder), theirs, nasty_texts(300))
+
+
+@real
+def test_fairseqs_files_of_roberta_give_the_ids_of_its_hub_files(tmp_path):
+    source = REAL / "tokenizers" / "roberta-base"
+    for theirs, ours in (("dict.txt", "dict.txt"), ("fairseq_encoder.json", "encoder.json"),
+                         ("fairseq_vocab.bpe", "vocab.bpe")):
+        (tmp_path / ours).symlink_to(source / theirs)
+    vocabulary = data.vocabulary(tmp_path / "model.pt")
+    assert vocabulary.tokenizer.get_vocab() == bert.read_json(source / "vocab.json")
+    assert not vocabulary.one_row_per_line
+
+
+@pytest.mark.parametrize("setting, words", [
+    ({"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer is not supported"),
+    ({"do_basic_tokenize": False}, "do_basic_tokenize false is not supported"),
+    ({"never_split": ["don't"]}, "never_split is not supported"),
+    ({"split_special_tokens": True}, "split_special_tokens is not supported"),
+    ({"mask_token": "[HIDE]"}, r"no \[HIDE\] among"),
+    ({"added_tokens_json": {"extra": 500}}, "'extra' should have id 500, but has 6[0-9]")])
+def test_a_setting_that_would_change_ids_is_refused_if_it_is_not_supported(tmp_path, setting, words):
+    with pytest.raises(ValueError, match=words):
+        data.vocabulary(with_settings(bert_folder, tmp_path, [setting]))
+
+
+@pytest.mark.parametrize("words, settings, tokens, said", [
+    (["cat"], None, ["cat"], "no word has a capital, so text is lower-cased"),
+    (["cat", "Cat", "CAT"], None, ["CAT"], "words such as 'Cat' have capitals, so text keeps its case"),
+    (["cat", "CAT"], {"do_lower_case": True}, ["cat"], ""),
+    (["cat"], {"do_lower_case": False}, ["[UNK]"], ""),
+    (["cat", "CAT"], {}, ["cat"], "lower-cased, as transformers does it")])
+def test_without_a_setting_the_words_decide_about_the_case_and_a_line_says_so(
+        tmp_path, capsys, words, settings, tokens, said):
+    folder = tmp_path / "my-cased-model"  # the name of the folder means nothing
+    files = {} if settings is None else {"tokenizer_config_json": settings}
+    vocabulary = data.vocabulary(bert_folder(folder, words, **files))
+    assert vocabulary.tokenizer.encode("CAT").tokens == tokens
+    output = capsys.readouterr().out
+    assert said in output and output.count("\n") == (said != "")
+
+
+def test_in_a_hub_cache_the_path_as_given_counts_not_where_its_links_lead(tmp_path):
+    blobs = bert_folder(tmp_path / "blobs", ["cat"])
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for name in ("vocab.txt", "config.json"):
+        (blobs / name).rename(blobs / f"0123{name[:1]}")
+        (snapshot / name).symlink_to(blobs / f"0123{name[:1]}")
+    (blobs / "4567").write_bytes(b"")
+    (snapshot / "model.safetensors").symlink_to(blobs / "4567")
+    assert data.vocabulary(snapshot / "model.safetensors").size == 6
+
+
+@pytest.mark.parametrize("make_folder, names", [
+    (bert_folder, ["vocab.txt"]), (roberta_folder, ["merges.txt"])])
+def test_windows_line_ends_and_a_byte_order_mark_change_no_id(tmp_path, make_folder, names):
+    plain = data.vocabulary(make_folder(tmp_path / "plain"))
+    folder = make_folder(tmp_path / "windows")
+    for name in names:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
+    assert data.vocabulary(folder).tokenizer.to_str() == plain.tokenizer.to_str()
+
+
+# Id = 4 + number of the line, after <s> <pad> </s> <unk>.
+@pytest.mark.parametrize("symbols, text, ids", [
+    ("L 9\nA 8\nK 1\n", "LA AK", [4, 5, 5, 6]),  # single letters: the space means nothing
+    ("L 9\nA 8\nmadeupword0000 0\n", "LA A", [4, 5, 5]),
+    ("L 9\r\nA 8\r\nK 1\r\n", "L X <mask>\tK", [4, 3, 7, 6]),
+    ("C@@ 9\nCl 8\nO 1\n", "Cl C@@ O ClO", [5, 4, 6, 3])])  # longer ones: split at spaces
+def test_symbols_of_a_dict_txt_are_letters_or_else_words(tmp_path, symbols, text, ids):
+    vocabulary = data.vocabulary(write_files(tmp_path, dict_txt=symbols) / "model.pt")
+    assert vocabulary.tokenizer.encode(text).ids == ids
+    assert vocabulary.one_row_per_line and vocabulary.size == 8
+
+
+def test_a_dictionary_of_sentencepiece_is_refused(tmp_path):
+    write_files(tmp_path, dict_txt="▁the 9\ning 8\n")
+    (tmp_path / "sentencepiece.bpe.model").touch()
+    with pytest.raises(ValueError, match="dict.txt: its symbols are pieces of sentencepiece.bpe.model"):
+        data.vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("symbols", ["L 9\nA 8\n", "Cl 9\nBr 8\n"])
+def test_the_export_of_a_dict_txt_model_opens_in_both_worlds(tmp_path, symbols):
+    transformers = pytest.importorskip("transformers", "5")
+    vocabulary = data.vocabulary(write_files(tmp_path / "fairseq", dict_txt=symbols))
+    export = write_files(tmp_path / "export", config_json={"model_type": "roberta"})
+    data.save_vocabulary(vocabulary, export, "roberta", 128)
+    again = data.vocabulary(export)
+    assert again.one_row_per_line and again.special_ids == vocabulary.special_ids
+    texts = ["LAL A", "Cl Br", "ClBr <mask> ?"]
+    assert data.encode(texts, again) == data.encode(texts, vocabulary)
+    assert_same_ids(vocabulary, transformers.AutoTokenizer.from_pretrained(export), texts)
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"vocab_txt": "[PAD]\na\na\n"}, "vocab.txt: token 'a' stands there twice, as number 1 and 2 from 0"),
+    ({"vocab_txt": "[PAD]\n\na\n"}, "vocab.txt: token number 1 from 0 is empty"),
+    ({"vocab_txt": "[PAD]\na\n"}, r"vocab.txt: no \[UNK\] or <unk> among 2 tokens"),
+    ({"dict_txt": "L 1\nL 2\n"}, "dict.txt: token 'L' stands there twice"),
+    ({"vocab_json": {"a": 0, "b": 2}, "merges_txt": ""}, "vocab.json: ids are not 0 .. 1, each once"),
+    ({"vocab_json": {"a": 0}, "merges_txt": "a q\n"}, "merges.txt: "),
+    ({"tokenizer_json": {}}, "tokenizer.json: the tokenizers library cannot read it"),
+    ({}, "no tokenizer.json, no vocab.txt")])
+def test_a_damaged_vocabulary_is_refused_in_one_line_that_names_the_file(tmp_path, files, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        data.vocabulary(write_files(tmp_path, **files))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- data: text to rows
+
+
+@pytest.fixture
+def plain(tmp_path, monkeypatch):
+    """A vocabulary of ten numbers, ids 5 to 14, and an empty cache."""
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    return data.vocabulary(bert_folder(tmp_path / "plain", words))
+
+
+def test_text_is_one_stream_of_tokens_cut_into_blocks_between_cls_and_sep(plain, tmp_path):
+    (tmp_path / "wiki.train.raw").write_text(" = One = \n one two\n\nthree four five six\nseven\n")
+    rows = data.corpus(tmp_path, plain, 6, "train")
+    #                [CLS]  =  one  =  one [SEP]; two .. five; the tail, six seven, is dropped
+    assert rows.tolist() == [[2, 1, 6, 1, 6, 3], [2, 7, 8, 9, 10, 3]]
+    assert rows.dtype == np.uint16
+
+
+def test_the_last_twentieth_of_the_lines_of_a_file_is_dev(plain, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two\n" * 38 + "three four\n" * 2)
+    assert data.corpus(text, plain, 4, "train").tolist() == [[2, 6, 7, 3]] * 38
+    assert data.corpus(text, plain, 4, "dev").tolist() == [[2, 8, 9, 3]] * 2
+
+
+@pytest.mark.parametrize("between", [" ", " " * 50 + "\n"])
+def test_a_text_of_few_lines_is_cut_inside_a_line(plain, tmp_path, between):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five " * 150 + between + "six seven eight nine " * 50)
+    num_train = data.corpus(text, plain, 3, "train").size
+    num_dev = data.corpus(text, plain, 3, "dev").size
+    assert num_train + num_dev == 3 * 950
+    assert 0.04 < num_dev / (num_train + num_dev) < 0.06
+
+
+def test_a_line_of_chinese_without_a_space_is_cut_between_two_characters(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    vocabulary = data.vocabulary(bert_folder(tmp_path / "model"))
+    (tmp_path / "text.txt").write_text("中文" * 200, encoding="utf-8")
+    lengths = [len(data.corpus(tmp_path / "text.txt", vocabulary, 3, split)) for split in ("train", "dev")]
+    assert lengths == [380, 20]
+
+
+@pytest.mark.parametrize("text", ["one two\nthree\n", "\ufeffone two\r\nthree\r\n", "one two\rthree\r"])
+def test_line_ends_and_a_byte_order_mark_change_no_token(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    vocabulary = data.vocabulary(roberta_folder(tmp_path / "model"))
+    (tmp_path / "wiki.valid.raw").write_bytes(text.encode())
+    ids = vocabulary.tokenizer.encode("one two\nthree\n").ids
+    rows = data.corpus(tmp_path, vocabulary, len(ids) + 2, "dev")
+    assert rows[0, 1:-1].tolist() == ids
+
+
+@pytest.mark.parametrize("make_folder, settings", [
+    (bert_folder, {}), (roberta_folder, {}), (roberta_folder, {"add_prefix_space": True})])
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, make_folder, settings):
+    vocabulary = data.vocabulary(with_settings(make_folder, tmp_path, [settings]))
+    text = " ".join(nasty_texts(3000))
+    texts = [text[begin:begin + 50_000] for begin in range(0, len(text), 50_000)]
+    pieces = [piece for pieces in data.cut_pieces(texts) for piece in pieces]
+    assert "".join(pieces) == text and len(pieces) > 20
+    ids = [token_id for ids in data.encode(pieces, vocabulary) for token_id in ids]
+    assert ids == data.encode([text], vocabulary)[0]
+
+
+@pytest.mark.parametrize("make_folder", [bert_folder, roberta_folder])
+def test_with_lines_each_line_is_one_padded_row_for_any_tokenizer(tmp_path, monkeypatch, make_folder):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    vocabulary = data.vocabulary(make_folder(tmp_path / "model"))
+    (tmp_path / "wiki.train.raw").write_text("a cat\n\n" + "a " * 300 + "\n  the\n")
+    rows = data.corpus(tmp_path, vocabulary, 12, "train", lines=True)
+    for row, line in zip(rows.tolist(), ["a cat", "a " * 300, "the"], strict=True):
+        ids = vocabulary.tokenizer.encode(line.strip()).ids[:10]
+        expected = [vocabulary.cls_id, *ids, vocabulary.sep_id]
+        assert row == expected + [vocabulary.pad_id] * (12 - len(expected))
+
+
+def test_symbols_have_a_row_for_each_line_and_spaces_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    vocabulary = data.vocabulary(write_files(tmp_path, dict_txt="L 9\nA 8\n"))
+    rows = []
+    for name, lines in (("plain", "LLAL\n" * 19 + "\nALLLLL"), ("spaced", "L L A L\n" * 19 + "\nA L L LLL")):
+        (tmp_path / name).write_text(lines)
+        splits = [data.corpus(tmp_path / name, vocabulary, 6, split) for split in ("train", "dev")]
+        rows.append([split.tolist() for split in splits])
+    assert rows[0] == rows[1] == [[[0, 4, 4, 5, 4, 2]] * 19, [[0, 5, 4, 4, 4, 2]]]
+
+
+def test_the_rows_are_named_after_what_made_them(plain, tmp_path):
+    text = "one two three\n" * 40
+    for name in ("a", "b"):
+        write_files(tmp_path / name)
+        (tmp_path / name / "wiki.train.raw").write_text(text)
+    first = Path(data.corpus(tmp_path / "a", plain, 8, "train").filename)
+    assert Path(data.corpus(tmp_path / "b", plain, 8, "train").filename) == first  # the same text elsewhere
+    assert left(tmp_path / "cache" / "blocks") == [first.name]
+
+    (tmp_path / "b" / "wiki.train.raw").write_text(text.replace("one", "two"))
+    others = [data.corpus(tmp_path / "b", plain, 8, "train"), data.corpus(tmp_path / "a", plain, 9, "train"),
+              data.corpus(tmp_path / "a", plain, 8, "train", lines=True)]
+    assert len({first, *(Path(rows.filename) for rows in others)}) == 4
+
+
+def test_from_a_twentieth_of_unknown_tokens_on_there_is_a_warning(plain, tmp_path, capsys):
+    warning = "5.0% of its tokens are unknown to this vocabulary, such as 'Ω', 'xyz', '?'"
+    for num_unknown, warned in ((4, False), (5, True)):
+        words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
+        (tmp_path / "wiki.valid.raw").write_text(" ".join(words * 10))
+        for _ in range(2):  # the second time from the cache
+            data.corpus(tmp_path, plain, 102, "dev")
+            assert (warning in capsys.readouterr().err) == warned
+
+
+def test_a_text_without_any_known_token_is_refused(plain, tmp_path):
+    (tmp_path / "wiki.valid.raw").write_text("αβγ δεζ " * 100)
+    with pytest.raises(ValueError, match="valid.raw: nothing to predict, 100% of its tokens are unknown"):
+        data.corpus(tmp_path, plain, 18, "dev")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"text": "one"}\n{"text": "two"}\n'),
+    ("a.json", '[{"text": "one"}, {"text": "two"}]'),
+    ("a.csv", 'id,text\n1,one\n2,two\n')])
+def test_other_forms_of_text_are_refused_with_the_line_of_python_that_converts_them(
+        plain, tmp_path, monkeypatch, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="expected plain text") as caught:
+        data.corpus(tmp_path / name, plain, 18, "train")
+    line = str(caught.value).partition("makes text.txt of it: ")[2]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", line], check=True)
+    assert (tmp_path / "text.txt").read_text() == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "no such file or folder; known names: wikitext-103, "),
+    (b"", "the file is empty"),
+    (b"one two", "its train text is shorter than one row of 18 tokens"),
+    (b"a cat\n" * 99 + b"\xff\n" + b"a\n" * 99, "no UTF-8 text near byte 594")])
+def test_a_corpus_that_gives_no_rows_is_refused_and_leaves_nothing(plain, tmp_path, text, words):
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_bytes(text)
+    with pytest.raises((ValueError, OSError), match=words) as caught:
+        data.corpus(path, plain, 18, "train")
+    assert str(path) in str(caught.value)
+    assert list(tmp_path.glob("cache/blocks/*")) == []
+
+
+def test_progress_says_how_far_how_fast_and_how_long(capsys):
+    progress = data.Progress("f", 2_000_000)
+    for _ in range(2):
+        progress.add(1_000_000)
+    assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------- data: batches
+
+
+def test_corruption_chooses_15_percent_and_hides_80_percent_of_them(world):
+    vocabulary = data.vocabulary(world / "bert")
+    input_ids = np.random.default_rng(0).integers(0, vocabulary.size, (400, 500))
+    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, np.random.default_rng([1, 2]))
+
+    is_special = np.isin(input_ids, vocabulary.special_ids)
+    assert not is_chosen[is_special].any()
+    assert np.array_equal(corrupted_ids[~is_chosen], input_ids[~is_chosen])
+
+    by_chance = 0.1 / vocabulary.size  # a random word may be the old one, or [MASK]
+    num_chosen = is_chosen.sum()
+    num_masked = (corrupted_ids == vocabulary.mask_id)[is_chosen].sum()
+    num_same = (corrupted_ids == input_ids)[is_chosen].sum()
+    for count, of, share in [
+            (num_chosen, (~is_special).sum(), 0.15),
+            (num_masked, num_chosen, 0.8 + by_chance),
+            (num_same, num_chosen, 0.1 + by_chance)]:
+        deviation = (share * (1 - share) * of) ** 0.5
+        assert abs(count - share * of) < 5 * deviation
+
+
+def test_corruption_is_a_function_of_its_generator(world):
+    vocabulary = data.vocabulary(world / "bert")
+    input_ids = np.arange(60).reshape(3, 20) % vocabulary.size
+    results = []
+    for seed in (1, 1, 2):
+        corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, np.random.default_rng(seed))
+        results.append([corrupted_ids.tolist(), is_chosen.tolist()])
+    assert results[0] == results[1] != results[2]
+
+
+def test_corruption_spares_special_tokens_that_a_model_has_beyond_the_five(tmp_path):
+    settings = {"additional_special_tokens": ["[E1]"]}
+    vocabulary = data.vocabulary(with_settings(bert_folder, tmp_path, [settings]))
+    marker = vocabulary.tokenizer.token_to_id("[E1]")
+    assert vocabulary.extra_special_ids == (marker,)
+    _, is_chosen = data.corrupt(np.full((50, 50), marker), vocabulary, np.random.default_rng(0))
+    assert not is_chosen.any()
+
+
+@pytest.mark.parametrize("num_rows, count", [(7, 3), (10, 4), (5, 12), (1, 1)])
+def test_the_order_of_rows_is_shuffled_each_epoch_and_continues_anywhere(num_rows, count):
+    order = data.batch_rows(num_rows, 1, 0, 6 * num_rows).tolist()
+    for begin in range(0, 6 * num_rows, num_rows):
+        assert sorted(order[begin:begin + num_rows]) == list(range(num_rows))
+    for start in range(3 * num_rows):
+        assert data.batch_rows(num_rows, 1, start, count).tolist() == order[start:start + count]
+
+
+def test_another_seed_or_epoch_is_another_order():
+    starts = [(1, 0), (2, 0), (1, 99)]
+    orders = [data.batch_rows(99, seed, start, 99).tolist() for seed, start in starts]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_no_two_purposes_share_their_random_numbers():
+    draws = set()
+    for seed in range(3):
+        for purpose in data.PURPOSES:
+            for step in range(1, 4):
+                draws.add(data.random_stream(seed, purpose, step).random())
+    assert len(draws) == 3 * len(data.PURPOSES) * 3
+
+
+def test_tokens_in_says_which_ids_occur(plain):
+    rows = np.array([[2, 5, 5, 3], [2, 9, 5, 3]], np.uint16)
+    assert np.flatnonzero(data.tokens_in(rows, plain)).tolist() == [2, 3, 5, 9]
+
+
+# ---------------------------------------------------------------- data: downloads and archives
 
 BODY = bytes(range(256)) * 2000  # 512,000 bytes
-SHA = hashlib.sha256(BODY).hexdigest()
-
-
-def reply(code=200, body=b"", drop=False, **headers):
-    def act(h):
-        h.send_response(code)
-        for key, value in ({"Content_Length": len(body)} | headers).items():
-            if value is not None:
-                h.send_header(key.replace("_", "-"), str(value))
-        h.end_headers()
-        h.wfile.write(body)
-        h.close_connection = drop
-    return act
-
-
-def serve(body=BODY, upto=None):
-    """An honest server with Range; with upto the connection drops after that many bytes of the file."""
-    def act(h):
-        at = int(re.sub("[^0-9]", "", h.headers.get("Range", "")) or 0)
-        spread = {"Content_Range": f"bytes {at}-{len(body) - 1}/{len(body)}"} if at else {}
-        reply(206 if at else 200, body[at:upto], upto is not None, Content_Length=len(body) - at, **spread)(h)
-    return act
-
-
-def stall(h):
-    reply(200, BODY[:1000], Content_Length=len(BODY))(h)
-    time.sleep(1)
-    h.close_connection = True
+SHA256 = hashlib.sha256(BODY).hexdigest()
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """routes: path -> what answers, or a list: one for each request, and the last for all that follow."""
+    """A server on this machine. server.files: {path: bytes or a function that answers}; server.requests:
+    what was asked for. It continues downloads; with server.breaks_after it hangs up once, after so many
+    bytes."""
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version, routes, seen = "HTTP/1.1", {}, []
+        protocol_version = "HTTP/1.1"
+        files, requests, breaks_after = {}, [], None
 
         def do_GET(self):
-            self.seen.append((self.path, self.headers))
-            act = self.routes.get(self.path, reply(404))
-            act = act if isinstance(act, list) else [act]
-            (act.pop(0) if act[1:] else act[0])(self)
+            self.requests.append((self.path, self.headers))
+            content = self.files.get(self.path)
+            if callable(content):
+                return content(self)
+            if content is None:
+                return self.reply(404)
+            start = int(re.sub("[^0-9]", "", self.headers.get("Range", "")) or 0)
+            content_range = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.reply(206 if start else 200, content[start:], Content_Range=content_range)
+
+        def reply(self, status, body=b"", **headers):
+            self.send_response(status)
+            for name, value in ({"Content_Length": len(body)} | headers).items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            self.wfile.write(body[:self.breaks_after])
+            self.close_connection = self.breaks_after is not None
+            type(self).breaks_after = None
 
         def log_message(self, *_):
             pass
 
-    for name in [n for n in os.environ if re.search("(?i)^HF_|_OFFLINE|proxy", n)]:
-        monkeypatch.delenv(name)
-    for name, value in {"TAMT_CACHE": tmp_path / "cache", "HF_HOME": tmp_path / "hf"}.items():
-        monkeypatch.setenv(name, str(value))
+    for name in list(os.environ):
+        if re.search("(?i)^HF_|_OFFLINE|proxy", name):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(data, "PAUSES", (0.01, 0.01, 0))
     http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http_server.handle_error = lambda *_: None  # clients hang up
@@ -584,391 +1076,183 @@ def server(monkeypatch, tmp_path):
 
 
 def left(folder):
-    return sorted(p.name for p in Path(folder).iterdir() if p.name != ".lock")
+    """The files of a folder without the hidden ones, which are locks and remembered hashes."""
+    return sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
 
 
-@pytest.mark.parametrize("answers", [
-    [serve()], [reply(206, BODY, Content_Range="bytes 0-511999/512000")],
-    [serve(upto=100_000), serve(upto=300_000), serve()],  # drops, continued
-    [reply(503), reply(408), serve()], [reply(429), serve()],
-    [serve(upto=100_000), reply(200, BODY)],  # 200 instead of 206
-    [serve(upto=100_000), reply(416), serve()],
-    [serve(upto=100_000), reply(206, BODY, Content_Range="bytes 0-511999/512000"), serve()],  # another piece
-    [serve(upto=100_000), reply(206, BODY[100_000:]), serve()],  # which piece?
-    [serve(b"x" * 512_000, upto=100_000), serve(), serve()],  # the first was wrong
-    [reply(200, BODY[:70_000], True, Content_Length=None), serve()]])
-def test_a_download_recovers(server, tmp_path, answers):
-    server.routes["/f"], tries = list(answers), len(answers)
-    path = tmp_path / "new" / "f"
-    assert data.fetch([server.url + "/f"], path, len(BODY), SHA) == path and path.read_bytes() == BODY
-    assert left(path.parent) == ["f"] and len(server.seen) == tries and data.fetch(["-"], path) == path
-    sent = server.seen[0][1]
-    assert sent["User-Agent"].startswith("tamt/") and sent["Accept-Encoding"] == "identity"
-    with pytest.raises(ValueError, match="512000 bytes, expected 5: delete it, or put the file at"):
-        data.fetch([], path, 5)
-
-
-WRONG = {"404": reply(404), "403": reply(403), "503": reply(503), "has hash": reply(200, BODY[::-1]),
-         "offers 511999": reply(200, BODY[1:]), "offers 512001": reply(200, BODY + b"x"),
-         "more than 512000": reply(200, BODY * 3, True, Content_Length=None),
-         "sends gzip": reply(200, gzip.compress(BODY), Content_Encoding="gzip"),
-         "many": reply(200, BODY, True, Content_Length="many"),
-         "breaks off|range": reply(200, gzip.compress(BODY), True, Content_Length=None),
-         "broken|IncompleteRead|breaks off|range": serve(upto=99), "imed out|range": stall,
-         "offers 7 bytes": reply(200, b"<html/>", Content_Type="text/html"),
-         "redirects": reply(302, Location="/f"), "adapters": reply(302, Location="file:///etc/passwd"),
-         "Connection|BadStatus": lambda h: h.wfile.write(b"SSH\r\n")}
-
-
-@pytest.mark.parametrize("words", WRONG)
-def test_nothing_wrong_stays_in_the_cache(server, tmp_path, words, monkeypatch):
-    server.routes |= {"/f": WRONG[words], "/good": serve()}
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.15")
-    path, urls = tmp_path / "f", [server.url + "/f", "http://127.0.0.1:9/g"]
-    with pytest.raises(OSError) as caught:
-        data.fetch(urls, path, len(BODY), SHA)
-    message = str(caught.value)
-    assert "\n" not in message and not path.exists() and re.search(words, message)
-    assert all(f"{url}: " in message for url in urls) and f"put the file at {path} by hand" in message
-    assert data.fetch([urls[0], server.url + "/good"], path, len(BODY), SHA).read_bytes() == BODY
-    assert left(tmp_path) == ["f"]
-
-
-def test_without_a_hash_no_page_no_flood_and_nothing_pieced_together(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LARGEST", 600_000)
-    page, flood = reply(200, b"<>", Content_Type="text/html"), reply(200, BODY * 9, True, Content_Length=None)
-    for act in (page, flood):
-        server.routes["/f"] = act
-        with pytest.raises(OSError, match="put the file at"):
-            data.fetch([server.url + "/f"], tmp_path / "f")
-        assert left(tmp_path) == []
-    (tmp_path / "f.part").write_bytes(b"of another file")
-    server.routes["/f"] = serve()
-    assert data.fetch([server.url + "/f"], tmp_path / "f", len(BODY)).read_bytes() == BODY
-
-
-def python(code, **kind):
+def python(code, **options):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data\n{code}"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, **kind)
+                            text=True, **options)
 
 
-def test_two_processes_fetch_once_and_another_continues(server, tmp_path):
-    def slow(h):
-        time.sleep(0.5)
-        serve()(h)
-    server.routes["/f"] = slow
-    (tmp_path / "f.part").write_bytes(BODY[:70_000])  # of a run that was killed
-    runs = [python(f"data.fetch(['{server.url}/f'], '{tmp_path}/f', 512000, '{SHA}')") for _ in range(2)]
-    assert [run.communicate(timeout=60)[0] for run in runs] == ["", ""] and left(tmp_path) == ["f"]
-    assert [headers["Range"] for _, headers in server.seen] == ["bytes=70000-"]
-    assert (tmp_path / "f").read_bytes() == BODY
+def test_a_file_is_fetched_once(server, tmp_path):
+    server.files["/f"] = BODY
+    for _ in range(2):
+        path = data.fetch(server.url + "/f", tmp_path / "new" / "f", len(BODY), SHA256)
+        assert path.read_bytes() == BODY
+    assert len(server.requests) == 1 and left(path.parent) == ["f"]
+    assert server.requests[0][1]["User-Agent"].startswith("tamt/")
 
 
-def test_hub_announced_hash_token_cache_and_offline(server, tmp_path, monkeypatch):
+def test_a_download_that_breaks_off_is_continued(server, tmp_path):
+    server.files["/f"] = BODY
+    server.breaks_after = 100_000
+    assert data.fetch(server.url + "/f", tmp_path / "f", len(BODY), SHA256).read_bytes() == BODY
+    ranges = [headers["Range"] for _, headers in server.requests]
+    assert ranges == [None, "bytes=65536-"]  # one whole chunk had arrived
+
+
+def test_the_next_mirror_is_tried_and_an_error_names_all_of_them(server, tmp_path):
+    server.files |= {"/good": BODY, "/bad": BODY[::-1]}
+    urls = [f"{server.url}/{name}" for name in ("gone", "bad", "good")]
+    with pytest.raises(OSError) as caught:
+        data.fetch(urls[:2], tmp_path / "f", len(BODY), SHA256)
+    for words in (f"{urls[0]}: 404", f"{urls[1]}: has hash", f"put the file at {tmp_path / 'f'} by hand"):
+        assert words in str(caught.value)
+    assert left(tmp_path) == []
+    assert data.fetch(urls, tmp_path / "f", len(BODY), SHA256).read_bytes() == BODY
+
+
+def test_a_complete_part_file_is_hashed_and_not_fetched_again(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(BODY)  # its program was killed before it could rename it
+    assert data.fetch(server.url + "/f", tmp_path / "f", len(BODY), SHA256).read_bytes() == BODY
+    assert server.requests == [] and left(tmp_path) == ["f"]
+
+
+def test_two_processes_fetch_a_file_once_and_continue_what_a_third_left(server, tmp_path):
+    server.files["/f"] = BODY
+    (tmp_path / "f.part").write_bytes(BODY[:70_000])
+    code = f"data.fetch('{server.url}/f', '{tmp_path}/f', 512000, '{SHA256}')"
+    processes = [python(code), python(code)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == ["", ""]
+    assert [headers["Range"] for _, headers in server.requests] == ["bytes=70000-"]
+    assert (tmp_path / "f").read_bytes() == BODY and left(tmp_path) == ["f"]
+
+
+def test_a_file_put_there_by_hand_is_hashed_once(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    path.write_bytes(BODY[1:])
+    with pytest.raises(ValueError, match="f has 511999 bytes, expected 512000: delete it, or put the"):
+        data.fetch("-", path, len(BODY), SHA256)
+    path.write_bytes(BODY[::-1])
+    with pytest.raises(ValueError, match=f"f has hash .* expected {SHA256}: delete it"):
+        data.fetch("-", path, len(BODY), SHA256)
+
+    path.write_bytes(BODY)
+    hashed = []
+    file_sha256 = data.file_sha256
+    monkeypatch.setattr(data, "file_sha256", lambda each: hashed.append(each) or file_sha256(each))
+    for _ in range(2):
+        data.fetch("-", path, len(BODY), SHA256)
+    assert hashed == [path]
+
+
+HUB_MODEL = data.NamedModel("a/b", (data.Download("x"),))
+
+
+def test_the_hub_announces_the_hash_and_only_the_hub_gets_the_token(server, tmp_path, monkeypatch):
     elsewhere = server.url.replace("127.0.0.1", "localhost")
     monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
     monkeypatch.setenv("HF_TOKEN", "hf_secret\n")
-    first = reply(302, Location=f"{elsewhere}/cdn", X_Linked_Etag=f'W/"{SHA}"')
-    server.routes |= {"/a/b/resolve/main/x": first, "/cdn": [serve(), reply(200, BODY[::-1])]}
-    folder, unpinned = data.hub("a/b", {"x": data.UNPINNED}), {"x": data.UNPINNED}
+    server.files["/a/b/resolve/main/x"] = lambda handler: handler.reply(
+        302, Location=f"{elsewhere}/cdn", X_Linked_Etag=f'W/"{SHA256}"')
+    server.files["/cdn"] = BODY
+    folder = data.hub_model(HUB_MODEL)
     assert folder == tmp_path / "cache" / "models" / "a--b@main" and (folder / "x").read_bytes() == BODY
-    assert [headers["Authorization"] for _, headers in server.seen] == ["Bearer hf_secret", None]
+    assert [headers["Authorization"] for _, headers in server.requests] == ["Bearer hf_secret", None]
+
     (folder / "x").unlink()
-    with pytest.raises(OSError, match=f"has hash .* expected {SHA}"):
-        data.hub("a/b", unpinned)
+    server.files["/cdn"] = BODY[::-1]
+    with pytest.raises(OSError, match=f"has hash .* expected {SHA256}"):
+        data.hub_model(HUB_MODEL)
+
+
+def test_offline_the_hubs_own_cache_still_counts(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(OSError, match="OFFLINE is set.*put the file at .*/models/a--b@main/x by hand"):
-        data.hub("a/b", unpinned)
+        data.hub_model(HUB_MODEL)
     theirs = tmp_path / "hf" / "hub" / "models--a--b"
-    for name, text in {"refs/main": "abc", "snapshots/abc/x": "theirs"}.items():
-        (theirs / name).parent.mkdir(parents=True)
-        (theirs / name).write_text(text)
-    assert data.hub("a/b", unpinned) == theirs / "snapshots" / "abc" and left(folder) == []
+    (theirs / "refs").mkdir(parents=True)
+    (theirs / "refs" / "main").write_text("abc")
+    write_files(theirs / "snapshots" / "abc", x="")
+    (theirs / "snapshots" / "abc" / "x").write_text("theirs")
+    assert data.hub_model(HUB_MODEL) == theirs / "snapshots" / "abc"
 
 
-def test_models_and_corpora_by_name_or_archive(server, tmp_path, monkeypatch):
-    text = zipped(tmp_path / "t", [("top/wiki.train.raw", b"t"), ("top/wiki.valid.raw", b"v")]).read_bytes()
-    made = zipped(tmp_path / "m.zip", [("a.json", b"{}"), ("bert_model.ckpt.index", b""), ("x/._a.bin", b"")])
-    server.routes |= {"/2020_02_20/uncased_L-2_H-128_A-2.zip": serve(made.read_bytes()), "/t": serve(text)}
+def zip_file(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def tar_file(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return path
+
+
+def test_a_model_comes_by_name_as_googles_zip_if_the_hub_fails(server, tmp_path, monkeypatch):
+    members = {"a.json": b"{}", "bert_model.ckpt.index": b"", "x/._a.bin": b""}
+    zipped = zip_file(tmp_path / "m.zip", members)
+    server.files["/2020_02_20/uncased_L-2_H-128_A-2.zip"] = zipped.read_bytes()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setattr(data, "GOOGLE", server.url)
-    mirrors = [server.url + "/no", server.url + "/t"]
-    monkeypatch.setitem(data.CORPORA, "wikitext-2", (mirrors, len(text), None))
     assert left(data.model_path("bert-tiny")) == ["a.json", "bert_model.ckpt.index", "x"]
-    assert data.model_path(made).parent.name == "unpacked"
-    assert left(data.corpus_folder("wikitext-2")) == ["wiki.train.raw", "wiki.valid.raw"]
-    with pytest.raises(OSError, match="(?s)404.*404"):
+    with pytest.raises(OSError, match="(?s)404.*404"):  # both reasons
         data.model_path("bert-mini")
+
+
+def test_a_model_comes_as_a_path_or_an_archive_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    archive = tar_file(tmp_path / "r.tar.gz", {"r/model.pt": b"", "r/dict.txt": b""})
+    assert left(data.model_path(archive)) == ["dict.txt", "model.pt"]
+    (tmp_path / "bert.ckpt.index").touch()
+    assert data.model_path(tmp_path / "bert.ckpt") == tmp_path / "bert.ckpt"  # a TensorFlow prefix
     with pytest.raises(ValueError, match="unknown model 'bert-bas': neither a path nor one of bert-base, "):
         data.model_path("bert-bas")
-    archive = tarred(tmp_path / "r.tar.gz", [("r/model.pt", b""), ("r/dict.txt", b"")])
-    assert data.model_path(archive).name == "r" and len(data.MODELS) == 8
 
 
-# ---------------------------------------------------------------- data: archives and atomic writes
+def test_a_corpus_comes_by_name_from_the_first_mirror_that_has_it(server, tmp_path, monkeypatch):
+    members = {"top/wiki.train.raw": b"t", "top/wiki.valid.raw": b"v"}
+    server.files["/t"] = zip_file(tmp_path / "t.zip", members).read_bytes()
+    mirrors = (server.url + "/gone", server.url + "/t")
+    monkeypatch.setitem(data.CORPORA, "wikitext-2", data.Download(mirrors))
+    assert left(data.corpus_folder("wikitext-2")) == ["wiki.train.raw", "wiki.valid.raw"]
 
 
-def zipped(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, content in members:
-            z.writestr(name, content)
-    return path
+@pytest.mark.parametrize("make", [zip_file, tar_file])
+def test_an_archive_unpacks_as_a_whole_or_not_at_all(tmp_path, make):
+    members = {"top/a.txt": b"hello", "top/sub/b.bin": b"\0" * 1000}
+    archive = make(tmp_path / "archive", members)
+    folder = data.unpack(archive, tmp_path / "all")
+    assert {name: (folder / name).read_bytes() for name in members} == members
+    only_text = data.unpack(archive, tmp_path / "text", (".txt",))
+    assert [path.name for path in only_text.rglob("*.*")] == ["a.txt"]
+
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=f"cannot unpack {archive}: "):
+        data.unpack(archive, tmp_path / "none")
+    assert left(tmp_path) == ["all", "archive", "text"]
 
 
-def tarred(path, members):
-    with tarfile.open(path, "w:gz") as t:
-        for name, content, *kind in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.type, info.linkname = len(content), kind[0] if kind else b"0", "/etc/passwd"
-            t.addfile(info, io.BytesIO(content))
-    return path
-
-
-def changed(path, old, new, tar=False):
-    content = gzip.decompress(path.read_bytes()) if tar else path.read_bytes()
-    assert old in content
-    content = content.replace(old, new)
-    path.write_bytes(gzip.compress(content) if tar else content)
-
-
-HOSTILE = {
-    f"{make.__name__} {name}": (lambda p, make=make, n=name: make(p, [("ok", b""), (n, b"x")]), "leads out")
-    for name in ("../evil", "a/../../evil", "/tmp/evil", "..\\evil", "C:\\evil", "\\\\host\\share\\evil")
-    for make in (zipped, tarred)} | {
-    f"tar type {kind}": (lambda p, kind=kind: tarred(p, [("l", b"", kind)]), "member 'l' is a link")
-    for kind in (b"1", b"2", b"3", b"6", b"S", b"L")} | {
-    "zip twice": (lambda p: zipped(p, [("a", b"x"), ("./a", b"y")]), "exists"),
-    "tar twice": (lambda p: tarred(p, [("a", b"x"), ("a", b"y")]), "exists"),
-    "zip file and folder": (lambda p: zipped(p, [("a", b"x"), ("a/b", b"y")]), "a"),
-    "zip bomb": (lambda p: zipped(p, [("zeros", bytes(30_000_000))]), "'zeros' goes beyond the [0-9]{7}"),
-    "tar bomb": (lambda p: tarred(p, [("zeros", bytes(30_000_000))]), "goes beyond"),
-    "zip says less": (lambda p: changed(zipped(p, [("a", b"x" * 1000)]), b"\xe8\3\0\0", b"\n\0\0\0"), "CRC"),
-    "zip says 4 GB": (lambda p: changed(zipped(p, [("a", b"x" * 1000)]), b"\xe8\3\0\0", b"\xf0\xff\xff\xff"),
-                      "goes beyond"),
-    "zip many": (lambda p: zipped(p, [(str(i), b"") for i in range(21)]), "'20' is one of more than 20"),
-    "tar many": (lambda p: tarred(p, [(str(i), b"", b"x") for i in range(21)]), "more than 20"),
-    "zip cut": (lambda p: p.write_bytes(zipped(p, [("a", b"x" * 99)]).read_bytes()[:-30]), "zip"),
-    "tar cut": (lambda p: p.write_bytes(tarred(p, [("a", os.urandom(999))]).read_bytes()[:-200]), "ended"),
-    "tar checksum": (lambda p: p.write_bytes(tarred(p, [("a", b"x")]).read_bytes()[:-8] + bytes(8)), "CRC"),
-    "tar header": (lambda p: changed(tarred(p, [("a", b""), ("b", b"")]), b"b\0", b"c\0", True), "damaged"),
-    "empty": (lambda p: p.write_bytes(b""), "zip"), "no archive": (lambda p: p.write_bytes(b"hello"), "zip"),
-    "gzip of text": (lambda p: p.write_bytes(gzip.compress(b"hello " * 999)), "damaged|invalid|decode")}
-
-
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_archives(tmp_path, case, monkeypatch):
-    monkeypatch.setattr(data, "MEMBERS", 20)
-    HOSTILE[case][0](tmp_path / "archive")
-    (tmp_path / "home").mkdir()
-    before, began = sorted(tmp_path.rglob("*")), time.time()
-    with pytest.raises((ValueError, OSError)) as caught:
-        data.unpack(tmp_path / "archive", tmp_path / "home" / "out")
-    assert f"{tmp_path}/archive" in str(caught.value) and "\n" not in str(caught.value)
-    assert re.search(HOSTILE[case][1], str(caught.value)) and sorted(tmp_path.rglob("*")) == before
-    assert time.time() - began < 5
-
-
-@pytest.mark.parametrize("make", [zipped, tarred])
-def test_archives_unpack_and_mutated_ones_do_or_say_so(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(data.os, "fsync", lambda _: None)
-    good = {"top/a.txt": b"hello " * 50, "top/sub/b.bin": os.urandom(2000)}
-    rng, failures = random.Random(1), 0
-    original, out = make(tmp_path / "x", good.items()).read_bytes(), tmp_path / "out"
-    for trial in range(150):
-        content = bytearray(original)
-        if trial > 1:
-            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        if trial > 100:
-            del content[rng.randrange(len(content)):]
-        (tmp_path / "x").write_bytes(content)
-        try:
-            data.unpack(tmp_path / "x", out, ("",) if trial else (".txt",))
-            found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-            assert trial > 1 or found == (good if trial else {"top/a.txt": good["top/a.txt"]})
-            assert all(content in good.values() for content in found.values())
-        except (ValueError, OSError) as error:
-            failures += 1
-            assert trial > 1 and "\n" not in str(error) and str(tmp_path / "x") in str(error)
-        data.shutil.rmtree(out, ignore_errors=True)
-        assert left(tmp_path) == ["x"]
-    assert failures > 50
-
-
-def test_replacing_keeps_the_old_file_on_a_full_disk_and_in_a_vanished_folder(tmp_path):
-    (tmp_path / "x").write_text("old")
-    out = python("""
-import resource, numpy as np, torch
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-big = torch.zeros(10**6)
-for write in [lambda p: torch.save(big, p), lambda p: p.write_bytes(bytes(10**6)), lambda p: None]:
-    try:
-        with data.replacing('x') as part:
-            write(part)
-    except OSError as error:
-        print(error)
-try:
-    for _ in range(200):
-        data.append_line('log', {'a': 'x' * 985})
-except OSError as error:
-    print(error)""", cwd=tmp_path).communicate(timeout=60)[0].splitlines()
-    assert [line[:16] for line in out] == ["cannot write x: "] * 3 + ["cannot write log"]
-    assert {len(x) for x in (tmp_path / "log").read_text().split("\n")} == {0, 994}
-    assert (tmp_path / "x").read_text() == "old" and left(tmp_path) == ["log", "x"]
-    with pytest.raises(OSError, match="cannot write .*gone/x: "), data.replacing(tmp_path / "gone/x") as part:
-        torch.save({}, part)
-    with pytest.raises(KeyboardInterrupt), data.replacing(tmp_path / "x") as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
-    with data.replacing(tmp_path / "x") as part:
-        part.write_text("new")
-    assert (tmp_path / "x").read_text() == "new" and left(tmp_path) == ["log", "x"]
-
-
-def test_eight_processes_append_to_one_file(tmp_path):
+def test_two_processes_append_to_one_file(tmp_path):
     code = "for i in range(40): data.append_line('r.jsonl', {'who': %d, 'i': i, 'text': 'x' * 5000})"
-    runs = [python(code % who, cwd=tmp_path) for who in range(8)]
-    assert [run.communicate(timeout=120)[0] for run in runs] == [""] * 8
+    processes = [python(code % who, cwd=tmp_path) for who in range(2)]
+    assert [process.communicate(timeout=120)[0] for process in processes] == [""] * 2
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    found = sorted((line["who"], line["i"]) for line in lines)
-    assert found == [(who, i) for who in range(8) for i in range(40)]
+    expected = [(who, i) for who in range(2) for i in range(40)]
+    assert sorted((line["who"], line["i"]) for line in lines) == expected
 
 
-# ---------------------------------------------------------------- data: tokenizers, rows of text, corruption
-
-NASTY = ["the", "a cat", "Don't", "x1,y", "é", "e\u0301", "İ", "ß", "Σ", "中文", "😀", "👩‍👧",
-         "w" * 150, "...", "##", "ﬁ", "½", " ", "  ", "\n", "\n\n", "\t", "\r\n",
-         *"\0\x0b\x1c\x1f\x7f\x85\xa0\u180e\u2003\u200b\u2028\u2029\u3000\ufeff\ufffd",
-         "[MASK]", "[SEP]", "<mask>", "</s>", "<s>", "<"]
-
-
-def nasty(rng):
-    return "".join(rng.choice(NASTY) if rng.random() < 0.7 else " " for _ in range(rng.randint(1, 40)))
-
-
-@pytest.fixture(params=["bert", "roberta"])
-def tokens(request, world):
-    """The folder of the real vocabulary where it is at hand, else of a tiny one."""
-    folder = REAL / "tokenizers" / f"{request.param}-base{'-uncased' * (request.param == 'bert')}"
-    return folder if folder.is_dir() else world / request.param
-
-
-def test_ids_are_those_of_transformers_and_the_memo_changes_none(tokens, tmp_path):
-    transformers = pytest.importorskip("transformers", "5")  # in 4.45 <mask> ate the space before it
-    vocab, rng = data.vocabulary(tokens), random.Random(0)
-    kind = getattr(transformers, ["Roberta", "Bert"]["[SEP]" in vocab.tokenizer.get_vocab()] + "Tokenizer")
-    theirs = kind.from_pretrained(tokens)
-    assert vocab.specials == [theirs.convert_tokens_to_ids(name) for name in (
-        theirs.pad_token, theirs.unk_token, theirs.cls_token, theirs.sep_token, theirs.mask_token)]
-    for _ in range(400):
-        text = nasty(rng)
-        cut = re.search(r"(?s).{9,}\S(?=[ \n])", text)
-        chunks = [text[:cut.end()], text[cut.end():]] if cut else [text]
-        ids = np.concatenate([*data.encode_text(chunks, vocab)]).tolist()
-        assert ids == vocab.tokenizer.encode(text).ids == theirs.encode(text, add_special_tokens=False), text
-    data.save_vocabulary(vocab, tmp_path, 512)
-    assert data.vocabulary(tmp_path).tokenizer.get_vocab() == vocab.tokenizer.get_vocab()
-
-
-@real
-def test_fairseq_files_give_robertas_ids(tmp_path, monkeypatch):
-    monkeypatch.setenv("TAMT_CACHE", str(tmp_path))
-    source = REAL / "tokenizers" / "roberta-base"
-    (tmp_path / "gpt2_bpe").mkdir()
-    (tmp_path / "dict.txt").write_bytes((source / "dict.txt").read_bytes())
-    for name in data.GPT2_BPE:
-        (tmp_path / "gpt2_bpe" / name).symlink_to(source / f"fairseq_{name}")
-    vocab = data.vocabulary(tmp_path / "model.pt")
-    assert vocab.tokenizer.get_vocab() == data.read_json(source / "vocab.json") and not vocab.by_line
-
-
-@pytest.mark.parametrize("files, words", [
-    ({"vocab.txt": "[PAD]\na\na\n"}, "vocab.txt: token 'a', number 1 .*twice"),
-    ({"vocab.txt": "[PAD]\n\na\n"}, "is empty"), ({"vocab.txt": b"\xff"}, "vocab.txt: byte 0 is no UTF-8"),
-    ({"vocab.txt": "[PAD]\na\n"}, r"no \[UNK\] among 2"), ({"dict.txt": "L 1\nL 2\n"}, "'L'.*twice"),
-    ({"vocab.json": '{"a": 0, "b": 2}', "merges.txt": ""}, "ids are not 0 .. 1"),
-    ({"vocab.json": '{"a": "x"}', "merges.txt": ""}, "ids are not"),
-    ({"vocab.json": "[" * 10**5, "merges.txt": ""}, "JSON"),
-    ({"vocab.json": '{"a": 0}', "merges.txt": "a q\n"}, "merges.txt: "), ({}, "no vocab.txt")])
-def test_damaged_vocabularies(tmp_path, files, words):
-    for name, text in files.items():
-        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-        data.vocabulary(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name, settings, cat", [
-    ("bert", None, "cat"), ("bert-cased", None, "[UNK]"), ("uncased", None, "cat"), ("x", False, "[UNK]"),
-    ("cased", True, "cat")])
-def test_lower_casing(tmp_path, name, settings, cat):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "vocab.txt").write_text("\n".join([*data.WORDPIECE_SPECIALS, "cat"]))
-    if settings is not None:
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": settings}))
-    assert data.vocabulary(tmp_path / name).tokenizer.encode("CAT").tokens == [cat]
-
-
-def test_rows_of_a_corpus(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
-    vocab, lines = data.vocabulary(world / "bert"), (world / "text.txt").read_text().splitlines(True)
-    rows = {part: data.corpus(world / "text.txt", vocab, 18, part) for part in ("train", "dev")}
-    for part, text in {"train": lines[:855], "dev": lines[855:]}.items():  # the last 5 % of 900 lines
-        ids = vocab.tokenizer.encode("".join(text)).ids
-        ids = [[vocab.cls, *ids[i:i + 16], vocab.sep] for i in range(0, len(ids) - 15, 16)]
-        assert rows[part].tolist() == ids
-        (tmp_path / f"wiki.{'valid' if part == 'dev' else part}.tokens").write_text("".join(text))
-        assert rows[part].dtype == np.uint16 and data.corpus(tmp_path, vocab, 18, part).tolist() == ids
-    assert len(left(tmp_path / "cache" / "blocks")) == 2  # the folder holds the same text
-    code = f"print(data.corpus('{world}/text.txt', data.vocabulary('{world}/bert'), 20, 'train').sum())"
-    runs = [python(code), python(code)]  # at once
-    assert len({run.communicate(timeout=60)[0] for run in runs}) == 1
-    assert len(left(tmp_path / "cache/blocks")) == 3
-    (tmp_path / "dict.txt").write_text("L 9\nA 8\n")
-    (tmp_path / "vl.txt").write_text("LLAX\n" * 19 + "\nALLLLL")
-    symbols = data.vocabulary(tmp_path)
-    assert data.corpus(tmp_path / "vl.txt", symbols, 6, "train").tolist() == [[0, 4, 4, 5, 3, 2]] * 19
-    assert data.corpus(tmp_path / "vl.txt", symbols, 6, "dev").tolist() == [[0, 5, 4, 4, 4, 2]]
-    assert not capsys.readouterr().err
-    assert b"".join(data.progress([b"x" * 10**6] * 2, "f", 0, 2 * 10**6)) == b"x" * 2 * 10**6
-    assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("text, words", [
-    (None, "no such file or folder; known: wiki"), (b"", "is empty"), (b"a cat", "shorter than one row"),
-    (b"a cat\n" * 99 + b"\xff\n" + b"a\n" * 99, "UTF-8 text near byte 594"),
-    (b"x" * 7 * 10**6 + b"\na\n", "no text: 4")])
-def test_a_corpus_that_is_none(world, tmp_path, monkeypatch, text, words):
-    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
-    if text is not None:
-        (tmp_path / "t").write_bytes(text)
-    with pytest.raises((ValueError, OSError), match=words) as caught:
-        data.corpus(tmp_path / "t", data.vocabulary(world / "bert"), 18, "train")
-    assert str(tmp_path / "t") in str(caught.value) and not list(tmp_path.glob("cache/blocks/*"))
-
-
-def test_corruption(world):
-    vocab = data.vocabulary(world / "bert")
-    ids = np.random.default_rng(0).integers(0, vocab.size, (400, 500))
-    shown, chosen = data.corrupt(ids, vocab, np.random.default_rng([1, 2]))
-    again = data.corrupt(ids, vocab, np.random.default_rng([1, 2]))
-    plain, n = ~np.isin(ids, vocab.specials), chosen.sum()
-    assert np.array_equal(shown, again[0]) and np.array_equal(chosen, again[1])
-    assert not chosen[~plain].any() and np.array_equal(shown[~chosen], ids[~chosen])
-    by_chance = 0.1 / vocab.size  # a random word may be the old one, or [MASK]
-    n_plain, hidden, same = plain.sum(), (shown == vocab.mask)[chosen].sum(), (shown == ids)[chosen].sum()
-    for found, share, of in [(n, 0.15, n_plain), (hidden, 0.8 + by_chance, n), (same, 0.1 + by_chance, n)]:
-        assert abs(found - share * of) < 5 * (share * (1 - share) * of) ** 0.5
-
-
-def test_batch_order(world):
-    for n, size in [(7, 3), (10, 4), (5, 12), (1, 1)]:
-        order = data.batch_rows(n, 1, 0, 6 * n)
-        assert all(sorted(order[i:i + n]) == [*range(n)] for i in range(0, 6 * n, n))
-        for at in range(3 * n):
-            assert data.batch_rows(n, 1, at, size).tolist() == order[at:at + size].tolist()
-    assert not np.array_equal(data.batch_rows(99, 1, 0, 99), data.batch_rows(99, 2, 0, 99))
-    assert not np.array_equal(data.batch_rows(99, 1, 0, 99), data.batch_rows(99, 1, 99, 99))
+def test_a_line_that_a_killed_program_left_unfinished_does_not_swallow_the_next(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"a": 1}\n{"a": ')
+    data.append_line(tmp_path / "r.jsonl", {"a": 3})
+    assert (tmp_path / "r.jsonl").read_text().split("\n") == ['{"a": 1}', '{"a": ', '{"a": 3}', ""]
 
 
 # ---------------------------------------------------------------- tamt: one exact rank
