@@ -1,9 +1,9 @@
 """From plain text to batches of token ids.
 
-    1. Vocabulary      the tokenizer of a model folder
+    1. Vocabulary      the tokenizer of a model folder, read and written
     2. Text            plain text to rows of T token ids, in a memory-mapped file
     3. Batches         the order of the rows, and masked-LM corruption
-    Appendix           the settings of a tokenizer, and its files written
+    Appendix           the settings of a tokenizer, and its export
     Appendix           files: names, locks, hashes, progress
     Appendix           download and unpack
     Appendix           the named models and corpora, with their hashes
@@ -60,8 +60,7 @@ SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the ids of its special tokens. It adds no [CLS] and [SEP], does not cut and does
-    not pad."""
+    """A tokenizer, which adds no [CLS] and [SEP] and neither cuts nor pads, and its special tokens."""
     tokenizer: Tokenizer
     size: int  # V, the largest id + 1; the model's matrix may have more rows
     pad_id: int
@@ -86,13 +85,13 @@ def vocabulary(path) -> Vocabulary:
     (byte-level BPE); dict.txt (fairseq). The path is taken as given: in a hub cache the files are
     symbolic links, and their targets have neither their names nor their neighbours.
 
-    Raises FileNotFoundError if none is there, ValueError for a damaged file or a setting that would
-    change ids and is not supported."""
+    What the settings of the folder say about ids is honoured; see the first appendix. Raises ValueError
+    for a setting that would change ids and is not supported, and for a damaged file; FileNotFoundError if
+    there is no vocabulary."""
     folder = Path(path)
     if not folder.is_dir():
         folder = folder.parent
     settings = read_settings(folder)
-    one_row_per_line = bool(settings.get("one_row_per_line"))
 
     if (folder / "tokenizer.json").is_file():
         file = folder / "tokenizer.json"
@@ -109,27 +108,18 @@ def vocabulary(path) -> Vocabulary:
         file = folder / "dict.txt"
         refuse_unsupported(file, settings, "RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)
+        if isinstance(tokenizer.model, models.WordLevel):
+            settings["one_row_per_line"] = True
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
 
-    names = special_names(tokenizer, settings, file)
-    add_tokens(tokenizer, names, settings, folder)
-    ids = [tokenizer.token_to_id(name) for name in names]
-
-    extra_ids = []
-    for token_id, token in tokenizer.get_added_tokens_decoder().items():
-        if token.special and token_id not in ids:
-            extra_ids.append(token_id)
-
-    size = 1 + max(tokenizer.get_vocab().values())
-    return Vocabulary(tokenizer, size, *ids, one_row_per_line, tuple(sorted(extra_ids)))
+    return make_vocabulary(tokenizer, settings, file)
 
 
 def read_tokenizer_json(file: Path) -> Tokenizer:
-    """The tokenizers library's own format. It may carry more than the tokenizer: what it says about
-    cutting, padding, [CLS] and [SEP] is for single sentences, and is switched off."""
+    """The tokenizers library's own format. What it says about cutting, padding, [CLS] and [SEP] is meant
+    for single sentences, and is switched off."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
@@ -150,7 +140,7 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
         strip_accents=settings.get("strip_accents"),  # None: where text is lower-cased
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -158,10 +148,9 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
 
 
 def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
-    """Whether text is lower-cased: as the settings say, else as the words tell. One line says what they
-    told.
+    """Whether text is lower-cased: as the settings say, else as the words tell, and then a line says so.
 
-    A folder with settings that are silent on this is lower-cased, as transformers does it."""
+    Where there are settings, but silent on this, text is lower-cased, as transformers does it."""
     if "do_lower_case" in settings:
         return bool(settings["do_lower_case"])
 
@@ -185,8 +174,8 @@ def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
 
 
 def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
-    """RoBERTa's tokenizer: {token: id}, and the pairs of tokens to merge, one a line, the first ones
-    first. A token is spelled in bytes, a space as the letter G with a dot: " dog" -> Ġdog."""
+    """RoBERTa's tokenizer: {token: id}, and a file of pairs of tokens to merge, one a line, in order.
+    A token is spelled in bytes, a space as the letter G with a dot: " dog" -> Ġdog."""
     ids = list(vocab.values())
     if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
@@ -200,15 +189,14 @@ def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -
     except Exception as error:  # a line that is no pair of tokens
         raise ValueError(f"{merges_file}: {str(error):.200}") from None
 
-    add_prefix_space = settings.get("add_prefix_space", False)
+    add_prefix_space = bool(settings.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def fairseq(file: Path, settings: dict) -> Tokenizer:
-    """The tokenizer of a fairseq model. dict.txt has a symbol and its count on each line ("13
-    850314647").
+    """The tokenizer of a fairseq model. Each line of dict.txt has a symbol and its count: "13 850314647".
 
     Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. (The last lines may be called
     madeupword0000 and so on: they fill the matrix up.) There are three kinds:
@@ -244,6 +232,41 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
         characters = pre_tokenizers.Split(Regex("."), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
     return tokenizer
+
+
+def gpt2_files(folder: Path) -> list[Path]:
+    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
+    beside = [folder / name for name in GPT2_BPE]
+    if all(path.is_file() for path in beside):
+        return beside
+
+    paths = []
+    for name, file in GPT2_BPE.items():
+        paths.append(fetch(file.url, cache() / "gpt2_bpe" / name, file.size, file.sha256))
+    return paths
+
+
+def numbered(tokens: list[str], file: Path) -> dict[str, int]:
+    """{token: its number}; an empty token or one that comes twice is a ValueError."""
+    vocab = {}
+    for number, token in enumerate(tokens):
+        if not token:
+            raise ValueError(f"{file}: token number {number} from 0 is empty")
+        if token in vocab:
+            raise ValueError(f"{file}: token {token!r} stands there twice, as number {vocab[token]} and "
+                             f"{number} from 0")
+        vocab[token] = number
+    return vocab
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change nothing.
+    (str.splitlines would split at rarer characters, too, which are tokens of some vocabularies.)"""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: byte {error.start} is no UTF-8 text") from None
+    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -328,8 +351,8 @@ TO_TEXT = {  # format: the path
 def dev_border(path: Path, size: int, lines: bool) -> int:
     """The byte of a text file where its last 5 %, the dev text, begin.
 
-    It is the begin of a line: of 200 lines the last 10 are dev. A text with less than 20 lines is cut
-    after 95 % of its bytes, at the space before; only rows of a line each need a whole one."""
+    It is the beginning of a line: of 200 lines the last 10 are dev. A text of less than 20 lines is cut
+    inside a line, at the last space in 95 % of its bytes, unless each line is to be a row."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
 
@@ -424,8 +447,7 @@ def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
 
 
 def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
-    """Yields rows (n, T): each line that is not blank, cut to T - 2 tokens, between [CLS] and [SEP],
-    padded."""
+    """Yields rows (n, T): each line with text in it, cut to T - 2 tokens, between [CLS] and [SEP], padded."""
     rest = ""
     for text in chain(texts, ["\n"]):
         *lines, rest = (rest + text).split("\n")
@@ -471,8 +493,7 @@ def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
 
 
 def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
-    """How often each id occurs in rows (n, T) -> (V,) int64. A million tokens at a time: there may be
-    many."""
+    """How often each id occurs in rows (n, T), counted a million tokens at a time -> (V,) int64."""
     counts = np.zeros(vocabulary.size, np.int64)
     num_rows = max(2**20 // rows.shape[1], 1)
     for begin in range(0, len(rows), num_rows):
@@ -499,11 +520,10 @@ def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator
 
 
 def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows number start .. start + count - 1 of an endless reading of num_rows rows, shuffled anew each
-    epoch.
+    """Rows number start .. start + count - 1 of an endless reading of num_rows rows -> (count,) int64.
 
-    A function of the seed and the position alone, so that a run can continue anywhere -> (count,)
-    int64."""
+    They are shuffled anew each epoch. The result depends on the seed and the position alone, so that a run
+    can continue anywhere."""
     rows = []
     for position in range(start, start + count):
         epoch, place = divmod(position, num_rows)
@@ -522,8 +542,7 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, n
     Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become
     [MASK], 10 % a random word of the whole vocabulary, 10 % stay as they are.
 
-    -> corrupted ids (B, T), is_chosen (B, T) bool: the positions whose original token is to be
-    predicted."""
+    -> corrupted ids (B, T); is_chosen (B, T) bool, True where the original token is to be predicted."""
     is_special = np.isin(input_ids, vocabulary.special_ids)
     is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
 
@@ -538,20 +557,8 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, n
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: the settings of a tokenizer. Skip it at a first reading.
+# Appendix: the settings of a tokenizer, and its export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
-
-
-def gpt2_files(folder: Path) -> list[Path]:
-    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
-    beside = [folder / name for name in GPT2_BPE]
-    if all(path.is_file() for path in beside):
-        return beside
-
-    paths = []
-    for name, file in GPT2_BPE.items():
-        paths.append(fetch(file.url, cache() / "gpt2_bpe" / name, file.size, file.sha256))
-    return paths
 
 
 def read_settings(folder: Path) -> dict:
@@ -602,6 +609,22 @@ def refuse_unsupported(file: Path, settings: dict, expected: str):
         raise ValueError(f"{file}: the tokenizer setting never_split is not supported")
 
 
+def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path) -> Vocabulary:
+    """Finds the special tokens of a tokenizer that was read from `file`."""
+    names = special_names(tokenizer, settings, file)
+    add_tokens(tokenizer, names, settings, file.parent)
+    ids = [tokenizer.token_to_id(name) for name in names]
+
+    extra_ids = []
+    for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        if token.special and token_id not in ids:
+            extra_ids.append(token_id)
+
+    size = 1 + max(tokenizer.get_vocab().values())
+    one_row_per_line = bool(settings.get("one_row_per_line"))
+    return Vocabulary(tokenizer, size, *ids, one_row_per_line, tuple(extra_ids))
+
+
 def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
     """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else
     [PAD] .. or <pad> ..; a ValueError says which is missing."""
@@ -642,7 +665,8 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
     elif (folder / "added_tokens.json").is_file():
         for content, token_id in bert.read_json(folder / "added_tokens.json").items():
             is_special = content in special_contents
-            numbered_tokens[token_id] = AddedToken(content, special=is_special, normalized=not is_special)
+            token = AddedToken(content, special=is_special, normalized=not is_special)
+            numbered_tokens[int(token_id)] = token
 
     tokens = [token for _, token in sorted(numbered_tokens.items())]
     tokens += [added_token(token, True) for token in special]
@@ -660,8 +684,7 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
 
 
 def added_token(token: str | dict, special: bool) -> AddedToken:
-    """{"content": "[E1]", "lstrip": false, ...} or "[E1]", both occur -> a token for
-    Tokenizer.add_tokens."""
+    """The files spell an added token as "[E1]" or as {"content": "[E1]", "lstrip": false, ...}."""
     options = {"special": special}
     if isinstance(token, dict):
         for key in ("lstrip", "rstrip", "single_word", "normalized"):
@@ -674,30 +697,6 @@ def token_content(token: str | dict) -> str:
     if not isinstance(content, str):
         raise ValueError(f"tokenizer settings: {str(token):.80} is no token")
     return content
-
-
-def numbered(tokens: list[str], file: Path) -> dict[str, int]:
-    """{token: its number}; an empty token or one that comes twice is a ValueError."""
-    vocab = {}
-    for number, token in enumerate(tokens):
-        if not token:
-            raise ValueError(f"{file}: token number {number} from 0 is empty")
-        if token in vocab:
-            raise ValueError(f"{file}: token {token!r} stands there twice, as number {vocab[token]} and "
-                             f"{number} from 0")
-        vocab[token] = number
-    return vocab
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change
-    nothing. (str.splitlines would also split at rarer characters that are tokens of some
-    vocabularies.)"""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {error.start} is no UTF-8 text") from None
-    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: int):
@@ -814,8 +813,7 @@ def lock(file):
 
 
 def append_line(path, content: dict):
-    """Adds one line of JSON to a file that other processes may be adding to, as a whole or not at
-    all."""
+    """Adds one line of JSON, whole or not at all, to a file that other processes may be adding to."""
     line = json.dumps(content).encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
         lock(file)
@@ -916,7 +914,6 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
             return path
         if sha256 and part.exists() and file_sha256(part) == sha256:
             os.replace(part, path)  # a run was killed when only the name was missing
-            remember_hash(path, sha256)
             return path
 
         errors = {}
@@ -934,6 +931,9 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
                 except (requests.RequestException, ValueError) as error:  # no further attempt will help
                     errors[url] = reason(error)
                     break
+                except OSError as error:
+                    error.filename = error.filename or str(path)  # a full disk names no file
+                    raise
 
         if part.exists() and part.stat().st_size == 0:
             part.unlink()
@@ -966,8 +966,8 @@ def request(url: str, part: Path, size: int | None, sha256: str | None):
                 sha256 = sha256 or announced[0]
                 size = size or int(each.headers.get("X-Linked-Size", 0))
 
-        if answer.status_code == 416 and sha256 and file_sha256(part) == sha256:
-            return  # the part was complete; a run was killed when only the name was missing
+        if answer.status_code == 416 and num_bytes > 0 and file_sha256(part) == sha256:
+            return  # nothing was left to send
         if answer.status_code != 200 and not continues(answer, num_bytes, sha256):
             part.unlink(missing_ok=True)
             raise TryAgain(f"{status}: not the range that was asked for")
@@ -984,25 +984,30 @@ def request(url: str, part: Path, size: int | None, sha256: str | None):
         if not size and length:
             size = num_bytes + length
 
-        was_continued = num_bytes > 0
-        progress = Progress(part.stem, size or 0, num_bytes)
-        with open(part, "ab" if was_continued else "wb") as file:
-            for chunk in answer.iter_content(2**16):
-                num_bytes += len(chunk)
-                if num_bytes > (size or LARGEST):
-                    file.truncate(0)
-                    raise ValueError(f"sends more than {size or LARGEST} bytes")
-                write_chunk(file, chunk)
-                progress.add(len(chunk))
+        num_received = receive(answer, part, num_bytes, size)
 
-    if size and num_bytes < size:
-        raise TryAgain(f"breaks off after {num_bytes} of {size} bytes")
+    if size and num_received < size:
+        raise TryAgain(f"breaks off after {num_received} of {size} bytes")
     if sha256:
         found = file_sha256(part)
         if found != sha256:
             part.unlink()
-            error = TryAgain if was_continued else ValueError
+            error = ValueError if num_bytes == 0 else TryAgain  # the bytes before may have been wrong
             raise error(f"has hash {found}, expected {sha256}")
+
+
+def receive(answer, part: Path, num_bytes: int, size: int | None) -> int:
+    """Writes what comes behind the first num_bytes of the file `part` -> its bytes then."""
+    progress = Progress(part.stem, size or 0, num_bytes)
+    with open(part, "ab" if num_bytes > 0 else "wb") as file:
+        for chunk in answer.iter_content(2**16):
+            num_bytes += len(chunk)
+            if num_bytes > (size or LARGEST):
+                file.truncate(0)
+                raise ValueError(f"sends more than {size or LARGEST} bytes")
+            file.write(chunk)
+            progress.add(len(chunk))
+    return num_bytes
 
 
 def continues(answer, num_bytes: int, sha256: str | None) -> bool:
@@ -1012,14 +1017,6 @@ def continues(answer, num_bytes: int, sha256: str | None) -> bool:
     if answer.status_code != 206 or content_range is None:
         return False
     return int(content_range[1]) == num_bytes and (sha256 is not None or num_bytes == 0)
-
-
-def write_chunk(file, chunk: bytes):
-    try:
-        file.write(chunk)
-    except OSError as error:
-        error.filename = file.name  # a full disk names no file
-        raise
 
 
 def hub_request(url: str) -> tuple[str, dict]:

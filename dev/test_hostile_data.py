@@ -170,6 +170,26 @@ def test_without_a_hash_no_page_no_flood_and_nothing_pieced_together(server, tmp
     assert data.fetch(server.url + "/f", tmp_path / "f", len(BODY)).read_bytes() == BODY
 
 
+def test_a_complete_part_is_taken_if_only_the_server_knows_its_hash(server, tmp_path):
+    (tmp_path / "f.part").write_bytes(BODY)
+    server.answers["/f"] = [reply(416, X_Linked_Etag=SHA256)]
+    assert data.fetch(server.url + "/f", tmp_path / "f").read_bytes() == BODY
+
+
+def test_a_disk_that_is_full_during_a_download_names_the_file(server, tmp_path):
+    server.answers["/f"] = [serve()]
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+data.fetch({server.url + "/f"!r}, 'f', 512000, {SHA256!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert re.match("OSError: .*'f'", done.stderr.splitlines()[-1])
+    assert not (tmp_path / "f").exists()
+
+
 # ---------------------------------------------------------------- archives
 
 
