@@ -4,7 +4,7 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The method in eight steps, in the order in which find_mask() takes them (section 6):
+The method in eight steps. find_mask(), right below, takes them in this order; 5 to 7 are its training loop.
 
     1  open_model      read an original checkpoint; its weights W are frozen
     2  open_text       cut plain text into rows of T token ids
@@ -15,15 +15,17 @@ The method in eight steps, in the order in which find_mask() takes them (section
     7  update_masks    rank the scores anew: exactly round(N s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
 
-The mask alone is the result. With the masked-LM loss (mlm) the head of the model trains along, and is thrown
-away; distillation (kd) has no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
+The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
+afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
 random mask instead, and `--method imp`, iterative magnitude pruning, trains W itself between prunings.
 
     W    weights (theta in the paper)             S    scores (the paper's underlined M)
     M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
     s    sparsity, the fraction REMOVED           N    entries of the masked set; n of one matrix
     B sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts
-    run: the settings with nothing left open; its fields are the flags of the command line (run.sparsity)
+    run: the settings with nothing left open. Its fields are the flags of the command line (run.sparsity), and
+    run.num_updates, run.horizon (of the linear decay of the learning rate), run.family (bert or roberta),
+    run.machine (device, type of the forward pass, and which of several processes this is)
 
 How the paper, the released code and this program differ. A first reading may skip the table: its terms are
 explained below. An empty cell means "as in the released code", a dash that the paper does not say.
@@ -34,13 +36,13 @@ explained below. An empty cell means "as in the released code", a dash that the 
     | how many go     | a fraction s         | int(n s), and all ties at the   | round(N s); of equal scores the
     |                 |                      | threshold                       | first ones stay
     | when            | -                    | every 1000 (kd: 100) updates; s | after every update;
-    |                 |                      | drifts in between               | --refresh-every 1000 as released
+    |                 |                      | drifts in between               | --refresh-every as released
     | gate            | S >= threshold       | S > threshold                   | rank; between refreshes as released
     | masked set      | without the pooler   | with the pooler                 |
     | decoder         | -                    | shares W of the embeddings, but |
     |                 |                      | not their mask                  |
     | entries without | -                    | compete like all others, though | --rank global: keep their start mask,
-    | gradient        |                      | nothing moves their scores      | inside the same count
+    | gradient        |                      | no gradient moves their scores  | inside the same count
     | optimiser       | -                    | AdamW; kd: BertAdam             | the same: optimizer_settings
     | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
     | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
@@ -86,7 +88,53 @@ HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 # ---------------------------------------------------------------------------------------------------
-# 1. Masked layers
+# 1. The eight steps
+# ---------------------------------------------------------------------------------------------------
+
+
+def find_mask(settings: "Settings") -> dict:
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json.
+
+    Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
+    start_time = time.time()
+    machine = start_machine(settings.device, settings.dtype)
+    with first_process_first(machine):
+        model, vocabulary = open_model(settings, machine)  # step 1
+        run = resolve(settings, machine, model)
+        rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
+        dev_rows = open_text(run, vocabulary, "dev") if run.data else None
+
+    # The folder of the run. With --resume it may hold the result, or the state to continue from.
+    identity = identify(run, rows, dev_rows)
+    result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
+    if result is not None:
+        return result
+
+    layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
+    scores = None
+    if run.method != "imp":
+        masks = start_masks(layers, run)  # step 3
+        set_masks(layers, masks)
+    if run.method == "tamt":
+        without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
+        scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
+
+    if run.trains:
+        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+              f"({run.lr_reason})")
+        training = Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows)
+        if state is not None:
+            restore_state(training, state)
+        if run.method == "imp":
+            train_imp(training)
+        else:
+            train_scores(training)  # steps 5, 6, 7
+        restore_original(training)  # of all that was trained, the mask alone is the result
+    return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Masked layers
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -120,8 +168,9 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
+        # Scores replaces both by views of its two vectors.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-        self.register_parameter("scores", None)  # set by Scores: a view of its vector
+        self.register_parameter("scores", None)
         self.is_teacher = False
 
     def masked(self, weight, scores, mask):
@@ -143,19 +192,18 @@ class MaskedLinear(MaskedLayer):
 
 
 class MaskedEmbedding(MaskedLayer):
-    """Masks the rows that are looked up. A decoder that shares the weight sees all of it."""
+    """Masks the rows that are looked up. A decoder that shares the weight uses it unmasked."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
         self.padding_idx = embedding.padding_idx  # this row gets no gradient
 
     def forward(self, input_ids):  # (B, T) -> (B, T, D)
-        weight = F.embedding(input_ids, self.weight, self.padding_idx)
-        scores = None
+        weight_rows = F.embedding(input_ids, self.weight, self.padding_idx)
+        score_rows = None
         if self.scores is not None:
-            scores = F.embedding(input_ids, self.scores, self.padding_idx)
-        mask = self.mask[input_ids]
-        return self.masked(weight, scores, mask)
+            score_rows = F.embedding(input_ids, self.scores, self.padding_idx)
+        return self.masked(weight_rows, score_rows, self.mask[input_ids])
 
 
 def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
@@ -163,7 +211,7 @@ def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Modul
     scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
     for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # bert.encoder.layer.0...
-        is_linear = isinstance(module, (nn.Linear, MaskedLinear))
+        is_linear = isinstance(module, nn.Linear)
         is_embedding = name.endswith("word_embeddings")
         if is_linear or (is_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
@@ -182,7 +230,7 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. The ranking: which entries stay
+# 3. The ranking: which entries stay
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +252,8 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
 
     One update moves the threshold little, so nearly every entry is settled by a comparison with the old one: it
     is kept if it lies above threshold + radius, and pruned if it lies at or below threshold - radius. Only the
-    few in between are sorted. A radius that is too small costs a second attempt, never exactness."""
+    few in between are sorted. A radius that is too small costs another attempt with one eight times as large, at
+    last with all finite scores in between, but never exactness."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high
@@ -222,27 +271,30 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
     return float(values[undecided][~undecided_mask].max())
 
 
-def rank_groups(values, n: int, m: int):  # (rows, columns) -> (rows, columns) bool
-    """N:M sparsity: of every m consecutive entries of a row the n largest stay, of equal ones the first. Sparse
-    tensor cores run 2:4. An entry stays if fewer than n entries of its group come before it; counting them is
-    four times as fast as sorting so many small groups."""
-    groups = values.reshape(-1, m)
+def rank_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (rows, columns) bool
+    """N:M sparsity: of every group of consecutive entries of a row the num_kept largest stay, of equal ones the
+    first. Sparse tensor cores run 2:4.
+
+    An entry stays if fewer than num_kept entries of its group come before it. Counting them is four times as
+    fast as sorting so many small groups."""
+    groups = values.reshape(-1, group_size)
     num_before = torch.zeros_like(groups, dtype=torch.int8)
-    for i in range(m):
-        for j in range(m):
+    for i in range(group_size):
+        for j in range(group_size):
             if j < i:
                 num_before[:, i] += groups[:, j] >= groups[:, i]
             elif j > i:
                 num_before[:, i] += groups[:, j] > groups[:, i]
-    return (num_before < n).view_as(values)
+    return (num_before < num_kept).view_as(values)
 
 
 def make_masks(values: dict, sparsity: float, rule: str) -> dict:
     """{name: values} -> {name: mask} by one of the three rules of --rank: prune round(N s) of all entries
-    ("global"), prune round(n s) of each matrix ("local"), or keep n of every m consecutive entries ("n:m")."""
-    if is_n_m(rule):
-        n, m = n_and_m(rule)
-        return {name: rank_groups(matrix, n, m) for name, matrix in values.items()}
+    ("global"), round(n s) of each matrix ("local"), or keep as many of every group of a row as the rule says
+    ("2:4": two of four)."""
+    if is_pattern(rule):
+        num_kept, group_size = parse_pattern(rule)
+        return {name: rank_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
     if rule == "local":
         masks = {}
@@ -257,19 +309,19 @@ def make_masks(values: dict, sparsity: float, rule: str) -> dict:
     return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
 
-def is_n_m(rule: str) -> bool:
+def is_pattern(rule: str) -> bool:
     return ":" in rule
 
 
-def n_and_m(rule: str) -> tuple[int, int]:
+def parse_pattern(rule: str) -> tuple[int, int]:
     """The rule "2:4" gives 2 and 4. ValueError if it is not N:M with 0 < N < M."""
     try:
-        n, m = (int(number) for number in rule.split(":"))
+        num_kept, group_size = (int(number) for number in rule.split(":"))
     except ValueError:
-        n, m = 0, 0
-    if not 0 < n < m:
+        num_kept, group_size = 0, 0
+    if not 0 < num_kept < group_size:
         raise ValueError(f"--rank {rule}: expected global, local, or N:M with 0 < N < M, such as 2:4")
-    return n, m
+    return num_kept, group_size
 
 
 def magnitude_masks(layers: dict, sparsity: float, rule: str) -> dict:
@@ -290,7 +342,7 @@ def random_masks(layers: dict, sparsity: float, rule: str, seed: int) -> dict:
     return make_masks(values, sparsity, rule)
 
 
-def start_masks(layers: dict, run) -> dict:
+def start_masks(layers: dict, run: "Run") -> dict:
     """The OMP mask or the random mask.
 
     As the start of scores it is made inside each matrix, as in the paper (and inside each group with N:M), even
@@ -304,12 +356,12 @@ def start_masks(layers: dict, run) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Scores
+# 4. Scores
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Group:
+class Pool:
     """Scores that compete with each other, vector[begin:end], and the threshold between kept and pruned ones."""
     begin: int
     end: int
@@ -332,22 +384,25 @@ class Scores:
 
     def __init__(self, layers: dict, start: dict, sparsity: float, rule: str, without_gradient: dict):
         """start {name: mask}; without_gradient {name: bool tensor that broadcasts to the mask}."""
-        self.rule = rule
+        self.rule = rule  # of --rank
         self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([start[name].flatten() for name in layers])
+        self.pools = []
 
-        self.groups = []  # by default the entries of each matrix compete
         begin = 0
         for name, layer in layers.items():
             end = begin + layer.weight.numel()
-            learns = not name.endswith("pooler.dense.weight")  # neither loss reads the pooler
-            layer.scores = nn.Parameter(self.vector[begin:end].view(layer.weight.shape), requires_grad=learns)
-            layer.mask = self.mask[begin:end].view(layer.weight.shape)
-            self.groups.append(Group(begin, end, round((end - begin) * sparsity), layer.weight.shape))
+            shape = layer.weight.shape
+            learns = name not in without_gradient or not without_gradient[name].all()
+            layer.scores = nn.Parameter(self.vector[begin:end].view(shape), requires_grad=learns)
+            layer.mask = self.mask[begin:end].view(shape)
+            if rule != "global":
+                self.pools.append(Pool(begin, end, round((end - begin) * sparsity), shape))
             begin = end
 
         if rule == "global":
-            self.groups = [Group(0, begin, round(begin * sparsity), (begin,))]
+            total = len(self.vector)
+            self.pools.append(Pool(0, total, round(total * sparsity), (total,)))
             for name, is_pinned in without_gradient.items():
                 scores = layers[name].scores.data
                 scores.masked_fill_(is_pinned & start[name], math.inf)
@@ -356,43 +411,43 @@ class Scores:
 
     def make_start_exact(self):
         """The start mask is rounded in each matrix, so its total may miss round(N s) by a few entries. These few
-        change sides, so that the count is exact before the first update, too."""
+        change sides, so that the count is exact before the first update, too. The threshold begins at phi."""
         self.update_masks()
         start_scores = 2 * PHI * self.mask
         self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
-        for group in self.groups:
-            group.threshold = PHI
+        for pool in self.pools:
+            pool.threshold = PHI
 
     @torch.no_grad()
     def update_masks(self, radius: float | None = None):
         """Ranks the scores anew, after which exactly the right number is pruned. radius: how far a threshold has
         probably moved since the last ranking; None: unknown."""
-        for group in self.groups:
-            scores = self.vector[group.begin:group.end]
-            mask = self.mask[group.begin:group.end]
-            if is_n_m(self.rule):
-                n, m = n_and_m(self.rule)
-                mask.view(group.shape).copy_(rank_groups(scores.view(group.shape), n, m))
+        for pool in self.pools:
+            scores = self.vector[pool.begin:pool.end]
+            mask = self.mask[pool.begin:pool.end]
+            if is_pattern(self.rule):
+                num_kept, group_size = parse_pattern(self.rule)
+                mask.view(pool.shape).copy_(rank_groups(scores.view(pool.shape), num_kept, group_size))
             elif radius is not None:
-                group.threshold = rank_near(scores, group.num_pruned, group.threshold, radius, mask)
+                pool.threshold = rank_near(scores, pool.num_pruned, pool.threshold, radius, mask)
             else:
-                mask.copy_(rank(scores, group.num_pruned))
-                group.threshold = largest(scores[~mask])
+                mask.copy_(rank(scores, pool.num_pruned))
+                pool.threshold = largest(scores[~mask])
 
     @torch.no_grad()
     def gate(self):
         """Between two refreshes, as released: the threshold stands still, S > threshold decides, and the sparsity
         drifts."""
-        for group in self.groups:
-            scores = self.vector[group.begin:group.end]
-            torch.gt(scores, group.threshold, out=self.mask[group.begin:group.end])
+        for pool in self.pools:
+            scores = self.vector[pool.begin:pool.end]
+            torch.gt(scores, pool.threshold, out=self.mask[pool.begin:pool.end])
 
 
 def largest(values) -> float:
     return float(values.max()) if len(values) else -math.inf
 
 
-def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
+def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
     """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
     the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
     LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
@@ -413,15 +468,17 @@ def entries_without_gradient(layers: dict, run, vocabulary, rows) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Losses
+# 5. Losses
 # ---------------------------------------------------------------------------------------------------
 
 
 def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
     """Cross-entropy at the chosen positions: their sum divided by num_predictions (default: P). A micro-batch
     divides by the number of its whole batch, so that the parts add up to the batch's mean."""
+    if num_predictions is None:
+        num_predictions = len(labels)
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(num_predictions or len(labels), 1)
+    return total / max(num_predictions, 1)
 
 
 def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None):
@@ -496,8 +553,9 @@ def make_micro_batch(batch: Batch, which: slice, device) -> MicroBatch:
 def batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
     """The loss of a micro-batch: its share of the mean over the whole batch's tokens and predictions.
 
-    network computes the student: it is the model itself, compiled, or wrapped for several processes. In mlm+kd,
-    which adds the two losses, teacher and student both read the corrupted text; in kd the clean one."""
+    network computes the student: it is the model itself, compiled, or wrapped for several processes; the heads and
+    the teacher need no wrapping. In mlm+kd, which adds the two losses, teacher and student both read the corrupted
+    text; in kd they read the clean one."""
     input_ids = inputs.input_ids if objective == "kd" else inputs.corrupted_ids
     student_states = network(input_ids, inputs.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
@@ -557,38 +615,8 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Training: the learning rate, one update, the loop around it, the rounds of IMP
+# 6. Training: the optimiser, the loop, one update, the rounds of IMP
 # ---------------------------------------------------------------------------------------------------
-
-
-def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
-    """The learning rate of a short run with --steps, whose decay reaches 0 at its end.
-
-    An update moves a score by about the learning rate, and the mask changes where scores have moved by about
-    phi = 0.01: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is raised until the
-    scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
-    full_run = paper_updates(sparsity)
-    factor = travel(full_run, HORIZON, objective) / travel(num_updates, num_updates, objective)
-    return min(paper_learning_rate(objective) * max(factor, 1.0), 1e-2)
-
-
-def paper_learning_rate(objective: str) -> float:
-    return 2e-5 if objective == "kd" else 5e-5
-
-
-def paper_updates(sparsity: float) -> int:
-    """The paper's number of updates at this sparsity; between its values a straight line."""
-    return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
-
-
-def travel(num_updates: int, horizon: int, objective: str) -> float:
-    """How far a score travels under a constant gradient, in units of the first learning rate: the sum over all
-    updates of the linear decay times, for kd's BertAdam, its missing bias correction."""
-    t = np.arange(1, num_updates + 1)
-    distances = 1 - (t - 1) / horizon
-    if objective == "kd":
-        distances = distances * (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
-    return float(distances.sum())
 
 
 def make_optimizer(parameters, device):
@@ -631,7 +659,8 @@ class Training:
         self.dev_rows = dev_rows
 
         self.parameters = select_parameters(model, run)
-        self.pretrained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()
+        # The weights that train (with mlm those of the head, with imp all), as they were before.
+        self.original = {name: parameter.detach().clone() for name, parameter in self.parameters.items()
                            if not name.endswith(".scores")}
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
         self.network = wrap_network(model, run)
@@ -640,17 +669,17 @@ class Training:
         self.saved_at = time.time()
 
 
-def select_parameters(model, run) -> dict[str, nn.Parameter]:
+def select_parameters(model, run: "Run") -> dict[str, nn.Parameter]:
     """What trains: the scores, and for masked LM its head without the decoder (TAMT masking/maskers.py:524).
     With imp all weights train but the pooler's, which get no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(".scores"):
             continue  # Scores has decided
         is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-        trains = is_head and "mlm" in run.objective
         if run.method == "imp":
-            trains = "pooler" not in name
-        parameter.requires_grad_(trains)
+            parameter.requires_grad_("pooler" not in name)
+        else:
+            parameter.requires_grad_(is_head and "mlm" in run.objective)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -660,9 +689,10 @@ def train_scores(training: Training):
     training.model.train()
     while training.step < run.num_updates:
         learning_rate = run.lr * max(1 - training.step / run.horizon, 0)  # linear decay, no warm-up
-        loss = update(training, next_batch(training), learning_rate, t=training.step + 1)
+        loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
         training.step += 1
 
+        # Step 7. A threshold hardly moves by more than twice what a score moves.
         if run.refresh_every == 1:
             training.scores.update_masks(radius=2 * learning_rate)
         elif is_refresh_due(run, training.step):
@@ -672,7 +702,7 @@ def train_scores(training: Training):
 
         losses = {}
         if training.step % run.eval_every == 0 and training.step < run.num_updates:
-            with pretrained_weights(training):  # every mask is judged with the original head
+            with original_weights(training):  # every mask is evaluated with the original head
                 losses = evaluate_on_dev(training)
         training.log.step(training.step, loss, learning_rate, losses)
         if training.step % run.save_every == 0:
@@ -681,11 +711,12 @@ def train_scores(training: Training):
 
 
 def next_batch(training: Training) -> Batch:
-    """The rows of an update, their corruption and its dropout are functions of the seed and the number of the
-    update alone, so a resumed run sees what an uninterrupted one sees."""
+    """The rows of the next update and their corruption; dropout is seeded as well. All of it follows from the seed
+    and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
     run = training.run
     step = training.step
-    torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)  # dropout
+    # Dropout: large primes keep seeds, updates and processes apart.
+    torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)
     num_rows = run.batch_size * run.accumulate
     indices = data.batch_rows(len(training.rows), run.seed, step * num_rows, num_rows)
     generator = data.random_stream(run.seed, "corruption", step)
@@ -693,7 +724,8 @@ def next_batch(training: Training) -> Batch:
 
 
 def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
-    """One update of the scores (with imp, of the weights) -> the loss of the batch. t counts updates, from 1."""
+    """Step 6: one update of the scores (with imp, of the weights) -> the loss of the batch. t counts updates, from
+    1."""
     run = training.run
     loss = backward(training, batch)
     norm = float(nn.utils.clip_grad_norm_(training.parameters.values(), run.clip))
@@ -709,7 +741,7 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
 
 
 def backward(training: Training, batch: Batch) -> float:
-    """Computes the gradients of a batch -> its loss.
+    """Step 5: computes the gradients of a batch -> its loss.
 
     The batch is --accumulate micro-batches of --batch-size rows. Every process has all of it, and computes its
     share of the rows of each micro-batch."""
@@ -731,7 +763,7 @@ def backward(training: Training, batch: Batch) -> float:
     return float(total_loss)
 
 
-def is_refresh_due(run, step: int) -> bool:
+def is_refresh_due(run: "Run", step: int) -> bool:
     """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
     updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
     if step % run.eval_every == 0 or step % run.save_every == 0 or step == run.num_updates:
@@ -744,7 +776,8 @@ def is_refresh_due(run, step: int) -> bool:
 def train_imp(training: Training):
     """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of the entries, rewind, train, and again.
 
-    The first 10 % go before any training, and the last pruning is the end. In each round the optimiser and the
+    A run of k prunings has k - 1 rounds of training between them: the first 10 % are pruned before any training.
+    In each round the optimiser and the
     schedule start anew with the full horizon, so the learning rate hardly falls (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)
@@ -767,7 +800,7 @@ def prune_and_rewind(training: Training, level: float):
     run = training.run
     set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
     if not run.no_rewind:
-        for name, weight in training.pretrained.items():
+        for name, weight in training.original.items():
             is_backbone = name.startswith(f"{run.family}.")
             if is_backbone:
                 training.parameters[name].data.copy_(weight)
@@ -788,17 +821,18 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 
 
 @contextmanager
-def pretrained_weights(training: Training):
-    """Within, the model has its pre-trained weights; afterwards the trained ones are back."""
-    trained = {name: training.parameters[name].data for name in training.pretrained}
-    restore_pretrained(training)
+def original_weights(training: Training):
+    """Within, the model has its original weights; afterwards the trained ones are back. Nothing is copied: the
+    parameters exchange the memory that they point to."""
+    trained = {name: training.parameters[name].data for name in training.original}
+    restore_original(training)
     yield
     for name, weight in trained.items():
         training.parameters[name].data = weight
 
 
-def restore_pretrained(training: Training):
-    for name, weight in training.pretrained.items():
+def restore_original(training: Training):
+    for name, weight in training.original.items():
         training.parameters[name].data = weight
 
 
@@ -808,56 +842,17 @@ def set_masks(layers: dict, masks: dict):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. The eight steps
+# 7. The first steps and the last
 # ---------------------------------------------------------------------------------------------------
-
-
-def find_mask(settings: "Settings") -> dict:
-    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json.
-
-    Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
-    start_time = time.time()
-    machine = start_machine(settings.device, settings.dtype)
-    with first_process_first(machine):
-        model, vocabulary = open_model(settings, machine)  # step 1
-        run = resolve(settings, machine, model)
-        rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
-        dev_rows = open_text(run, vocabulary, "dev") if run.data else None
-
-    identity = identify(run, rows, dev_rows)
-    result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
-    if result is not None:
-        return result  # there is nothing left to do
-
-    layers = mask_model(model, run.scope)
-    scores = None
-    if run.method != "imp":
-        masks = start_masks(layers, run)  # step 3
-        set_masks(layers, masks)
-    if run.method == "tamt":
-        without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
-        scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
-
-    if run.trains:
-        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
-              f"({run.lr_reason})")
-        training = Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows)
-        if state is not None:
-            restore_state(training, state)
-        if run.method == "imp":
-            train_imp(training)
-        else:
-            train_scores(training)  # steps 5, 6, 7
-        restore_pretrained(training)  # of all that was trained, the mask alone is the result
-    return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
 
 
 def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     """Step 1: the checkpoint, frozen, on the device."""
     model, vocabulary = load_model(settings.model)
-    trains_head = settings.method == "imp" or settings.method == "tamt" and "mlm" in settings.objective
+    trains_head = settings.method == "imp" or (settings.method == "tamt" and "mlm" in settings.objective)
     if trains_head and model.mlm_head is None:
-        print(f"{settings.model} has no masked-LM head: a fresh one trains along, dev_mlm_loss uses its start")
+        print(f"{settings.model} has no masked-LM head: a fresh one is trained, too; dev_mlm_loss is that of the "
+              "untrained head")
         torch.manual_seed(settings.seed)
         model.add_mlm_head()
     return model.requires_grad_(False).to(machine.device), vocabulary
@@ -902,7 +897,42 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: the comparison of the ranking on a CPU. Skip it at a first reading, like all that follows.
+# Appendix: the learning rate of short runs. Skip it at a first reading, like all that follows.
+# ---------------------------------------------------------------------------------------------------
+
+
+def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
+    """The learning rate of a short run with --steps, whose decay reaches 0 at its end.
+
+    An update moves a score by about the learning rate, and the mask changes where scores have moved by about
+    phi = 0.01: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is raised until the
+    scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
+    full_run = paper_updates(sparsity)
+    factor = travel(full_run, HORIZON, objective) / travel(num_updates, num_updates, objective)
+    return min(paper_learning_rate(objective) * max(factor, 1.0), 1e-2)
+
+
+def paper_learning_rate(objective: str) -> float:
+    return 2e-5 if objective == "kd" else 5e-5
+
+
+def paper_updates(sparsity: float) -> int:
+    """The paper's number of updates at this sparsity; between its values a straight line."""
+    return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
+
+
+def travel(num_updates: int, horizon: int, objective: str) -> float:
+    """How far a score travels under a constant gradient, in units of the first learning rate: the sum over all
+    updates of the linear decay times, for kd's BertAdam, its missing bias correction."""
+    t = np.arange(1, num_updates + 1)
+    distances = 1 - (t - 1) / horizon
+    if objective == "kd":
+        distances = distances * (1 - 0.9**t) / np.sqrt(1 - 0.999**t)
+    return float(distances.sum())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix: the comparison of the ranking on a CPU
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1201,9 +1231,10 @@ def read_state(out: Path) -> dict | None:
 
 
 def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machine) -> tuple:
-    """(result, state): the result of a finished run that is resumed, else the state to continue from, else twice
-    None; then what an earlier run left in the folder is removed. Of several processes the first one looks, since
-    the folder lies on its host, and tells the others."""
+    """-> (result, None) if the folder holds the result of this run and --resume is given; (None, state) if it holds
+    the state of an unfinished one; else (None, None), and what an earlier run left there is removed.
+
+    Of several processes the first one looks, since the folder lies on its host, and tells the others."""
     if machine.num_processes == 1:
         return open_own_folder(out, identity, resume, result_name)
     outcome = [None, None]  # what was found, or the error
@@ -1271,7 +1302,7 @@ def save_state_if_due(training: Training):
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
         "masks": {name: pack(layer.mask) for name, layer in training.layers.items()},
-        "thresholds": [group.threshold for group in training.scores.groups] if training.scores else [],
+        "thresholds": [pool.threshold for pool in training.scores.pools] if training.scores else [],
         "log": training.log.state(),
     })
 
@@ -1281,8 +1312,8 @@ def restore_state(training: Training, state: dict):
     for name, layer in training.layers.items():
         layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
     if training.scores is not None:
-        for group, threshold in zip(training.scores.groups, state["thresholds"], strict=True):
-            group.threshold = threshold
+        for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=True):
+            pool.threshold = threshold
     training.log.restore(state["log"])
     training.step = state["step"]
 
@@ -1468,7 +1499,7 @@ class Settings:
             raise ValueError(f"--method imp trains the weights with the masked-LM loss: --objective {self.objective} "
                              "goes with tamt only")
         if self.rank not in (None, "global", "local"):
-            self.check_n_m()
+            self.check_pattern()
         if not isinstance(self.seed, int):
             raise ValueError(f"--seed {self.seed}: expected a whole number")
         if self.mask and not (self.evaluate or self.export):
@@ -1476,8 +1507,8 @@ class Settings:
         if self.export and Path(self.export).exists() and not Path(self.export).is_dir():
             raise ValueError(f"--export {self.export}: a file stands there; expected a folder, new or old")
 
-    def check_n_m(self):
-        n, m = n_and_m(self.rank)
+    def check_pattern(self):
+        n, m = parse_pattern(self.rank)
         if self.method == "imp":
             raise ValueError(f"--rank {self.rank} goes with tamt, omp and random, not with imp")
         if self.refresh_every > 1:
@@ -1521,8 +1552,8 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
 
     if values["rank"] is None:
         values["rank"] = "global" if settings.method == "tamt" else "local"
-    if is_n_m(values["rank"]):
-        n, m = n_and_m(values["rank"])
+    if is_pattern(values["rank"]):
+        n, m = parse_pattern(values["rank"])
         values["sparsity"] = 1 - n / m
         check_widths(model, settings.scope, values["rank"])
     elif values["sparsity"] is None:
@@ -1572,7 +1603,7 @@ def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, 
 
 
 def check_widths(model: bert.Model, scope: str, rule: str):
-    _, m = n_and_m(rule)
+    _, m = parse_pattern(rule)
     for name, layer in maskable_layers(model, scope).items():
         width = layer.weight.shape[1]
         if width % m:
