@@ -1,16 +1,22 @@
-"""GLUE and SQuAD v1.1: what the files hold, how it becomes token ids, how predictions are scored. No model here.
+"""GLUE and SQuAD v1.1: what the files hold, how it becomes token ids, how predictions are scored.
 
-    1. The table of tasks      one field a line
-    2. GLUE                    a row of a table becomes an Example
-    3. Token ids and batches   layout, truncation, batches of like length
-    4. SQuAD                   paragraphs in windows, answers, the score
-    5. Metrics
-    Appendix                   submission files, downloads, tasks of your own
+    1. The tasks        ten of them, one field a line
+    2. GLUE's tables    a row becomes an Example
+    3. Token ids        truncation, special tokens, batches
+    4. SQuAD            long paragraphs through sliding windows, answers, the official score
+    5. Metrics          and the score that a collapsed model would reach
+    Appendix            submission files
+    Appendix            downloads
+    Appendix            tasks of your own
 
-Metrics of GLUE are fractions (accuracy and F1 in [0, 1], correlations in [-1, 1]); SQuAD's em and f1 are percent,
-as its official scorer prints them. Letters in shapes: B sequences, T tokens, n examples.
+There is no model here: finetune.py brings one.
+
+Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph. GLUE's metrics are
+fractions (accuracy and f1 from 0 to 1, correlations from -1 to 1); SQuAD's em and f1 are percent, as its
+official scorer prints them.
 """
 
+import codecs
 import json
 import re
 import string
@@ -18,6 +24,7 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,119 +34,151 @@ import bert
 import data
 
 # ---------------------------------------------------------------------------------------------------
-# 1. The table of tasks
+# 1. The tasks
 # ---------------------------------------------------------------------------------------------------
+
+TSV_FILES = {"train": ("train.tsv",), "dev": ("dev.tsv",), "test": ("test.tsv",)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Where the texts of a task are, what is predicted, and the paper's settings for fine-tuning."""
+    """Where the texts of a task are, what is predicted, and the settings for fine-tuning.
+
+    A column is a name in the table's first line, or a number from 0. A table whose columns are all given
+    by number has no line of names. The settings are TAMT's (glue_trans.py, squad_trans.py)."""
     name: str
     folder: str  # in GLUE's layout
-    predicts: str = "class"  # or "number", or "span": the first and the last token of an answer
-    labels: tuple = ()  # the words of the label column, by class id
-    metrics: tuple  # the first one selects the best step
-    text_columns: tuple = ("sentence1", "sentence2")  # one or two: names in the header line, or indices from 0
+    predicts: str  # "class", "number", or "span": an answer in a paragraph
+    labels: tuple[str, ...] = ()  # the words of the label column; the class id is the position here
+    metrics: tuple[str, ...]  # the first one selects the best evaluation
+    text_columns: tuple[str | int, ...] = ()  # one text or a pair
     label_column: str | int = "label"
-    test_text_columns: tuple | None = None  # where the test file differs
-    files: dict = field(default_factory=lambda: {"train": ("train.tsv",), "dev": ("dev.tsv",), "test": ("test.tsv",)})
+    test_text_columns: tuple[str | int, ...] = ()  # where the test file's columns are different
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: TSV_FILES)  # split: possible names
     epochs: int = 3
     lr: float = 2e-5
     batch_size: int = 32
     max_len: int = 128  # tokens
-    eval_every: int = 50  # updates between evaluations
+    eval_every: int = 50  # updates between two evaluations
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the task's head: a logit for each class; one number; start and end."""
+        """Outputs of the model's head: one logit per class, one number, or a start and an end logit."""
         if self.predicts == "class":
             return len(self.labels)
-        return 1 if self.predicts == "number" else 2
+        if self.predicts == "number":
+            return 1
+        return 2
 
 
 COLA = Task(
     name="cola",
     folder="CoLA",
+    predicts="class",
     labels=("0", "1"),
     metrics=("matthews", "accuracy"),
-    text_columns=(3,),  # train and dev have no header line
+    text_columns=(3,),  # train and dev have no line of names, test has one
     label_column=1,
     test_text_columns=("sentence",),
 )
+
 SST2 = Task(
     name="sst2",
     folder="SST-2",
+    predicts="class",
     labels=("0", "1"),
     metrics=("accuracy",),
     text_columns=("sentence",),
 )
+
+# MRPC comes as Microsoft's two text files. GLUE's dev set is those rows of the first one whose two ids
+# stand in a third file. If somebody has built GLUE's tables from them already, these are read.
 MRPC = Task(
     name="mrpc",
     folder="MRPC",
+    predicts="class",
     labels=("0", "1"),
     metrics=("accuracy", "f1"),
     text_columns=("#1 String", "#2 String"),
     label_column="Quality",
     files={
-        # GLUE's dev set is a part of the original training file: the pairs whose ids are listed.
         "train": ("train.tsv", "msr_paraphrase_train.txt"),
         "dev": ("dev.tsv", "msr_paraphrase_train.txt"),
         "test": ("test.tsv", "msr_paraphrase_test.txt"),
         "dev_ids": ("mrpc_dev_ids.tsv", "dev_ids.tsv"),
     },
 )
+
 STSB = Task(
     name="stsb",
     folder="STS-B",
-    predicts="number",
+    predicts="number",  # similarity from 0 to 5
     metrics=("pearson", "spearman"),
+    text_columns=("sentence1", "sentence2"),
     label_column="score",
 )
+
 QQP = Task(
     name="qqp",
     folder="QQP",
+    predicts="class",
     labels=("0", "1"),
     metrics=("accuracy", "f1"),
     text_columns=("question1", "question2"),
     label_column="is_duplicate",
     eval_every=500,
 )
+
+# The order of the classes is free: this is that of the Hugging Face hub; BERT's own code began with
+# contradiction. The matched dev set selects the best evaluation. The paper's code computes both accuracies
+# under one name, so that it reports the mismatched one.
 MNLI = Task(
     name="mnli",
     folder="MNLI",
-    labels=("entailment", "neutral", "contradiction"),  # the order of the Hugging Face hub
+    predicts="class",
+    labels=("entailment", "neutral", "contradiction"),
     metrics=("accuracy", "accuracy_mm"),
+    text_columns=("sentence1", "sentence2"),
     label_column="gold_label",
     files={
         "train": ("train.tsv",),
         "dev": ("dev_matched.tsv",),
-        "dev_mm": ("dev_mismatched.tsv",),
+        "dev_mm": ("dev_mismatched.tsv",),  # texts from sources that the training set lacks
         "test": ("test_matched.tsv",),
         "test_mm": ("test_mismatched.tsv",),
-        "ax": ("AX.tsv", "diagnostic.tsv"),
+        "ax": ("AX.tsv", "diagnostic.tsv"),  # GLUE's diagnostic sentences, without labels
     },
     eval_every=500,
 )
+
 QNLI = Task(
     name="qnli",
     folder="QNLI",
+    predicts="class",
     labels=("entailment", "not_entailment"),
     metrics=("accuracy",),
     text_columns=("question", "sentence"),
     eval_every=500,
 )
+
 RTE = Task(
     name="rte",
     folder="RTE",
+    predicts="class",
     labels=("entailment", "not_entailment"),
     metrics=("accuracy",),
+    text_columns=("sentence1", "sentence2"),
 )
+
 WNLI = Task(
     name="wnli",
     folder="WNLI",
+    predicts="class",
     labels=("0", "1"),
     metrics=("accuracy",),
+    text_columns=("sentence1", "sentence2"),
 )
+
 SQUAD = Task(
     name="squad",
     folder="squad",
@@ -152,142 +191,155 @@ SQUAD = Task(
     max_len=384,
     eval_every=1000,
 )
-# QQP, QNLI and WNLI are not in the paper, and take its settings for GLUE.
-TASKS = {task.name: task for task in (COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, SQUAD)}
+
+# QQP, QNLI and WNLI are not in the paper and take its settings for GLUE.
+ALL_TASKS = (COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, SQUAD)
+TASKS = {task.name: task for task in ALL_TASKS}
 
 
-def find_task(name) -> Task:
-    """The Task of a name, or of the path of a JSON file that describes one of your own (see the appendix)."""
-    if isinstance(name, Task):
-        return name
-    if str(name).endswith(".json"):
-        return read_own_task(Path(name))
+def find_task(name_or_path) -> Task:
+    """The task of this name, or the one that a JSON file describes (see the last appendix).
+
+    A Task is returned as it is. Raises ValueError for an unknown name or a malformed file."""
+    if isinstance(name_or_path, Task):
+        return name_or_path
+    name = str(name_or_path)
+    if name.endswith(".json"):
+        return read_task(Path(name))
     if name not in TASKS:
-        raise ValueError(f"unknown task {str(name)!r:.60}; known: {', '.join(TASKS)}, or the FILE.json of your own")
+        raise ValueError(f"unknown task {name[:60]!r}; known: {', '.join(TASKS)}, or a FILE.json")
     return TASKS[name]
 
 
-def find_file(task: Task, split: str, folder) -> Path:
-    """The file of a split, in folder/CoLA or in the folder itself. Raises FileNotFoundError with both places."""
-    if split not in task.files:
-        raise ValueError(f"task {task.name} has no split {split!r:.40}; it has {', '.join(task.files)}")
-    places = []
-    for parent in (Path(folder) / task.folder, Path(folder)):
-        for name in task.files[split]:
-            places.append(parent / name)
-    for place in places:
-        if place.is_file():
-            return place
-    expected = " or ".join(dict.fromkeys(str(place) for place in places))
-    raise FileNotFoundError(f"task {task.name}: no {split} file; expected {expected}")
-
-
 # ---------------------------------------------------------------------------------------------------
-# 2. GLUE: a row of a table becomes an Example
+# 2. GLUE's tables
 # ---------------------------------------------------------------------------------------------------
+
+LABELLED_SPLITS = ("train", "dev", "dev_mm")
 
 
 class Example(NamedTuple):
     text_a: str
     text_b: str | None = None
-    label: int | float | None = None  # class id, or number; None in a test file
+    label: int | float | None = None  # class id or number; None in a test file
 
 
 def load_glue(task, split: str, folder) -> list[Example]:
     """The examples of a split, in the order of the file.
 
-    split: train, dev, test, for MNLI also dev_mm, test_mm, ax (diagnostics). Raises FileNotFoundError with the
-    places looked at, ValueError with file and line for a row that is malformed."""
+    split: train, dev or test; MNLI has dev_mm, test_mm and ax, too. folder: see find_file(). Raises
+    FileNotFoundError with the places looked at, or ValueError with file and line for a malformed row."""
     task = find_task(task)
     path = find_file(task, split, folder)
-    has_labels = split in ("train", "dev", "dev_mm")
+    has_labels = split in LABELLED_SPLITS
     columns = list(task.text_columns)
     if has_labels:
         columns.append(task.label_column)
-    elif task.test_text_columns is not None:
+    elif task.test_text_columns:
         columns = list(task.test_text_columns)
 
+    # Find the columns. Without names the first line is a row like all others.
     rows = read_rows(path)
-    first_place, first_row = next(rows, (f"{path} line 1", []))
-    has_header = any(isinstance(column, str) for column in columns)
-    if not has_header:
-        rows = read_rows(path)  # the first line is a row
-    indices = [column_index(column, first_row, first_place) for column in columns]
+    where, first_row = next(rows)
+    indices = [find_column(column, first_row, where) for column in columns]
+    if all(isinstance(column, int) for column in columns):
+        rows = chain([(where, first_row)], rows)
 
-    is_original_mrpc = task.name == "mrpc" and path.name == "msr_paraphrase_train.txt"
-    dev_ids = read_dev_ids(task, folder) if is_original_mrpc else set()
+    # Of MRPC's original training file some rows are the dev set.
+    dev_ids = None
+    if task.name == "mrpc" and path.name == "msr_paraphrase_train.txt":
+        dev_ids = {tuple(ids) for _, ids in read_rows(find_file(task, "dev_ids", folder))}
 
     examples = []
     num_skipped = 0
-    for place, fields in rows:
+    for where, fields in rows:
         if len(fields) != len(first_row):
-            if task.name == "qqp" and has_labels:  # a line break inside a question leaves half a row
-                num_skipped += 1
+            if task.name == "qqp" and has_labels:
+                num_skipped += 1  # a line break inside a question leaves two halves of a row
                 continue
-            raise ValueError(f"{place}: {len(fields)} fields where line 1 has {len(first_row)}")
-        if is_original_mrpc and (tuple(fields[1:3]) in dev_ids) != (split == "dev"):
-            continue
+            raise ValueError(f"{where}: {len(fields)} fields where line 1 has {len(first_row)}")
+        if dev_ids is not None:
+            is_dev_row = tuple(fields[1:3]) in dev_ids
+            if is_dev_row != (split == "dev"):
+                continue
+
         values = [fields[index] for index in indices]
-        label = parse_label(task, values.pop(), place) if has_labels else None
-        examples.append(Example(*values, label=label))
+        label = None
+        if has_labels:
+            label = read_label(task, values.pop(), where)
+        examples.append(Example(*values, label=label))  # one text or two
 
     if num_skipped:
-        print(f"{path}: skipped {num_skipped} rows without {len(first_row)} fields", file=sys.stderr)
+        message = f"{path}: skipped {num_skipped} rows without {len(first_row)} fields"
+        print(message, file=sys.stderr)
     if not examples:
         raise ValueError(f"{path}: no rows for {split}")
     return examples
 
 
-def column_index(column: str | int, first_row: list[str], place: str) -> int:
-    if isinstance(column, str) and column in first_row:
-        return first_row.index(column)
-    if isinstance(column, int) and column < len(first_row):
-        return column
-    raise ValueError(f"{place}: no column {column!r} in {str(first_row):.200}")
+def find_file(task: Task, split: str, folder) -> Path:
+    """The file of a split, in folder/<the task's folder> or in `folder` itself.
 
+    Raises ValueError if the task has no such split, FileNotFoundError with the places looked at."""
+    if split not in task.files:
+        raise ValueError(f"task {task.name} has no split {split[:40]!r}; it has {', '.join(task.files)}")
 
-def read_dev_ids(task: Task, folder) -> set[tuple]:
-    return {tuple(fields) for _, fields in read_rows(find_file(task, "dev_ids", folder))}
-
-
-def parse_label(task: Task, word: str, place: str) -> int | float:
-    if task.predicts == "class":
-        if word not in task.labels:
-            raise ValueError(f"{place}: label {word!r:.60} is not one of {', '.join(task.labels)}")
-        return task.labels.index(word)
-    try:
-        number = float(word)
-    except ValueError:
-        number = np.nan
-    if not np.isfinite(number):
-        raise ValueError(f"{place}: label {word!r:.60} is not a finite number")
-    return number
+    places = []
+    for base in (Path(folder) / task.folder, Path(folder)):
+        for name in task.files[split]:
+            places.append(base / name)
+    for place in places:
+        if place.is_file():
+            return place
+    distinct = dict.fromkeys(str(place) for place in places)
+    raise FileNotFoundError(f"task {task.name}: no {split} file; expected {' or '.join(distinct)}")
 
 
 def read_rows(path: Path):
-    r"""Yields ("FILE line N", fields) for each line of a table.
+    r"""Yields ("FILE line N", fields) for each line of a tab-separated file.
 
-    Only "\n" ends a line, only "\t" ends a field, and nothing is quoted: 'He said "no\t0' is a row of two fields,
-    where a csv reader would go on to the next quotation mark. (str.splitlines() would break sentences at U+0085,
-    U+2028 and "\x0b".) Dropped are "\r" at the end of a line, a byte order mark at the start of the file, and an
-    empty last line."""
-    longest = 1 << 20  # bytes of a line; real ones have a few thousand
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(longest + 1), b""), 1):
-            place = f"{path} line {number}"
-            if len(line) > longest:
-                raise ValueError(f"{place}: over {longest} bytes; is this tab-separated text?")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: byte {error.start + 1} of the line is not UTF-8 text") from None
-            is_last = not file.peek(1)
-            if text or not is_last:
-                yield place, text.split("\t")
+    Only "\n" ends a line, only "\t" ends a field, and nothing is quoted:
+
+        He said "no\t0     ->  ['He said "no', '0']     csv would go on to the next quotation mark
+        one\u2028two\t1    ->  ['one\u2028two', '1']    str.splitlines() would cut the sentence
+
+    A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped."""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(content.rstrip(b"\r\n").split(b"\n"), start=1):
+        where = f"{path} line {number}"
+        try:
+            text = line.decode().rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: byte {error.start + 1} of the line is not UTF-8 text") from None
+        yield where, text.split("\t")
+
+
+def find_column(column: str | int, first_row: list[str], where: str) -> int:
+    if column in first_row:
+        return first_row.index(column)
+    if isinstance(column, int) and column < len(first_row):
+        return column
+    raise ValueError(f"{where}: no column {column!r} in {str(first_row)[:200]}")
+
+
+def read_label(task: Task, word: str, where: str) -> int | float:
+    """"entailment" -> 0, or for a task that predicts a number "3.200" -> 3.2."""
+    if task.predicts == "class":
+        if word not in task.labels:
+            raise ValueError(f"{where}: label {word[:60]!r} is not one of {', '.join(task.labels)}")
+        return task.labels.index(word)
+
+    try:
+        value = float(word)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise ValueError(f"{where}: label {word[:60]!r} is not a finite number")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Token ids and batches
+# 3. Token ids
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -295,89 +347,105 @@ def encode(examples: list[Example], vocabulary: data.Vocabulary, max_len: int) -
     """(input_ids (T,), token_type_ids (T,)) of each example, T <= max_len, ready for pad_batch()."""
     if max_len < 6:
         raise ValueError(f"max_len {max_len}: a pair of texts needs at least 6 tokens")
+    room_for_one = max_len - 2  # [CLS] a [SEP]
+    room_for_pair = max_len - num_special_tokens(vocabulary)
     first_texts = [example.text_a for example in examples]
     second_texts = [example.text_b for example in examples if example.text_b is not None]
-    first_encodings = tokenize(first_texts, vocabulary)
     second_encodings = tokenize(second_texts, vocabulary)
-    num_specials_of_pair = len(join([], [], vocabulary)[0])
 
     sequences = []
-    for example, first in zip(examples, first_encodings, strict=True):
+    for example, encoding in zip(examples, tokenize(first_texts, vocabulary), strict=True):
         if example.text_b is None:
-            sequences.append(join(first.ids[:max_len - 2], None, vocabulary))
+            a = encoding.ids[:room_for_one]
+            b = None
         else:
-            second = next(second_encodings)
-            a, b = truncate_pair(first.ids, second.ids, max_len - num_specials_of_pair)
-            sequences.append(join(a, b, vocabulary))
+            a, b = truncate_pair(encoding.ids, next(second_encodings).ids, room_for_pair)
+        sequences.append(add_special_tokens(a, b, vocabulary))
     return sequences
 
 
 def tokenize(texts: list[str], vocabulary: data.Vocabulary):
-    """Yields the Encoding of each text: ids, and offsets in characters. An Encoding takes kilobytes, hence a
-    thousand at a time."""
+    """Yields what the tokenizers library makes of each text: .ids, and .offsets in characters.
+
+    An encoding takes kilobytes, so the texts go in by the thousand."""
     for start in range(0, len(texts), 1000):
-        yield from vocabulary.tokenizer.encode_batch(texts[start:start + 1000], add_special_tokens=False)
+        batch = texts[start : start + 1000]
+        yield from vocabulary.tokenizer.encode_batch(batch, add_special_tokens=False)
 
 
-def join(a: list[int], b: list[int] | None, vocabulary: data.Vocabulary):
-    """BERT:     [CLS] a [SEP] b [SEP]      token types 0 up to the first [SEP], then 1
-    RoBERTa:  <s> a </s></s> b </s>      token types all 0"""
-    is_roberta = vocabulary.tokenizer.id_to_token(vocabulary.sep_id) == "</s>"
+def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
+    """BERT's rule, in one step: while a pair is too long, its longer text loses a token (of equals, b).
+
+    Room 3 for 6 + 7 tokens: 2 + 1 stay. Room 10 for 3 + 20 tokens: 3 + 7 stay."""
+    half = (room + 1) // 2
+    room_beside_b = room - len(b)
+    num_a = min(len(a), max(half, room_beside_b))
+    return a[:num_a], b[: room - num_a]
+
+
+def add_special_tokens(a: list[int], b: list[int] | None, vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids (T,), token_type_ids (T,)) of one text, or of a pair:
+
+        BERT      [CLS] a [SEP] b [SEP]    token types 0 up to the first [SEP], then 1
+        RoBERTa   <s> a </s> </s> b </s>   token types all 0
+    """
     first = [vocabulary.cls_id, *a, vocabulary.sep_id]
     second = []
     if b is not None:
         second = [*b, vocabulary.sep_id]
-    if b is not None and is_roberta:
-        second = [vocabulary.sep_id, *second]
+        if is_roberta(vocabulary):
+            second = [vocabulary.sep_id, *second]
+
+    type_of_second = 0 if is_roberta(vocabulary) else 1
     input_ids = np.array(first + second, np.int32)
-    token_type_ids = np.zeros(len(input_ids), np.int64)
-    if not is_roberta:
-        token_type_ids[len(first):] = 1
+    token_type_ids = np.repeat([0, type_of_second], [len(first), len(second)])
     return input_ids, token_type_ids
 
 
-def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
-    """BERT's rule in one step: while the two are too long, drop the last token of the longer one, of b if they
-    are equally long.
-
-        room 3, 6 + 7 tokens     ->  2 + 1
-        room 10, 3 + 20 tokens   ->  3 + 7
-    """
-    length_of_a = min(len(a), max(room - len(b), (room + 1) // 2))
-    return a[:length_of_a], b[:room - length_of_a]
+def is_roberta(vocabulary: data.Vocabulary) -> bool:
+    return vocabulary.tokenizer.id_to_token(vocabulary.sep_id) == "</s>"
 
 
-def bucketed_batches(lengths, batch_size: int, generator: np.random.Generator, pool: int = 50) -> list[np.ndarray]:
-    """Batches of indices of examples, each example once, those of like length together.
+def num_special_tokens(vocabulary: data.Vocabulary) -> int:
+    """How many special tokens a pair gets."""
+    return 4 if is_roberta(vocabulary) else 3
 
-    Shuffle, sort by length inside pools of `pool` batches, cut into batches, shuffle the batches. On SST-2's
-    training set in batches of 32 padding then adds 4.8 % to the real tokens; without sorting 202 %, padded to 128
-    tokens 861 %."""
+
+def bucketed_batches(
+    lengths, batch_size: int, generator: np.random.Generator, pool: int = 50
+) -> list[np.ndarray]:
+    """Batches of example indices: each index once, examples of like length together.
+
+    The order is shuffled, sorted by length inside each pool of `pool` batches, and cut into batches; then
+    the batches are shuffled. `generator` alone decides. On SST-2's training set in batches of 32, padding
+    adds 4.8 % to the real tokens; it adds 202 % without the sorting, and 861 % if all is padded to 128."""
     lengths = np.asarray(lengths)
     order = generator.permutation(len(lengths))
-    pool_numbers = np.arange(len(order)) // (pool * batch_size)
-    order = order[np.lexsort((lengths[order], pool_numbers))]  # by pool, then by length
-    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    return [batches[index] for index in generator.permutation(len(batches))]
+    pool_number = np.arange(len(order)) // (pool * batch_size)
+    order = order[np.lexsort((lengths[order], pool_number))]  # by pool, inside a pool by length
+
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def pad_batch(sequences: list, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """B sequences -> input_ids (B, T) int64, attention_mask (B, T) bool, token_type_ids (B, T) int64."""
-    longest = max(len(input_ids) for input_ids, _ in sequences)
+def pad_batch(sequences: list[tuple], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """B pairs (input_ids, token_type_ids), each (T,) with a T of its own, as arrays of the longest T:
+
+    input_ids (B, T) int64; attention_mask (B, T) bool, False at padding; token_type_ids (B, T) int64."""
+    longest = max(len(ids) for ids, _ in sequences)
     shape = (len(sequences), longest)
-    batch_ids = np.full(shape, pad_id, np.int64)
+    input_ids = np.full(shape, pad_id, np.int64)
     attention_mask = np.zeros(shape, bool)
-    batch_token_types = np.zeros(shape, np.int64)
-    for row, (input_ids, token_type_ids) in enumerate(sequences):
-        length = len(input_ids)
-        batch_ids[row, :length] = input_ids
-        attention_mask[row, :length] = True
-        batch_token_types[row, :length] = token_type_ids
-    return batch_ids, attention_mask, batch_token_types
+    token_type_ids = np.zeros(shape, np.int64)
+    for row, (ids, types) in enumerate(sequences):
+        input_ids[row, : len(ids)] = ids
+        attention_mask[row, : len(ids)] = True
+        token_type_ids[row, : len(ids)] = types
+    return input_ids, attention_mask, token_type_ids
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. SQuAD
+# 4. SQuAD: read, windows, answers, score
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -385,291 +453,379 @@ class Question(NamedTuple):
     id: str
     question: str
     context: str  # the paragraph
-    answers: list[tuple[str, int]]  # text, and where it begins in the context, in characters
+    answers: list[tuple[str, int]]  # text, and the character of the context where it begins
 
 
 def load_squad(path) -> list[Question]:
-    """The questions of a SQuAD v1.1 file. ValueError names the place: data[3].paragraphs[0].qas[1]."""
+    """The questions of a SQuAD v1.1 file, in its order.
+
+    Raises ValueError with the place in the file, such as data[3].paragraphs[0].qas[1]."""
     content = bert.read_json(path)
-    if str(content.get("version", "")).startswith("v2"):
-        raise ValueError(f"{path}: this is SQuAD 2.0, whose questions may have no answer; expected v1.1")
+    if content.get("version") == "v2.0":
+        raise squad_2_error(path)
 
     questions = {}
-    for i, article in enumerate(get_field(content, "data", list, f"{path}: top level")):
-        place = f"{path}: data[{i}]"
-        for j, paragraph in enumerate(get_field(article, "paragraphs", list, place)):
-            place = f"{path}: data[{i}].paragraphs[{j}]"
-            context = get_field(paragraph, "context", str, place)
-            for k, entry in enumerate(get_field(paragraph, "qas", list, place)):
-                question = parse_question(entry, context, f"{place}.qas[{k}]")
+    for i, article in enumerate(read_field(content, "data", list, f"{path}")):
+        where = f"{path}: data[{i}]"
+        for j, paragraph in enumerate(read_field(article, "paragraphs", list, where)):
+            where = f"{path}: data[{i}].paragraphs[{j}]"
+            context = read_field(paragraph, "context", str, where)
+            for k, entry in enumerate(read_field(paragraph, "qas", list, where)):
+                if isinstance(entry, dict) and entry.get("is_impossible"):
+                    raise squad_2_error(path)
+                question = read_question(entry, context, f"{where}.qas[{k}]")
                 if question.id in questions:
-                    raise ValueError(f"{place}.qas[{k}]: the id {question.id!r:.60} occurs twice")
+                    raise ValueError(f"{where}.qas[{k}]: a second question with id {question.id[:60]!r}")
                 questions[question.id] = question
     if not questions:
         raise ValueError(f"{path}: no questions")
     return list(questions.values())
 
 
-def parse_question(entry: dict, context: str, place: str) -> Question:
-    question_id = get_field(entry, "id", str, place)
-    if entry.get("is_impossible"):
-        raise ValueError(f"{place}: is_impossible belongs to SQuAD 2.0; expected v1.1")
+def read_question(entry, context: str, where: str) -> Question:
     answers = []
-    for answer in get_field(entry, "answers", list, place):
-        text = get_field(answer, "text", str, place)
-        start = get_field(answer, "answer_start", int, place)
+    for answer in read_field(entry, "answers", list, where):
+        text = read_field(answer, "text", str, where)
+        start = read_field(answer, "answer_start", int, where)
         if start < 0:
-            raise ValueError(f"{place}: answer_start {start}; expected 0 or more")
+            raise ValueError(f"{where}: answer_start {start} is negative")
         answers.append((text, start))
     if not answers:
-        raise ValueError(f"{place}: no answers; every question of SQuAD v1.1 has one")
-    return Question(question_id, get_field(entry, "question", str, place), context, answers)
+        raise ValueError(f"{where}: no answers, but SQuAD v1.1 has one or more for each question")
+    question_id = read_field(entry, "id", str, where)
+    text = read_field(entry, "question", str, where)
+    return Question(question_id, text, context, answers)
 
 
-def get_field(owner, key: str, kind: type, place: str):
-    value = owner.get(key) if isinstance(owner, dict) else None
-    is_valid = type(value) is kind
-    if kind is str and is_valid and re.search("[\ud800-\udfff]", value):
-        is_valid = False  # half a character, which cannot be written again
-    if not is_valid:
-        raise ValueError(f"{place}: no {key!r} here that is a valid {kind.__name__}")
-    return value
+def read_field(entry, key: str, kind: type, where: str):
+    """entry[key], if it is there and of this kind."""
+    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+        raise ValueError(f"{where}: no {key!r} here that is a {kind.__name__}")
+    return entry[key]
 
 
-# A paragraph longer than a window is read through several windows, each doc_stride tokens after the last one.
-# With max_len 10 and doc_stride 2:
+def squad_2_error(path) -> ValueError:
+    return ValueError(f"{path}: this is SQuAD 2.0, whose questions may have no answer; v1.1 is needed: "
+                      f"train-v1.1.json, dev-v1.1.json")
+
+
+# A paragraph longer than the model's input is read through several windows, each `doc_stride` tokens
+# further on. With max_len 10 and doc_stride 2:
 #
-#   question "Where?"                           [CLS] where ? [SEP] ... [SEP]: 5 tokens are left for the text
-#   paragraph "Anna met Bob in Rome last May"   7 tokens
-#   window 0   anna met bob in rome             the answer "Rome last" is cut: start = end = 0, the place of [CLS]
-#   window 1            bob in rome last may    here it is complete: start 6, end 7; the last window
+#   question    "Where?"                          [CLS] where ? [SEP] ... [SEP]: room for 5 tokens
+#   paragraph   "Anna met Bob in Rome last May"   7 tokens
 #
-# "rome" has min(4, 0) tokens on its poorer side in window 0 and min(2, 2) in window 1. Only window 1, where it has
-# its maximum context, may propose an answer that begins there.
+#   window 0    anna met bob in rome              doc_start 0
+#   window 1             bob in rome last may     doc_start 2; it reaches the end, so it is the last one
+#
+# The answer "Rome last" is cut by window 0, whose start and end are therefore position 0, the place of
+# [CLS]. Window 1 holds all of it, at positions 6 and 7.
+#
+# A token is often in several windows. The model knows most about it where it has most context on its poorer
+# side. "rome" has min(4 left, 0 right) = 0 tokens in window 0 and min(2 left, 2 right) = 2 in window 1. So
+# only window 1, its maximum context, may propose an answer that begins with "rome".
 
 
 class Window(NamedTuple):
-    """A stretch of a paragraph as the model reads it: [CLS] question [SEP] stretch [SEP]."""
+    """N tokens of a paragraph as the model reads them: [CLS] question [SEP] the N tokens [SEP]."""
     question_index: int
     input_ids: np.ndarray  # (T,)
     token_type_ids: np.ndarray  # (T,)
-    offsets: np.ndarray  # (tokens of the stretch, 2): where each begins and ends in the context, in characters
-    first_position: int  # of the stretch in input_ids
-    is_max_context: np.ndarray  # (tokens of the stretch,) bool
-    start_position: int  # of the answer's first token in input_ids; 0 ([CLS]) unless all of the answer is here
-    end_position: int
+    doc_start: int  # which token of the paragraph comes first in this window
+    doc_offset: int  # its position in input_ids
+    char_spans: np.ndarray  # (N, 2): the characters of the paragraph where each token begins and ends
+    is_max_context: np.ndarray  # (N,) bool: an answer may begin here
+    start_position: int  # positions in input_ids of the answer's first and last token;
+    end_position: int  # 0 and 0, that is [CLS], unless all of the answer is in this window
 
 
-def windows(questions: list[Question], vocabulary, max_len: int = 384, doc_stride: int = 128,
-            max_question: int = 64, training: bool = False) -> list[Window]:
-    """All windows of all questions, in order; max_len, doc_stride and max_question in tokens.
+def windows(
+    questions: list[Question],
+    vocabulary: data.Vocabulary,
+    max_len: int = 384,
+    doc_stride: int = 128,
+    max_question: int = 64,
+    training: bool = False,
+) -> list[Window]:
+    """All windows of all questions, in order. max_len, doc_stride and max_question are in tokens.
 
-    training: sets start and end from the first answer of each question, by its characters. Questions whose answer
-    is not where the file says are left out, with one line that counts them."""
-    contexts = tokenize_contexts(questions, vocabulary)
-    question_encodings = tokenize([question.question.strip() for question in questions], vocabulary)
-    num_specials = len(join([], [], vocabulary)[0])
-    made = []
-    num_dropped = 0
-    for index, (question, encoding) in enumerate(zip(questions, question_encodings, strict=True)):
+    With `training` the windows know the first answer of their question. A question whose answer is not
+    where the file says, or holds no token, is then left out; one printed line counts these. The rules are
+    those of run_squad.py, except that answers are found by their characters. Raises ValueError if a
+    question fills max_len."""
+    documents = tokenize_contexts(questions, vocabulary)
+    question_texts = [question.question.strip() for question in questions]
+    num_special = num_special_tokens(vocabulary)
+
+    all_windows = []
+    num_left_out = 0
+    for index, encoding in enumerate(tokenize(question_texts, vocabulary)):
+        question = questions[index]
         question_ids = encoding.ids[:max_question]
-        context_ids, offsets = contexts[question.context]
-        room = max_len - len(question_ids) - num_specials
+        doc_ids, char_spans = documents[question.context]
+        doc_offset = len(question_ids) + num_special - 1
+        room = max_len - len(question_ids) - num_special
         if room < 1:
-            raise ValueError(f"max_len {max_len}: no room for text after {question.question!r:.60}")
+            raise ValueError(f"max_len {max_len}: no room for text after {question.question[:60]!r}")
 
-        answer = (0, -1)  # first and last token in the context: none
+        answer = None
         if training:
-            answer = find_answer_tokens(question, offsets)
-        if answer is None:
-            num_dropped += 1
-            continue
+            answer = find_answer_tokens(question, char_spans)
+            if answer is None:
+                num_left_out += 1
+                continue
 
-        doc_starts = window_starts(len(context_ids), room, doc_stride)
-        has_max_context = max_context(len(context_ids), doc_starts, room)
-        first_position = len(question_ids) + num_specials - 1
-        for window_number, doc_start in enumerate(doc_starts):
-            stretch = slice(doc_start, doc_start + room)
+        # The last window is the first one that reaches the end of the paragraph.
+        stride = min(doc_stride, room)  # a short window must not jump over tokens
+        last_start = max(len(doc_ids) - room, 0)
+        doc_starts = range(0, last_start + stride, stride)
+        is_max_context = find_max_context(len(doc_ids), doc_starts, room)
+
+        for number, doc_start in enumerate(doc_starts):
+            doc_end = doc_start + room
+            ids_here = doc_ids[doc_start:doc_end]
+            input_ids, token_type_ids = add_special_tokens(question_ids, ids_here, vocabulary)
             start_position = 0
             end_position = 0
-            if doc_start <= answer[0] <= answer[1] < doc_start + room:
-                start_position = first_position + answer[0] - doc_start
-                end_position = first_position + answer[1] - doc_start
-            input_ids, token_type_ids = join(question_ids, context_ids[stretch], vocabulary)
-            made.append(Window(index, input_ids, token_type_ids, offsets[stretch], first_position,
-                               has_max_context[window_number, stretch], start_position, end_position))
-    if num_dropped:
-        print(f"left out {num_dropped} of {len(questions)} questions: answer not in its place", file=sys.stderr)
-    return made
+            if answer is not None and doc_start <= answer[0] and answer[1] < doc_end:
+                start_position = doc_offset + answer[0] - doc_start
+                end_position = doc_offset + answer[1] - doc_start
+            window = Window(
+                question_index=index,
+                input_ids=input_ids,
+                token_type_ids=token_type_ids,
+                doc_start=doc_start,
+                doc_offset=doc_offset,
+                char_spans=char_spans[doc_start:doc_end],
+                is_max_context=is_max_context[number, doc_start:doc_end],
+                start_position=start_position,
+                end_position=end_position,
+            )
+            all_windows.append(window)
+
+    if num_left_out:
+        message = f"left out {num_left_out} of {len(questions)} questions: answer not in its place"
+        print(message, file=sys.stderr)
+    return all_windows
 
 
-def tokenize_contexts(questions: list[Question], vocabulary) -> dict[str, tuple]:
-    """{context: (ids, offsets (n, 2))}; each paragraph serves about five questions."""
-    texts = sorted({question.context for question in questions})
-    contexts = {}
-    for text, encoding in zip(texts, tokenize(texts, vocabulary), strict=True):
-        contexts[text] = (encoding.ids, np.array(encoding.offsets, np.int32).reshape(-1, 2))
-    return contexts
+def tokenize_contexts(questions: list[Question], vocabulary: data.Vocabulary) -> dict[str, tuple]:
+    """{paragraph: (token ids, character spans (tokens, 2))}. A paragraph serves about five questions."""
+    contexts = sorted({question.context for question in questions})
+    documents = {}
+    for context, encoding in zip(contexts, tokenize(contexts, vocabulary), strict=True):
+        char_spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        documents[context] = (encoding.ids, char_spans)
+    return documents
 
 
-def window_starts(num_tokens: int, room: int, doc_stride: int) -> range:
-    """The first token of each window. The first window that reaches the end is the last one."""
-    stride = min(doc_stride, room)  # a short window must not jump over tokens
-    return range(0, max(num_tokens - room, 0) + stride, stride)
+def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int, int] | None:
+    """The first and last token of the first answer, or None if the answer is not where the file says.
 
-
-def find_answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
-    """The first token that ends after the first answer begins, and the last token that begins before it ends.
-
-    That is right where RoBERTa's " Rome" has the offsets (2, 7) and the answer (3, 7), and where four tokens share
-    one emoji."""
+    The first token is the first that ends after the answer begins; the last token is the last that begins
+    before the answer ends. That is right where RoBERTa's token " Rome" spans characters 2 to 7 and the
+    answer 3 to 7, and where four tokens share one emoji."""
     text, start = question.answers[0]
-    if question.context[start:start + len(text)] != text or not text.strip():
+    if question.context[start : start + len(text)] != text or not text.strip():
         return None
     end = start + len(text.rstrip())
     start = start + len(text) - len(text.lstrip())
-    first = int(np.searchsorted(offsets[:, 1], start, side="right"))
-    last = int(np.searchsorted(offsets[:, 0], end)) - 1
-    return (first, last) if first <= last else None
+
+    first = int(np.searchsorted(char_spans[:, 1], start, side="right"))
+    last = int(np.searchsorted(char_spans[:, 0], end)) - 1
+    if first > last:
+        return None
+    return first, last
 
 
-def max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
-    """(windows, tokens) bool: the window in which a token has most context on its poorer side; the first of equals.
-    As in run_squad.py, longer windows count a little more."""
-    begins = np.array(doc_starts)[:, None]  # (windows, 1)
-    lengths = np.minimum(room, num_tokens - begins)
-    left = np.arange(num_tokens) - begins  # (windows, tokens): tokens to the left, in the window
-    right = lengths - 1 - left
-    poorer = np.minimum(left, right)
-    score = np.where(poorer >= 0, poorer + 0.01 * lengths, -1)
-    return score.argmax(axis=0) == np.arange(len(begins))[:, None]
+def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
+    """(windows, tokens) bool: True where a token has its maximum context, in exactly one window.
+
+    Each token of a window's length adds 0.01 to the context on the poorer side (run_squad.py,
+    _check_is_max_context); of equals the earlier window wins."""
+    doc_start = np.array(doc_starts)[:, None]  # (windows, 1)
+    length = np.minimum(room, num_tokens - doc_start)  # (windows, 1)
+    num_left = np.arange(num_tokens) - doc_start  # (windows, tokens), negative outside the window
+    num_right = length - 1 - num_left
+    poorer_side = np.minimum(num_left, num_right)
+
+    score = poorer_side + 0.01 * length
+    score[poorer_side < 0] = -1
+    best_window = score.argmax(axis=0)  # (tokens,)
+    return best_window == np.arange(len(doc_start))[:, None]
 
 
-def best_answers(questions: list[Question], windows: list[Window], start_logits, end_logits,
-                 num_best: int = 20, max_answer: int = 30) -> dict[str, str]:
-    """{question id: answer}: the start and the end with the highest sum of logits, over all windows of a question.
+# From logits back to text. The model gives each position of a window a start and an end logit. The answer is
+# the pair with the highest sum, over all windows of a question:
+#
+#   window 1     [CLS] where ? [SEP]  bob  in  rome  last  may  [SEP]
+#   position       0     1   2   3     4    5    6     7    8     9
+#   start logit    0     0   0   0     0    0    5     0    0     0      best start 6, best end 7:
+#   end logit      0     0   0   0     0    0    0     5    0     0      characters 16 to 25, "Rome last"
 
-    start_logits, end_logits: T numbers or more for each window. Candidates are the num_best starts (with maximum
-    context) and the num_best ends in the paragraph, end >= start, at most max_answer tokens. "" if there is none."""
-    best_scores = {}
-    best_spans = {}
-    for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
-        stretch = slice(window.first_position, window.first_position + len(window.offsets))
-        starts = np.where(window.is_max_context, np.asarray(starts[stretch], np.float64), -np.inf)
-        ends = np.asarray(ends[stretch], np.float64)
-        first = np.argsort(-starts, kind="stable")[:num_best]  # tokens of the stretch
-        last = np.argsort(-ends, kind="stable")[:num_best]
 
-        lengths = last - first[:, None] + 1  # (starts, ends)
-        is_valid = (lengths > 0) & (lengths <= max_answer)
-        scores = np.where(is_valid, starts[first][:, None] + ends[last], -np.inf)
-        if scores.size and scores.max() > best_scores.get(window.question_index, -np.inf):
-            row, column = np.unravel_index(scores.argmax(), scores.shape)
-            best_scores[window.question_index] = scores.max()
-            best_spans[window.question_index] = (window.offsets[first[row], 0], window.offsets[last[column], 1])
+def best_answers(
+    questions: list[Question],
+    windows: list[Window],
+    start_logits,
+    end_logits,
+    n_best_size: int = 20,
+    max_answer_length: int = 30,
+) -> dict[str, str]:
+    """{question id: answer}, "" where no window proposes one.
 
-    answers = {}
-    for index, question in enumerate(questions):
-        start, end = best_spans.get(index, (0, 0))
-        answers[question.id] = answer_text(question.context, start, end)
+    start_logits, end_logits: one row for each window, of T numbers or more (padding is ignored)."""
+    best_score = [-np.inf] * len(questions)
+    answers = {question.id: "" for question in questions}
+    for window, window_starts, window_ends in zip(windows, start_logits, end_logits, strict=True):
+        span = best_span(window, window_starts, window_ends, n_best_size, max_answer_length)
+        if span is None:
+            continue
+        score, char_start, char_end = span
+        if score > best_score[window.question_index]:
+            best_score[window.question_index] = score
+            question = questions[window.question_index]
+            answers[question.id] = answer_text(question.context, char_start, char_end)
     return answers
 
 
+def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_answer_length: int):
+    """(score, first character, last character + 1) of a window's best answer, or None.
+
+    Candidates are the n best starts, each with its maximum context here, times the n best ends, both in the
+    paragraph; the end is not before the start, and the answer has at most max_answer_length tokens."""
+    document = slice(window.doc_offset, window.doc_offset + len(window.char_spans))
+    start_scores = np.asarray(start_logits[document], np.float64)
+    start_scores = np.where(window.is_max_context, start_scores, -np.inf)
+    end_scores = np.asarray(end_logits[document], np.float64)
+    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]
+    ends = np.argsort(-end_scores, kind="stable")[:n_best_size]
+    if len(starts) == 0:
+        return None  # an empty paragraph
+
+    scores = start_scores[starts][:, None] + end_scores[ends]  # (starts, ends)
+    num_tokens = ends - starts[:, None] + 1
+    scores[(num_tokens < 1) | (num_tokens > max_answer_length)] = -np.inf
+    row, column = np.unravel_index(scores.argmax(), scores.shape)
+    char_start = window.char_spans[starts[row], 0]
+    char_end = window.char_spans[ends[column], 1]
+    return scores[row, column], char_start, char_end
+
+
 def answer_text(context: str, start: int, end: int) -> str:
-    """context[start:end] without RoBERTa's leading space, and with the accents behind its last character: BERT's
-    tokenizer drops them, so that its token for "cafe\\u0301" (e and accent are two characters) ends too early."""
-    while 0 < end < len(context) and unicodedata.category(context[end]) == "Mn":
+    """context[start:end] without the space that RoBERTa's tokens begin with, but with its last accents.
+
+    BERT's normaliser deletes accents, so its token for "cafe" + U+0301 (e and accent are two characters)
+    ends before the accent."""
+    while end < len(context) and unicodedata.category(context[end]) == "Mn":  # a mark without width
         end += 1
     return context[start:end].strip()
 
 
 def squad_scores(predictions: dict[str, str], questions: list[Question]) -> dict[str, float]:
-    """{"em", "f1"} in percent, equal to the official evaluate-v1.1.py. A question without prediction counts 0."""
+    """{"em": exact matches, "f1": overlap of words}, in percent; equal to the official evaluate-v1.1.py.
+
+    predictions: {question id: text}; a question that is not answered counts as 0. A prediction is compared
+    with each of the question's answers, and the best comparison counts."""
     exact_matches = 0
-    total_f1 = 0.0
+    total_f1 = 0
     for question in questions:
         if question.id not in predictions:
             continue
         predicted = normalised_words(predictions[question.id])
-        references = [normalised_words(text) for text, _ in question.answers]
-        exact_matches += predicted in references
-        total_f1 += max(word_f1(predicted, reference) for reference in references)
+        golds = [normalised_words(text) for text, _ in question.answers]
+        if predicted in golds:
+            exact_matches += 1
+        total_f1 += max(word_overlap(predicted, gold) for gold in golds)
     return {"em": 100.0 * exact_matches / len(questions), "f1": 100.0 * total_f1 / len(questions)}
 
 
 def normalised_words(text: str) -> list[str]:
-    """Lower case, without punctuation and articles: "The U.S. state" -> us, state."""
+    """"The U.S. state" -> ["us", "state"]: no case, no ASCII punctuation, no articles."""
     text = text.lower()
     text = "".join(character for character in text if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+    text = re.sub(r"\b(a|an|the)\b", " ", text)
+    return text.split()
 
 
-def word_f1(predicted: list[str], reference: list[str]) -> float:
-    num_common = sum((Counter(predicted) & Counter(reference)).values())
+def word_overlap(predicted: list[str], gold: list[str]) -> float:
+    """Harmonic mean of precision and recall of the predicted words; 0 without a common word."""
+    num_common = sum((Counter(predicted) & Counter(gold)).values())
     if num_common == 0:
-        return 0.0
+        return 0
     precision = num_common / len(predicted)
-    recall = num_common / len(reference)
+    recall = num_common / len(gold)
     return 2 * precision * recall / (precision + recall)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Metrics of predicted (n,) and labels (n,)
+# 5. Metrics. Both arguments are (n,): what was predicted, and the labels.
 # ---------------------------------------------------------------------------------------------------
 
 
 def accuracy(predicted, labels) -> float:
-    return float(np.mean(np.equal(predicted, labels))) if len(labels) else 0.0
+    if len(labels) == 0:
+        return 0.0
+    return float(np.mean(np.equal(predicted, labels)))
 
 
 def f1(predicted, labels) -> float:
-    """The harmonic mean of precision and recall of class 1."""
-    is_predicted = np.equal(predicted, 1)
-    is_label = np.equal(labels, 1)
-    num_both = np.sum(is_predicted & is_label)
-    return float(2 * num_both / max(np.sum(is_predicted) + np.sum(is_label), 1))
+    """Harmonic mean of precision and recall of class 1; 0.0 where class 1 does not occur."""
+    predicted_1 = np.equal(predicted, 1)
+    labelled_1 = np.equal(labels, 1)
+    true_positives = np.sum(predicted_1 & labelled_1)
+    return float(2 * true_positives / max(np.sum(predicted_1) + np.sum(labelled_1), 1))
 
 
 def matthews(predicted, labels) -> float:
-    """(tp tn - fp fn) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn)), which is Pearson's r of zeros and ones."""
+    """(tp tn - fp fn) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn)): Pearson's r of zeros and ones."""
     return pearson(predicted, labels)
 
 
 def pearson(predicted, labels) -> float:
-    """0.0 where it is undefined: fewer than two values, all equal, or not finite."""
+    """The correlation coefficient; 0.0 where it is undefined: fewer than two values, all equal, infinite."""
     x = np.asarray(predicted, np.float64)
     y = np.asarray(labels, np.float64)
     if len(x) < 2 or not np.isfinite(x).all() or not np.isfinite(y).all():
         return 0.0
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
+
     x = x - x.mean()
     y = y - y.mean()
     r = (x / np.linalg.norm(x)) @ (y / np.linalg.norm(y))
-    return float(np.clip(r, -1, 1)) if np.isfinite(r) else 0.0
+    if not np.isfinite(r):
+        return 0.0
+    return float(np.clip(r, -1, 1))  # rounding may pass 1
 
 
 def spearman(predicted, labels) -> float:
-    """Pearson's r of the ranks. Equal values share the mean of their ranks: 10, 20, 20, 30 -> 1, 2.5, 2.5, 4."""
+    """Pearson's r of the ranks; 0.0 where it is undefined."""
     if np.isnan(predicted).any() or np.isnan(labels).any():
         return 0.0
     return pearson(average_ranks(predicted), average_ranks(labels))
 
 
 def average_ranks(values) -> np.ndarray:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last_ranks = np.cumsum(counts)
-    return (last_ranks - (counts - 1) / 2)[places]
+    """Equal values share the mean of their ranks: 10, 20, 20, 30 -> 1, 2.5, 2.5, 4."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last_rank = np.cumsum(counts)
+    mean_rank = last_rank - (counts - 1) / 2
+    return mean_rank[group]
 
 
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
 def score(task: Task, predictions, examples: list[Example], split: str = "dev") -> dict[str, float]:
-    """The metrics of the task for predictions (n,), class ids or numbers. With split dev_mm those named _mm."""
-    labels = [example.label for example in examples]
-    if len(predictions) != len(labels) or None in labels:
+    """The task's metrics of predictions (n,), which are class ids or numbers; no spans.
+
+    On dev_mm these are the metrics whose name ends in _mm, on other splits the others. Raises ValueError if
+    the numbers of predictions and labels differ."""
+    labels = [example.label for example in examples if example.label is not None]
+    if len(predictions) != len(examples) or len(labels) != len(examples):
         raise ValueError(f"task {task.name}: {len(predictions)} predictions for {len(labels)} labels")
+
     scores = {}
     for name in task.metrics:
         if name.endswith("_mm") == (split == "dev_mm"):
@@ -678,164 +834,224 @@ def score(task: Task, predictions, examples: list[Example], split: str = "dev") 
     return scores
 
 
-def floor(task: Task, examples: list, split: str = "dev") -> dict[str, float]:
-    """What always answering the most frequent class scores; 0.0 for numbers and spans. A run that scores no better
-    than this has collapsed. MRPC dev, where 279 of 408 are class 1: accuracy 0.684, f1 0.812."""
+def floor(task: Task, examples: list[Example], split: str = "dev") -> dict[str, float]:
+    """The scores of always answering the most frequent class. A run that scores no better has collapsed.
+
+    MRPC's dev set has 279 of 408 in class 1: accuracy 0.684, f1 0.812. Numbers and spans have floor 0.0."""
     if task.predicts != "class":
         return dict.fromkeys(task.metrics, 0.0)
-    majority = np.bincount([example.label for example in examples]).argmax()
+    labels = [example.label for example in examples]
+    majority = np.bincount(labels).argmax()
     return score(task, np.full(len(examples), majority), examples, split)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: submission files. Skip it at a first reading, like all that follows.
+# Appendix: submission files. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-SUBMISSION_FILES = {"test": "MNLI-m.tsv", "test_mm": "MNLI-mm.tsv", "ax": "AX.tsv"}  # of MNLI; else FOLDER.tsv
+# What GLUE's server calls the three files of MNLI, by split; the file of any other task is FOLDER.tsv.
+SUBMISSION_FILES = {"test": "MNLI-m.tsv", "test_mm": "MNLI-mm.tsv", "ax": "AX.tsv"}
 
 
-def write_submission(task: Task, predictions, path):
-    """GLUE's table of predictions (n,) in the order of the test file, labels as words, numbers with 3 decimals; for
-    squad the JSON {id: text} that the official scorer reads."""
+def write_submission(task: Task, predictions, path) -> None:
+    """Writes GLUE's table of predictions (n,) in the order of the test file; for SQuAD the JSON {id: text}
+    that the official scorer reads. Labels are words, numbers have 3 decimals. Raises OSError."""
     if task.predicts == "span":
-        text = json.dumps(predictions)
+        content = json.dumps(predictions)
     else:
-        lines = ["index\tprediction\n"]
-        for index, value in enumerate(predictions):
-            word = task.labels[int(value)] if task.predicts == "class" else f"{value:.3f}"
-            lines.append(f"{index}\t{word}\n")
-        text = "".join(lines)
+        lines = ["index\tprediction"]
+        for index, prediction in enumerate(predictions):
+            if task.predicts == "class":
+                word = task.labels[int(prediction)]
+            else:
+                word = f"{prediction:.3f}"
+            lines.append(f"{index}\t{word}")
+        content = "\n".join(lines) + "\n"
+
     with bert.atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(content.encode())
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: downloads
+# Appendix: downloads. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-FACEBOOK = "https://dl.fbaipublicfiles.com"
-GLUE = f"{FACEBOOK}/glue/data"
-SENTEVAL = f"{FACEBOOK}/senteval/senteval_data"
-SQUAD_EXPLORER = "https://rajpurkar.github.io/SQuAD-explorer/dataset"
+GLUE_HOST = "https://dl.fbaipublicfiles.com/glue/data/"
+MRPC_HOST = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+SQUAD_HOST = "https://rajpurkar.github.io/SQuAD-explorer/dataset/"
 
 
-class Published(NamedTuple):
-    """A file on the web. splits: the splits of its task that need it; None: all."""
-    task: str
+@dataclass(frozen=True)
+class Published:
+    """A file on the web. A .zip holds the tables of all splits, another file serves those named here."""
     url: str
     size: int  # bytes
     sha256: str
-    splits: tuple | None = None
+    splits: tuple[str, ...] = ()
 
 
-PUBLISHED = (
-    Published("cola", f"{GLUE}/CoLA.zip", 376971,
-              "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
-    Published("sst2", f"{GLUE}/SST-2.zip", 7439277,
-              "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
-    Published("mrpc", f"{SENTEVAL}/msr_paraphrase_train.txt", 1047044,
-              "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89", ("train", "dev")),
-    Published("mrpc", f"{GLUE}/mrpc_dev_ids.tsv", 6222,
-              "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7", ("train", "dev")),
-    Published("mrpc", f"{SENTEVAL}/msr_paraphrase_test.txt", 441275,
-              "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784", ("test",)),
-    Published("stsb", f"{GLUE}/STS-B.zip", 802872,
-              "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
-    Published("qqp", f"{GLUE}/QQP-clean.zip", 41696084,
-              "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
-    Published("mnli", f"{GLUE}/MNLI.zip", 312783507,
-              "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
-    Published("mnli", f"{GLUE}/AX.tsv", 222257,
-              "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd", ("ax",)),
-    Published("qnli", f"{GLUE}/QNLIv2.zip", 10627589,
-              "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
-    Published("rte", f"{GLUE}/RTE.zip", 697150,
-              "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
-    Published("wnli", f"{GLUE}/WNLI.zip", 28999,
-              "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
-    Published("squad", f"{SQUAD_EXPLORER}/train-v1.1.json", 30288272,
-              "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955", ("train",)),
-    Published("squad", f"{SQUAD_EXPLORER}/dev-v1.1.json", 4854279,
-              "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9", ("dev",)),
-)
+DOWNLOADS = {
+    "cola": [
+        Published(GLUE_HOST + "CoLA.zip", 376971,
+                  "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff"),
+    ],
+    "sst2": [
+        Published(GLUE_HOST + "SST-2.zip", 7439277,
+                  "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa"),
+    ],
+    "mrpc": [
+        Published(MRPC_HOST + "msr_paraphrase_train.txt", 1047044,
+                  "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+                  splits=("train", "dev")),
+        Published(GLUE_HOST + "mrpc_dev_ids.tsv", 6222,
+                  "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7",
+                  splits=("train", "dev")),
+        Published(MRPC_HOST + "msr_paraphrase_test.txt", 441275,
+                  "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784", splits=("test",)),
+    ],
+    "stsb": [
+        Published(GLUE_HOST + "STS-B.zip", 802872,
+                  "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85"),
+    ],
+    "qqp": [
+        Published(GLUE_HOST + "QQP-clean.zip", 41696084,
+                  "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0"),
+    ],
+    "mnli": [
+        Published(GLUE_HOST + "MNLI.zip", 312783507,
+                  "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633"),
+        Published(GLUE_HOST + "AX.tsv", 222257,
+                  "0e13510b1bb14436ff7e2ee82338f0efb0133ecf2e73507a697dc210db3f05fd",
+                  splits=("ax",)),
+    ],
+    "qnli": [
+        Published(GLUE_HOST + "QNLIv2.zip", 10627589,
+                  "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5"),
+    ],
+    "rte": [
+        Published(GLUE_HOST + "RTE.zip", 697150,
+                  "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee"),
+    ],
+    "wnli": [
+        Published(GLUE_HOST + "WNLI.zip", 28999,
+                  "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46"),
+    ],
+    "squad": [
+        Published(SQUAD_HOST + "train-v1.1.json", 30288272,
+                  "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+                  splits=("train",)),
+        Published(SQUAD_HOST + "dev-v1.1.json", 4854279,
+                  "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+                  splits=("dev",)),
+    ],
+}
 
 
-def download(task, folder=None, splits: list | None = None) -> Path:
-    """Fetches what is missing of the files that the splits (None: all) need, below `folder` (default: the cache)
-    -> the folder to read. AX.tsv comes only with the split "ax", which --predict reads."""
+def download(task, folder=None, splits=None) -> Path:
+    """Fetches the files of a task's splits that are not yet below `folder` -> the folder for load_glue().
+
+    folder: default is "glue" in the cache. splits: default is what training reads (LABELLED_SPLITS). An
+    archive keeps its own top folder: CoLA/CoLA/dev.tsv. Raises OSError if a file cannot be had."""
     task = find_task(task)
-    folder = Path(folder or data.cache() / "glue") / task.folder
-    for published in PUBLISHED:
-        is_needed = splits is None or published.splits is None or set(splits) & set(published.splits)
-        if published.task != task.name or not is_needed:
-            continue
-        name = published.url.rpartition("/")[2]
-        if not name.endswith(".zip"):
-            data.fetch([published.url], folder / name, published.size, published.sha256)
-        elif not folder.exists():  # unpack() makes the folder when all is there: CoLA/CoLA/dev.tsv
-            archive = data.fetch([published.url], folder.with_name(name), published.size, published.sha256)
-            data.unpack(archive, folder, (".tsv",))
-    return folder
+    if folder is None:
+        folder = data.cache() / "glue"
+    if splits is None:
+        splits = LABELLED_SPLITS
+
+    task_folder = Path(folder) / task.folder
+    for file in DOWNLOADS[task.name]:
+        name = file.url.rsplit("/", 1)[1]
+        if name.endswith(".zip"):
+            if not task_folder.exists():  # it appears when it is complete
+                archive = task_folder.with_name(name)
+                data.fetch([file.url], archive, file.size, file.sha256)
+                data.unpack(archive, task_folder, (".tsv",))
+        elif any(split in splits for split in file.splits):
+            data.fetch([file.url], task_folder / name, file.size, file.sha256)
+    return task_folder
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: a task of your own
+# Appendix: tasks of your own. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-OWN_TASK_KEYS = ("name", "columns", "label", "labels", "metric", "train", "dev")  # and perhaps "test"
+# A task of your own is a JSON file beside its tables:
+#
+#   {"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "accuracy",
+#    "train": "a.tsv", "dev": "b.tsv", "test": "c.tsv"}
+#
+# "columns" names one text column or two, by the words of the first line, or by numbers from 0 if the tables
+# have no such line. "labels": null predicts a number. "test" may be missing.
+
+NEEDED_KEYS = ("name", "columns", "label", "labels", "metric", "train", "dev")
 
 
-def read_own_task(path: Path) -> Task:
-    """{"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "accuracy",
-     "train": "a.tsv", "dev": "b.tsv", "test": "c.tsv"}
+def read_task(path: Path) -> Task:
+    """The task that a JSON file describes.
 
-    The files are tab-separated and lie beside this one; "test" may be missing. One or two columns, by name, or by
-    index from 0 if there is no header line. "labels": null predicts a number."""
+    Raises ValueError for a key that is missing or wrong, FileNotFoundError for a table that is not there."""
     content = bert.read_json(path)
-    missing = [key for key in OWN_TASK_KEYS if key not in content]
-    unknown = [key for key in content if key not in (*OWN_TASK_KEYS, "test")]
-    if missing or unknown:
-        problem = f"missing key {missing[0]!r}" if missing else f"unknown key {unknown[0]!r:.60}"
-        raise ValueError(f"{path}: {problem}; needed: {', '.join(OWN_TASK_KEYS)}; possible: test")
+    valid_keys = f"needed: {', '.join(NEEDED_KEYS)}; possible: test"
+    for key in NEEDED_KEYS:
+        if key not in content:
+            raise ValueError(f"{path}: missing key {key!r}; {valid_keys}")
+    for key in content:
+        if key not in (*NEEDED_KEYS, "test"):
+            raise ValueError(f"{path}: unknown key {key[:60]!r}; {valid_keys}")
 
     name = content["name"]
-    taken = {*TASKS, *(task.folder for task in TASKS.values())}
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in taken:
-        raise ValueError(f'{path}: "name" must be a word that is not an official task')
+    official = [*TASKS, *(task.folder for task in ALL_TASKS)]
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in official:
+        raise ValueError(f'{path}: "name" must be a word that is no official task')
 
     columns = content["columns"]
-    label_column = content["label"]
-    is_list = isinstance(columns, list) and len(columns) in (1, 2)
-    if not is_list or not all(is_column(column) for column in (*columns, label_column)):
-        raise ValueError(f'{path}: "columns" must be a list of one or two header names or indices from 0, "label" one '
-                         "such")
+    if not isinstance(columns, list) or len(columns) not in (1, 2):
+        raise ValueError(f'{path}: "columns" must be a list of one or two columns')
+    for column in (*columns, content["label"]):
+        is_index = type(column) is int and column >= 0
+        if not isinstance(column, str) and not is_index:
+            raise ValueError(f'{path}: "columns" and "label" must be header names or indices from 0')
 
-    labels = content["labels"]
-    if labels is None:
+    # The labels decide what is predicted, and that decides which metrics make sense.
+    if content["labels"] is None:
         predicts = "number"
         labels = ()
-        fitting = ["pearson", "spearman"]
+        valid_metrics = ("pearson", "spearman")
     else:
         predicts = "class"
-        labels = tuple(str(label) for label in labels) if isinstance(labels, list) else ()
-        if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise ValueError(f'{path}: "labels" must be a list of two or more different words, or null to predict a '
-                             "number")
-        fitting = ["accuracy", "f1", "matthews"] if len(labels) == 2 else ["accuracy"]
-    if content["metric"] not in fitting:
-        raise ValueError(f'{path}: "metric" {content["metric"]!r:.40} does not fit these labels; valid: '
-                         f"{', '.join(fitting)}")
+        labels = read_labels(content["labels"], path)
+        valid_metrics = ("accuracy", "f1", "matthews")
+        if len(labels) > 2:
+            valid_metrics = ("accuracy",)
+    metric = content["metric"]
+    if metric not in valid_metrics:
+        raise ValueError(f'{path}: "metric" {str(metric)[:40]!r} does not fit these labels; '
+                         f"valid: {', '.join(valid_metrics)}")
 
+    folder = path.absolute().parent
     files = {}
     for split in ("train", "dev", "test"):
         if split in content:
-            files[split] = (str(path.absolute().parent / str(content[split])),)
-    task = Task(name=name, folder=name, predicts=predicts, labels=labels, metrics=(content["metric"],),
-                text_columns=tuple(columns), label_column=label_column, files=files)
+            files[split] = (str(folder / str(content[split])),)
+    task = Task(
+        name=name,
+        folder=name,
+        predicts=predicts,
+        labels=labels,
+        metrics=(metric,),
+        text_columns=tuple(columns),
+        label_column=content["label"],
+        files=files,
+    )
     for split in files:
-        find_file(task, split, ".")
+        find_file(task, split, folder)
     return task
 
 
-def is_column(column) -> bool:
-    return isinstance(column, str) or type(column) is int and column >= 0
+def read_labels(words, path: Path) -> tuple[str, ...]:
+    if isinstance(words, list):
+        labels = tuple(str(word) for word in words)
+        if len(labels) > 1 and len(set(labels)) == len(labels):
+            return labels
+    raise ValueError(f'{path}: "labels" must be a list of two or more different words, '
+                     "or null to predict a number")

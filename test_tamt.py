@@ -31,6 +31,7 @@ from torch import nn
 
 import bert
 import data
+import glue_squad
 import tamt
 from dev import fuzz
 
@@ -2146,3 +2147,547 @@ def test_a_line_that_a_killed_program_left_unfinished_does_not_swallow_the_next(
     (tmp_path / "r.jsonl").write_text('{"a": 1}\n{"a": ')
     data.append_line(tmp_path / "r.jsonl", {"a": 3})
     assert (tmp_path / "r.jsonl").read_text().split("\n") == ['{"a": 1}', '{"a": ', '{"a": 3}', ""]
+
+
+# ---------------------------------------------------------------------------------------------------
+# glue_squad: tables
+# ---------------------------------------------------------------------------------------------------
+
+
+def write(folder, name, content):
+    """Writes a file of text or bytes, or else as JSON -> its path."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_bytes(content.encode())
+    else:
+        path.write_text(json.dumps(content))
+    return path
+
+
+def test_quotation_marks_in_a_table_mean_nothing(tmp_path):
+    write(tmp_path, "SST-2/dev.tsv", 'sentence\tlabel\n"half a quote\t1\n"b" c"\t0\n')
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [('"half a quote', None, 1), ('"b" c"', None, 0)]
+
+
+def test_only_a_newline_ends_a_row(tmp_path):
+    write(tmp_path, "SST-2/dev.tsv", "sentence\tlabel\none\u0085two\u2028three\x0bfour\t1\n")
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [("one\u0085two\u2028three\x0bfour", None, 1)]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    write(tmp_path, "SST-2/dev.tsv", "\ufeffsentence\tlabel\r\na\t1\r\n\r\n")
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [("a", None, 1)]
+
+
+def test_the_folder_may_be_the_tasks_own(tmp_path):
+    write(tmp_path, "dev.tsv", "sentence\tlabel\na\t1\n")
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [("a", None, 1)]
+
+
+def test_cola_has_no_line_of_names_but_its_test_file_has(tmp_path):
+    write(tmp_path, "CoLA/dev.tsv", "gj04\t1\t\tFirst row.\nbc\t0\t*\tSecond row.\n")
+    write(tmp_path, "CoLA/test.tsv", "index\tsentence\n0\tWho knows?\n")
+    assert glue_squad.load_glue("cola", "dev", tmp_path) == [("First row.", None, 1), ("Second row.", None, 0)]
+    assert glue_squad.load_glue("cola", "test", tmp_path) == [("Who knows?", None, None)]
+
+
+def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
+    write(tmp_path, "MNLI/train.tsv", "gold_label\tsentence2\tsentence1\nneutral\tb\ta\n")
+    names = "sentence1\tsentence2\tlabel1\tgold_label\n"
+    write(tmp_path, "MNLI/dev_mismatched.tsv", names + "a\tb\tneutral\tentailment\n")
+    assert glue_squad.load_glue("mnli", "train", tmp_path) == [("a", "b", 1)]
+    assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]
+
+
+def test_the_label_of_a_similarity_is_a_number(tmp_path):
+    write(tmp_path, "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t3.200\n")
+    assert glue_squad.load_glue("stsb", "dev", tmp_path) == [("a", "b", 3.2)]
+
+
+def test_halves_of_a_row_are_skipped_in_qqp_alone(tmp_path, capsys):
+    """A line break inside a question of QQP leaves two short rows. Elsewhere a short row is an error."""
+    cut = "1\tx\ty\t1\n4\tcut\nhere\tz\t0\n"
+    write(tmp_path, "QQP/dev.tsv", "id\tquestion1\tquestion2\tis_duplicate\n" + cut)
+    assert glue_squad.load_glue("qqp", "dev", tmp_path) == [("x", "y", 1)]
+    assert "skipped 2 rows without 4 fields" in capsys.readouterr().err
+
+    write(tmp_path, "RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\tx\ty\tentailment\n4\tcut\n")
+    with pytest.raises(ValueError, match="dev.tsv line 3: 2 fields where line 1 has 4"):
+        glue_squad.load_glue("rte", "dev", tmp_path)
+
+
+def test_mrpcs_dev_set_is_the_rows_whose_ids_are_listed(tmp_path):
+    names = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    rows = '1\t7\t8\ta "\tb\r\n0\t8\t7\tc\td\r\n'
+    write(tmp_path, "MRPC/msr_paraphrase_train.txt", names + rows)
+    with pytest.raises(FileNotFoundError, match="mrpc_dev_ids.tsv or .*dev_ids.tsv"):
+        glue_squad.load_glue("mrpc", "dev", tmp_path)
+
+    write(tmp_path, "MRPC/dev_ids.tsv", "8\t7\n")
+    assert glue_squad.load_glue("mrpc", "train", tmp_path) == [('a "', "b", 1)]
+    assert glue_squad.load_glue("mrpc", "dev", tmp_path) == [("c", "d", 0)]
+
+
+def test_a_wrong_label_is_named_with_its_line_and_the_valid_ones(tmp_path):
+    write(tmp_path, "RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\tx\ty\tmaybe\n")
+    with pytest.raises(ValueError, match="dev.tsv line 2: label 'maybe' is not one of entailment, not_entailment"):
+        glue_squad.load_glue("rte", "dev", tmp_path)
+
+
+def test_a_missing_file_names_both_places(tmp_path):
+    with pytest.raises(FileNotFoundError, match="task rte: no dev file; expected .*RTE/dev.tsv or .*/dev.tsv"):
+        glue_squad.load_glue("rte", "dev", tmp_path)
+
+
+def test_an_unknown_task_or_split_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'snli'; known: cola, sst2, .*squad"):
+        glue_squad.find_task("snli")
+    with pytest.raises(ValueError, match="task rte has no split 'dev_mm'; it has train, dev, test"):
+        glue_squad.load_glue("rte", "dev_mm", tmp_path)
+
+
+@real
+@pytest.mark.parametrize("name, num_train, num_dev", [
+    ("cola", 8551, 1043), ("sst2", 67349, 872), ("mrpc", 3668, 408), ("stsb", 5749, 1500), ("rte", 2490, 277),
+    ("wnli", 635, 71)])
+def test_real_tables_have_the_known_numbers_of_rows(name, num_train, num_dev):
+    assert len(glue_squad.load_glue(name, "train", REAL / "glue")) == num_train
+    assert len(glue_squad.load_glue(name, "dev", REAL / "glue")) == num_dev
+
+
+# A task of your own.
+
+MOOD = {"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "f1",
+        "train": "a.tsv", "dev": "a.tsv"}
+
+
+def test_a_task_of_your_own_is_a_json_file_beside_its_tables(tmp_path, monkeypatch):
+    write(tmp_path, "a.tsv", "id\ttext\tmood\n1\thello\tglad\n")
+    task = glue_squad.find_task(write(tmp_path, "task.json", MOOD))
+    assert (task.predicts, task.num_outputs, task.metrics) == ("class", 2, ("f1",))
+    monkeypatch.chdir("/")
+    assert glue_squad.load_glue(task, "dev", ".") == [("hello", None, 1)]
+
+
+def test_a_task_of_your_own_may_predict_numbers_from_a_table_without_names(tmp_path):
+    write(tmp_path, "a.tsv", "hello\tyou\t0.5\n")
+    change = {"columns": [0, 1], "label": 2, "labels": None, "metric": "pearson"}
+    task = glue_squad.find_task(write(tmp_path, "task.json", MOOD | change))
+    assert (task.predicts, task.num_outputs) == ("number", 1)
+    assert glue_squad.load_glue(task, "train", tmp_path) == [("hello", "you", 0.5)]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"color": 1}, "unknown key 'color'; needed: name, columns, .*possible: test"),
+    ({"train": "c.tsv"}, "no train file; expected .*c.tsv"),
+    ({"columns": []}, '"columns" must be a list of one or two'),
+    ({"columns": [True]}, "header names or indices from 0"),
+    ({"labels": ["a"]}, "two or more different words, or null"),
+    ({"labels": None}, "valid: pearson, spearman"),
+    ({"metric": "bleu"}, "'bleu' does not fit these labels; valid: accuracy, f1, matthews"),
+    ({"labels": ["a", "b", "c"]}, "valid: accuracy$"),
+    ({"name": "cola"}, "no official task|not an official task"),
+    ({"name": "SST-2"}, "no official task|not an official task"),
+    ({"name": "../mood"}, '"name" must be a word')])
+def test_a_task_of_your_own_that_is_wrong_says_what_would_be_valid(tmp_path, change, message):
+    write(tmp_path, "a.tsv", "id\ttext\tmood\n1\thello\tglad\n")
+    with pytest.raises((ValueError, OSError), match=message):
+        glue_squad.find_task(write(tmp_path, "task.json", MOOD | change))
+
+
+def test_a_task_of_your_own_that_lacks_a_key_says_so(tmp_path):
+    content = {key: value for key, value in MOOD.items() if key != "metric"}
+    with pytest.raises(ValueError, match="missing key 'metric'; needed: name, columns, "):
+        glue_squad.find_task(write(tmp_path, "task.json", content))
+
+
+# Downloads: only what is read.
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """The names of the files that download() fetches; archives hold one table."""
+    names = []
+
+    def fetch(urls, path, size=None, sha256=None):
+        names.append(path.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr(f"{path.stem}/train.tsv", "gold_label\tsentence1\tsentence2\nneutral\ta\tb\n")
+        else:
+            path.write_text("index\tsentence1\tsentence2\n0\tc\td\n")
+        return path
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    return names
+
+
+def test_mnli_trains_without_the_diagnostic_file(tmp_path, fetched):
+    folder = glue_squad.download("mnli", tmp_path, ["train", "dev", "dev_mm"])
+    assert fetched == ["MNLI.zip"]
+    assert glue_squad.load_glue("mnli", "train", folder) == [("a", "b", 1)]
+
+
+def test_mnlis_diagnostic_file_is_fetched_when_it_is_read(tmp_path, fetched):
+    folder = glue_squad.download("mnli", tmp_path, ["train", "ax"])
+    assert fetched == ["MNLI.zip", "AX.tsv"]
+    assert glue_squad.load_glue("mnli", "ax", folder) == [("c", "d", None)]
+
+
+def test_an_unpacked_archive_is_not_fetched_again(tmp_path, fetched):
+    glue_squad.download("rte", tmp_path, ["train"])
+    glue_squad.download("rte", tmp_path, ["train"])
+    assert fetched == ["RTE.zip"]
+
+
+def test_mrpc_trains_without_its_test_file(tmp_path, fetched):
+    glue_squad.download("mrpc", tmp_path, ["train", "dev"])
+    assert fetched == ["msr_paraphrase_train.txt", "mrpc_dev_ids.tsv"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# glue_squad: token ids and batches
+# ---------------------------------------------------------------------------------------------------
+
+# Words whose characters and tokens do not match one to one: composed and separate accents, scripts without
+# spaces, emoji of several code points, ligatures, letters that grow in lower case, invisible characters.
+TEXT = ["Anna", "met", "Bob", "in", "Rome,", "last", "the", "café", "cafe\u0301", "naïve", "東京の夏", "한국", "",
+        "👨\u200d👩\u200d👧", "🎉🎉", "I'm", "U.S.", "x\u200by", "ﬁne", "İstanbul", "a\u0323\u0307", "नमस्ते", "\u00a0"]
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """Two vocabularies: a WordPiece of the characters of TEXT and a few words, and a byte-level BPE with four
+    merges -> {"bert": Vocabulary, "roberta": Vocabulary}."""
+    folder = tmp_path_factory.mktemp("letters")
+    words = "anna met bob in rome last may where cafe".split()
+    characters = sorted(set("".join(TEXT).lower()) | set("?aeioucn.,'"))
+    characters = [character for character in characters if not character.isspace()]
+    pieces = ["##" + character for character in characters]
+    lines = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *characters, *pieces])
+    write(folder, "bert/vocab.txt", "\n".join(lines) + "\n")
+    write(folder, "bert/tokenizer_config.json", {"do_lower_case": True})
+
+    merges = ["Ġ R", "o m", "ĠR om", "ĠRom e"]
+    alphabet = sorted(data.pre_tokenizers.ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in merges]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *alphabet, *merged, "<mask>"]
+    write(folder, "roberta/vocab.json", {token: number for number, token in enumerate(tokens)})
+    write(folder, "roberta/merges.txt", "#version: 0.2\n" + "\n".join(merges) + "\n")
+    return {family: data.vocabulary(folder / family) for family in ("bert", "roberta")}
+
+
+def ids_of(text, vocabulary):
+    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_truncation_drops_tokens_of_the_longer_text_one_by_one():
+    for num_a, num_b, room in itertools.product(range(12), range(12), range(26)):
+        a = list(range(num_a))
+        b = list(range(num_b))
+        while len(a) + len(b) > room:
+            longer = a if len(a) > len(b) else b
+            longer.pop()
+        assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)
+
+
+def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(letters):
+    vocabulary = letters["bert"]
+    a = ids_of("Anna met Bob", vocabulary)
+    b = ids_of("in Rome", vocabulary)
+    [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("Anna met Bob", "in Rome")], vocabulary, 99)
+    assert input_ids.tolist() == [vocabulary.cls_id, *a, vocabulary.sep_id, *b, vocabulary.sep_id]
+    assert token_type_ids.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+
+
+def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(letters):
+    vocabulary = letters["roberta"]
+    a = ids_of("Anna met Bob", vocabulary)
+    b = ids_of("in Rome", vocabulary)
+    [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("Anna met Bob", "in Rome")], vocabulary, 99)
+    separators = [vocabulary.sep_id, vocabulary.sep_id]
+    assert input_ids.tolist() == [vocabulary.cls_id, *a, *separators, *b, vocabulary.sep_id]
+    assert not token_type_ids.any()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_no_sequence_is_longer_than_max_len(letters, family):
+    pair = glue_squad.Example("Anna met Bob in Rome", "last May")
+    single = glue_squad.Example("Anna met Bob in Rome last May")
+    for max_len in range(6, 20):
+        for input_ids, token_type_ids in glue_squad.encode([pair, single], letters[family], max_len):
+            assert len(input_ids) == len(token_type_ids) <= max_len
+            assert input_ids[-1] == letters[family].sep_id
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_the_attention_mask_tells_tokens_from_padding(letters, family):
+    vocabulary = letters[family]
+    examples = [glue_squad.Example("Anna met Bob", "in Rome"), glue_squad.Example("")]
+    sequences = glue_squad.encode(examples, vocabulary, 6)
+    input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, vocabulary.pad_id)
+    assert input_ids.shape == attention_mask.shape == token_type_ids.shape == (2, 6)
+    assert attention_mask.sum(axis=1).tolist() == [6, 2]
+    assert (input_ids[~attention_mask] == vocabulary.pad_id).all()
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_batches_hold_each_example_once(num_examples, batch_size):
+    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
+    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches)) == list(range(num_examples))
+    assert [len(batch) for batch in batches].count(batch_size) >= num_examples // batch_size
+
+
+def test_batches_hold_little_padding():
+    lengths = np.random.default_rng(0).integers(3, 60, 3000)
+    batches = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.1 * lengths.sum()
+
+
+def test_batches_are_a_function_of_their_generator():
+    lengths = np.random.default_rng(0).integers(3, 60, 100)
+    orders = []
+    for seed in (1, 1, 2):
+        batches = glue_squad.bucketed_batches(lengths, 4, np.random.default_rng(seed))
+        orders.append(np.concatenate(batches).tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+# ---------------------------------------------------------------------------------------------------
+# glue_squad: SQuAD
+# ---------------------------------------------------------------------------------------------------
+
+WORKED_EXAMPLE = glue_squad.Question("q", "Where?", "Anna met Bob in Rome last May", [("Rome last", 16)])
+
+
+def squad_file(*starts):
+    """The content of a file with a question for each start that is given for the answer "Rome"."""
+    entries = []
+    for start in starts:
+        answers = [{"text": "Rome", "answer_start": start}]
+        entries.append({"id": str(start), "question": "Where?", "answers": answers})
+    return {"version": "1.1", "data": [{"paragraphs": [{"context": "in Rome", "qas": entries}]}]}
+
+
+def test_load_squad_reads_questions_with_their_paragraph_and_answers(tmp_path):
+    questions = glue_squad.load_squad(write(tmp_path, "dev.json", squad_file(3, 2)))
+    assert questions[0] == ("3", "Where?", "in Rome", [("Rome", 3)])
+    assert [question.id for question in questions] == ["3", "2"]
+
+
+def test_squad_2_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match="SQuAD 2.0.*v1.1"):
+        glue_squad.load_squad(write(tmp_path, "dev.json", squad_file(3) | {"version": "v2.0"}))
+
+    content = squad_file(3)
+    del content["version"]
+    question = content["data"][0]["paragraphs"][0]["qas"][0]
+    question |= {"is_impossible": True, "answers": []}
+    with pytest.raises(ValueError, match="SQuAD 2.0.*v1.1"):
+        glue_squad.load_squad(write(tmp_path, "dev.json", content))
+
+
+def test_a_malformed_question_is_named_by_its_place(tmp_path):
+    with pytest.raises(ValueError, match=r"dev.json: data\[0\].paragraphs\[0\].qas\[1\]: no 'answer_start'"):
+        glue_squad.load_squad(write(tmp_path, "dev.json", squad_file(3, "2")))
+
+
+def test_windows_of_the_worked_example(letters):
+    vocabulary = letters["bert"]
+    windows = glue_squad.windows([WORKED_EXAMPLE], vocabulary, max_len=10, doc_stride=2, training=True)
+    texts = []
+    for window in windows:
+        texts.append(" ".join(vocabulary.tokenizer.id_to_token(number) for number in window.input_ids))
+    assert texts == ["[CLS] where ? [SEP] anna met bob in rome [SEP]",
+                     "[CLS] where ? [SEP] bob in rome last may [SEP]"]
+
+    positions = [(window.start_position, window.end_position) for window in windows]
+    assert positions == [(0, 0), (6, 7)]  # the first window cuts the answer
+    assert windows[0].is_max_context.tolist() == [True, True, True, True, False]
+    assert windows[1].is_max_context.tolist() == [False, False, True, True, True]
+
+
+def test_an_answer_begins_only_where_its_first_token_has_maximum_context(letters):
+    windows = glue_squad.windows([WORKED_EXAMPLE], letters["bert"], max_len=10, doc_stride=2)
+    start_logits = np.zeros((2, 10))
+    end_logits = np.zeros((2, 10))
+    start_logits[0, 8] = end_logits[0, 8] = 9  # window 0 is sure of "rome", its last token
+    start_logits[1, 6] = end_logits[1, 7] = 5
+    answers = glue_squad.best_answers([WORKED_EXAMPLE], windows, start_logits, end_logits)
+    assert answers == {"q": "Rome last"}
+
+
+def test_an_answer_ends_after_its_start_inside_the_paragraph_within_30_tokens(letters):
+    question = WORKED_EXAMPLE._replace(context="in " * 50)
+    [window] = glue_squad.windows([question], letters["bert"], max_len=99)
+    start_logits = np.zeros((1, 99))
+    end_logits = np.zeros((1, 99))
+    start_logits[0, 10] = 5
+    end_logits[0, [5, 45, 70]] = 6  # before the start, too far behind it, in the padding
+    end_logits[0, 39] = 1  # token 30 from position 10 on
+    [answer] = glue_squad.best_answers([question], [window], start_logits, end_logits).values()
+    assert answer == " ".join(["in"] * 30)
+
+
+def test_a_short_window_skips_no_token(letters):
+    windows = glue_squad.windows([WORKED_EXAMPLE], letters["bert"], max_len=7, doc_stride=128)
+    assert sum(window.is_max_context.sum() for window in windows) == 7
+    assert [len(window.input_ids) for window in windows] == [7, 7, 7, 6]
+
+
+def test_questions_whose_answer_is_not_in_its_place_do_not_train(tmp_path, letters, capsys):
+    questions = glue_squad.load_squad(write(tmp_path, "train.json", squad_file(3, 2)))
+    windows = glue_squad.windows(questions, letters["bert"], training=True)
+    assert [window.question_index for window in windows] == [0]
+    assert "left out 1 of 2 questions" in capsys.readouterr().err
+    assert len(glue_squad.windows(questions, letters["bert"])) == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_answers_come_back_from_every_window_that_holds_them(letters, family):
+    """From characters to positions and back again. BERT's tokenizer deletes some characters at the ends of a
+    text, and a WordPiece token may be wider than the answer."""
+    rng = random.Random(1)
+    num_windows = 0
+    for _ in range(300):
+        words = rng.choices(TEXT, k=rng.randrange(1, 40))
+        first = rng.randrange(len(words))
+        before = " ".join([*words[:first], ""])
+        answer = " ".join(words[first : first + rng.randrange(1, 5)])
+        question = glue_squad.Question("q", "Where?", " ".join(words), [(answer, len(before))])
+        max_len = rng.randrange(12, 60)
+        doc_stride = rng.randrange(1, 30)
+
+        for window in glue_squad.windows([question], letters[family], max_len, doc_stride, training=True):
+            if window.end_position == 0:
+                continue
+            num_windows += 1
+            start_logits = np.zeros((1, len(window.input_ids)))
+            end_logits = np.zeros((1, len(window.input_ids)))
+            start_logits[0, window.start_position] = 9
+            end_logits[0, window.end_position] = 9
+            alone = window._replace(is_max_context=np.ones_like(window.is_max_context))
+            found = glue_squad.best_answers([question], [alone], start_logits, end_logits, 20, 1000)["q"]
+            if family == "roberta":
+                assert found == answer.strip()
+            else:
+                assert answer.strip().strip("\u200b") in found
+    assert num_windows > 300
+
+
+def test_scores_forgive_case_punctuation_and_articles():
+    questions = [
+        glue_squad.Question("1", "?", "", [("U.S. state", 0), ("a state", 0)]),
+        glue_squad.Question("2", "?", "", [("Rome", 0)]),
+        glue_squad.Question("3", "?", "", [("never answered", 0)]),
+        glue_squad.Question("4", "?", "", [("two words", 0)]),
+    ]
+    predictions = {"1": "The US State!", "2": "Paris", "4": "two"}
+    assert glue_squad.squad_scores({"1": "The US State!"}, questions[:1]) == {"em": 100.0, "f1": 100.0}
+    scores = glue_squad.squad_scores(predictions, questions)
+    assert scores["em"] == 25
+    assert scores["f1"] == pytest.approx(100 * (1 + 0 + 0 + 2 / 3) / 4)
+
+
+@real
+def test_scores_equal_the_official_scorers():
+    path = REAL / "squad" / "dev-v1.1.rebuilt.json"
+    official = {}
+    exec((REAL / "squad" / "evaluate-v1.1.py").read_text(), official)
+    questions = glue_squad.load_squad(path)
+    distortions = [str, str.upper, "The {} a".format, "—{}".format, lambda text: text[2:]]
+
+    rng = random.Random(0)
+    predictions = {}
+    for question in questions:
+        text, _ = rng.choice(question.answers)
+        if rng.random() < 0.95:
+            predictions[question.id] = rng.choice(distortions)(text)
+    expected = official["evaluate"](json.loads(path.read_text())["data"], predictions)
+    scores = glue_squad.squad_scores(predictions, questions)
+    assert scores == {"em": expected["exact_match"], "f1": expected["f1"]}
+
+
+# ---------------------------------------------------------------------------------------------------
+# glue_squad: metrics and submissions
+# ---------------------------------------------------------------------------------------------------
+
+
+def random_classes(rng, size):
+    share = rng.random((2, 1))
+    return (rng.random((2, size)) < share).astype(int)
+
+
+def random_numbers(rng, size):
+    """Some with ties, some constant."""
+    numbers = rng.normal(size=(2, size)) * 10.0 ** rng.integers(-3, 4) + rng.integers(-5, 5)
+    kind = rng.integers(20)
+    if kind == 0:
+        numbers[:] = 0.1
+    elif kind < 12:
+        numbers = np.round(numbers)
+    return numbers
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name, draw", [
+    ("f1", random_classes), ("matthews", random_classes), ("pearson", random_numbers), ("spearman", random_numbers)])
+def test_metrics_equal_scikit_learn_and_scipy_and_are_0_where_those_are_undefined(name, draw):
+    metrics = pytest.importorskip("sklearn.metrics")
+    stats = pytest.importorskip("scipy.stats")
+    references = {
+        "f1": lambda predicted, labels: metrics.f1_score(labels, predicted, zero_division=0),
+        "matthews": metrics.matthews_corrcoef,
+        "pearson": lambda predicted, labels: stats.pearsonr(predicted, labels)[0],
+        "spearman": lambda predicted, labels: stats.spearmanr(predicted, labels)[0],
+    }
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        size = int(rng.integers(2, 12 if trial % 2 else 300))
+        predicted, labels = draw(rng, size)
+        expected = np.nan_to_num(references[name](predicted, labels))
+        assert abs(getattr(glue_squad, name)(predicted, labels) - expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["accuracy", "f1", "matthews", "pearson", "spearman"])
+def test_metrics_of_nothing_or_of_numbers_that_are_none_are_0(name):
+    metric = getattr(glue_squad, name)
+    assert metric([], []) == 0
+    assert metric([0], [1]) == 0
+    assert metric([np.nan, 1], [0, 3]) == 0
+
+
+def test_the_mismatched_dev_set_of_mnli_has_its_own_accuracy():
+    examples = [glue_squad.Example("", "", label) for label in (0, 1, 2, 2)]
+    predictions = np.array([0, 1, 2, 0])
+    assert glue_squad.score(glue_squad.TASKS["mnli"], predictions, examples, "dev") == {"accuracy": 0.75}
+    assert glue_squad.score(glue_squad.TASKS["mnli"], predictions, examples, "dev_mm") == {"accuracy_mm": 0.75}
+
+
+def test_predictions_without_labels_are_not_scored():
+    examples = [glue_squad.Example("", "", 1), glue_squad.Example("", "")]
+    with pytest.raises(ValueError, match="task rte: 2 predictions for"):
+        glue_squad.score(glue_squad.TASKS["rte"], [0, 0], examples)
+
+
+def test_the_floor_is_the_score_of_the_most_frequent_class():
+    examples = [glue_squad.Example("", "", int(i < 279)) for i in range(408)]
+    floor = glue_squad.floor(glue_squad.TASKS["mrpc"], examples)
+    assert floor == {"accuracy": 279 / 408, "f1": pytest.approx(0.8122, abs=1e-4)}
+    assert glue_squad.floor(glue_squad.TASKS["squad"], []) == {"f1": 0, "em": 0}
+
+
+def test_a_submission_holds_labels_as_words_and_numbers_with_three_decimals(tmp_path):
+    path = tmp_path / "submission"
+    glue_squad.write_submission(glue_squad.TASKS["rte"], np.array([1, 0]), path)
+    assert path.read_bytes() == b"index\tprediction\n0\tnot_entailment\n1\tentailment\n"
+    glue_squad.write_submission(glue_squad.TASKS["stsb"], np.array([3.14159]), path)
+    assert path.read_bytes() == b"index\tprediction\n0\t3.142\n"
+    glue_squad.write_submission(glue_squad.TASKS["squad"], {"q": "Café"}, path)
+    assert json.loads(path.read_bytes()) == {"q": "Café"}
