@@ -692,9 +692,9 @@ def train_scores(training: Training):
         loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
         training.step += 1
 
-        # Step 7. A threshold hardly moves by more than twice what a score moves.
+        # Step 7. A score moves by about the learning rate, and a threshold hardly ever by half as much.
         if run.refresh_every == 1:
-            training.scores.update_masks(radius=2 * learning_rate)
+            training.scores.update_masks(radius=learning_rate / 2)
         elif is_refresh_due(run, training.step):
             training.scores.update_masks()
         else:
