@@ -215,11 +215,13 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
     if not 0 <= num_to_prune <= len(undecided):
         return rank_near(values, num_pruned, threshold, 8 * radius, mask)
 
-    undecided_mask = rank(values[undecided], num_to_prune)
+    undecided_values = values[undecided]
+    undecided_mask = rank(undecided_values, num_to_prune)
     mask[undecided] = undecided_mask
     if num_to_prune == 0:
         return low  # the largest pruned value is not above it
-    return float(values[undecided][~undecided_mask].max())
+    pruned_values = undecided_values.masked_fill(undecided_mask, -math.inf)
+    return float(pruned_values.max())
 
 
 def rank_groups(values, n: int, m: int):  # (rows, columns) -> (rows, columns) bool
