@@ -316,7 +316,6 @@ class Group:
     begin: int
     end: int
     num_pruned: int
-    shape: tuple
     threshold: float = PHI
 
 
@@ -345,11 +344,12 @@ class Scores:
             learns = not name.endswith("pooler.dense.weight")  # neither loss reads the pooler
             layer.scores = nn.Parameter(self.vector[begin:end].view(layer.weight.shape), requires_grad=learns)
             layer.mask = self.mask[begin:end].view(layer.weight.shape)
-            self.groups.append(Group(begin, end, round((end - begin) * sparsity), layer.weight.shape))
+            self.groups.append(Group(begin, end, round((end - begin) * sparsity)))
             begin = end
 
+        if rule != "local":  # N:M is one group, too: rows are multiples of M, so all are ranked at once
+            self.groups = [Group(0, begin, round(begin * sparsity))]
         if rule == "global":
-            self.groups = [Group(0, begin, round(begin * sparsity), (begin,))]
             for name, is_pinned in without_gradient.items():
                 scores = layers[name].scores.data
                 scores.masked_fill_(is_pinned & start[name], math.inf)
@@ -374,7 +374,7 @@ class Scores:
             mask = self.mask[group.begin:group.end]
             if is_n_m(self.rule):
                 n, m = n_and_m(self.rule)
-                mask.view(group.shape).copy_(rank_groups(scores.view(group.shape), n, m))
+                mask.copy_(rank_groups(scores.view(-1, m), n, m).flatten())
             elif radius is not None:
                 group.threshold = rank_near(scores, group.num_pruned, group.threshold, radius, mask)
             else:
