@@ -478,21 +478,22 @@ class MicroBatch(NamedTuple):
 
 
 def make_micro_batch(batch: Batch, which: slice, device) -> MicroBatch:
-    def to_device(array):
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
-        return tensor.to(device, non_blocking=True)
-
     input_ids = batch.input_ids[which]
     is_token = batch.is_token[which]
     positions = np.flatnonzero(batch.is_chosen[which])
     return MicroBatch(
-        input_ids=to_device(input_ids),
-        corrupted_ids=to_device(batch.corrupted_ids[which]),
-        attention_mask=None if is_token.all() else to_device(is_token),
-        positions=to_device(positions),
-        labels=to_device(input_ids.reshape(-1)[positions]))
+        input_ids=to_device(input_ids, device),
+        corrupted_ids=to_device(batch.corrupted_ids[which], device),
+        attention_mask=None if is_token.all() else to_device(is_token, device),
+        positions=to_device(positions, device),
+        labels=to_device(input_ids.reshape(-1)[positions], device))
+
+
+def to_device(array: np.ndarray, device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
