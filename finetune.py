@@ -438,9 +438,9 @@ def update(experiment, task_data, rows, parameters: dict, optimizer, learning_ra
     for name, mask in experiment.masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-    loss_value = float(loss.detach())
-    if not math.isfinite(loss_value + float(norm)):
-        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {float(norm):.3g} at update {t}: "
+    loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # a GPU is waited for once, not twice
+    if not math.isfinite(loss_value + norm):
+        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))

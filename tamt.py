@@ -699,7 +699,8 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
     """One update of the scores (with imp, of the weights) -> the loss of the batch. t counts updates, from 1."""
     run = training.run
     loss = backward(training, batch)
-    norm = float(nn.utils.clip_grad_norm_(training.parameters.values(), run.clip))
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
+    loss, norm = torch.stack([loss, norm]).tolist()  # a GPU is waited for once, not twice
     if not math.isfinite(loss + norm):
         raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
@@ -711,8 +712,8 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
     return loss
 
 
-def backward(training: Training, batch: Batch) -> float:
-    """Computes the gradients of a batch -> its loss.
+def backward(training: Training, batch: Batch) -> torch.Tensor:
+    """Computes the gradients of a batch -> its loss, a scalar on the device.
 
     The batch is --accumulate micro-batches of --batch-size rows. Every process has all of it, and computes its
     share of the rows of each micro-batch."""
@@ -731,7 +732,7 @@ def backward(training: Training, batch: Batch) -> float:
         total_loss += loss.detach()
     if machine.num_processes > 1:
         torch.distributed.all_reduce(total_loss)
-    return float(total_loss)
+    return total_loss
 
 
 def is_refresh_due(run, step: int) -> bool:
