@@ -1693,13 +1693,18 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     if device == "cuda" and not has_cuda or device == "mps" and not has_mps:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds none; --device cpu always works")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        index = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this host, each with a GPU of its own
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"process {index} of this host, counted from 0, has no GPU: expected torchrun with "
+                             f"--nproc_per_node={torch.cuda.device_count()}")
+        device = f"cuda:{index}"
         torch.cuda.set_device(device)
+        make_deterministic()
 
     is_bf16 = dtype == "bf16"
     reason = "as asked"
     if dtype == "auto":
-        is_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        is_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         reason = "this GPU has it; scores stay fp32" if is_bf16 else "exact"
 
     if num_processes > 1 and not torch.distributed.is_initialized():
@@ -1709,6 +1714,14 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     print(f"device {device}, {torch.get_num_threads()} threads, {num_processes} process(es), "
           f"{'bf16' if is_bf16 else 'fp32'} forward pass ({reason}), torch {torch.__version__}")
     return Machine(torch.device(device), torch.bfloat16 if is_bf16 else torch.float32, process_index, num_processes)
+
+
+def make_deterministic():
+    """Equal runs give equal masks on a GPU, too, and a resumed run is the uninterrupted one. Without this, parts
+    of attention's gradient are added in the order in which they happen to be finished."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this alone
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and serves debugging alone
 
 
 def autocast(machine: Machine):
