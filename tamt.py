@@ -1697,9 +1697,9 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         if index >= torch.cuda.device_count():
             raise ValueError(f"process {index} of this host, counted from 0, has no GPU: expected torchrun with "
                              f"--nproc_per_node={torch.cuda.device_count()}")
+        make_deterministic()
         device = f"cuda:{index}"
         torch.cuda.set_device(device)
-        make_deterministic()
 
     is_bf16 = dtype == "bf16"
     reason = "as asked"
@@ -1718,8 +1718,14 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
 
 def make_deterministic():
     """Equal runs give equal masks on a GPU, too, and a resumed run is the uninterrupted one. Without this, parts
-    of attention's gradient are added in the order in which they happen to be finished."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this alone
+    of attention's gradient are added in the order in which they happen to be finished.
+
+    cuBLAS has a setting of its own, which counts only if it is made before the GPU is used."""
+    setting = "CUBLAS_WORKSPACE_CONFIG"
+    if torch.cuda.is_initialized() and setting not in os.environ:
+        print(f"note: equal runs may differ by rounding, since the GPU was used before {setting}=:4096:8 was set")
+        return
+    os.environ.setdefault(setting, ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and serves debugging alone
 

@@ -202,7 +202,7 @@ def median_seconds(call, device: str, num_calls: int, num_warm_up: int = 3) -> f
 
 
 def free_memory(device: str):
-    """Before a variant is measured: nothing of the last one is left."""
+    """Nothing of the last variant is left, and the peak counts from here on."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -386,19 +386,15 @@ def part_steps(bench: Bench):
         torch.use_deterministic_algorithms(True)
         del training
 
-    free_memory(bench.device)
     add_step_rows(bench, "mlm, the released step", "mlm", *measure(bench, make_released_step(bench.size, machine)))
-    free_memory(bench.device)
     if importlib.util.find_spec("transformers") is None:
         bench.add("c", "dense fine-tuning by transformers", "not installed")
     else:
         dense = make_dense_step(bench.size, machine)
         add_step_rows(bench, "mlm, dense fine-tuning by transformers", "mlm", *measure(bench, dense))
-    free_memory(bench.device)
 
 
 def time_our_step(bench: Bench, objective: str, machine, compiled: bool):
-    free_memory(bench.device)
     began = time.perf_counter()
     training = make_training(bench.size, objective, machine, compiled=compiled)
     name = f"{objective}, --compile" if compiled else objective
@@ -415,7 +411,8 @@ def time_our_step(bench: Bench, objective: str, machine, compiled: bool):
 
 
 def measure(bench: Bench, step) -> tuple[float, float | None]:
-    """Seconds of a step, and the peak of the memory that tensors take, in bytes."""
+    """Seconds of a step, and the peak of the memory that tensors take in a step, in bytes."""
+    free_memory(bench.device)
     seconds = median_seconds(step, bench.device, bench.num_calls)
     memory = None
     if bench.device == "cuda":
@@ -696,13 +693,14 @@ def run_two_processes(folder: Path, device: str, backend: str) -> str:
         workers.append(subprocess.Popen(command, env=os.environ | environment, text=True, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE))
     error = ""
+    deadline = time.time() + 60
     for worker in workers:
         try:
-            _, output = worker.communicate(timeout=90)
+            _, output = worker.communicate(timeout=max(deadline - time.time(), 1))
         except subprocess.TimeoutExpired:
             worker.kill()
             _, output = worker.communicate()
-            output += "\nno end after 90 seconds"
+            output += "\nno end after 60 seconds"
         if worker.returncode:
             error = output.strip().split("\n")[-1] or f"exit status {worker.returncode}"
     return error
