@@ -284,10 +284,11 @@ def encode_task(task, texts: dict[str, list], vocabulary, run) -> TaskData:
 def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     device = next(model.parameters()).device
-    input_ids, attention_mask, token_type_ids = (torch.from_numpy(array).to(device) for array in batch)  # (B, T) each
+    is_padded = not batch[1].all()
+    input_ids, attention_mask, token_type_ids = (tamt.to_device(array, device) for array in batch)  # (B, T) each
     if model.config.type_vocab_size == 1:
         token_type_ids = None
-    if attention_mask.all():
+    if not is_padded:
         attention_mask = None
 
     hidden_states = model(input_ids, attention_mask, token_type_ids)
@@ -427,7 +428,7 @@ def update(experiment, task_data, rows, parameters: dict, optimizer, learning_ra
     model = experiment.model
     machine = experiment.run.machine
     switch_to(model, task_data)
-    targets = torch.from_numpy(task_data.targets[rows]).to(machine.device)
+    targets = tamt.to_device(task_data.targets[rows], machine.device)
     with tamt.autocast(machine):
         logits = task_logits(model, task_data, [task_data.train[row] for row in rows])
     loss = task_loss(task_data.task, logits, targets) / len(rows)
@@ -437,9 +438,9 @@ def update(experiment, task_data, rows, parameters: dict, optimizer, learning_ra
     for name, mask in experiment.masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-    loss_value = float(loss.detach())
-    if not math.isfinite(loss_value + float(norm)):
-        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {float(norm):.3g} at update {t}: "
+    loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # a GPU is waited for once, not twice
+    if not math.isfinite(loss_value + norm):
+        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))

@@ -264,11 +264,13 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
     if not 0 <= num_to_prune <= len(undecided):
         return rank_near(values, num_pruned, threshold, 8 * radius, mask)
 
-    undecided_mask = rank(values[undecided], num_to_prune)
+    undecided_values = values[undecided]
+    undecided_mask = rank(undecided_values, num_to_prune)
     mask[undecided] = undecided_mask
     if num_to_prune == 0:
         return low  # the largest pruned value is not above it
-    return float(values[undecided][~undecided_mask].max())
+    pruned_values = undecided_values.masked_fill(undecided_mask, -math.inf)
+    return float(pruned_values.max())
 
 
 def rank_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (rows, columns) bool
@@ -366,7 +368,6 @@ class Pool:
     begin: int
     end: int
     num_pruned: int
-    shape: tuple
     threshold: float = PHI
 
 
@@ -396,13 +397,13 @@ class Scores:
             learns = name not in without_gradient or not without_gradient[name].all()
             layer.scores = nn.Parameter(self.vector[begin:end].view(shape), requires_grad=learns)
             layer.mask = self.mask[begin:end].view(shape)
-            if rule != "global":
-                self.pools.append(Pool(begin, end, round((end - begin) * sparsity), shape))
+            if rule == "local":
+                self.pools.append(Pool(begin, end, round((end - begin) * sparsity)))
             begin = end
 
+        if rule != "local":  # with N:M all groups of all matrices are ranked at once
+            self.pools.append(Pool(0, begin, round(begin * sparsity)))
         if rule == "global":
-            total = len(self.vector)
-            self.pools.append(Pool(0, total, round(total * sparsity), (total,)))
             for name, is_pinned in without_gradient.items():
                 scores = layers[name].scores.data
                 scores.masked_fill_(is_pinned & start[name], math.inf)
@@ -427,7 +428,7 @@ class Scores:
             mask = self.mask[pool.begin:pool.end]
             if is_pattern(self.rule):
                 num_kept, group_size = parse_pattern(self.rule)
-                mask.view(pool.shape).copy_(rank_groups(scores.view(pool.shape), num_kept, group_size))
+                mask.copy_(rank_groups(scores[None], num_kept, group_size)[0])
             elif radius is not None:
                 pool.threshold = rank_near(scores, pool.num_pruned, pool.threshold, radius, mask)
             else:
@@ -533,21 +534,22 @@ class MicroBatch(NamedTuple):
 
 
 def make_micro_batch(batch: Batch, which: slice, device) -> MicroBatch:
-    def to_device(array):
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
-        return tensor.to(device, non_blocking=True)
-
     input_ids = batch.input_ids[which]
     is_token = batch.is_token[which]
     positions = np.flatnonzero(batch.is_chosen[which])
     return MicroBatch(
-        input_ids=to_device(input_ids),
-        corrupted_ids=to_device(batch.corrupted_ids[which]),
-        attention_mask=None if is_token.all() else to_device(is_token),
-        positions=to_device(positions),
-        labels=to_device(input_ids.reshape(-1)[positions]))
+        input_ids=to_device(input_ids, device),
+        corrupted_ids=to_device(batch.corrupted_ids[which], device),
+        attention_mask=None if is_token.all() else to_device(is_token, device),
+        positions=to_device(positions, device),
+        labels=to_device(input_ids.reshape(-1)[positions], device))
+
+
+def to_device(array: np.ndarray, device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
+    return tensor.to(device, non_blocking=True)
 
 
 def batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
@@ -728,7 +730,8 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
     1."""
     run = training.run
     loss = backward(training, batch)
-    norm = float(nn.utils.clip_grad_norm_(training.parameters.values(), run.clip))
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
+    loss, norm = torch.stack([loss, norm]).tolist()  # a GPU is waited for once, not twice
     if not math.isfinite(loss + norm):
         raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
@@ -740,8 +743,8 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
     return loss
 
 
-def backward(training: Training, batch: Batch) -> float:
-    """Step 5: computes the gradients of a batch -> its loss.
+def backward(training: Training, batch: Batch) -> torch.Tensor:
+    """Step 5: computes the gradients of a batch -> its loss, a scalar on the device.
 
     The batch is --accumulate micro-batches of --batch-size rows. Every process has all of it, and computes its
     share of the rows of each micro-batch."""
@@ -760,7 +763,7 @@ def backward(training: Training, batch: Batch) -> float:
         total_loss += loss.detach()
     if machine.num_processes > 1:
         torch.distributed.all_reduce(total_loss)
-    return float(total_loss)
+    return total_loss
 
 
 def is_refresh_due(run: "Run", step: int) -> bool:
@@ -1720,13 +1723,18 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     if device == "cuda" and not has_cuda or device == "mps" and not has_mps:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds none; --device cpu always works")
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        index = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this host, each with a GPU of its own
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"process {index} of this host, counted from 0, has no GPU: expected torchrun with "
+                             f"--nproc_per_node={torch.cuda.device_count()}")
+        make_deterministic()
+        device = f"cuda:{index}"
         torch.cuda.set_device(device)
 
     is_bf16 = dtype == "bf16"
     reason = "as asked"
     if dtype == "auto":
-        is_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+        is_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         reason = "this GPU has it; scores stay fp32" if is_bf16 else "exact"
 
     if num_processes > 1 and not torch.distributed.is_initialized():
@@ -1736,6 +1744,20 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     print(f"device {device}, {torch.get_num_threads()} threads, {num_processes} process(es), "
           f"{'bf16' if is_bf16 else 'fp32'} forward pass ({reason}), torch {torch.__version__}")
     return Machine(torch.device(device), torch.bfloat16 if is_bf16 else torch.float32, process_index, num_processes)
+
+
+def make_deterministic():
+    """Equal runs give equal masks on a GPU, too, and a resumed run is the uninterrupted one. Without this, parts
+    of attention's gradient are added in the order in which they happen to be finished.
+
+    cuBLAS has a setting of its own, which counts only if it is made before the GPU is used."""
+    setting = "CUBLAS_WORKSPACE_CONFIG"
+    if torch.cuda.is_initialized() and setting not in os.environ:
+        print(f"note: equal runs may differ by rounding, since the GPU was used before {setting}=:4096:8 was set")
+        return
+    os.environ.setdefault(setting, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and serves debugging alone
 
 
 def autocast(machine: Machine):

@@ -1,0 +1,67 @@
+"""CUDA against the CPU, and against itself after a resume. Skipped where torch finds no GPU.
+
+    python -m pytest -m cuda dev/test_cuda.py
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import tamt  # noqa: E402
+from dev import gpu  # noqa: E402
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_loss_gradient_and_mask_are_those_of_the_cpu():
+    differences = gpu.compare_with_cpu("cuda")
+    assert differences["loss"] <= 1e-5
+    assert differences["gradient"] <= 1e-3
+    assert differences["flips"] >= 1e-3  # the 20 updates did something
+    assert differences["mask"] <= 1e-3
+    assert differences["bf16_loss"] <= 0.02
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, dtype):
+    assert gpu.differences_after_resume(tmp_path, "cuda", dtype) == 0
+
+
+@pytest.mark.parametrize("num_values", [1, 1000, 1_000_000])
+def test_the_ranking_is_exact(num_values):
+    """rank() and rank_near() on the GPU give the mask of rank() on the CPU, with many equal values, too."""
+    generator = torch.Generator().manual_seed(0)
+    for values in (torch.randn(num_values, generator=generator),
+                   torch.randint(0, 9, (num_values,), generator=generator).float()):
+        num_pruned = round(0.7 * num_values)
+        expected = tamt.rank(values, num_pruned)
+        assert torch.equal(tamt.rank(values.cuda(), num_pruned).cpu(), expected)
+        mask = torch.empty(num_values, dtype=torch.bool, device="cuda")
+        threshold = tamt.rank_near(values.cuda(), num_pruned, 0.4, 0.1, mask)
+        assert torch.equal(mask.cpu(), expected)
+        assert num_pruned == 0 or threshold <= float(values[~expected].max())
+
+
+def test_groups_of_four_are_ranked_as_on_the_cpu():
+    values = torch.randint(0, 5, (64, 128), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(tamt.rank_groups(values.cuda(), 2, 4).cpu(), tamt.rank_groups(values, 2, 4))
+
+
+def test_padding_changes_nothing_for_the_tokens():
+    """A padding mask takes another kernel of scaled_dot_product_attention than no mask does."""
+    import bert
+
+    torch.manual_seed(0)
+    model = bert.Model(bert.Config(**gpu.TOY.config())).eval().cuda()
+    input_ids = torch.randint(5, gpu.TOY.V, (4, 20), device="cuda")
+    padded = torch.nn.functional.pad(input_ids, (0, 7))
+    attention_mask = torch.arange(27, device="cuda").expand(4, 27) < 20
+    with torch.no_grad():
+        expected = model(input_ids)[-1]
+        found = model(padded, attention_mask)[-1][:, :20]
+    assert torch.allclose(found, expected, atol=1e-5)
