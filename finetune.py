@@ -156,7 +156,7 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dict, list[str]]:
     """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
     task -> the masks that training keeps, and the names of the weights that IMP may prune."""
-    prunable = list(tamt.maskable_layers(model, run.scope))  # a fresh pooler is never pruned
+    prunable = list(tamt.maskable_layers(model))  # a fresh pooler is never pruned
 
     torch.manual_seed(run.seed)
     add_head(model, tasks)
@@ -545,7 +545,7 @@ def find_imp(settings) -> dict:
     for number, level in enumerate(levels, 1):
         print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
         folder = settings.out / f"round-{number}"
-        round_settings = replace(settings, find=None, mask=mask, out=folder, results=None)
+        round_settings = without_search(settings, mask=mask, out=folder, results=None)
         # As released, the schedule of a round is the first tenth of a decay over ten rounds.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
@@ -564,8 +564,8 @@ def prune_trained(experiment, level: float, settings) -> dict[str, torch.Tensor]
     """Of what is left, the smallest trained weights go, up to a sparsity of `level`."""
     parameters = dict(experiment.model.named_parameters())
     magnitudes = {}
-    for name in experiment.prunable:
-        if name in parameters:  # SQuAD has no pooler
+    for name in tamt.maskable_layers(experiment.model, settings.scope):
+        if name in experiment.prunable:
             magnitudes[name] = parameters[name].detach().abs()
             if name in experiment.masks:
                 magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # what is pruned stays pruned
@@ -602,7 +602,7 @@ def find_super(settings) -> dict:
     score is the super ticket."""
     settings = resolve_search(settings)
     results = {}
-    experiment = open_experiment(replace(settings, find=None, out=settings.out / "dense"))
+    experiment = open_experiment(without_search(settings, out=settings.out / "dense"))
     if experiment.result is None:
         train(experiment)
         heads, feed_forward = importance(experiment)
@@ -614,7 +614,7 @@ def find_super(settings) -> dict:
         for level in LEVELS:
             name = f"{order}-{level}"
             ticket = settings.out / f"{name}.pt"
-            experiment = open_experiment(replace(settings, find=None, mask=str(ticket), out=settings.out / name))
+            experiment = open_experiment(without_search(settings, mask=str(ticket), out=settings.out / name))
             if experiment.result is None:
                 train(experiment)
                 finish(experiment)
@@ -1039,7 +1039,7 @@ class Settings:
         if self.find and (len(names) > 1 or self.mask or self.predict or self.export):
             raise ValueError("--find goes with one --task and without --mask, --predict and --export")
         for name, find in (("sparsity", "imp"), ("rank", "imp"), ("scope", "imp"), ("orders", "super")):
-            if getattr(self, name) is not None and self.find not in (find, None):
+            if getattr(self, name) is not None and self.find != find:
                 raise ValueError(f"--{name} goes with --find {find}")
         if self.results is not None:
             is_file = self.results.is_file() or not self.results.exists() or str(self.results) == os.devnull
@@ -1090,7 +1090,6 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
         defaults |= {"epochs": 5, "lr": 5e-5, "eval_every": max(each.eval_every for each in tasks)}
     if values["model"] == "toy":
         defaults |= TOY
-    defaults |= {"scope": "encoder"}
     for name, default in defaults.items():
         if values[name] is None:
             values[name] = default
@@ -1128,6 +1127,11 @@ def resolve_search(settings: Settings) -> Settings:
         (settings.out / "mask.json").unlink(missing_ok=True)
     settings.out.mkdir(parents=True, exist_ok=True)
     return settings
+
+
+def without_search(settings: Settings, **changes) -> Settings:
+    """The settings of one run of a search."""
+    return replace(settings, find=None, sparsity=None, rank=None, scope=None, orders=None, **changes)
 
 
 def search_identity(settings) -> dict:

@@ -1608,8 +1608,10 @@ def check_settings(settings):
         flag = "--" + each.name.replace("_", "-")
         if value is None:
             continue
-        if choices and value not in choices:
-            raise ValueError(f"{flag} {value!r}: expected one of {', '.join(choices)}")
+        chosen = value if isinstance(value, (list, tuple)) else [value]
+        for word in chosen:
+            if choices and word not in choices:
+                raise ValueError(f"{flag} {word!r}: expected one of {', '.join(choices)}")
         is_number = type(value) in (int, float) and math.isfinite(value)
         if check == "positive" and not (is_number and 0 < value < 2**31):
             raise ValueError(f"{flag} {value}: expected a number above 0")
