@@ -538,7 +538,7 @@ def find_imp(settings) -> dict:
     back to the pre-trained weights, again. Encoder and pooler compete as one by default (--rank, --scope).
 
     A round that is finished is not repeated by --resume."""
-    settings = resolve_search(settings)
+    settings = resolve_search(replace(settings, find="imp"))
     levels = tamt.imp_levels(settings.sparsity)
     mask = None
     rounds = []
@@ -600,7 +600,7 @@ def find_super(settings) -> dict:
     """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and feed-forward networks, remove more and
     more of them from the pre-trained model, and fine-tune each ticket. The winning ticket with the best dev
     score is the super ticket."""
-    settings = resolve_search(settings)
+    settings = resolve_search(replace(settings, find="super"))
     results = {}
     experiment = open_experiment(without_search(settings, out=settings.out / "dense"))
     if experiment.result is None:
@@ -843,14 +843,15 @@ def switch_to(model, task_data: TaskData):
 # ---------------------------------------------------------------------------------------------------
 
 
-def record(run, result: dict):
-    """Adds the line of a finished run to --results, once, whenever a kill may come. The state goes at the end: it
-    is three times the size of the model, and of no more use."""
+def record(run, result: dict, is_resumed: bool = False):
+    """Adds the line of a finished run to --results, once, whenever a kill may come: a run that is resumed may have
+    added it already. The state goes at the end: it is three times the size of the model, and of no more use."""
     line = {name: value for name, value in result.items() if name != "evaluations"}
-    if run.results is not None:
-        held = run.results.read_bytes() if run.results.is_file() else b""
-        if json.dumps(line).encode() not in held:
-            data.append_line(run.results, line)
+    is_there = False
+    if is_resumed and run.results is not None and run.results.is_file():
+        is_there = json.dumps(line).encode() in run.results.read_bytes()
+    if run.results is not None and not is_there:
+        data.append_line(run.results, line)
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
@@ -859,7 +860,7 @@ def finished_experiment(run, tasks: list, result: dict) -> Experiment:
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
-        record(run, result)
+        record(run, result, is_resumed=True)
     has_predictions = any(run.out.glob("*.tsv")) or any(run.out.glob("predictions.json"))
     has_exports = all(folder.exists() for folder in export_folders(run, tasks))
     if run.predict and not has_predictions or not has_exports:
