@@ -7,7 +7,6 @@ import math
 import os
 import random
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +39,7 @@ def run(main, *argv):
 
 
 def tiny(folder, family="bert", seed=0, **sizes):
-    """An ordinary model folder: two layers, 32 wide, a vocabulary of whole words (BERT) or letters (RoBERTa)."""
+    """An ordinary model folder: two layers, 32 wide; BERT knows words, RoBERTa letters."""
     torch.manual_seed(seed)
     letters = sorted(set("".join(WORDS)))
     values = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -50,8 +49,8 @@ def tiny(folder, family="bert", seed=0, **sizes):
         values["max_position_embeddings"] = 64
     else:
         tokens = ["<s>", "<pad>", "</s>", "<unk>", *letters, ".", "Ġ", "<mask>"]
-        values |= {"max_position_embeddings": 66, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1,
-                   "layer_norm_eps": 1e-5}
+        values |= {"model_type": "roberta", "max_position_embeddings": 66, "type_vocab_size": 1,
+                   "pad_token_id": 1, "layer_norm_eps": 1e-5}
     tokens = list(dict.fromkeys(tokens))
 
     model = bert.Model(bert.Config(**{"vocab_size": len(tokens)} | values | sizes))
@@ -78,7 +77,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tasks(world):
-    """A folder with small tables in GLUE's layout, a small SQuAD, a task of our own, and a mask of each model.
+    """A folder with small tables in GLUE's layout, a small SQuAD, an own task, and a mask of each model.
 
     The label of RTE and STS-B depends on how many words the two sentences share."""
     folder = world / "tasks"
@@ -109,8 +108,9 @@ def tasks(world):
         write_json(folder / "squad" / f"{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
 
     write_lines(folder / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 24)
+    files = {"train": "mood.tsv", "dev": "mood.tsv", "test": "mood.tsv"}
     write_json(folder / "mood.json", {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"],
-                                      "metric": "f1", "train": "mood.tsv", "dev": "mood.tsv", "test": "mood.tsv"})
+                                      "metric": "f1", **files})
 
     for family in ("bert", "roberta"):
         layers = tamt.mask_model(bert.load(world / family))
@@ -131,8 +131,8 @@ def write_json(path, content):
 def settings(tasks, out, task="rte", **changes):
     """Settings of a short run of the tiny BERT's ticket; changes: mask=None, model=... and so on."""
     out.mkdir(parents=True, exist_ok=True)
-    values = {"task": task, "mask": str(tasks / "bert.pt"), "data": tasks, "max_len": 48, "lr": 1e-3, "batch_size": 8,
-              "epochs": 2, "out": out / "run", "results": out / "results.jsonl"}
+    values = {"task": task, "mask": str(tasks / "bert.pt"), "data": tasks, "max_len": 48, "lr": 1e-3,
+              "batch_size": 8, "epochs": 2, "out": out / "run", "results": out / "results.jsonl"}
     return finetune.Settings(**values | changes)
 
 
@@ -249,7 +249,7 @@ def test_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_path, family):
     for name, mask in ours.masks.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         prune.custom_from_mask(module, "weight", mask)
-        if "bias" in module._parameters:  # pruning put the weight last; the sum of a norm depends on the order
+        if "bias" in module._parameters:  # pruning put the weight last; norms depend on the order
             module._parameters["bias"] = module._parameters.pop("bias")
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
@@ -264,7 +264,8 @@ def test_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_path, family):
         (((logits[:, 0] - targets) ** 2).sum() / len(rows)).backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 12)
-        optimizer.param_groups[0]["eps"] = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))  # that of transformers 2.10
+        eps_of_transformers_2 = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
+        optimizer.param_groups[0]["eps"] = eps_of_transformers_2
         optimizer.step()
         optimizer.zero_grad()
 
@@ -361,7 +362,8 @@ def test_transformers_loads_the_export_with_equal_logits(finished):
     sequences = task_data.train[:8]
     with torch.no_grad():
         ours = finetune.task_logits(model, task_data, sequences)
-        theirs, attention_mask = transformers_logits(experiment.run.export, task_data, sequences, model.config)
+        folder = experiment.run.export
+        theirs, attention_mask = transformers_logits(folder, task_data, sequences, model.config)
     if task_data.task.predicts == "span":  # in the padding ours are -10,000
         ours = ours[attention_mask]
         theirs = theirs[attention_mask]
@@ -400,14 +402,13 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(finished):
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
-def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_never_interrupted(tasks, tmp_path, monkeypatch, task):
-    expected = finetune.fine_tune(settings(tasks, tmp_path / "a", task, results=None, export=tmp_path / "a/x"))
-    values = {"task": task, "results": None, "export": tmp_path / "b/x"}
+def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp_path, monkeypatch, task):
+    expected = finetune.fine_tune(settings(tasks, tmp_path / "a", task, export=tmp_path / "a/x"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at_update(patch, 6)
-        finetune.fine_tune(settings(tasks, tmp_path / "b", **values))
+        finetune.fine_tune(settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x"))
 
-    resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", resume=True, **values))
+    resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x", resume=True))
     for each in (expected, resumed):
         del each["seconds"]
     assert resumed == expected
@@ -469,15 +470,16 @@ def test_resume_is_refused_after_its_input_has_changed(copy, monkeypatch, capsys
 
 
 def test_a_run_is_the_same_under_another_spelling_of_its_paths(copy, monkeypatch):
-    argv = ("--task", "rte", "--max-len", 48, "--batch-size", 8, "--epochs", 2, "--results", copy / "results.jsonl")
+    argv = ("--task", "rte", "--max-len", 48, "--batch-size", 8, "--epochs", 2,
+            "--results", copy / "results.jsonl")
     monkeypatch.chdir(copy)
     with monkeypatch.context() as patch:
         stop_at_update(patch, 6)
         assert run(finetune.main, *argv, "--data", "tasks", "--mask", "tasks/bert.pt", "--model", "bert",
                    "--out", "run") == 130
     monkeypatch.chdir(copy / "tasks")
-    assert run(finetune.main, *argv, "--data", copy / "tasks", "--mask", "bert.pt", "--model", "../tasks/../bert/",
-               "--out", copy / "run", "--resume") == 0
+    assert run(finetune.main, *argv, "--data", copy / "tasks", "--mask", "bert.pt", "--model",
+               "../tasks/../bert/", "--out", copy / "run", "--resume") == 0
     assert len(results(copy)) == 1
 
 
@@ -561,7 +563,8 @@ def test_mnli_is_reported_without_its_mismatched_file(tasks, tmp_path, capsys):
 
 @pytest.mark.parametrize("module, function", [(data, "append_line"), (tamt, "write_json")],
                          ids=["before the line", "before result.json"])
-def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(tasks, tmp_path, monkeypatch, module, function):
+def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(
+        tasks, tmp_path, monkeypatch, module, function):
     class Killed(BaseException):
         pass
 
@@ -637,7 +640,8 @@ def test_imp_equals_doing_the_rounds_by_hand(tasks, tmp_path, imp_folder):
     names = tamt.load_mask(imp_folder).keys()  # encoder and pooler
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
-        experiment = finetune.open_experiment(dense(tasks, tmp_path / str(number), mask=mask_file), horizon_rounds=10)
+        round_settings = dense(tasks, tmp_path / str(number), mask=mask_file)
+        experiment = finetune.open_experiment(round_settings, horizon_rounds=10)
         finetune.train(experiment)
         trained = {}
         for name in names:
@@ -667,12 +671,17 @@ def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monke
 
     updates = []
     update = finetune.update
-    monkeypatch.setattr(finetune, "update", lambda *arguments, **more: updates.append(1) or update(*arguments, **more))
+
+    def counted(*arguments, **more):
+        updates.append(more["t"])
+        return update(*arguments, **more)
+
+    monkeypatch.setattr(finetune, "update", counted)
     finetune.find_imp(dense(tasks, tmp_path, resume=True, **IMP))
-    assert len(updates) == 3 + 8  # the rest of the second round, and the third
+    assert updates == [6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]  # the rest of the second round, and the third
     assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
     finetune.find_imp(dense(tasks, tmp_path, resume=True, **IMP))
-    assert len(updates) == 3 + 8
+    assert len(updates) == 11
 
 
 def test_another_search_does_not_resume_in_the_same_folder(tasks, imp_folder):
@@ -781,9 +790,9 @@ REMOVED_FEED_FORWARD = np.array([False, True])
 @pytest.fixture(params=["bert", "roberta"])
 def super_ticket(request, tasks, tmp_path):
     """A Super Ticket of each family that takes out three heads and a feed-forward network."""
-    config = bert.load(tasks.parent / request.param).config
-    masks = finetune.unit_masks(config, REMOVED_HEADS, REMOVED_FEED_FORWARD)
-    tamt.save_mask(tmp_path / "super.pt", masks, {"method": "super", "model": str(tasks.parent / request.param)})
+    model = tasks.parent / request.param
+    masks = finetune.unit_masks(bert.load(model).config, REMOVED_HEADS, REMOVED_FEED_FORWARD)
+    tamt.save_mask(tmp_path / "super.pt", masks, {"method": "super", "model": str(model)})
     return tmp_path / "super.pt"
 
 
@@ -804,7 +813,8 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
         output_gate = float(not REMOVED_FEED_FORWARD[index])
         layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
-        layer.output.dense.register_forward_hook(lambda module, inputs, output, gate=output_gate: output * gate)
+        layer.output.dense.register_forward_hook(
+            lambda module, inputs, output, gate=output_gate: output * gate)
     sequences = small.tasks[0].train[:8]
     with torch.no_grad():
         found = finetune.task_logits(small.model, small.tasks[0], sequences)
@@ -822,10 +832,11 @@ def test_the_export_of_a_super_ticket_has_full_sizes_and_equal_logits(tasks, tmp
     assert not query[0:8].any() and not query[16:24].any()  # the first and the third head are gone
     assert query[8:16].all() and query[24:32].all()
 
-    sequences = experiment.tasks[0].train[:8]
+    model = experiment.model
+    task_data = experiment.tasks[0]
     with torch.no_grad():
-        ours = finetune.task_logits(experiment.model, experiment.tasks[0], sequences)
-        theirs, _ = transformers_logits(tmp_path / "export", experiment.tasks[0], sequences, experiment.model.config)
+        ours = finetune.task_logits(model, task_data, task_data.train[:8])
+        theirs, _ = transformers_logits(tmp_path / "export", task_data, task_data.train[:8], model.config)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -838,11 +849,12 @@ def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super
 
 
 def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_path):
-    content = finetune.find_super(dense(tasks, tmp_path, find="super", orders=("winning", "random"), epochs=1))
+    orders = ("winning", "random")
+    content = finetune.find_super(dense(tasks, tmp_path, find="super", orders=orders, epochs=1))
     curve = {entry["ticket"]: entry for entry in content["curve"]}
-    assert list(curve) == ["dense", *(f"{order}-{n}" for order in ("winning", "random") for n in range(1, 9))]
-    assert curve["dense"]["remaining"] == 1 > curve["winning-2"]["remaining"] > curve["winning-8"]["remaining"]
-    assert len(results(tmp_path)) == 17
+    assert len(curve) == len(results(tmp_path)) == 17  # the dense model, and eight levels of each order
+    assert curve["dense"]["remaining"] == 1
+    assert curve["dense"]["remaining"] > curve["random-4"]["remaining"] > curve["random-8"]["remaining"]
 
     best = max(curve[f"winning-{level}"]["best"]["accuracy"] for level in range(1, 9))
     _, meta = tamt.read_mask(tmp_path / "run")
@@ -877,10 +889,11 @@ def two_masks(tasks, tmp_path):
 @pytest.fixture
 def two_super_tickets(tasks, tmp_path):
     """They skip the feed-forward networks of different layers."""
-    config = bert.load(tasks.parent / "bert").config
+    model = tasks.parent / "bert"
     for index, feed_forward in enumerate(([True, False], [False, True])):
-        masks = finetune.unit_masks(config, REMOVED_HEADS[[index, 1 - index]], np.array(feed_forward))
-        tamt.save_mask(tmp_path / f"{index}.pt", masks, {"method": "super", "model": str(tasks.parent / "bert")})
+        removed_heads = REMOVED_HEADS[[index, 1 - index]]
+        masks = finetune.unit_masks(bert.load(model).config, removed_heads, np.array(feed_forward))
+        tamt.save_mask(tmp_path / f"{index}.pt", masks, {"method": "super", "model": str(model)})
     return f"{tmp_path / '0.pt'},{tmp_path / '1.pt'}"
 
 
@@ -936,10 +949,11 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_p
 def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request, tickets):
     values = {"task": "rte,stsb", "mask": request.getfixturevalue(tickets), "results": None}
     expected = finetune.fine_tune(settings(tasks, tmp_path / "a", export=tmp_path / "a/x", **values))
+    values["export"] = tmp_path / "b/x"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at_update(patch, 6)
-        finetune.fine_tune(settings(tasks, tmp_path / "b", export=tmp_path / "b/x", **values))
-    resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", export=tmp_path / "b/x", resume=True, **values))
+        finetune.fine_tune(settings(tasks, tmp_path / "b", **values))
+    resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", resume=True, **values))
     assert resumed["evaluations"] == expected["evaluations"]
     for task in ("rte", "stsb"):
         assert weights(tmp_path / "b/x" / task) == weights(tmp_path / "a/x" / task)

@@ -1,4 +1,4 @@
-"""What a hostile user, disk or clock does to finetune.py. Run: python -m pytest dev/test_hostile_finetune.py"""
+"""finetune.py under a hostile user, disk and clock: python -m pytest dev/test_hostile_finetune.py"""
 
 # ruff: noqa: E402, F401, F811 (fixtures are imported, then named as arguments)
 
@@ -222,7 +222,8 @@ def test_odd_tables_are_one_line_that_names_the_file(tasks, tmp_path, capsys, sp
 def test_one_example_is_enough(tasks, tmp_path, task):
     for folder, label, word in (("RTE", "label", "entailment"), ("STS-B", "score", "2.5")):
         for split in ("train", "dev"):
-            write_lines(tmp_path / folder / f"{split}.tsv", [f"sentence1\tsentence2\t{label}", f"\U0001f600\t\t{word}"])
+            rows = [f"sentence1\tsentence2\t{label}", f"\U0001f600\t\t{word}"]
+            write_lines(tmp_path / folder / f"{split}.tsv", rows)
     result = finetune.fine_tune(settings(tasks, tmp_path, task=task, data=tmp_path))
     assert all(np.isfinite(value) for value in result["final"].values())
 
@@ -306,7 +307,8 @@ def test_a_mask_that_prunes_everything_still_trains(tasks, tmp_path):
 
 def test_a_super_ticket_and_a_mask_share_an_encoder(tasks, tmp_path):
     file = super_file(tasks, tmp_path / "s.pt", [[True, False, False, False]] * 2, [True, False])
-    result = finetune.fine_tune(settings(tasks, tmp_path, task="rte,stsb", mask=f"{file},{tasks / 'bert.pt'}"))
+    masks = f"{file},{tasks / 'bert.pt'}"
+    result = finetune.fine_tune(settings(tasks, tmp_path, task="rte,stsb", mask=masks))
     assert [meta.get("method") for meta in result["mask"]] == ["super", "omp"]
 
 
@@ -318,7 +320,8 @@ def test_no_search_without_find_from_python(tasks, tmp_path):
 
 @pytest.mark.parametrize("sparsity", [0, 0.1, 0.05, 0.9999])
 def test_imp_reaches_any_sparsity_exactly(tasks, tmp_path, sparsity):
-    finetune.find_imp(dense(tasks, tmp_path, find="imp", sparsity=sparsity, epochs=1, limit=8, scope="all", rank="local"))
+    finetune.find_imp(dense(tasks, tmp_path, find="imp", sparsity=sparsity, scope="all", rank="local",
+                            epochs=1, limit=8))
     for mask in tamt.load_mask(tmp_path / "run").values():
         assert int((~mask).sum()) == round(mask.numel() * sparsity)
 
