@@ -156,7 +156,7 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dict, list[str]]:
     """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
     task -> the masks that training keeps, and the names of the weights that IMP may prune."""
-    prunable = list(tamt.maskable_layers(model, run.scope))  # a fresh pooler is never pruned
+    prunable = list(tamt.maskable_layers(model))  # a fresh pooler is never pruned
 
     torch.manual_seed(run.seed)
     add_head(model, tasks)
@@ -540,14 +540,14 @@ def find_imp(settings) -> dict:
 
     A round that is finished is not repeated by --resume."""
     start_time = time.time()
-    settings = resolve_search(settings)
+    settings = resolve_search(replace(settings, find="imp"))
     levels = tamt.imp_levels(settings.sparsity)
     mask = None
     rounds = []
     for number, level in enumerate(levels, 1):
         print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
         folder = settings.out / f"round-{number}"
-        round_settings = replace(settings, find=None, mask=mask, out=folder, results=None)
+        round_settings = without_search(settings, mask=mask, out=folder, results=None)
         # As released, the schedule of a round is the first tenth of a decay over ten rounds.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
@@ -566,8 +566,8 @@ def prune_trained(experiment, level: float, settings) -> dict[str, torch.Tensor]
     """Of what is left, the smallest trained weights go, up to a sparsity of `level`."""
     parameters = dict(experiment.model.named_parameters())
     magnitudes = {}
-    for name in experiment.prunable:
-        if name in parameters:  # SQuAD has no pooler
+    for name in tamt.maskable_layers(experiment.model, settings.scope):
+        if name in experiment.prunable:
             magnitudes[name] = parameters[name].detach().abs()
             if name in experiment.masks:
                 magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # what is pruned stays pruned
@@ -603,9 +603,9 @@ def find_super(settings) -> dict:
     more of them from the pre-trained model, and fine-tune each ticket. The winning ticket with the best dev
     score is the super ticket."""
     start_time = time.time()
-    settings = resolve_search(settings)
+    settings = resolve_search(replace(settings, find="super"))
     results = {}
-    experiment = open_experiment(replace(settings, find=None, out=settings.out / "dense"))
+    experiment = open_experiment(without_search(settings, out=settings.out / "dense"))
     if experiment.result is None:
         train(experiment)
         heads, feed_forward = importance(experiment)
@@ -617,7 +617,7 @@ def find_super(settings) -> dict:
         for level in LEVELS:
             name = f"{order}-{level}"
             ticket = settings.out / f"{name}.pt"
-            experiment = open_experiment(replace(settings, find=None, mask=str(ticket), out=settings.out / name))
+            experiment = open_experiment(without_search(settings, mask=str(ticket), out=settings.out / name))
             if experiment.result is None:
                 train(experiment)
                 finish(experiment)
@@ -846,14 +846,15 @@ def switch_to(model, task_data: TaskData):
 # ---------------------------------------------------------------------------------------------------
 
 
-def record(run, result: dict):
-    """Adds the line of a finished run to --results, once, whenever a kill may come. The state goes at the end: it
-    is three times the size of the model, and of no more use."""
+def record(run, result: dict, is_resumed: bool = False):
+    """Adds the line of a finished run to --results, once, whenever a kill may come: a run that is resumed may have
+    added it already. The state goes at the end: it is three times the size of the model, and of no more use."""
     line = {name: value for name, value in result.items() if name != "evaluations"}
-    if run.results is not None:
-        held = run.results.read_bytes() if run.results.is_file() else b""
-        if json.dumps(line).encode() not in held:
-            data.append_line(run.results, line)
+    is_there = False
+    if is_resumed and run.results is not None and run.results.is_file():
+        is_there = json.dumps(line).encode() in run.results.read_bytes()
+    if run.results is not None and not is_there:
+        data.append_line(run.results, line)
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
@@ -862,7 +863,7 @@ def finished_experiment(run, tasks: list, result: dict) -> Experiment:
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
-        record(run, result)
+        record(run, result, is_resumed=True)
     has_predictions = any(run.out.glob("*.tsv")) or any(run.out.glob("predictions.json"))
     has_exports = all(folder.exists() for folder in export_folders(run, tasks))
     if run.predict and not has_predictions or not has_exports:
@@ -1043,7 +1044,7 @@ class Settings:
         if self.find and (len(names) > 1 or self.mask or self.predict or self.export):
             raise ValueError("--find goes with one --task and without --mask, --predict and --export")
         for name, find in (("sparsity", "imp"), ("rank", "imp"), ("scope", "imp"), ("orders", "super")):
-            if getattr(self, name) is not None and self.find not in (find, None):
+            if getattr(self, name) is not None and self.find != find:
                 raise ValueError(f"--{name} goes with --find {find}")
         if self.results is not None:
             is_file = self.results.is_file() or not self.results.exists() or str(self.results) == os.devnull
@@ -1094,7 +1095,6 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
         defaults |= {"epochs": 5, "lr": 5e-5, "eval_every": max(each.eval_every for each in tasks)}
     if values["model"] == "toy":
         defaults |= TOY
-    defaults |= {"scope": "encoder"}
     for name, default in defaults.items():
         if values[name] is None:
             values[name] = default
@@ -1132,6 +1132,11 @@ def resolve_search(settings: Settings) -> Settings:
         (settings.out / "mask.json").unlink(missing_ok=True)
     settings.out.mkdir(parents=True, exist_ok=True)
     return settings
+
+
+def without_search(settings: Settings, **changes) -> Settings:
+    """The settings of one run of a search."""
+    return replace(settings, find=None, sparsity=None, rank=None, scope=None, orders=None, **changes)
 
 
 def search_identity(settings) -> dict:

@@ -1835,7 +1835,7 @@ def run_command(main):
 def one_line(error) -> str:
     """The text of an error, without the number that Python puts before the name of a file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{str(error.filename):.1000}: {error.strerror}"
     return f"{' '.join(str(error).split()):.1000}"
 
 

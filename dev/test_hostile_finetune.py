@@ -1,0 +1,352 @@
+"""finetune.py under a hostile user, disk and clock: python -m pytest dev/test_hostile_finetune.py"""
+
+# ruff: noqa: E402, F401, F811 (fixtures are imported, then named as arguments)
+
+import errno
+import itertools
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bert
+import data
+import finetune
+import tamt
+from test_finetune_part import (
+    dense,
+    results,
+    settings,
+    shell,
+    stop_at_update,
+    tasks,
+    tiny,
+    world,
+    write_json,
+    write_lines,
+)
+
+
+def refused(capsys, tasks, out, *argv, **more):
+    """Runs a command that must fail with one line -> that line."""
+    capsys.readouterr()
+    assert shell(tasks, out, *argv, **more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert len(error) < 1100
+    return error
+
+
+# Files of others
+
+
+def test_files_of_others_stay_in_the_folder_of_a_run(tasks, tmp_path):
+    write_lines(tmp_path / "run/film.part", ["x"])
+    write_lines(tmp_path / "run/b/c.part", ["x"])
+    assert shell(tasks, tmp_path) == 0
+    assert len(list(tmp_path.rglob("*.part"))) == 2
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_foreign_result_json_is_refused(tasks, tmp_path, capsys, more):
+    write_json(tmp_path / "run/result.json", {"score": 1})
+    assert "result.json is not a file of this program" in refused(capsys, tasks, tmp_path, "rte", *more)
+    assert json.loads((tmp_path / "run/result.json").read_text()) == {"score": 1}
+
+
+def test_a_foreign_mask_is_not_overwritten_by_a_search(tasks, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(tasks / "roberta.pt", tmp_path / "run/mask.pt")
+    argv = ("rte", "--model", tasks.parent / "bert", "--find", "imp", "--resume")
+    assert "holds another mask.pt" in refused(capsys, tasks, tmp_path, *argv, mask=None)
+    assert (tmp_path / "run/mask.pt").read_bytes() == (tasks / "roberta.pt").read_bytes()
+
+
+def test_an_export_never_overwrites_its_model(tasks, tmp_path, capsys):
+    shutil.copytree(tasks.parent / "bert", tmp_path / "x/stsb")
+    argv = ("rte,stsb", "--model", tmp_path / "x/stsb/model.safetensors", "--export", tmp_path / "x")
+    assert "is the folder of the model" in refused(capsys, tasks, tmp_path, *argv, mask=None)
+    assert not (tmp_path / "x/rte").exists()
+
+
+def test_the_results_file_is_not_a_file_of_the_run(tasks, tmp_path, capsys):
+    assert shell(tasks, tmp_path) == 0
+    for name in ("result.json", "state.pt"):
+        error = refused(capsys, tasks, tmp_path, "rte", "--results", tmp_path / "run" / name)
+        assert "a file that the run itself writes" in error
+    assert json.loads((tmp_path / "run/result.json").read_text())["task"] == "rte"
+
+
+def test_a_results_file_without_a_last_newline_keeps_its_lines(tasks, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"a": 1}')
+    assert shell(tasks, tmp_path) == 0
+    lines = results(tmp_path)
+    assert len(lines) == 2
+    assert lines[0] == {"a": 1}
+
+
+# Damaged files
+
+
+def test_a_mask_that_is_cut_anywhere_is_one_line(tasks, tmp_path, capsys):
+    content = (tasks / "bert.pt").read_bytes()
+    generator = random.Random(0)
+    for size in [0, 1, 10, len(content) - 1, *(generator.randrange(len(content)) for _ in range(6))]:
+        (tmp_path / "cut.pt").write_bytes(content[:size])
+        assert "cut.pt" in refused(capsys, tasks, tmp_path, "rte", "--mask", tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize("model", [None, 3, ["bert"], "", "x" * 5000, "\0", "a\nb"], ids=repr)
+def test_a_mask_whose_metadata_is_odd_is_one_line(tasks, tmp_path, capsys, model):
+    tamt.save_mask(tmp_path / "odd.pt", tamt.load_mask(tasks / "bert.pt"), {"model": model})
+    refused(capsys, tasks, tmp_path, "rte", "--mask", tmp_path / "odd.pt")
+
+
+def test_a_mask_folder_without_mask_is_one_line(tasks, tmp_path, capsys):
+    assert "mask.pt" in refused(capsys, tasks, tmp_path, "rte", "--mask", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"settings": 3}', '{"settings": {}}', "\0" * 9])
+def test_a_damaged_result_json_is_one_line(tasks, tmp_path, capsys, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/result.json").write_text(content)
+    assert "result.json" in refused(capsys, tasks, tmp_path, "rte", "--resume") or content.endswith("{}}")
+
+
+def test_a_result_json_without_its_figures_is_one_line(tasks, tmp_path, capsys):
+    assert shell(tasks, tmp_path) == 0
+    file = tmp_path / "run/result.json"
+    result = json.loads(file.read_text())
+    for name in ("best", "final", "sparsity", "mask", "evaluations"):
+        file.write_text(json.dumps({key: value for key, value in result.items() if key != name}))
+        assert "not a result of this version" in refused(capsys, tasks, tmp_path, "rte", "--resume")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "format", "parameters"])
+def test_a_damaged_state_is_one_line(tasks, tmp_path, monkeypatch, capsys, damage):
+    with monkeypatch.context() as patch:
+        stop_at_update(patch, 4)
+        assert shell(tasks, tmp_path) == 130
+    file = tmp_path / "run/state.pt"
+    state = torch.load(file, weights_only=True)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    else:
+        if damage == "format":
+            state["format"] = 1
+        else:
+            del state["parameters"]["classifier.weight"]
+        torch.save(state, file)
+    assert "state.pt" in refused(capsys, tasks, tmp_path, "rte", "--resume")
+
+
+# A disk that is full, a clock that runs backwards, a user in a hurry
+
+
+@pytest.mark.parametrize("function", ["write_torch", "write_json"])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tasks, tmp_path, monkeypatch, capsys, function):
+    assert shell(tasks, tmp_path / "a") == 0
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tamt, function, full)
+        assert "No space left" in refused(capsys, tasks, tmp_path / "b")
+    assert shell(tasks, tmp_path / "b", "rte", "--resume") == 0
+    a, b = (results(tmp_path / name) for name in "ab")
+    assert len(b) == 1
+    assert a[0]["final"] == b[0]["final"]
+
+
+def test_a_full_disk_under_the_results_does_not_lose_the_run(tasks, tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "results.jsonl").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert shell(tasks, tmp_path) == 2
+    assert not capsys.readouterr().err.count("\n") > 1
+    (tmp_path / "results.jsonl").unlink()
+    assert shell(tasks, tmp_path, "rte", "--resume") == 0
+
+
+def test_a_clock_that_runs_backwards_does_no_harm(tasks, tmp_path, monkeypatch):
+    ticks = itertools.count(0, -100)
+    monkeypatch.setattr(finetune.time, "time", lambda: float(next(ticks)))
+    assert shell(tasks, tmp_path, "rte", "--eval-every", 1) == 0
+
+
+def test_ctrl_c_before_the_first_state_leaves_a_folder_that_can_be_used(tasks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_update(patch, 1)
+        assert shell(tasks, tmp_path) == 130
+    assert shell(tasks, tmp_path, "rte", "--resume") == 0
+    assert len(results(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("number", range(1, 17, 3))
+def test_stopped_anywhere_several_tasks_end_alike(tasks, tmp_path, monkeypatch, number):
+    expected = finetune.fine_tune(dense(tasks, tmp_path / "a", task="rte,stsb"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_update(patch, number)
+        finetune.fine_tune(dense(tasks, tmp_path / "b", task="rte,stsb"))
+    resumed = finetune.fine_tune(dense(tasks, tmp_path / "b", task="rte,stsb", resume=True))
+    assert resumed["evaluations"] == expected["evaluations"]
+
+
+# Odd tables
+
+
+@pytest.mark.parametrize("rows", [[], ["a\tb\tmaybe"], ["a\tb\t"], ["a\tb\tentailment\tc"]], ids=str)
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_odd_tables_are_one_line_that_names_the_file(tasks, tmp_path, capsys, split, rows):
+    for name in ("train", "dev"):
+        write_lines(tmp_path / "RTE" / f"{name}.tsv", ["sentence1\tsentence2\tlabel", "a\tb\tentailment"])
+    write_lines(tmp_path / "RTE" / f"{split}.tsv", ["sentence1\tsentence2\tlabel", *rows])
+    assert f"{split}.tsv" in refused(capsys, tasks, tmp_path, "rte", "--data", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_one_example_is_enough(tasks, tmp_path, task):
+    for folder, label, word in (("RTE", "label", "entailment"), ("STS-B", "score", "2.5")):
+        for split in ("train", "dev"):
+            rows = [f"sentence1\tsentence2\t{label}", f"\U0001f600\t\t{word}"]
+            write_lines(tmp_path / folder / f"{split}.tsv", rows)
+    result = finetune.fine_tune(settings(tasks, tmp_path, task=task, data=tmp_path))
+    assert all(np.isfinite(value) for value in result["final"].values())
+
+
+@pytest.mark.parametrize("paragraphs", [[], [{"context": "", "qas": []}], [{"context": "a b", "qas": [
+    {"id": "1", "question": "where", "answers": [{"text": "z", "answer_start": 0}]}]}]], ids=str)
+def test_a_squad_without_answers_is_one_line(tasks, tmp_path, capsys, paragraphs):
+    for split in ("train", "dev"):
+        write_json(tmp_path / f"squad/{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
+    assert shell(tasks, tmp_path, "squad", "--data", tmp_path) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]  # before it, how many questions were left out
+    assert last_line.startswith("error: ")
+    assert "question" in last_line
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_a_question_that_leaves_no_room_is_one_line(tasks, tmp_path, capsys):
+    answer = {"text": "tree", "answer_start": 4}
+    question = {"id": "1", "question": "where the cat " * 50, "answers": [answer]}
+    for split in ("train", "dev"):
+        write_json(tmp_path / f"squad/{split}-v1.1.json",
+                   {"data": [{"paragraphs": [{"context": "the tree", "qas": [question]}]}]})
+    error = refused(capsys, tasks, tmp_path, "squad", "--data", tmp_path)
+    assert "max_len 48: no room for text after 'where the cat" in error
+
+
+def test_a_limit_above_the_number_of_examples_is_all_of_them(tasks, tmp_path):
+    a = finetune.fine_tune(settings(tasks, tmp_path / "a"))
+    b = finetune.fine_tune(settings(tasks, tmp_path / "b", limit=10**6))
+    assert a["evaluations"] == b["evaluations"]
+
+
+def test_a_task_file_with_a_comma_in_its_path_is_one_task(tasks, tmp_path):
+    shutil.copy(tasks / "mood.tsv", tmp_path / "mood.tsv")
+    shutil.copy(tasks / "mood.json", tmp_path / "mood,glad.json")
+    assert shell(tasks, tmp_path, str(tmp_path / "mood,glad.json")) == 0
+
+
+# Tickets
+
+
+def super_file(tasks, path, removed_heads, removed_feed_forward):
+    config = bert.load(tasks.parent / "bert").config
+    masks = finetune.unit_masks(config, np.array(removed_heads), np.array(removed_feed_forward))
+    tamt.save_mask(path, masks, {"method": "super", "model": str(tasks.parent / "bert")})
+    return path
+
+
+def test_a_super_ticket_never_takes_all_heads_of_a_layer(tasks, tmp_path, capsys):
+    file = super_file(tasks, tmp_path / "s.pt", [[True] * 4, [False] * 4], [False, False])
+    assert "not all of a layer" in refused(capsys, tasks, tmp_path, "rte", "--mask", file)
+
+
+def test_a_super_ticket_with_a_pooler_mask_is_refused(tasks, tmp_path, capsys):
+    file = super_file(tasks, tmp_path / "s.pt", [[False] * 4, [False] * 4], [False, True])
+    masks, meta = tamt.read_mask(file)
+    masks["bert.pooler.dense.weight"] = torch.zeros(32, 32, dtype=torch.bool)
+    tamt.save_mask(file, masks, meta)
+    assert "takes out whole heads" in refused(capsys, tasks, tmp_path, "rte", "--mask", file)
+
+
+def test_a_super_ticket_without_any_feed_forward_network_trains_resumes_and_exports(
+        tasks, tmp_path, monkeypatch):
+    file = super_file(tasks, tmp_path / "s.pt", [[True, True, True, False]] * 2, [True, True])
+    assert shell(tasks, tmp_path / "a", "rte", "--mask", file, "--export", tmp_path / "a/x") == 0
+    with monkeypatch.context() as patch:
+        stop_at_update(patch, 6)
+        assert shell(tasks, tmp_path / "b", "rte", "--mask", file) == 130
+    assert shell(tasks, tmp_path / "b", "rte", "--mask", file, "--resume", "--export", tmp_path / "b/x") == 0
+    a, b = ((tmp_path / name / "x/model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_a_mask_that_prunes_everything_still_trains(tasks, tmp_path):
+    masks = {name: torch.zeros_like(mask) for name, mask in tamt.load_mask(tasks / "bert.pt").items()}
+    tamt.save_mask(tmp_path / "none.pt", masks, {"model": str(tasks.parent / "bert")})
+    result = finetune.fine_tune(settings(tasks, tmp_path, mask=str(tmp_path / "none.pt")))
+    assert result["sparsity"] == 1
+    assert np.isfinite(result["evaluations"][-1]["loss"])
+
+
+def test_a_super_ticket_and_a_mask_share_an_encoder(tasks, tmp_path):
+    file = super_file(tasks, tmp_path / "s.pt", [[True, False, False, False]] * 2, [True, False])
+    masks = f"{file},{tasks / 'bert.pt'}"
+    result = finetune.fine_tune(settings(tasks, tmp_path, task="rte,stsb", mask=masks))
+    assert [meta.get("method") for meta in result["mask"]] == ["super", "omp"]
+
+
+def test_no_search_without_find_from_python(tasks, tmp_path):
+    for name, value in (("sparsity", 0.5), ("rank", "local"), ("scope", "all"), ("orders", ("losing",))):
+        with pytest.raises(ValueError, match=f"--{name} goes with --find"):
+            settings(tasks, tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.1, 0.05, 0.9999])
+def test_imp_reaches_any_sparsity_exactly(tasks, tmp_path, sparsity):
+    finetune.find_imp(dense(tasks, tmp_path, find="imp", sparsity=sparsity, scope="all", rank="local",
+                            epochs=1, limit=8))
+    for mask in tamt.load_mask(tmp_path / "run").values():
+        assert int((~mask).sum()) == round(mask.numel() * sparsity)
+
+
+def test_imp_on_squad_and_on_roberta_has_no_pooler_to_prune(tasks, tmp_path):
+    model = str(tasks.parent / "roberta")
+    finetune.find_imp(dense(tasks, tmp_path, model=model, find="imp", sparsity=0.1, epochs=1))
+    names = tamt.load_mask(tmp_path / "run").keys()
+    assert len(names) == 12
+    assert not any("pooler" in name for name in names)
+
+
+def test_another_vocabulary_size_is_refused(tasks, tmp_path, capsys):
+    tiny(tmp_path / "small", vocab_size=20)
+    error = refused(capsys, tasks, tmp_path, "rte", "--model", tmp_path / "small", mask=None)
+    assert "the vocabulary has" in error
+
+
+def test_lines_of_two_runs_at_once_stay_whole(tmp_path):
+    import threading
+    threads = [threading.Thread(target=data.append_line, args=(tmp_path / "r", {"n": n, "x": "y" * 9999}))
+               for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
+    assert sorted(line["n"] for line in lines) == list(range(20))
