@@ -1650,8 +1650,9 @@ def check_settings(settings):
         if value is None:
             continue
         chosen = value if isinstance(value, (list, tuple)) else [value]
-        if choices and not set(chosen) <= set(choices):
-            raise ValueError(f"{flag} {' '.join(map(str, chosen))}: expected one of {', '.join(choices)}")
+        for word in chosen:
+            if choices and word not in choices:
+                raise ValueError(f"{flag} {word!r}: expected one of {', '.join(choices)}")
         is_number = type(value) in (int, float) and math.isfinite(value)
         if check == "positive" and not (is_number and 0 < value < 2**31):
             raise ValueError(f"{flag} {value}: expected a number above 0")

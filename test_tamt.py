@@ -2704,52 +2704,6 @@ def test_a_submission_holds_labels_as_words_and_numbers_with_three_decimals(tmp_
 # ---------------------------------------------------------------------------------------------------
 
 
-def run(main, *argv):
-    """Calls a program as its command line does -> exit status."""
-    try:
-        tamt.run_command(lambda: main([str(word) for word in argv]))
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def tiny(folder, family="bert", seed=0, **sizes):
-    """An ordinary model folder: two layers, 32 wide; BERT knows words, RoBERTa letters."""
-    torch.manual_seed(seed)
-    letters = sorted(set("".join(WORDS)))
-    values = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    if family == "bert":
-        continuations = [f"##{letter}" for letter in letters]
-        tokens = [*data.WORDPIECE_SPECIALS, ".", *WORDS, *letters, *continuations]
-        values["max_position_embeddings"] = 64
-    else:
-        tokens = ["<s>", "<pad>", "</s>", "<unk>", *letters, ".", "Ġ", "<mask>"]
-        values |= {"model_type": "roberta", "max_position_embeddings": 66, "type_vocab_size": 1,
-                   "pad_token_id": 1, "layer_norm_eps": 1e-5}
-    tokens = list(dict.fromkeys(tokens))
-
-    model = bert.Model(bert.Config(**{"vocab_size": len(tokens)} | values | sizes))
-    for parameter in model.parameters():
-        parameter.data += torch.randn_like(parameter) * 0.05  # no zeros, no ones: every tensor matters
-    bert.save(folder, model.config, dict(model.named_parameters()), "ForMaskedLM")
-    if family == "bert":
-        (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    else:
-        (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-        (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with a tiny model of each family."""
-    folder = tmp_path_factory.mktemp("world")
-    os.environ["TAMT_CACHE"] = str(folder / "cache")
-    tiny(folder / "bert")
-    tiny(folder / "roberta", "roberta")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tasks(world):
     """A folder with small tables in GLUE's layout, a small SQuAD, an own task, and a mask of each model.
