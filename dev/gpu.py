@@ -7,7 +7,7 @@ It needs, in one folder: bert.py data.py tamt.py glue_squad.py finetune.py dev/g
 pyproject.toml, and the packages torch (2.11 or later), numpy, tokenizers, requests. With pytest it runs part a,
 with transformers the comparison with dense fine-tuning in part c. Nothing is downloaded: weights and tokens are
 random, which is right for cost and says nothing about learning. No CUDA figure of this project has been
-measured yet; the estimates are in dev/RESULTS.md.
+measured yet.
 
     a  tests        the tests marked cuda
     b  agreement    CPU against CUDA: loss, gradient, mask after 20 updates, loss in bf16; resume bit for bit
@@ -243,7 +243,7 @@ def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> f
     """What train_scores() does for each update -> the loss."""
     loss = tamt.update(training, tamt.next_batch(training), learning_rate, t=training.step + 1)
     training.step += 1
-    training.scores.update_masks(radius=2 * learning_rate)
+    training.scores.update_masks(radius=learning_rate / 2)
     return loss
 
 
@@ -551,7 +551,7 @@ def part_ranking(bench: Bench):
             move.neg_()  # back and forth, so that the threshold moves at every call
             synchronize(bench.device)
             began = time.perf_counter()
-            scores.update_masks(radius=2 * LEARNING_RATE)
+            scores.update_masks(radius=LEARNING_RATE / 2)
             synchronize(bench.device)
             seconds.append(time.perf_counter() - began)
         median = float(np.median(seconds[3:]))
