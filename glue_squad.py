@@ -232,17 +232,20 @@ def load_glue(task, split: str, folder) -> list[Example]:
     task = find_task(task)
     path = find_file(task, split, folder)
     has_labels = split in LABELLED_SPLITS
-    columns = list(task.text_columns)
-    if has_labels:
-        columns.append(task.label_column)
-    elif task.test_text_columns:
-        columns = list(task.test_text_columns)
+    text_columns = task.text_columns
+    if not has_labels and task.test_text_columns:
+        text_columns = task.test_text_columns
 
-    # Find the columns. Without names the first line is a row like all others.
+    # Find the columns.
     rows = read_rows(path)
     where, first_row = next(rows)
-    indices = [find_column(column, first_row, where) for column in columns]
-    if all(isinstance(column, int) for column in columns):
+    indices = [find_column(column, first_row, where) for column in text_columns]
+    if has_labels:
+        indices.append(find_column(task.label_column, first_row, where))
+
+    # Without a line of names the first line is a row like all others.
+    has_names = any(isinstance(column, str) for column in (*text_columns, task.label_column))
+    if not has_names:
         rows = chain([(where, first_row)], rows)
 
     # Of MRPC's original training file some rows are the dev set.
@@ -498,10 +501,13 @@ def read_question(entry, context: str, where: str) -> Question:
 
 
 def read_field(entry, key: str, kind: type, where: str):
-    """entry[key], if it is there and of this kind."""
-    if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-        raise ValueError(f"{where}: no {key!r} here that is a {kind.__name__}")
-    return entry[key]
+    """entry[key], if it is there and of this kind: list, str or int."""
+    if not isinstance(entry, dict) or type(entry.get(key)) is not kind:  # isinstance() takes True for an int
+        raise ValueError(f"{where}: no {key!r} here that is of type {kind.__name__}")
+    value = entry[key]
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{where}: {key!r} holds half a character (a lone surrogate), which is no text")
+    return value
 
 
 def squad_2_error(path) -> ValueError:

@@ -21,7 +21,7 @@ import bert
 import data
 import finetune
 import tamt
-from test_finetune_part import (
+from test_tamt import (
     dense,
     results,
     settings,

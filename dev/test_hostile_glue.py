@@ -45,7 +45,11 @@ QUESTION = {"id": "q", "question": "?", "answers": [{"text": "Rome", "answer_sta
     (QUESTION | {"answers": []}, "no answers"),
     (QUESTION | {"answers": ["Rome"]}, "no 'text' here that is"),
     (QUESTION | {"answers": [{"text": "Rome", "answer_start": -1}]}, "answer_start -1"),
-    (QUESTION | {"answers": [{"text": "Rome", "answer_start": 1.5}]}, "no 'answer_start' here that is")])
+    (QUESTION | {"answers": [{"text": "Rome", "answer_start": 1.5}]}, "no 'answer_start' here that is"),
+    (QUESTION | {"answers": [{"text": "Rome", "answer_start": True}]}, "no 'answer_start' here that is"),
+    (QUESTION | {"id": "\ud800"}, "'id' holds half a character"),
+    (QUESTION | {"question": "who\udfff?"}, "'question' holds half a character"),
+    (QUESTION | {"answers": [{"text": "\ud800", "answer_start": 3}]}, "'text' holds half a character")])
 def test_malformed_questions_say_where(tmp_path, question, message):
     content = {"data": [{"paragraphs": [{"context": "in Rome", "qas": [question]}]}]}
     (tmp_path / "x.json").write_text(json.dumps(content))
@@ -59,6 +63,13 @@ def test_malformed_questions_say_where(tmp_path, question, message):
 def test_json_that_is_no_squad_says_so(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=message):
+        glue_squad.load_squad(tmp_path / "x.json")
+
+
+def test_half_a_character_in_a_paragraph_is_refused(tmp_path):
+    content = {"data": [{"paragraphs": [{"context": "in \ud83d Rome", "qas": [QUESTION]}]}]}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"data\[0\].paragraphs\[0\]: 'context' holds half a character"):
         glue_squad.load_squad(tmp_path / "x.json")
 
 
