@@ -62,7 +62,13 @@ from tamt import option
 
 def fine_tune(settings: "Settings") -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
-    returns the content of result.json. Raises ValueError or OSError, in one line, for input that is wrong."""
+    returns the content of result.json. Settings with --find lead to find_imp or find_super, below. Raises
+    ValueError or OSError, in one line, for input that is wrong."""
+    if settings.find == "imp":
+        return find_imp(settings)
+    if settings.find == "super":
+        return find_super(settings)
+
     experiment = open_experiment(settings)
     if experiment.result is None:
         train(experiment)
@@ -1210,12 +1216,7 @@ def refuse_results_file(run):
 
 def main(argv=None):
     settings = tamt.parse_settings(Settings, "Fine-tune a subnetwork of a pre-trained BERT on one task.", argv)
-    if settings.find == "imp":
-        find_imp(settings)
-    elif settings.find == "super":
-        find_super(settings)
-    else:
-        fine_tune(settings)
+    fine_tune(settings)
 
 
 if __name__ == "__main__":

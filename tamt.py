@@ -1655,7 +1655,7 @@ def check_settings(settings):
                 raise ValueError(f"{flag} {word!r}: expected one of {', '.join(choices)}")
         is_number = type(value) in (int, float) and math.isfinite(value)
         if check == "positive" and not (is_number and 0 < value < 2**31):
-            raise ValueError(f"{flag} {value}: expected a number above 0")
+            raise ValueError(f"{flag} {value}: expected a number above 0 and below {2**31}")
         if check == "fraction" and not (is_number and 0 <= value < 1):
             raise ValueError(f"{flag} {value}: expected a fraction in [0, 1); 0.7 removes 70 %")
         if check == "seed" and not (is_number and 0 <= value < 2**31):
