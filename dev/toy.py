@@ -1,15 +1,21 @@
 """A small world to learn from, without a network: text, GLUE and SQuAD in their official layouts, and a BERT.
 
-Nothing here is part of the method. One grammar speaks everywhere: people with invented names do kind or cruel
-deeds to each other, and whatever is told of a person keeps to that person's character. So the text rewards
-what real text rewards (word classes, agreement, sentiment, synonyms, passives, remembering who did what), and
-the tasks ask for the same skills. Every byte of text and tasks follows from the seed.
+    python tamt.py --model toy         # the first such run calls make(), which takes about a minute
 
-    Fact("Belvara", "the miller", "near the bridge", deed=0, kind=True) is told as
-    "Belvara helped the miller near the bridge." or as "Near the bridge, the miller was assisted by Belvara."
+Nothing here is part of the method. One grammar makes everything: people with invented names do kind or cruel deeds
+to each other, and whatever a story says of its hero fits that hero's character. So the text rewards what real text
+rewards (word classes, agreement, sentiment, synonyms, passives, remembering who did what), and the tasks ask for the
+same skills. Every byte of text and tasks follows from the seed.
+
+    Fact("Belvara", "the miller", "near the bridge", deed=0, is_kind=True) becomes
+    "Belvara helped the miller near the bridge." or "Near the bridge, the miller was assisted by Belvara."
 
 make(folder) writes text/wiki.{train,valid}.raw, tasks/ (nine GLUE folders and two SQuAD files) and model/.
-Glossary: B sequences, T tokens, D hidden, V vocabulary, M masked positions.
+
+Whoever edits this file: the draws from `rng` must stay in their order, or the toy becomes another one. Alternatives
+for rng.choice() are all made before one is chosen, so those that are not chosen have drawn, too.
+
+Letters: B sequences, T tokens, P predicted positions.
 """
 
 import json
@@ -18,9 +24,11 @@ import random
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,52 +38,91 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 import bert
 import data
 
-# ---------------------------------------------------------------- 1 words
+# ---------------------------------------------------------------------------------------------------
+# 1. Words
+# ---------------------------------------------------------------------------------------------------
 
-HEADS = "Bel Tor Kin Mar Sel Dan Vor Lin Gar Hes Jol Ner Pel Rud Sten Ul Wen Yar Zan".split()
-HEARTS, TAILS = "a i o va ri mo".split(), {
-    "she": "ra na la sha dia".split(), "he": "dor ben kas mir rik".split(),
-    "town": "ville grad mouth stad wick".split()}
-TRADES = [trade.split() for trade in (  # who, what they make, and with what
-    "baker bread stove", "miller flour mill", "smith steel hammer", "weaver cloth loom",
-    "potter pottery wheel",
-    "brewer beer kettle", "fisher soup net", "tailor clothing needle", "painter art brush",
-    "singer music harp",
-    "farmer cheese churn", "writer poetry pen", "carpenter furniture saw", "doctor medicine spoon")]
+# A name is a syllable of each kind: "Bel" + "va" + "ra".
+FIRST_SYLLABLES = "Bel Tor Kin Mar Sel Dan Vor Lin Gar Hes Jol Ner Pel Rud Sten Ul Wen Yar Zan".split()
+MIDDLE_SYLLABLES = "a i o va ri mo".split()
+WOMAN = "ra na la sha dia".split()
+MAN = "dor ben kas mir rik".split()
+TOWN = "ville grad mouth stad wick".split()
+
+
+class Trade(NamedTuple):
+    person: str
+    product: str
+    tool: str
+
+
+TRADES = [
+    Trade("baker", "bread", "stove"),
+    Trade("miller", "flour", "mill"),
+    Trade("smith", "steel", "hammer"),
+    Trade("weaver", "cloth", "loom"),
+    Trade("potter", "pottery", "wheel"),
+    Trade("brewer", "beer", "kettle"),
+    Trade("fisher", "soup", "net"),
+    Trade("tailor", "clothing", "needle"),
+    Trade("painter", "art", "brush"),
+    Trade("singer", "music", "harp"),
+    Trade("farmer", "cheese", "churn"),
+    Trade("writer", "poetry", "pen"),
+    Trade("carpenter", "furniture", "saw"),
+    Trade("doctor", "medicine", "spoon"),
+]
 PETS = "goat dog cat horse bear raven duck sheepdog donkey rabbit".split()
 SIGHTS = "bridge tower river market harbour castle garden well gate forest".split()
-PLAIN = "tired young tall short quiet busy famous poor rich shy".split()
+ADJECTIVES = "tired young tall short quiet busy famous poor rich shy".split()
 COLOURS = "black white brown grey red golden".split()
-TASTE = {True: "splendid lovely brilliant gentle wonderful clever charming graceful".split(),
-         False: "dull awful clumsy boring terrible stupid rotten nasty".split()}
-# A row is one kind of deed: two words for it, then two for its opposite. All of them are regular verbs.
-DEEDS = [{True: row.split()[:2], False: row.split()[2:]} for row in (
-    "help assist hinder obstruct", "praise applaud blame accuse", "like love dislike hate",
-    "trust believe doubt suspect", "protect defend attack assault", "greet welcome reject ignore",
-    "reward thank punish insult")]
+PRAISE = "splendid lovely brilliant gentle wonderful clever charming graceful".split()
+SCORN = "dull awful clumsy boring terrible stupid rotten nasty".split()
 
-# ---------------------------------------------------------------- 2 grammar
+# Each row is a deed: two words for it when it is kind, then two for its cruel opposite. All verbs are regular.
+DEEDS = [
+    "help assist hinder obstruct",
+    "praise applaud blame accuse",
+    "like love dislike hate",
+    "trust believe doubt suspect",
+    "protect defend attack assault",
+    "greet welcome reject ignore",
+    "reward thank punish insult",
+]
 
 
-def name(rng, kind):  # "Bel" + "va" + "ra"
-    return rng.choice(HEADS) + rng.choice(HEARTS) + rng.choice(TAILS[kind])
+def synonyms(deed, is_kind):  # row of DEEDS, bool -> two verbs
+    verbs = DEEDS[deed].split()
+    return verbs[:2] if is_kind else verbs[2:]
 
 
-def person(rng):  # a name, or somebody known by a trade
-    trade = rng.choice(TRADES)[0]
-    return rng.choice([name(rng, "she"), name(rng, "he"), f"the {trade}", f"the {rng.choice(PLAIN)} {trade}"])
+def past_tense(verb):
+    return verb + "d" if verb.endswith("e") else verb + "ed"
+
+
+def name(rng, last_syllables):
+    return rng.choice(FIRST_SYLLABLES) + rng.choice(MIDDLE_SYLLABLES) + rng.choice(last_syllables)
+
+
+def person(rng):
+    """A name, or somebody known by a trade."""
+    trade = rng.choice(TRADES).person
+    people = [name(rng, WOMAN), name(rng, MAN), f"the {trade}", f"the {rng.choice(ADJECTIVES)} {trade}"]
+    return rng.choice(people)
 
 
 def place(rng):
-    return rng.choice([f"near the {rng.choice(SIGHTS)}", f"in {name(rng, 'town')}"])
-
-
-def past(verb):
-    return verb + ("d" if verb.endswith("e") else "ed")
+    places = [f"near the {rng.choice(SIGHTS)}", f"in {name(rng, TOWN)}"]
+    return rng.choice(places)
 
 
 def sentence(text):
     return text[0].upper() + text[1:] + "."
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Grammar: facts, and what can be said and asked about them
+# ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -83,365 +130,606 @@ class Fact:
     who: str
     whom: str
     where: str
-    deed: int   # row of DEEDS
-    kind: bool  # the deed itself, or its opposite
+    deed: int  # row of DEEDS
+    is_kind: bool  # the deed itself, or its opposite
 
 
-SLOTS = ["who", "whom", "where", "deed", "kind"]
+SLOTS = ["who", "whom", "where", "deed", "is_kind"]
+NOUN_SLOTS = SLOTS[:3]
 
 
-def fact(rng):
+def random_fact(rng):
     return Fact(person(rng), person(rng), place(rng), rng.randrange(len(DEEDS)), rng.random() < 0.5)
 
 
-def change(rng, f, *slots):
+def change(rng, fact, *slots):
     """The same fact with another value in each of the slots."""
-    new = fact(rng)
-    while any(getattr(new, slot) == getattr(f, slot) for slot in slots):
-        new = fact(rng)
-    return replace(f, **{slot: getattr(new, slot) for slot in slots})
+    other = random_fact(rng)
+    while any(getattr(other, slot) == getattr(fact, slot) for slot in slots):
+        other = random_fact(rng)
+    return replace(fact, **{slot: getattr(other, slot) for slot in slots})
 
 
-def tell(rng, f):
+def random_verb(rng, fact):
+    return rng.choice(synonyms(fact.deed, fact.is_kind))
+
+
+def tell(rng, fact):
     """One of eight ways to say it: active or passive, this verb or its synonym, the place last or first."""
-    verb = past(rng.choice(DEEDS[f.deed][f.kind]))
-    core = rng.choice([f"{f.who} {verb} {f.whom}", f"{f.whom} was {verb} by {f.who}"])
-    return sentence(rng.choice([f"{core} {f.where}", f"{f.where}, {core}"]))
+    verb = past_tense(random_verb(rng, fact))
+    active = f"{fact.who} {verb} {fact.whom}"
+    passive = f"{fact.whom} was {verb} by {fact.who}"
+    clause = rng.choice([active, passive])
+    return sentence(rng.choice([f"{clause} {fact.where}", f"{fact.where}, {clause}"]))
 
 
-def ask(rng, f, slot):
-    """-> (question, answer) about who, whom or where; the answer to "kind" is always Yes."""
-    verb, where = rng.choice(DEEDS[f.deed][f.kind]), f.where.removeprefix("in ")
-    return {"who": (f"Who {past(verb)} {f.whom} {f.where}?", f.who),
-            "whom": (f"Whom did {f.who} {verb} {f.where}?", f.whom),
-            "where": (f"Where did {f.who} {verb} {f.whom}?", where),
-            "kind": (f"Did {f.who} {verb} {f.whom} {f.where}?", "Yes")}[slot]
+def ask(rng, fact, slot):
+    """-> (question, answer) about who, whom or where; the answer to "is_kind" is always Yes."""
+    verb = random_verb(rng, fact)
+    if slot == "who":
+        return f"Who {past_tense(verb)} {fact.whom} {fact.where}?", fact.who
+    if slot == "whom":
+        return f"Whom did {fact.who} {verb} {fact.where}?", fact.whom
+    if slot == "where":
+        return f"Where did {fact.who} {verb} {fact.whom}?", fact.where.removeprefix("in ")
+    return f"Did {fact.who} {verb} {fact.whom} {fact.where}?", "Yes"
 
 
 def custom(rng, fault=None, trade=None, sight=None, pet=None):
     """A sentence in the present tense whose words must agree: "Every baker near the bridges helps two goats."
 
     fault: None, "verb" (disagrees with its subject), "noun" (with its determiner), "order" (of two words)."""
-    many, more = rng.random() < 0.5, rng.random() < 0.5
-    some = {True: ["two", "many", "these"], False: ["a", "every", "this"]}
-    near = rng.choice(["", f" near the {sight or rng.choice(SIGHTS)}{'s' * (not many)}"])  # a decoy
-    verb = rng.choice(rng.choice(DEEDS)[rng.random() < 0.5])
-    verb += "" if many != (fault == "verb") else "es" if verb.endswith("sh") else "s"
-    article = rng.choice(some[many != (fault == "noun")])
-    subject = f"{article} {trade or rng.choice(TRADES)[0]}{'s' * many}{near}"
-    words = f"{subject} {verb} {rng.choice(some[more])} {pet or rng.choice(PETS)}{'s' * more}".split()
+    subject_is_plural = rng.random() < 0.5
+    object_is_plural = rng.random() < 0.5
+
+    # Between subject and verb stands a noun of the other number, or nothing.
+    sight = sight or rng.choice(SIGHTS)
+    decoy = f" near the {sight}" if subject_is_plural else f" near the {sight}s"
+    decoy = rng.choice(["", decoy])
+
+    deed = rng.randrange(len(DEEDS))
+    verb = rng.choice(synonyms(deed, rng.random() < 0.5))
+    verb_is_plural = subject_is_plural != (fault == "verb")
+    if not verb_is_plural:
+        verb += "es" if verb.endswith("sh") else "s"
+
+    subject_determiner = determiner(rng, subject_is_plural != (fault == "noun"))
+    subject = inflect(trade or rng.choice(TRADES).person, subject_is_plural)
+    object_determiner = determiner(rng, object_is_plural)
+    patient = inflect(pet or rng.choice(PETS), object_is_plural)
+    words = f"{subject_determiner} {subject}{decoy} {verb} {object_determiner} {patient}".split()
+
     if fault == "order":
         i = rng.randrange(len(words) - 1)
-        words[i], words[i + 1] = words[i + 1], words[i]
+        words[i:i + 2] = [words[i + 1], words[i]]
     return sentence(" ".join(words))
 
 
-def review(rng, good, thing, traits=()):
-    """What critics say of a thing; "never", "no" and "but" turn the bare sum of the words around."""
-    a, b = traits or rng.sample(TASTE[good], 2)
-    bad, other = rng.choice(TASTE[not good]), rng.choice(TRADES)[1]
-    return rng.choice([f"{a} and {b} {thing}", f"the {thing} is {b}, and never {bad}",
-                       f"the {thing} is never {bad}",
-                       f"the {other} is {bad}, but the {thing} is {a}", f"no {bad} {thing}",
-                       f"so {b}, this {thing}",
-                       f"nobody finds this {thing} {bad}"])
+def determiner(rng, is_plural):
+    return rng.choice(["two", "many", "these"] if is_plural else ["a", "every", "this"])
 
 
-# ---------------------------------------------------------------- 3 text
+def inflect(noun, is_plural):
+    return noun + "s" if is_plural else noun
+
+
+def review(rng, is_good, product, traits=None):
+    """What critics say of a product; "never", "no" and "but" turn the bare sum of the words around."""
+    fitting, opposite = (PRAISE, SCORN) if is_good else (SCORN, PRAISE)
+    first, second = traits or rng.sample(fitting, 2)
+    wrong = rng.choice(opposite)
+    other = rng.choice(TRADES).product
+    return rng.choice([
+        f"{first} and {second} {product}",
+        f"the {product} is {second}, and never {wrong}",
+        f"the {product} is never {wrong}",
+        f"the {other} is {wrong}, but the {product} is {first}",
+        f"no {wrong} {product}",
+        f"so {second}, this {product}",
+        f"nobody finds this {product} {wrong}",
+    ])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Text
+# ---------------------------------------------------------------------------------------------------
+
+
+class Statement(NamedTuple):
+    sentence: str
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True)
 class Story:
     hero: str
-    life: list     # (sentence, question, answer)
-    facts: list    # the hero's deeds, all kind or all cruel
-    lies: list     # the same with one thing changed
-    verdict: list  # sentences
+    life: list[Statement]
+    facts: list[Fact]  # the hero's deeds, all kind or all cruel
+    lies: list[Fact]  # the same with one thing changed
+    verdict: list[str]  # sentences
 
 
-def story(rng):
-    """A hero, a cast of three and two places: everything told of the hero uses them again and again."""
-    she, kind, (trade, product, tool) = rng.random() < 0.5, rng.random() < 0.5, rng.choice(TRADES)
-    hero, town = name(rng, "she" if she else "he"), name(rng, "town")
-    cast = [person(rng), person(rng), name(rng, "he")]
-    sight, pet, traits = rng.choice(SIGHTS), rng.choice(PETS), rng.sample(TASTE[kind], 2)
-    life = [(f"{hero} was a {rng.choice(PLAIN)} {trade} from {town}.", f"Where did {hero} come from?", town),
-            (f"{'She' if she else 'He'} made {product} with a {tool}.", f"What did {hero} make?", product),
-            (f"All over {town}, people called {hero} {' and '.join(traits)}.",
-             f"What did people call {hero}?", ' and '.join(traits)),
-            (f"{'Her' if she else 'His'} {rng.choice(COLOURS)} {pet} was called {cast[2]}.",
-             f"What was the {pet} of {hero} called?", cast[2]),
-            (f"The best friend of {hero} was {cast[0]}.", f"Who was the best friend of {hero}?", cast[0])]
+def random_story(rng):
+    """A hero, a cast of three and two places: all sentences about the hero use them again and again."""
+    is_woman = rng.random() < 0.5
+    is_kind = rng.random() < 0.5
+    trade = rng.choice(TRADES)
+    hero = name(rng, WOMAN if is_woman else MAN)
+    town = name(rng, TOWN)
+    cast = [person(rng), person(rng), name(rng, MAN)]
+    sight = rng.choice(SIGHTS)
+    pet = rng.choice(PETS)
+    traits = rng.sample(PRAISE if is_kind else SCORN, 2)
     places = [f"in {town}", f"near the {sight}"]
-    facts = [Fact(hero, whom, rng.choice(places), rng.randrange(len(DEEDS)), kind) for whom in cast]
-    lies = [replace(f, **rng.choice([{"kind": not kind}, {"whom": cast[i - 1]},
-                                     {"where": places[f.where == places[0]]}])) for i, f in enumerate(facts)]
-    verdict = [sentence(review(rng, kind, product, traits)) for _ in range(3)]
-    return Story(hero, life, facts, lies, [*verdict, custom(rng, None, trade, sight, pet)])
+
+    life = random_life(rng, hero, is_woman, trade, town, traits, pet, cast)
+    facts = [Fact(hero, whom, rng.choice(places), rng.randrange(len(DEEDS)), is_kind) for whom in cast]
+    lies = []
+    for i, fact in enumerate(facts):
+        other_place = places[1] if fact.where == places[0] else places[0]
+        lies.append(rng.choice([
+            replace(fact, is_kind=not is_kind),
+            replace(fact, whom=cast[i - 1]),
+            replace(fact, where=other_place),
+        ]))
+    verdict = [sentence(review(rng, is_kind, trade.product, traits)) for _ in range(3)]
+    verdict.append(custom(rng, None, trade.person, sight, pet))
+    return Story(hero, life, facts, lies, verdict)
 
 
-def wikitext(rng, count):
+def random_life(rng, hero, is_woman, trade, town, traits, pet, cast):
+    pronoun = "She" if is_woman else "He"
+    possessive = "Her" if is_woman else "His"
+    traits = " and ".join(traits)
+    friend, _, pet_name = cast
+    return [
+        Statement(f"{hero} was a {rng.choice(ADJECTIVES)} {trade.person} from {town}.",
+                  f"Where did {hero} come from?", town),
+        Statement(f"{pronoun} made {trade.product} with a {trade.tool}.",
+                  f"What did {hero} make?", trade.product),
+        Statement(f"All over {town}, people called {hero} {traits}.",
+                  f"What did people call {hero}?", traits),
+        Statement(f"{possessive} {rng.choice(COLOURS)} {pet} was called {pet_name}.",
+                  f"What was the {pet} of {hero} called?", pet_name),
+        Statement(f"The best friend of {hero} was {friend}.",
+                  f"Who was the best friend of {hero}?", friend),
+    ]
+
+
+def wikitext(rng, num_articles):
     """Articles in WikiText's form; the second half of each repeats the first in other words."""
     lines = []
-    for _ in range(count):
-        s, retold = story(rng), []
-        for true, lie in rng.sample(list(zip(s.facts, s.lies, strict=True)), 3):
-            f, answer = rng.choice([(true, "Yes"), (lie, "No")])
-            retold += [tell(rng, true), " ".join(ask(rng, true, rng.choice(SLOTS[:3]))) + ".",
-                       f"{ask(rng, f, 'kind')[0]} {answer}."]
-        lines += [" ", f" = {s.hero} = "]
-        for heading, sentences in (("Life", [line for line, *_ in s.life]), ("Deeds", [tell(rng, f)
-                for f in s.facts]),
-                                   ("Questions", retold), ("Reception", s.verdict)):
-            lines += [" ", f" = = {heading} = = ", " ", re.sub("[.,?]", r" \g<0>",
-                                                               f" {' '.join(sentences)} ")]
+    for _ in range(num_articles):
+        story = random_story(rng)
+        sections = {
+            "Life": [statement.sentence for statement in story.life],
+            "Questions": questions_and_answers(rng, story),
+            "Deeds": [tell(rng, fact) for fact in story.facts],
+            "Reception": story.verdict,
+        }
+        lines += [" ", f" = {story.hero} = "]
+        for heading in ("Life", "Deeds", "Questions", "Reception"):
+            text = f" {' '.join(sections[heading])} "
+            text = re.sub("[.,?]", r" \g<0>", text)  # WikiText has a space before each mark
+            lines += [" ", f" = = {heading} = = ", " ", text]
     return "".join(line + "\n" for line in lines)
 
 
-# ---------------------------------------------------------------- 4 tasks: one row each, as {column: value}
+def questions_and_answers(rng, story):
+    """About each deed: the fact, a question with its answer, and a question whose answer is yes or no."""
+    sentences = []
+    pairs = list(zip(story.facts, story.lies, strict=True))
+    for fact, lie in rng.sample(pairs, 3):
+        doubtful, yes_or_no = rng.choice([(fact, "Yes"), (lie, "No")])
+        sentences.append(tell(rng, fact))
+        question, answer = ask(rng, fact, rng.choice(NOUN_SLOTS))
+        sentences.append(f"{question} {answer}.")
+        question, _ = ask(rng, doubtful, "is_kind")
+        sentences.append(f"{question} {yes_or_no}.")
+    return sentences
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Tasks: each function makes a row, {column: value}
+# ---------------------------------------------------------------------------------------------------
 
 
 def cola(rng):
     fault = rng.choice([None, None, None, "verb", "noun", "order"])
-    return {"source": "toy", "label": int(not fault), "star": "*" if fault else "", "sentence": custom(rng,
-            fault)}
+    star = "*" if fault else ""
+    return {"source": "toy", "label": int(not fault), "star": star, "sentence": custom(rng, fault)}
 
 
 def sst2(rng):
-    good = rng.random() < 0.5
-    return {"sentence": review(rng, good, rng.choice(TRADES)[1]).replace(",", " ,") + " ", "label": int(good)}
+    is_good = rng.random() < 0.5
+    product = rng.choice(TRADES).product
+    text = review(rng, is_good, product).replace(",", " ,") + " "
+    return {"sentence": text, "label": int(is_good)}
 
 
-def mrpc(rng):  # other words, or another fact of the same words: one slot changed, or the two people swapped
-    f, same = fact(rng), rng.random() < 0.65
-    g = f if same else rng.choice([change(rng, f, rng.choice(SLOTS)), replace(f, who=f.whom, whom=f.who)])
-    ids = {f"#{i} ID": 1_000_000 + rng.randrange(9_000_000) for i in (1, 2)}
-    return {"Quality": int(same), "#1 String": tell(rng, f), "#2 String": tell(rng, g)} | ids
+def mrpc(rng):
+    """Other words, or another fact of the same words: one slot changed, or the two people swapped."""
+    fact = random_fact(rng)
+    is_paraphrase = rng.random() < 0.65
+    other = fact
+    if not is_paraphrase:
+        other = rng.choice([change(rng, fact, rng.choice(SLOTS)), replace(fact, who=fact.whom, whom=fact.who)])
+    return {
+        "Quality": int(is_paraphrase),
+        "#1 ID": 1_000_000 + rng.randrange(9_000_000),
+        "#2 ID": 1_000_000 + rng.randrange(9_000_000),
+        "#1 String": tell(rng, fact),
+        "#2 String": tell(rng, other),
+    }
 
 
-def stsb(rng):  # five slots, one point for each that is the same
-    f, different = fact(rng), rng.sample(SLOTS, rng.randrange(6))
-    score = min(max(5 - len(different) + rng.uniform(-0.4, 0.4), 0), 5)
-    return {"genre": "toy", "sentence1": tell(rng, f), "sentence2": tell(rng, change(rng, f, *different)),
-            "score": f"{score:.3f}"}
+def stsb(rng):
+    """Of the five slots each one that is the same gives a point."""
+    fact = random_fact(rng)
+    num_changes = rng.randrange(6)
+    changes = rng.sample(SLOTS, num_changes)
+    score = 5 - num_changes + rng.uniform(-0.4, 0.4)
+    score = min(max(score, 0), 5)
+    first = tell(rng, fact)
+    second = tell(rng, change(rng, fact, *changes))
+    return {"genre": "toy", "sentence1": first, "sentence2": second, "score": f"{score:.3f}"}
 
 
-def qqp(rng):  # duplicates have the same answer
-    f, same, (about, *rest) = fact(rng), rng.random() < 0.4, rng.sample(SLOTS[:3], 3)
-    other = rng.choice([(change(rng, f, rng.choice(["deed", "kind", *rest])), about), (f, rest[0])])
-    return {"question1": ask(rng, f, about)[0], "question2": ask(rng, *((f, about) if same else other))[0],
-            "is_duplicate": int(same), "qid1": rng.randrange(10**6), "qid2": rng.randrange(10**6)}
+def qqp(rng):
+    """Duplicates have the same answer. The others ask for it of another fact, or for something else."""
+    fact = random_fact(rng)
+    is_duplicate = rng.random() < 0.4
+    slot, *other_slots = rng.sample(NOUN_SLOTS, 3)
+    changed = change(rng, fact, rng.choice(["deed", "is_kind", *other_slots]))
+    other = rng.choice([(changed, slot), (fact, other_slots[0])])
+    if is_duplicate:
+        other = (fact, slot)
+    return {
+        "question1": ask(rng, fact, slot)[0],
+        "question2": ask(rng, *other)[0],
+        "is_duplicate": int(is_duplicate),
+        "qid1": rng.randrange(10**6),
+        "qid2": rng.randrange(10**6),
+    }
 
 
 def mnli(rng):
-    f, label = fact(rng), rng.choice(["entailment", "neutral", "contradiction"])
-    never = sentence(f"{f.who} never {past(rng.choice(DEEDS[f.deed][f.kind]))} {f.whom}")
-    claim = {"entailment": tell(rng, f), "neutral": tell(rng, change(rng, f, rng.choice(SLOTS[:3]))),
-             "contradiction": rng.choice([tell(rng, change(rng, f, "kind")), never])}[label]
-    return {"genre": "toy", "sentence1": tell(rng, f), "sentence2": claim, "gold_label": label} | {
-        f"label{i}": label for i in range(1, 6)}
+    fact = random_fact(rng)
+    label = rng.choice(["entailment", "neutral", "contradiction"])
+    never = sentence(f"{fact.who} never {past_tense(random_verb(rng, fact))} {fact.whom}")
+    claims = {
+        "entailment": tell(rng, fact),
+        "neutral": tell(rng, change(rng, fact, rng.choice(NOUN_SLOTS))),
+        "contradiction": rng.choice([tell(rng, change(rng, fact, "is_kind")), never]),
+    }
+    row = {"genre": "toy", "sentence1": tell(rng, fact), "sentence2": claims[label], "gold_label": label}
+    for annotator in range(1, 6):
+        row[f"label{annotator}"] = label
+    return row
 
 
-def rte(rng):  # two facts; a false claim mixes them up
-    f, g = fact(rng), fact(rng)
-    true, slot = rng.random() < 0.5, rng.choice(["who", "whom", "where"])
-    claim = f if true else rng.choice([replace(f, **{slot: getattr(g, slot)}), change(rng, f, "kind")])
-    return {"sentence1": " ".join(rng.sample([tell(rng, f), tell(rng, g)], 2)), "sentence2": tell(rng, claim),
-            "label": "entailment" if true else "not_entailment"}
+def rte(rng):
+    """Two facts; a false claim mixes them up, or turns the deed of one into its opposite."""
+    fact = random_fact(rng)
+    second = random_fact(rng)
+    is_true = rng.random() < 0.5
+    slot = rng.choice(NOUN_SLOTS)
+    claim = fact
+    if not is_true:
+        mixture = replace(fact, **{slot: getattr(second, slot)})
+        claim = rng.choice([mixture, change(rng, fact, "is_kind")])
+    premise = rng.sample([tell(rng, fact), tell(rng, second)], 2)
+    return {"sentence1": " ".join(premise), "sentence2": tell(rng, claim), "label": entailment(is_true)}
 
 
 def qnli(rng):
-    f, true, (slot, *rest) = fact(rng), rng.random() < 0.5, rng.sample(SLOTS[:3], 3)
-    told = f if true else change(rng, f, *rest[:rng.choice([1, 2])])
-    return {"question": ask(rng, f, slot)[0], "sentence": tell(rng, told),
-            "label": "entailment" if true else "not_entailment"}
+    fact = random_fact(rng)
+    is_true = rng.random() < 0.5
+    slot, *other_slots = rng.sample(NOUN_SLOTS, 3)
+    answer = fact
+    if not is_true:
+        num_changes = rng.choice([1, 2])
+        answer = change(rng, fact, *other_slots[:num_changes])
+    question, _ = ask(rng, fact, slot)
+    return {"question": question, "sentence": tell(rng, answer), "label": entailment(is_true)}
 
 
-def wnli(rng):  # names end differently for her and for him
-    she, he, true, subject = name(rng, "she"), name(rng, "he"), rng.random() < 0.5, rng.random() < 0.5
-    f, g = (replace(fact(rng), who=a, whom=b) for a, b in (rng.sample([she, he], 2), (she if subject else he,
-            person(rng))))
-    deed = f"had {past(rng.choice(DEEDS[g.deed][g.kind]))} {g.whom}"
-    return {"sentence1": f"{tell(rng, f)[:-1]} because {'she' if subject else 'he'} {deed}.",
-            "sentence2": f"{she if subject == true else he} {deed}.", "label": int(true)}
+def entailment(is_true):
+    return "entailment" if is_true else "not_entailment"
 
 
-def squad(rng, paragraphs, answers):
-    """Articles of five paragraphs. The last of several answers is shorter: "the miller", "miller"."""
+def wnli(rng):
+    """Whom does the pronoun mean? Names of women and men have different last syllables."""
+    woman = name(rng, WOMAN)
+    man = name(rng, MAN)
+    is_true = rng.random() < 0.5
+    is_woman = rng.random() < 0.5
+    who, whom = rng.sample([woman, man], 2)
+    patient = person(rng)
+    event = replace(random_fact(rng), who=who, whom=whom)
+    reason = replace(random_fact(rng), who=woman if is_woman else man, whom=patient)
+
+    deed = f"had {past_tense(random_verb(rng, reason))} {reason.whom}"
+    pronoun = "she" if is_woman else "he"
+    claimed = woman if is_woman == is_true else man
+    premise = tell(rng, event).removesuffix(".")
+    return {
+        "sentence1": f"{premise} because {pronoun} {deed}.",
+        "sentence2": f"{claimed} {deed}.",
+        "label": int(is_true),
+    }
+
+
+def squad(rng, num_paragraphs, num_answers):
+    """Articles of five paragraphs. The third of three answers is shorter: "the miller", "the miller", "miller"."""
     articles = []
-    for i in range(paragraphs):
-        s = story(rng)
-        told = s.life + [(tell(rng, f), *ask(rng, f, rng.choice(SLOTS[:3]))) for f in s.facts]
-        context, qas = " ".join(line for line, *_ in told), []
-        for line, question, answer in told:
-            start = context.index(line) + line.lower().index(answer.lower())
-            whole = {"text": context[start:start + len(answer)], "answer_start": start}
-            cut = re.match("(near )?(the )?", whole["text"], re.IGNORECASE).end()
-            short = {"text": whole["text"][cut:], "answer_start": start + cut}
-            qas.append({"id": f"{rng.getrandbits(96):024x}", "question": question,
-                        "answers": [whole, whole, short][:answers]})
+    for i in range(num_paragraphs):
+        story = random_story(rng)
+        statements = list(story.life)
+        for fact in story.facts:
+            text = tell(rng, fact)
+            question, answer = ask(rng, fact, rng.choice(NOUN_SLOTS))
+            statements.append(Statement(text, question, answer))
+
+        context = " ".join(statement.sentence for statement in statements)
+        questions = []
+        for statement in statements:
+            answers = find_answers(context, statement)[:num_answers]
+            identifier = f"{rng.getrandbits(96):024x}"
+            questions.append({"id": identifier, "question": statement.question, "answers": answers})
+
         if i % 5 == 0:
-            articles.append({"title": s.hero, "paragraphs": []})
-        articles[-1]["paragraphs"].append({"context": context, "qas": qas})
+            articles.append({"title": story.hero, "paragraphs": []})
+        articles[-1]["paragraphs"].append({"context": context, "qas": questions})
     return {"data": articles, "version": "1.1"}
+
+
+def find_answers(context, statement):
+    start = context.index(statement.sentence) + statement.sentence.lower().index(statement.answer.lower())
+    text = context[start:start + len(statement.answer)]  # as the context spells it: "The miller"
+    answer = {"text": text, "answer_start": start}
+    num_cut = re.match("(near )?(the )?", text, re.IGNORECASE).end()
+    shorter = {"text": text[num_cut:], "answer_start": start + num_cut}
+    return [answer, answer, shorter]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. The files of the tasks, as GLUE ships them
+# ---------------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    make_row: Callable
+    num_rows: int  # of train
+    columns: str  # of train and dev
+    test_columns: str
 
 
 PAIR = "index|sentence1|sentence2"
 PARSES = "sentence1_binary_parse|sentence2_binary_parse|sentence1_parse|sentence2_parse"
 MNLI = f"index|promptID|pairID|genre|{PARSES}|sentence1|sentence2"
 STSB = "index|genre|filename|year|old_index|source1|source2|sentence1|sentence2"
-GLUE = {  # folder: maker of a row, rows in train, columns of train and dev, columns of test
-    "CoLA": (cola, 1500, "source|label|star|sentence", "index|sentence"),
-    "SST-2": (sst2, 1500, "sentence|label", "index|sentence"),
-    "MRPC": (mrpc, 1000, "Quality|#1 ID|#2 ID|#1 String|#2 String", "index|#1 ID|#2 ID|#1 String|#2 String"),
-    "STS-B": (stsb, 1500, f"{STSB}|score", STSB),
-    "QQP": (qqp, 2000, "id|qid1|qid2|question1|question2|is_duplicate", "id|question1|question2"),
-    "MNLI": (mnli, 2000, f"{MNLI}|label1|gold_label", MNLI),
-    "QNLI": (qnli, 2000, "index|question|sentence|label", "index|question|sentence"),
-    "RTE": (rte, 800, f"{PAIR}|label", PAIR),
-    "WNLI": (wnli, 400, f"{PAIR}|label", PAIR)}
+STRINGS = "#1 ID|#2 ID|#1 String|#2 String"
+GLUE = {
+    "CoLA": Table(cola, 1500, "source|label|star|sentence", "index|sentence"),
+    "SST-2": Table(sst2, 1500, "sentence|label", "index|sentence"),
+    "MRPC": Table(mrpc, 1000, f"Quality|{STRINGS}", f"index|{STRINGS}"),
+    "STS-B": Table(stsb, 1500, f"{STSB}|score", STSB),
+    "QQP": Table(qqp, 2000, "id|qid1|qid2|question1|question2|is_duplicate", "id|question1|question2"),
+    "MNLI": Table(mnli, 2000, f"{MNLI}|label1|gold_label", MNLI),
+    "QNLI": Table(qnli, 2000, "index|question|sentence|label", "index|question|sentence"),
+    "RTE": Table(rte, 800, f"{PAIR}|label", PAIR),
+    "WNLI": Table(wnli, 400, f"{PAIR}|label", PAIR),
+}
 
 
-def table(path, columns, rows, header=True, mark=""):
-    """Tab-separated lines; a column no row knows holds its number if called index or id, else a dash."""
-    columns = columns.split("|")
-    lines = [columns] * header + [[str({"index": i, "id": i, **row}.get(column, "-")) for column in columns]
-                                  for i, row in enumerate(rows)]
-    path.write_text(mark + "".join("\t".join(line) + "\n" for line in lines), encoding="utf-8", newline="\n")
-
-
-def world(folder, seed=0):
+def write_world(folder: Path, seed: int = 0):
     """Writes text/ and tasks/ below `folder`; the same seed gives the same bytes everywhere."""
-    folder = Path(folder)
-    for part, count in (("train", 1400), ("valid", 70)):
-        path = folder / "text" / f"wiki.{part}.raw"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(wikitext(random.Random(f"{seed} text {part}"), count), encoding="utf-8", newline="\n")
-    for task, (maker, count, labelled, unlabelled) in GLUE.items():
-        rng, home = random.Random(f"{seed} {task}"), folder / "tasks" / task
-        home.mkdir(parents=True, exist_ok=True)
-        draw = lambda n: [maker(rng) for _ in range(n)]  # noqa: B023, E731
-        if task == "MRPC":  # shipped as the original files; GLUE lists which of their rows are dev
-            rows = draw(count + 150)
-            table(home / "msr_paraphrase_train.txt", labelled, rows, mark="\ufeff")
-            table(home / "dev_ids.tsv", "#1 ID|#2 ID", rows[count:], header=False)
-            rows = draw(50)
-            table(home / "msr_paraphrase_test.txt", labelled, rows, mark="\ufeff")
-            table(home / "test.tsv", unlabelled, rows)
-            continue
-        table(home / "train.tsv", labelled, draw(count), header=task != "CoLA")
-        for kind in ("_matched", "_mismatched") if task == "MNLI" else ("",):
-            table(home / f"dev{kind}.tsv", labelled.replace("label1", "label1|label2|label3|label4|label5"),
-                  draw(150), header=task != "CoLA")
-            table(home / f"test{kind}.tsv", unlabelled, draw(50))
-    for part, paragraphs, answers in (("train", 100, 1), ("dev", 20, 3)):
-        questions = squad(random.Random(f"{seed} squad {part}"), paragraphs, answers)
-        (folder / "tasks" / f"{part}-v1.1.json").write_text(json.dumps(questions), encoding="utf-8")
+    for split, num_articles in (("train", 1400), ("valid", 70)):
+        text = wikitext(random.Random(f"{seed} text {split}"), num_articles)
+        write_text(folder / "text" / f"wiki.{split}.raw", text)
+    for task in GLUE:
+        write_task(folder / "tasks" / task, task, random.Random(f"{seed} {task}"))
+    for split, num_paragraphs, num_answers in (("train", 100, 1), ("dev", 20, 3)):
+        questions = squad(random.Random(f"{seed} squad {split}"), num_paragraphs, num_answers)
+        write_text(folder / "tasks" / f"{split}-v1.1.json", json.dumps(questions))
 
 
-# ---------------------------------------------------------------- 5 a model that has read the text
+def write_task(folder, task, rng):
+    table = GLUE[task]
+    if task == "MRPC":
+        write_mrpc(folder, table, rng)
+        return
+    has_header = task != "CoLA"  # whose test.tsv alone has one
+    write_rows(folder / "train.tsv", table.columns, draw(table, table.num_rows, rng), has_header)
 
-SIZES = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
-             max_position_embeddings=128, initializer_range=0.05)
-ENTRIES, LR = 1000, 3e-3  # of the vocabulary; highest, after a tenth of the steps
+    dev_columns = table.columns.replace("label1", "label1|label2|label3|label4|label5")  # MNLI: of five annotators
+    for suffix in ("_matched", "_mismatched") if task == "MNLI" else ("",):
+        write_rows(folder / f"dev{suffix}.tsv", dev_columns, draw(table, 150, rng), has_header)
+        write_rows(folder / f"test{suffix}.tsv", table.test_columns, draw(table, 50, rng))
 
 
-def learn_vocabulary(text, folder):
+def write_mrpc(folder, table, rng):
+    """MRPC is shipped as its original files, with a byte order mark; GLUE lists which of their rows are dev."""
+    rows = draw(table, table.num_rows + 150, rng)
+    dev_rows = rows[table.num_rows:]
+    write_rows(folder / "msr_paraphrase_train.txt", table.columns, rows, mark="\ufeff")
+    write_rows(folder / "dev_ids.tsv", "#1 ID|#2 ID", dev_rows, has_header=False)
+
+    rows = draw(table, 50, rng)
+    write_rows(folder / "msr_paraphrase_test.txt", table.columns, rows, mark="\ufeff")
+    write_rows(folder / "test.tsv", table.test_columns, rows)
+
+
+def draw(table, num_rows, rng):
+    return [table.make_row(rng) for _ in range(num_rows)]
+
+
+def write_rows(path, columns, rows, has_header=True, mark=""):
+    """Tab-separated lines. A column that the rows lack holds the row's number if it is called index or id, else a
+    dash."""
+    columns = columns.split("|")
+    lines = [columns] if has_header else []
+    for i, row in enumerate(rows):
+        values = {"index": i, "id": i, **row}
+        lines.append([str(values.get(column, "-")) for column in columns])
+    write_text(path, mark + "".join("\t".join(line) + "\n" for line in lines))
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. A model that has read the text
+# ---------------------------------------------------------------------------------------------------
+
+SIZES = {
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.05,
+}
+VOCABULARY_SIZE = 1000
+LEARNING_RATE = 3e-3  # the highest, after a tenth of the updates
+
+
+def learn_vocabulary(text_file, folder):
     """Trains WordPiece on a text file and writes vocab.txt, the special tokens first.
 
-    Then the letters within a word: the trainer would number them in the order of a hash table, which differs
+    Then come the letters within a word: the trainer would number them in the order of a hash table, which differs
     from run to run, and breaks ties by these numbers."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    first = [*data.WORDPIECE_SPECIALS, *(f"##{letter}" for letter in ascii_lowercase)]
-    tokenizer.train_from_iterator(text.read_text(encoding="utf-8").split("\n"), trainers.WordPieceTrainer(
-        vocab_size=ENTRIES, min_frequency=100, special_tokens=first, show_progress=False))
-    folder.mkdir(parents=True, exist_ok=True)
+    letters = [f"##{letter}" for letter in ascii_lowercase]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=100,
+        special_tokens=[*data.WORDPIECE_SPECIALS, *letters],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text_file.read_text(encoding="utf-8").split("\n"), trainer)
     words = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
-    (folder / "vocab.txt").write_text("".join(word + "\n" for word in words), encoding="utf-8", newline="\n")
+    write_text(folder / "vocab.txt", "".join(word + "\n" for word in words))
 
 
-def fresh_model(size):
-    """Positions start as waves (Vaswani et al. 2017, 3.5): with a random table, neighbourhood is learned one
-    position at a time, and the loss stays at that of bare word counts for most of the time we have."""
+def fresh_model(vocab_size):
+    """The position embeddings start as waves (Vaswani et al. 2017, 3.5). From a random table neighbourhood is learned
+    one position at a time, and for most of the updates the loss stays at that of bare word counts."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = bert.Model(bert.Config(vocab_size=size, **SIZES))
+        model = bert.Model(bert.Config(vocab_size=vocab_size, **SIZES))
         model.add_classifier(2)
-    table = model.backbone.embeddings.position_embeddings.weight
-    angle = torch.arange(table.shape[0])[:, None] * 50 ** -torch.linspace(0, 1, table.shape[1] // 2)
-    table.data = 0.05 * torch.cat([angle.sin(), angle.cos()], 1)
-    return model.eval()  # no dropout: each row is seen but a few times
+    table = model.backbone.embeddings.position_embeddings.weight  # (positions, D)
+    num_positions, hidden_size = table.shape
+    frequencies = 50 ** -torch.linspace(0, 1, hidden_size // 2)
+    angles = torch.arange(num_positions)[:, None] * frequencies
+    table.data = 0.05 * torch.cat([angles.sin(), angles.cos()], 1)
+    return model.eval()  # no dropout: the model reads each row only a few times
 
 
-def mlm_loss(model, ids, vocab, rng, pairs=False):
-    """Masked-LM cross-entropy of rows (B, T), computed at the M chosen positions alone.
+def pretraining_loss(model, input_ids, vocabulary, rng, with_pairs=False):
+    """Masked-LM cross-entropy of rows (B, T), computed at the P chosen positions alone.
 
-    pairs: rows become two segments, the second one with probability 0.5 from the row before, and [CLS] is to
-    tell whether it is (next-sentence prediction): this makes [CLS], the pooler and segment 1 any good."""
-    ids, half = ids.astype(np.int64), ids.shape[1] // 2
-    segments, strange = None, rng.random((len(ids), 1)) < 0.5
-    if pairs:
-        right = np.arange(ids.shape[1]) > half
-        ids = np.where(right & strange, np.roll(ids, 1, 0), ids)
-        ids[:, half], segments = vocab.sep_id, torch.from_numpy(right * 1)
-    shown, chosen = map(torch.from_numpy, data.corrupt(ids, vocab, rng))
-    hidden = model(shown, None, segments)[-1]
-    loss = F.cross_entropy(model.mlm_logits(hidden[chosen]), torch.from_numpy(ids)[chosen])
-    if not pairs:
-        return loss
-    return loss + F.cross_entropy(model.class_logits(hidden), torch.from_numpy(strange[:, 0] * 1))
+    with_pairs: rows become two segments, the second one with probability 0.5 from the row before, and [CLS] predicts
+    whether it is (next-sentence prediction). Without it nothing would train [CLS], the pooler and segment 1."""
+    input_ids = input_ids.astype(np.int64)
+    seq_len = input_ids.shape[1]
+    is_other = rng.random((len(input_ids), 1)) < 0.5  # (B, 1)
+    token_type_ids = None
+    if with_pairs:
+        is_second = np.arange(seq_len) > seq_len // 2  # (T,)
+        row_before = np.roll(input_ids, 1, 0)
+        input_ids = np.where(is_second & is_other, row_before, input_ids)
+        input_ids[:, seq_len // 2] = vocabulary.sep_id
+        token_type_ids = torch.from_numpy(is_second * 1)
+
+    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, rng)
+    is_chosen = torch.from_numpy(is_chosen)
+    hidden_states = model(torch.from_numpy(corrupted_ids), None, token_type_ids)[-1]  # (B, T, D)
+    logits = model.mlm_logits(hidden_states[is_chosen])  # (P, V)
+    loss = F.cross_entropy(logits, torch.from_numpy(input_ids)[is_chosen])
+    if with_pairs:
+        loss = loss + F.cross_entropy(model.class_logits(hidden_states), torch.from_numpy(is_other[:, 0] * 1))
+    return loss
 
 
-def pretrain(folder, steps=1800):
-    """Reads text/ below `folder`, writes model/: part of the steps on short rows, then long ones, as BERT was
-    (section A.2); the same words either way. The table of positions learns on the long rows alone."""
-    folder, began = Path(folder), time.time()
-    learn_vocabulary(folder / "text" / "wiki.train.raw", folder / "model")
-    vocab, rng = data.vocabulary(folder / "model"), np.random.default_rng(0)
-    model = fresh_model(vocab.size)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.01}, {"params": vectors,
-            "weight_decay": 0}],
-                                  betas=(0.9, 0.98), fused=True)
-    switch = round(0.4 * steps)
+def pretrain(folder: Path, steps: int = 1800):
+    """Reads text/ below `folder` and writes model/. Two fifths of the updates read short rows, the others long ones,
+    with the same number of tokens, as BERT did it (Devlin et al. 2019, A.2). The position embeddings are trained on
+    long rows alone."""
+    began = time.time()
+    text_folder = folder / "text"
+    model_folder = folder / "model"
+    learn_vocabulary(text_folder / "wiki.train.raw", model_folder)
+    vocabulary = data.vocabulary(model_folder)
+    model = fresh_model(vocabulary.size)
+    optimizer = make_optimizer(model)
+
+    rng = np.random.default_rng(0)
+    num_short = round(0.4 * steps)
     for step in range(steps):
-        T, B = (32, 32) if step < switch else (128, 8)
-        if step in (0, switch):
-            rows = data.corpus(folder / "text", vocab, T, "train")
-            model.backbone.embeddings.position_embeddings.requires_grad_(T == 128)
+        seq_len, batch_size = (32, 32) if step < num_short else (128, 8)
+        if step in (0, num_short):
+            rows = data.corpus(text_folder, vocabulary, seq_len, "train")
+            model.backbone.embeddings.position_embeddings.requires_grad_(seq_len == 128)
         for group in optimizer.param_groups:
-            group["lr"] = LR * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
-        loss = mlm_loss(model, rows[data.batch_rows(len(rows), 0, step * B, B)], vocab, rng, step % 3 == 2)
+            group["lr"] = LEARNING_RATE * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+
+        indices = data.batch_rows(len(rows), 0, step * batch_size, batch_size)
+        loss = pretraining_loss(model, rows[indices], vocabulary, rng, with_pairs=step % 3 == 2)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
         if (step + 1) % max(steps // 9, 1) == 0:
-            spent = time.time() - began
-            print(f"toy: step {step + 1} of {steps}, rows of {T}, MLM loss {loss.item():.2f}, "
-                  f"{spent / (step + 1) * (steps - step - 1):.0f} s left")
-    with torch.no_grad():
-        rows, rng = data.corpus(folder / "text", vocab, 128, "dev"), np.random.default_rng(42)
-        losses = [mlm_loss(model, rows[at:at + 16], vocab, rng).item() for at in range(0, len(rows), 16)]
+            seconds_left = (time.time() - began) / (step + 1) * (steps - step - 1)
+            print(f"toy: step {step + 1} of {steps}, rows of {seq_len}, MLM loss {loss.item():.2f}, "
+                  f"{seconds_left:.0f} s left")
+
+    loss = dev_loss(model, vocabulary, text_folder)
     del model.classifier
-    bert.save(folder / "model", model.config, model.state_dict(), "ForMaskedLM")
-    data.save_vocabulary(vocab, folder / "model", "bert", 128)
-    print(f"toy: dev MLM loss {np.mean(losses):.4f}, {time.time() - began:.0f} s")
+    bert.save(model_folder, model.config, model.state_dict(), "ForMaskedLM")
+    data.save_vocabulary(vocabulary, model_folder, "bert", 128)
+    print(f"toy: dev MLM loss {loss:.4f}, {time.time() - began:.0f} s")
+
+
+def make_optimizer(model):
+    """AdamW with weight decay on matrices alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+@torch.no_grad()
+def dev_loss(model, vocabulary, text_folder):
+    rows = data.corpus(text_folder, vocabulary, 128, "dev")
+    rng = np.random.default_rng(42)
+    losses = []
+    for start in range(0, len(rows), 16):
+        losses.append(pretraining_loss(model, rows[start:start + 16], vocabulary, rng).item())
+    return np.mean(losses)
 
 
 def make(folder):
-    """Everything, in `folder`, which appears when complete; of several processes at once the first wins."""
+    """Everything, in `folder`, which appears when complete. Of several processes at once the first one wins."""
     folder = Path(folder)
     part = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.part")
     print(f"making the toy once, in {folder}: texts, tasks, and a small BERT (about a minute on two cores)")
     try:
-        world(part)
+        write_world(part)
         pretrain(part)
         part.rename(folder)
     except OSError:
-        if not (folder / "model" / "config.json").exists():
+        is_there = (folder / "model" / "config.json").exists()  # another process was faster
+        if not is_there:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
