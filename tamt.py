@@ -211,7 +211,7 @@ def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Modul
     scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
     for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # bert.encoder.layer.0...
-        is_linear = isinstance(module, nn.Linear)
+        is_linear = isinstance(module, (nn.Linear, MaskedLinear))  # the model may be masked already
         is_embedding = name.endswith("word_embeddings")
         if is_linear or (is_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
