@@ -9,7 +9,8 @@
     Appendix            downloads
     Appendix            tasks of your own
 
-There is no model here: finetune.py brings one.
+There is no model here: finetune.py brings one. "The paper" is that of task-agnostic mask training (tamt.py); files named
+run_squad.py are those of BERT's original code.
 
 Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph. GLUE's metrics are
 fractions (accuracy and f1 from 0 to 1, correlations from -1 to 1); SQuAD's em and f1 are percent, as its
@@ -129,9 +130,9 @@ QQP = Task(
     eval_every=500,
 )
 
-# The order of the classes is free: this is that of the Hugging Face hub; BERT's own code began with
-# contradiction. The matched dev set selects the best evaluation. The paper's code computes both accuracies
-# under one name, so that it reports the mismatched one.
+# The order of the classes is that of the Hugging Face hub; BERT's original code began with contradiction.
+# Here the accuracy on the matched dev set selects the best evaluation. The paper's code stores both accuracies
+# under one name, the mismatched one last, so it reports that one.
 MNLI = Task(
     name="mnli",
     folder="MNLI",
@@ -239,9 +240,8 @@ def load_glue(task, split: str, folder) -> list[Example]:
     # Find the columns.
     rows = read_rows(path)
     where, first_row = next(rows)
-    indices = [find_column(column, first_row, where) for column in text_columns]
-    if has_labels:
-        indices.append(find_column(task.label_column, first_row, where))
+    text_indices = [find_column(column, first_row, where) for column in text_columns]
+    label_index = find_column(task.label_column, first_row, where) if has_labels else None
 
     # Without a line of names the first line is a row like all others.
     has_names = any(isinstance(column, str) for column in (*text_columns, task.label_column))
@@ -262,15 +262,15 @@ def load_glue(task, split: str, folder) -> list[Example]:
                 continue
             raise ValueError(f"{where}: {len(fields)} fields where line 1 has {len(first_row)}")
         if dev_ids is not None:
-            is_dev_row = tuple(fields[1:3]) in dev_ids
+            is_dev_row = tuple(fields[1:3]) in dev_ids  # "#1 ID", "#2 ID"
             if is_dev_row != (split == "dev"):
                 continue
 
-        values = [fields[index] for index in indices]
+        texts = [fields[index] for index in text_indices]  # one or two
         label = None
         if has_labels:
-            label = read_label(task, values.pop(), where)
-        examples.append(Example(*values, label=label))  # one text or two
+            label = read_label(task, fields[label_index], where)
+        examples.append(Example(*texts, label=label))
 
     if num_skipped:
         message = f"{path}: skipped {num_skipped} rows without {len(first_row)} fields"
@@ -377,7 +377,8 @@ def tokenize(texts: list[str], vocabulary: data.Vocabulary):
 
 
 def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
-    """BERT's rule, in one step: while a pair is too long, its longer text loses a token (of equals, b).
+    """BERT's rule: while a pair is too long, its longer text loses its last token; of equally long ones b does.
+    So a keeps half of the room, or more if b leaves more free.
 
     Room 3 for 6 + 7 tokens: 2 + 1 stay. Room 10 for 3 + 20 tokens: 3 + 7 stay."""
     half = (room + 1) // 2
@@ -516,20 +517,19 @@ def squad_2_error(path) -> ValueError:
 
 
 # A paragraph longer than the model's input is read through several windows, each `doc_stride` tokens
-# further on. With max_len 10 and doc_stride 2:
+# further on. With max_len 10 and doc_stride 2 the question "Where?" leaves room for 5 tokens,
+# [CLS] where ? [SEP] . . . . . [SEP], and a paragraph of 7 tokens needs two windows:
 #
-#   question    "Where?"                          [CLS] where ? [SEP] ... [SEP]: room for 5 tokens
-#   paragraph   "Anna met Bob in Rome last May"   7 tokens
-#
+#   paragraph   anna met bob in rome last may
 #   window 0    anna met bob in rome              doc_start 0
 #   window 1             bob in rome last may     doc_start 2; it reaches the end, so it is the last one
 #
-# The answer "Rome last" is cut by window 0, whose start and end are therefore position 0, the place of
-# [CLS]. Window 1 holds all of it, at positions 6 and 7.
+# A window that does not hold all of the answer has its start and end at position 0, the place of [CLS].
+# "Rome last" is cut by window 0, so they are 0 there; window 1 holds it at positions 6 and 7.
 #
-# A token is often in several windows. The model knows most about it where it has most context on its poorer
-# side. "rome" has min(4 left, 0 right) = 0 tokens in window 0 and min(2 left, 2 right) = 2 in window 1. So
-# only window 1, its maximum context, may propose an answer that begins with "rome".
+# A token is often in several windows. Its context in a window is the smaller of the numbers of tokens to its
+# left and to its right: for "rome" min(4, 0) = 0 in window 0, and min(2, 2) = 2 in window 1. Only the window
+# where the context is largest, its maximum context, may propose an answer that begins with the token.
 
 
 class Window(NamedTuple):
@@ -581,10 +581,11 @@ def windows(
                 num_left_out += 1
                 continue
 
-        # The last window is the first one that reaches the end of the paragraph.
+        # A window every `stride` tokens. The last one is the first that reaches the end of the paragraph: the
+        # first to start at or after the token from which `room` tokens lead to the end.
         stride = min(doc_stride, room)  # a short window must not jump over tokens
-        last_start = max(len(doc_ids) - room, 0)
-        doc_starts = range(0, last_start + stride, stride)
+        earliest_last_start = max(len(doc_ids) - room, 0)
+        doc_starts = range(0, earliest_last_start + stride, stride)
         is_max_context = find_max_context(len(doc_ids), doc_starts, room)
 
         for number, doc_start in enumerate(doc_starts):
