@@ -9,8 +9,8 @@
     Appendix            downloads
     Appendix            tasks of your own
 
-There is no model here: finetune.py brings one. "The paper" is that of task-agnostic mask training (tamt.py); files named
-run_squad.py are those of BERT's original code.
+There is no model here: finetune.py brings one. "The paper" is that of task-agnostic mask training (tamt.py);
+run_squad.py is a file of BERT's original code.
 
 Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph. GLUE's metrics are
 fractions (accuracy and f1 from 0 to 1, correlations from -1 to 1); SQuAD's em and f1 are percent, as its
@@ -648,16 +648,16 @@ def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int,
 def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
     """(windows, tokens) bool: True where a token has its maximum context, in exactly one window.
 
-    Each token of a window's length adds 0.01 to the context on the poorer side (run_squad.py,
+    Longer windows count a little more, 0.01 for each token of their length (run_squad.py,
     _check_is_max_context); of equals the earlier window wins."""
     doc_start = np.array(doc_starts)[:, None]  # (windows, 1)
     length = np.minimum(room, num_tokens - doc_start)  # (windows, 1)
     num_left = np.arange(num_tokens) - doc_start  # (windows, tokens), negative outside the window
     num_right = length - 1 - num_left
-    poorer_side = np.minimum(num_left, num_right)
+    context = np.minimum(num_left, num_right)
 
-    score = poorer_side + 0.01 * length
-    score[poorer_side < 0] = -1
+    score = context + 0.01 * length
+    score[context < 0] = -1
     best_window = score.argmax(axis=0)  # (tokens,)
     return best_window == np.arange(len(doc_start))[:, None]
 
