@@ -9,10 +9,10 @@ Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin e
 
     model = bert.load("folder")                         # a checkpoint as published
     hidden_states = model(input_ids, attention_mask)    # a list: the embeddings, then each layer's output
-    logits = model.mlm_logits(hidden_states[-1])        # (B, T, V)
+    logits = model.mlm_logits(hidden_states[-1])        # (B, T, V), if the checkpoint has a masked-LM head
 
 Modules are called what published checkpoints call them (bert.encoder.layer.0.attention.self.query), so a
-Hugging Face file needs no table of names; the price are a few branches where BERT and RoBERTa have different
+Hugging Face file needs no table of names; the price is a few branches where BERT and RoBERTa have different
 names for the same thing. Left out is the head for next-sentence prediction.
 
 Letters in shapes: B sequences, T tokens, D hidden size, H heads, L layers, V vocabulary, C classes.
@@ -188,10 +188,10 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, embedded, attention_mask):  # -> list of L + 1 tensors (B, T, D)
-        hidden_states = [embedded]
+        all_hidden_states = [embedded]
         for layer in self.layer:
-            hidden_states.append(layer(hidden_states[-1], attention_mask))
-        return hidden_states
+            all_hidden_states.append(layer(all_hidden_states[-1], attention_mask))
+        return all_hidden_states
 
 
 class Pooler(nn.Module):
@@ -323,25 +323,25 @@ class Model(nn.Module):
         return hasattr(self.backbone, "pooler")
 
     def add_mlm_head(self):
-        head = self.fresh(MaskedLMHead, self.config)
+        head = self.new_module(MaskedLMHead, self.config)
         if self.config.model_type == "roberta":
             self.lm_head = head
         else:
             self.cls = nn.ModuleDict({"predictions": head})
 
     def add_pooler(self):
-        self.backbone.pooler = self.fresh(Pooler, self.config)
+        self.backbone.pooler = self.new_module(Pooler, self.config)
 
     def add_classifier(self, num_labels: int):
         if self.config.model_type == "roberta":
-            self.classifier = self.fresh(RobertaClassifier, self.config, num_labels)
+            self.classifier = self.new_module(RobertaClassifier, self.config, num_labels)
         else:
-            self.classifier = self.fresh(nn.Linear, self.config.hidden_size, num_labels)
+            self.classifier = self.new_module(nn.Linear, self.config.hidden_size, num_labels)
 
     def add_span_head(self):
-        self.qa_outputs = self.fresh(nn.Linear, self.config.hidden_size, 2)
+        self.qa_outputs = self.new_module(nn.Linear, self.config.hidden_size, 2)
 
-    def fresh(self, make, *arguments) -> nn.Module:
+    def new_module(self, make, *arguments) -> nn.Module:
         """A module with BERT's initialisation, drawn from torch's global generator. It is on the model's
         device, and in training or eval mode as the model is."""
         device = self.backbone.embeddings.word_embeddings.weight.device
@@ -362,6 +362,17 @@ class Model(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 
 
+# The masked-LM head of BERT and of RoBERTa, and families that look alike and are not read.
+MLM_HEADS = {"bert": "cls.predictions", "roberta": "lm_head"}
+OTHER_FAMILIES = ("albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta")
+# What training programs put in front of a name: DistributedDataParallel, Lightning, and torch.compile,
+# which may also have wrapped a module inside: bert._orig_mod.pooler.dense.bias.
+WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.")
+# Names of weight files. A TensorFlow checkpoint is a prefix with several files.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+TENSORFLOW_SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
+
+
 def load(path) -> Model:
     """A model in eval mode from an original checkpoint, with the pooler and the masked-LM head that it holds.
 
@@ -372,7 +383,8 @@ def load(path) -> Model:
 
     All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
     FileNotFoundError, or ValueError with what is missing, mis-shaped or no number."""
-    # Read the two files: the weights, under Hugging Face's names, and the sizes.
+    # Read the two files: the weights, under Hugging Face's names, and the sizes. (Only fairseq's file holds sizes as
+    # well; for the others the first `settings` are empty.)
     weights_file = find_weights(Path(path))
     tensors, settings = read_weights(weights_file)
     config_file = find_config(weights_file)
@@ -383,10 +395,10 @@ def load(path) -> Model:
                                 f"{weights_file.name}")
 
     # Settle the spelling of the names, the config, and whether the decoder is the embedding matrix.
-    with errors_name(weights_file):
+    with file_named_in_errors(weights_file):
         family = find_family(tensors, settings)
         tensors = normalise_names(tensors, family)
-    with errors_name(config_file or weights_file):
+    with file_named_in_errors(config_file or weights_file):
         config = read_config(settings, family)
         check_number_of_layers(config, tensors)
     config = settle_decoder(config, tensors)
@@ -398,7 +410,7 @@ def load(path) -> Model:
     with torch.device("meta"):
         model = Model(config, has_pooler, has_mlm_head)
     expected = model.state_dict()
-    with errors_name(weights_file):
+    with file_named_in_errors(weights_file):
         check_tensors(expected, tensors)
     unused = sorted(tensors.keys() - expected.keys())
     if unused:
@@ -467,7 +479,7 @@ def read_weights(file: Path) -> tuple[dict, dict]:
     config.json, says of the sizes ({} for the other formats)."""
     if file.suffix == ".index":
         tensors = read_tensorflow(file)
-        with errors_name(file):
+        with file_named_in_errors(file):
             return from_tensorflow(tensors), {}
 
     content = {}
@@ -478,7 +490,7 @@ def read_weights(file: Path) -> tuple[dict, dict]:
     else:
         content = read_pickle(file)
         tensors = find_state_dict(content, file)
-    with errors_name(file):
+    with file_named_in_errors(file):
         tensors = merge_pruned(tensors)
         if any(".sentence_encoder." in name for name in tensors):
             return from_fairseq(tensors, content)
@@ -491,10 +503,6 @@ def find_config(weights_file: Path) -> Path | None:
         if file.is_file():
             return file
     return None
-
-
-MLM_HEADS = {"bert": "cls.predictions", "roberta": "lm_head"}
-OTHER_FAMILIES = ("albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta")
 
 
 def find_family(tensors: dict, settings: dict) -> str:
@@ -524,11 +532,6 @@ def find_family(tensors: dict, settings: dict) -> str:
         raise ValueError(f"the names of the weights ({shorten(list(tensors))}) and model_type in config.json must "
                          f"name one family, bert or roberta; found: {found}")
     return families.pop()
-
-
-# What training programs put in front of a name: DistributedDataParallel, Lightning, and torch.compile,
-# which may also have wrapped a module inside: bert._orig_mod.pooler.dense.bias.
-WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.")
 
 
 def normalise_names(tensors: dict, family: str) -> dict:
@@ -611,29 +614,28 @@ def check_number_of_layers(config: Config, tensors: dict):
 
 
 def settle_decoder(config: Config, tensors: dict) -> Config:
-    """Decides whether the decoder of the masked-LM head is the matrix of the word embeddings (tied), and brings
-    `tensors` into the form that the model expects:
-
-        only the word embeddings are there      as the config says
-        only the decoder is there               it is the word embeddings, if the config says tied
-        both, equal                             as the config says; a tied model needs one of them
-        both, different                         not tied
-
-    The bias may be stored twice, too: newer files have decoder.bias, and that is the one that counts."""
+    """Decides whether the decoder of the masked-LM head is the matrix of the word embeddings ("tied"). Returns the
+    config with that decision, and brings `tensors`, in place, into the form that the model expects."""
     head = MLM_HEADS[config.model_type]
     words = f"{config.model_type}.embeddings.word_embeddings.weight"
     decoder = f"{head}.decoder.weight"
+
+    # Newer files hold the bias twice, and decoder.bias is the one that counts.
     if f"{head}.decoder.bias" in tensors:
         tensors[f"{head}.bias"] = tensors.pop(f"{head}.decoder.bias")
 
+    # Only the word embeddings are there: as the config says.
     if decoder not in tensors:
         return config
+    # Only the decoder is there: a tied model has its one matrix under that name.
     if words not in tensors:
         if config.tie_word_embeddings:
             tensors[words] = tensors.pop(decoder)
-        return config
+        return config  # untied, check_tensors will report the word embeddings as missing
+    # Both are there and differ: not tied, whatever the config says.
     if not torch.equal(tensors[decoder].float(), tensors[words].float()):
         return replace(config, tie_word_embeddings=False)
+    # Both are there and equal: a tied model needs one of them.
     if config.tie_word_embeddings:
         del tensors[decoder]
     return config
@@ -676,7 +678,7 @@ def shorten(names: list[str], limit: int = 4) -> str:
 
 
 @contextmanager
-def errors_name(file):
+def file_named_in_errors(file):
     """Within, an error of a parser becomes a ValueError of one line that names the file."""
     try:
         yield
@@ -761,7 +763,7 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not a complete safetensors file: {len(content):,} bytes, and a header of "
                          f"{header_size:,}")
     tensors = {}
-    with errors_name(path):
+    with file_named_in_errors(path):
         header = json.loads(content[8:8 + header_size].tobytes())
         if not isinstance(header, dict):
             raise ValueError(f"its header is a {type(header).__name__}, not a JSON object")
@@ -811,8 +813,6 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor]):
 
 # PyTorch pickles, .bin .pt .pth .ckpt: a zip archive, or, before 2020, five pickles in a row.
 # torch.load(weights_only=True) reads both and runs no code in them.
-
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_pickle(path):
@@ -912,7 +912,6 @@ def read_sharded(path) -> dict[str, torch.Tensor]:
 #     pair:    bytes of the last key to reuse | length of the rest | length of the value | rest of key | value
 #     footer:  handle of the metaindex, which is empty | handle of the index | zeros | magic
 
-TENSORFLOW_SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
 TENSORFLOW_MAGIC = bytes.fromhex("57fb808b247547db")
 TENSORFLOW_DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torch.uint8, 9: torch.int64,
                      10: torch.bool, 14: torch.bfloat16, 19: torch.float16}
@@ -931,11 +930,11 @@ def read_tensorflow(path) -> dict[str, torch.Tensor]:
     shards = {}
     tensors = {}
     for name, entry in entries.items():
-        with errors_name(f"{prefix}.index: variable {name!r:.200}"):
+        with file_named_in_errors(f"{prefix}.index: variable {name!r:.200}"):
             file = f"{prefix}.data-{entry.get(SHARD, 0):05d}-of-{num_shards:05d}"
         if file not in shards:
             shards[file] = read_bytes(file)
-        with errors_name(f"{file}: variable {name!r:.200}"):
+        with file_named_in_errors(f"{file}: variable {name!r:.200}"):
             tensors[name] = read_variable(entry, shards[file])
     return tensors
 
@@ -968,7 +967,7 @@ def read_tensorflow_index(path) -> tuple[int, dict[str, dict]]:
     """P.index -> the number of data files, and {variable: {field number: value}}."""
     index = read_bytes(path)[:LARGEST_INDEX + 1].tobytes()
     entries = {}
-    with errors_name(f"{path}: not a TensorFlow index, or a damaged one"):
+    with file_named_in_errors(f"{path}: not a TensorFlow index, or a damaged one"):
         if len(index) > LARGEST_INDEX or index[-8:] != TENSORFLOW_MAGIC:
             raise ValueError("the magic number at its end is missing, or it has over "
                              f"{LARGEST_INDEX:,} bytes")
@@ -1235,15 +1234,18 @@ def attention(query, key, value, attention_mask, dropout: float):
         return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
 
     B, H, T, head_size = query.shape
-    size = max(1, 2**20 // (H * T * T))  # sequences whose attention weights take 4 MB
-    masks = [None] * B if attention_mask is None else attention_mask.split(size)
+    piece_size = max(1, 2**20 // (H * T * T))  # sequences; 2^20 attention weights take 4 MB
+    queries = query.split(piece_size)  # split, not slices: backward then gathers the pieces once
+    keys = key.split(piece_size)
+    values = value.split(piece_size)
     pieces = []
-    for q, k, v, mask in zip(query.split(size), key.split(size), value.split(size), masks, strict=False):
-        weights = (q * head_size**-0.5) @ k.mT
-        if mask is not None:
-            weights = weights.masked_fill_(~mask, -math.inf)
-        weights = weights.softmax(dim=-1) * random_mask(weights.shape, dropout)
-        pieces.append(weights @ (v * (1 / (1 - dropout))))
+    for index in range(len(queries)):
+        products = (queries[index] * head_size**-0.5) @ keys[index].mT  # (b, H, T, T)
+        if attention_mask is not None:
+            is_token = attention_mask[index * piece_size:(index + 1) * piece_size]
+            products = products.masked_fill_(~is_token, -math.inf)
+        dropped = products.softmax(dim=-1) * random_mask(products.shape, dropout)
+        pieces.append(dropped @ (values[index] * (1 / (1 - dropout))))
     return torch.cat(pieces)
 
 
@@ -1251,6 +1253,6 @@ def random_mask(shape, dropout: float):
     """uint8, 0 with probability `dropout`, else 1. Four draws of 16 bits are made from one of 64."""
     num_draws = math.prod(shape)
     bits = torch.empty((num_draws + 3) // 4, dtype=torch.int64).random_(-2**63, None)
-    draws = bits.view(torch.int16)[:num_draws].view(shape)
+    draws = bits.view(torch.int16)[:num_draws].view(shape)  # signed: from -2^15 to 2^15 - 1
     mask = torch.empty(shape, dtype=torch.uint8)  # the product is twice as fast with bytes as with bool
     return torch.ge(draws, round(2**16 * dropout) - 2**15, out=mask)

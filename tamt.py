@@ -1018,7 +1018,7 @@ def read_packed_mask(content: dict, path) -> tuple[dict, dict]:
         raise ValueError(f"{path}: its shapes and its bits name different matrices")
     masks = {}
     for name, shape in shapes.items():
-        with bert.errors_name(f"{path}: {name:.100}"):
+        with bert.file_named_in_errors(f"{path}: {name:.100}"):
             masks[name] = unpack(bits[name], shape)
     return masks, meta
 
