@@ -1,40 +1,46 @@
-"""How fast and how small: mask training against the usual ways to do the same work.
+"""How fast is it? An update of mask training against two other ways, and what its pieces cost.
 
-    python dev/bench.py                     # all figures: about half an hour on one thread
-    python dev/bench.py --toy               # every part at toy size, in seconds: shows that it still runs
-    python dev/bench.py --only step,share --rounds 9 --json dev/results.jsonl
+    python dev/bench.py                      # everything: about half an hour on one thread
+    python dev/bench.py --toy                # every part in miniature, in seconds: shows that it runs
+    python dev/bench.py --only step,ranking --rounds 9 --json bench.jsonl
 
-How it measures: one process, variants take turns (A B A B), CPU seconds of this process on one thread, so
-that other jobs disturb little; ratios are taken within a round, the table shows their median and range.
-Weights and tokens are random: right for cost, silent about learning. Scores are spread around the cut as
-after some training, since ranking the two values of the start is cheaper. Peak memory: a fresh process per
-variant, above its imports and a toy step.
+    equal      ours and the released step compute the same loss and the same gradients
+    step       an update of ours against the two others
+    ranking    what the exact global ranking takes of an update
+    memory     peak memory, each variant in a fresh process, above what its imports take
+    tokens     reading a text into rows of token ids
+    finetune   batches of SST-2's lengths: similar lengths together, against padding to 128
+    two_four   the encoder with dense weights against 2:4 weights in the sparse tensor cores (needs a GPU)
 
-    ours      tamt.py's own functions, called as tamt.train calls them
-    released  (a) the released code's step, re-created: a float mask from the scores in every forward, logits
-              at all positions, AdamW in Python tensor by tensor; under mlm+kd its teacher makes logits and a
-              loss that nobody reads; for kd alone both models stop below the MLM head, and the teacher
-              drops out, too (train_kd.py never puts it into eval mode)
-    hooks     (b) transformers, torch's parametrize with a straight-through mask, SDPA, fused AdamW
-    dense     (c) transformers, all weights train without a mask, SDPA, fused AdamW
-    products  (d) the matrix products of a step alone, into memory that is there already
+The variants of a step:
 
-Letters: B sequences, T tokens, D hidden, H heads, L layers, V vocabulary, n predicted positions.
+    ours       tamt.update() and the ranking, as train_scores() calls them
+    released   the released code's step re-created with transformers: a mask from the scores in every forward pass,
+               attention in single products, logits at all positions, AdamW in Python tensor by tensor. For mlm+kd
+               its teacher computes logits and a loss that nobody reads. For kd both models stop below the
+               masked-LM head, and the teacher drops out, too (train_kd.py never calls eval)
+    dense      fine-tuning by transformers: all weights train, no mask, SDPA, fused AdamW
+
+How it measures: one process and one thread; the variants take turns (A B A B); a time is CPU time of this process,
+so other programs disturb little. Ratios are taken within a round; the table has their median and range. Weights and
+tokens are random, which is right for cost and says nothing about learning. dev/gpu.py measures the GPU.
+
+Letters: B sequences, T tokens, D hidden size, H heads, L layers, V vocabulary.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from itertools import count, product
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for all
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -42,493 +48,516 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
-from torch.nn.utils import parametrize  # noqa: E402
 
 import bert  # noqa: E402
 import data  # noqa: E402
-import finetune as tuning  # noqa: E402
 import glue_squad  # noqa: E402
 import tamt  # noqa: E402
+from dev import gpu  # noqa: E402
+from dev.gpu import Size  # noqa: E402
 
-LR, PEAK, CPU = 5e-5, 989e12, torch.device("cpu")  # PEAK: dense bf16 FLOP/s of an H100
-DROPOUT = 0.1  # --dropout; on a CPU torch's SDPA has a fast path only without it
+LEARNING_RATE = 5e-5
+SIZES = {
+    "4L": Size(L=4, D=256, H=4, B=8, T=128, V=30522),
+    "6L": Size(L=6, D=384, H=12, B=8, T=512, V=30522),
+    "base": Size(L=12, D=768, H=12, B=8, T=128, V=30522),
+}
+TOY = Size(L=2, D=32, H=2, B=4, T=16, V=300)
 
-
-class Size(NamedTuple):
-    name: str
-    L: int
-    D: int
-    H: int
-    B: int
-    T: int
-    V: int = 30522
-
-
-SIZES = {"4L": Size("4L/256 8x128", 4, 256, 4, 8, 128), "6L": Size("6L/384 8x512", 6, 384, 12, 8, 512),
-         "base": Size("BERT-base 8x128", 12, 768, 12, 8, 128),
-         "gpu": Size("BERT-base 16x512", 12, 768, 12, 16, 512)}
-TOYS = {name: Size(f"toy for {size.name}", 2, 32, 2, 4, 16, 300) for name, size in SIZES.items()}
-
-# ---------------- the variants: each returns a function, one step
+# ---------------------------------------------------------------------------------------------------
+# 1. The variants: each function returns a step, to be called without arguments
+# ---------------------------------------------------------------------------------------------------
 
 
-def config(size: Size, dropout=None) -> dict:
-    """Sizes under the names that bert.Config and transformers share; dropout: --dropout unless given."""
-    dropout = DROPOUT if dropout is None else dropout
-    return {"vocab_size": size.V, "hidden_size": size.D, "num_hidden_layers": size.L,
-            "num_attention_heads": size.H, "intermediate_size": 4 * size.D,
-            "max_position_embeddings": max(size.T, 128), "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout}
+def make_our_step(size: Size, objective: str = "mlm") -> Callable:
+    training = gpu.make_training(size, objective, cpu())
+
+    def step():
+        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, t=training.step + 1)
+        training.step += 1
+        training.scores.update_masks(radius=LEARNING_RATE / 2)
+
+    return step
 
 
-def batches(size: Size):
-    """Endless batches of random words, the same for every variant."""
-    vocab, rng = data.Vocabulary(None, size.V, 0, 1, 2, 3, 4), np.random.default_rng(0)
+def make_dense_step(size: Size, objective: str = "mlm") -> Callable:
+    return gpu.make_dense_step(size, cpu())
+
+
+def make_released_step(size: Size, objective: str = "mlm") -> Callable:
+    released = Released(size, objective)
+    batches = random_batches(size)
+
+    def step():
+        released.loss(next(batches)).backward()
+        released.update()
+
+    return step
+
+
+STEPS = {"ours": make_our_step, "released": make_released_step, "dense": make_dense_step}
+
+
+def cpu() -> tamt.Machine:
+    with gpu.quiet():
+        return tamt.start_machine("cpu", "fp32")
+
+
+def random_batches(size: Size):
+    vocabulary = data.Vocabulary(None, size.V, 0, 1, 2, 3, 4)
+    generator = np.random.default_rng(0)
     while True:
-        yield tamt.Batch(rng.integers(5, size.V, (size.B, size.T)), vocab, rng)
+        rows = generator.integers(5, size.V, (size.B, size.T))
+        yield tamt.make_batch(rows, vocabulary, generator)
 
 
-def spread(W):  # -> scores of W's shape, 30 % around 0.02 and 70 % around 0
-    return 0.02 * (torch.rand_like(W) > 0.7) + 0.005 * torch.randn_like(W)
+class Released:
+    """The released step, with the transformers of today."""
 
+    def __init__(self, size: Size, objective: str):
+        self.objective = objective
+        self.network = transformers_model(size)
+        self.teacher = None
+        if "kd" in objective:
+            teacher_dropout = size.dropout if objective == "kd" else 0.0
+            self.teacher = transformers_model(dataclasses.replace(size, dropout=teacher_dropout))
+        self.parameters = self.select_parameters()
+        self.moments = {}
+        for name, parameter in self.parameters.items():
+            self.moments[name] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
+        self.t = 0
 
-def our_model(size: Size, objective: str, dropout=None, device=CPU):
-    """-> model with masked layers, the layers, Scores, what learns"""
-    torch.manual_seed(0)
-    model = bert.Model(bert.Config(**config(size, dropout))).requires_grad_(False).train().to(device)
-    layers = tamt.mask_model(model)
-    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.7, "local"), 0.7, "global")
-    for layer in layers.values():
-        if layer.scores.requires_grad:
-            layer.scores.data.copy_(spread(layer.weight))
-    scores.rank()
-    return model, layers, scores, tamt.what_learns(model, SimpleNamespace(objective=objective, method="tamt"))
+    def select_parameters(self) -> dict:
+        """{name: parameter} of what trains: the head without the decoder (not with kd), and the scores, which this
+        puts into the layers."""
+        parameters = {}
+        for name, parameter in self.network.named_parameters():
+            is_head = name.startswith("cls.") and "decoder.weight" not in name
+            parameter.requires_grad_(is_head and self.objective != "kd")
+            if parameter.requires_grad:
+                parameters[name] = parameter
 
+        for name, layer in self.network.bert.named_modules(prefix="bert"):
+            if isinstance(layer, nn.Linear) or name.endswith("word_embeddings"):
+                is_kept = torch.rand_like(layer.weight) > 0.7
+                noise = 0.005 * torch.randn_like(layer.weight)
+                scores = nn.Parameter(2 * tamt.PHI * is_kept + noise)
+                layer.forward = gpu.masked_forward(layer, scores)
+                parameters[f"{name}.scores"] = scores
+        return parameters
 
-def ours(size: Size, objective="mlm", device=CPU, dtype=torch.float32, compiled=False, now=time.process_time):
-    """A step of tamt.train; it returns the seconds of its sections."""
-    model, layers, scores, learns = our_model(size, objective, device=device)
-    optimizer, feed = tamt.adamw(learns.values(), device), batches(size)
-    net = torch.compile(model) if compiled else model
-    optimizer.param_groups[0]["lr"] = LR
-
-    def step():
-        marks, batch = [now()], next(feed)
-        with tamt.autocast(device, dtype):
-            part = batch.part(slice(None), device)
-            loss = tamt.batch_loss(model, net, objective, part, batch.tokens, batch.scored)
-        loss.backward()
-        marks.append(now())
-        nn.utils.clip_grad_norm_(learns.values(), 1.0)
-        assert math.isfinite(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-        marks.append(now())
-        scores.rank(reach=2 * LR)
-        marks.append(now())
-        return dict(zip(("loss", "optimiser", "rank"), np.diff(marks), strict=True))
-    step.layers = layers
-    return step
-
-
-def from_transformers(size: Size, attention="sdpa", dropout=None):
-    from transformers import BertConfig, BertForMaskedLM  # needed here alone
-    return BertForMaskedLM(BertConfig(**config(size, dropout), attn_implementation=attention)).train()
-
-
-def head_only(net, head=True):  # the MLM head without the tied decoder -> {name: parameter}
-    for name, p in net.named_parameters():
-        p.requires_grad_(head and name.startswith("cls.") and "decoder.weight" not in name)
-    return {name: p for name, p in net.named_parameters() if p.requires_grad}
-
-
-def usual_step(net, update, size: Size, objective="mlm", teacher=None):
-    """Logits at all positions; `update` clips and steps."""
-    feed, more = batches(size), {"output_hidden_states": "kd" in objective}
-
-    def read(model, ids, labels):
-        return model.bert(ids, **more) if objective == "kd" else model(ids, labels=labels, **more)
-
-    def step():
-        net.zero_grad()
-        batch = next(feed)
-        labels = torch.from_numpy(np.where(batch.chosen, batch.ids, -100))
-        texts = torch.from_numpy(batch.ids if objective == "kd" else batch.shown), labels
-        out = read(net, *texts)
-        loss = out.loss if "mlm" in objective else 0.0
-        if teacher:
+    def loss(self, batch: tamt.Batch):
+        labels = torch.from_numpy(np.where(batch.is_chosen, batch.input_ids, -100))
+        input_ids = torch.from_numpy(batch.input_ids if self.objective == "kd" else batch.corrupted_ids)
+        output = self.read(self.network, input_ids, labels)
+        loss = 0.0
+        if self.objective != "kd":
+            loss = loss + output.loss
+        if self.teacher is not None:
             with torch.no_grad():
-                told = read(teacher, *texts).hidden_states[1:]
-            pairs = list(zip(told, out.hidden_states[1:], strict=True))
-            loss = loss + sum((1 - F.cosine_similarity(t, s, dim=-1)).mean() for t, s in pairs) / len(pairs)
-        loss.backward()
-        update()
-        return loss.item()
-    return step
+                teacher_states = self.read(self.teacher, input_ids, labels).hidden_states[1:]
+            student_states = output.hidden_states[1:]
+            for of_teacher, of_student in zip(teacher_states, student_states, strict=True):
+                distance = 1 - F.cosine_similarity(of_teacher, of_student, dim=-1)  # (B, T)
+                loss = loss + distance.mean() / len(student_states)
+        return loss
 
-
-class Binarise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, S, phi):
-        M = S.clone()
-        M[S <= phi] = 0.0
-        M[S > phi] = 1.0
-        return M
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-def released(size: Size, objective="mlm", copy=None, dropout=None):
-    """(a). `copy`: weights and scores of ours, to compare gradients; then nothing is updated."""
-    teachers = dropout if objective == "kd" else 0.0  # as released
-    net, teacher = (from_transformers(size, "eager", p) for p in (dropout, teachers))
-    if copy:
-        net.load_state_dict(copy[0], strict=False), teacher.load_state_dict(copy[0], strict=False)
-    learns = head_only(net, objective != "kd")
-    for name, module in net.bert.named_modules(prefix="bert"):
-        if isinstance(module, nn.Linear) or name.endswith("word_embeddings"):
-            start = copy[1][f"{name}.weight"].clone() if copy else spread(module.weight)
-            S = learns[f"{name}.scores"] = nn.Parameter(start)
-
-            def forward(x, module=module, S=S):
-                linear = isinstance(module, nn.Linear)
-                W = module.weight * Binarise.apply(S, tamt.PHI)
-                return F.linear(x, W, module.bias) if linear else F.embedding(x, W, module.padding_idx)
-            module.forward = forward
-    moments, steps = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in learns.values()], count(1)
+    def read(self, network, input_ids, labels):
+        if self.objective == "kd":
+            return network.bert(input_ids, output_hidden_states=True)
+        return network(input_ids, labels=labels, output_hidden_states=self.teacher is not None)
 
     @torch.no_grad()
-    def update():
-        nn.utils.clip_grad_norm_(learns.values(), 1.0)
-        t = next(steps)
-        for p, m, v in moments:
-            m.mul_(0.9).add_(p.grad, alpha=0.1)
-            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-            p.addcdiv_(m, v.sqrt().add_(1e-8), value=-LR * math.sqrt(1 - 0.999**t) / (1 - 0.9**t))
-            p.grad = None
-    update = (lambda: None) if copy else update
-    step = usual_step(net, update, size, objective, teacher if "kd" in objective else None)
-    step.learns = learns
-    return step
+    def update(self):
+        """Clipping and AdamW. The pooler's scores have no gradient."""
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.t += 1
+        rate = LEARNING_RATE * math.sqrt(1 - 0.999**self.t) / (1 - 0.9**self.t)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                mean, square = self.moments[name]
+                mean.mul_(0.9).add_(parameter.grad, alpha=0.1)
+                square.mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)
+                parameter.addcdiv_(mean, square.sqrt().add_(1e-8), value=-rate)
+                parameter.grad = None
 
 
-class Seen(nn.Module):
-    """A parametrization: the weight times the mask of its scores, straight through."""
+def transformers_model(size: Size):
+    from transformers import BertConfig, BertForMaskedLM  # an optional package
 
-    def __init__(self, W):
-        super().__init__()
-        self.scores = nn.Parameter(spread(W))
-
-    def forward(self, W):
-        return W * ((self.scores > tamt.PHI).to(W.dtype) + self.scores - self.scores.detach())
+    return BertForMaskedLM(BertConfig(**size.config(), attn_implementation="eager")).train()
 
 
-def hooks(size: Size):
-    net = from_transformers(size)
-    head_only(net)
-    for module in list(net.bert.modules()):
-        if isinstance(module, nn.Linear) or module is net.bert.embeddings.word_embeddings:
-            parametrize.register_parametrization(module, "weight", Seen(module.weight))
-    return dense(size, net)
+# ---------------------------------------------------------------------------------------------------
+# 2. The clock
+# ---------------------------------------------------------------------------------------------------
 
 
-def dense(size: Size, net=None):
-    net = net or from_transformers(size)
-    learns = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learns, LR, weight_decay=0.0, fused=True)
-    return usual_step(net, lambda: (nn.utils.clip_grad_norm_(learns, 1.0), optimizer.step()), size)
+def take_turns(steps: dict[str, Callable], rounds: int, clock: Callable = time.process_time) -> dict[str, np.ndarray]:
+    """{name: step} -> {name: seconds of each round (rounds,)}
 
-
-def products(size: Size):
-    """(d): forward, gradient to the input, gradient to the weight; attention; the MLM head at n positions."""
-    tokens, D, heads, rand, empty = size.B * size.T, size.D, size.B * size.H, torch.randn, torch.empty
-    n, shapes = int(0.15 * tokens), [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-    linear = [(rand(tokens, i), rand(o, i), rand(tokens, o), empty(tokens, i), empty(o, i), empty(tokens, o))
-              for i, o in shapes]
-    q, a, q2, a2 = (rand(heads, size.T, w) for w in 2 * (D // size.H, size.T))
-    x, logits, words = rand(n, D), rand(n, size.V), rand(size.V, D)
-    x2, logits2 = empty(n, D), empty(n, size.V)
-
-    def step():
-        for _ in range(size.L):
-            for x_, W, dy, dx, dW, y in linear:
-                torch.mm(x_, W.T, out=y), torch.mm(dy, W, out=dx), torch.mm(dy.T, x_, out=dW)
-            for _ in range(2):  # q k^T, and its like in backward
-                torch.bmm(q, q.transpose(1, 2), out=a2)
-            for _ in range(4):
-                torch.bmm(a, q, out=q2)
-        torch.mm(x, words.T, out=logits2), torch.mm(logits, words, out=x2)
-    return step
-
-
-VARIANTS = {f.__name__: f for f in (ours, released, hooks, dense, products)}
-
-# ---------------------------------------------------------------- clocks
-
-
-def take_turns(steps: dict, rounds: int, now=time.process_time) -> dict[str, np.ndarray]:
-    """Seconds of each variant in each round -> {name: (rounds,)}
-
-    Two rounds before them do not count: in them the heap that all variants share still grows, and a fresh
-    page costs 2 to 11 us on a shared machine (BERT-base: 2 of 9 s of our second step, 0.05 of the third)."""
+    Two rounds before them do not count. In these the memory that all variants share still grows, and a fresh page
+    costs 2 to 11 microseconds on a shared machine."""
     seconds = {name: [] for name in steps}
-    for i in range(-2, rounds):
+    for number in range(-2, rounds):
         for name, step in steps.items():
-            began = now()
+            began = clock()
             step()
-            seconds[name] += [now() - began] * (i >= 0)
+            if number >= 0:
+                seconds[name].append(clock() - began)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def high_water() -> float:
-    """Peak memory of this process in MB. Not ru_maxrss, which after exec still holds the parent's."""
-    lines = Path("/proc/self/status").read_text().split("\n")
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1000
+def cuda_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def worker(variant: str, size: Size, timed: bool):
-    VARIANTS[variant](TOYS["4L"])()  # libraries are loaded, optimisers compiled
-    before, step = high_water(), VARIANTS[variant](size)
-    step(), step()
-    print(high_water() - before, *[np.median(take_turns({"": step}, 3)[""])] * timed)
+def peak_memory() -> float:
+    """The most memory that this process has had, in MB. (ru_maxrss would count the parent's, too.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1000
+    raise OSError("/proc/self/status: no line VmHWM; peak memory is measured on Linux only")
 
 
-# ---------------- figures: (name, goal, values of the rounds, unit)
-# A goal is (">=" or "<=", goal, stretch), or None for what is only told.
+# ---------------------------------------------------------------------------------------------------
+# 3. The parts: each yields figures
+# ---------------------------------------------------------------------------------------------------
 
 
-def equal(sizes, args):
-    """Loss and score gradients of ours and (a) on the same batch, dropout off."""
-    size = TOYS["4L"]
+class Figure(NamedTuple):
+    name: str
+    values: list  # of the rounds
+    unit: str
+    goal: tuple | None = None  # (">=" or "<=", bound)
+
+
+def part_equal(args):
+    """The same batch, weights, scores and masks, without dropout: relative differences."""
+    size = dataclasses.replace(TOY, dropout=0.0)
     for objective in ("mlm", "kd", "mlm+kd"):
-        model, layers, _, learns = our_model(size, objective, dropout=0.0)
-        for layer in layers.values():  # the cut of (a) stands at phi
-            layer.scores.data.copy_(2 * tamt.PHI * layer.mask)
-        weights = {name: p for name, p in model.named_parameters() if "scores" not in name}
-        other = released(size, objective, (weights, {n: m.scores.detach() for n, m in layers.items()}), 0.0)
-        batch, theirs = next(batches(size)), other()
-        part = batch.part(slice(None), CPU)
-        loss = tamt.batch_loss(model, model, objective, part, batch.tokens, batch.scored)
-        loss.backward()
-        pairs = [(p.grad, other.learns[name].grad) for name, p in learns.items()]
-        apart = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
-        apart.append(abs(loss.item() / theirs - 1))
-        name = f"equal: {objective}, loss and {len(pairs)} gradients, worst"
-        yield name, ("<=", 1e-5, 1e-5), [max(apart)], "relative"
+        training = gpu.make_training(size, objective, cpu())
+        training.scores.vector.copy_(2 * tamt.PHI * training.scores.mask)  # the released threshold stands at phi
+        released = Released(size, objective)
+        copy_weights(training, released)
+
+        batch = tamt.next_batch(training)
+        loss = tamt.backward(training, batch)
+        released_loss = released.loss(batch)
+        released_loss.backward()
+        differences = [abs(float(loss) / released_loss.item() - 1)]
+        for name, parameter in training.parameters.items():
+            expected = released.parameters[name].grad
+            differences.append(float((parameter.grad - expected).abs().max() / expected.abs().max()))
+        name = f"equal: {objective}, loss and {len(training.parameters)} gradients, worst"
+        yield Figure(name, [max(differences)], "relative", ("<=", 1e-5))
 
 
-def step(sizes, args):
-    """The MLM step against the four others."""
-    goals = {"released": {"4L": (2.4, 3), "6L": (2.2, 2.3), "base": (1.4, 1.6)}, "dense": {},
-             "hooks": {"4L": (2.2, 2.7), "base": (1.2, 1.25)}}
-    for key in ("4L", "6L", "base"):
-        size = sizes[key]
+def copy_weights(training: tamt.Training, released: Released):
+    weights = {name: tensor for name, tensor in training.model.named_parameters() if not name.endswith(".scores")}
+    for network in (released.network, released.teacher):
+        if network is not None:
+            network.load_state_dict(weights, strict=False)  # the decoder is tied, the pooler missing
+    for name, layer in training.layers.items():
+        scores = name.removesuffix(".weight") + ".scores"
+        if scores in released.parameters:
+            released.parameters[scores].data.copy_(layer.scores.data)
+
+
+def part_step(args):
+    """mlm at three sizes against both others, kd and mlm+kd at the smallest against the released step."""
+    goals = {"4L": 2.4, "6L": 2.2, "base": 1.4}
+    for key, size in args.sizes.items():
         rounds = args.rounds * (3 if key == "4L" else 1)
-        seconds = take_turns({name: make(size) for name, make in VARIANTS.items()}, rounds)
-        for name, goal in goals.items():
-            goal = (">=", *goal[key]) if key in goal else None
-            yield f"step, {size.name}: {name} / ours", goal, seconds[name] / seconds["ours"], "x"
-        goal = ("<=", 1.3, 1.12) if key == "base" else ("<=", 1.6, 1.3)
-        yield f"step, {size.name}: ours / products", goal, seconds["ours"] / seconds["products"], "x"
+        seconds = take_turns({name: make(size) for name, make in STEPS.items()}, rounds)
+        yield Figure(f"step, mlm, {describe(size)}: ours", 1e3 * seconds["ours"], "ms")
+        for name in ("released", "dense"):
+            goal = (">=", goals[key]) if name == "released" else None
+            yield Figure(f"step, mlm, {describe(size)}: {name} / ours", seconds[name] / seconds["ours"], "x", goal)
 
-
-def kd(sizes, args):
-    for objective, goal in (("kd", 1.5), ("mlm+kd", 3.5)):
-        steps = {f.__name__: f(sizes["4L"], objective) for f in (released, ours)}
+    size = args.sizes["4L"]
+    for objective, bound in (("kd", 1.5), ("mlm+kd", 3.5)):
+        steps = {name: STEPS[name](size, objective) for name in ("ours", "released")}
         seconds = take_turns(steps, 3 * args.rounds)
-        ratio = seconds["released"] / seconds["ours"]
-        yield f"step, {sizes['4L'].name}, {objective}: released / ours", (">=", goal, goal), ratio, "x"
+        yield Figure(f"step, {objective}, {describe(size)}: released / ours", seconds["released"] / seconds["ours"],
+                     "x", (">=", bound))
 
 
-def share(sizes, args):
-    """Rank, optimiser (with clipping) and mask products as shares of the base step."""
-    step = ours(sizes["base"])
-    parts = [step() for _ in range(args.rounds + 2)][2:]
-    whole, rank, optimiser = (np.array([f(p) for p in parts]) for f in (
-        lambda p: sum(p.values()), lambda p: p["rank"], lambda p: p["optimiser"]))
-    matrices = [m for name, m in step.layers.items() if ".layer." in name]
+def part_ranking(args):
+    """The three things that mask training does and fine-tuning does not, as shares of an update."""
+    size = args.sizes["base"]
+    training = gpu.make_training(size, "mlm", cpu())
+    encoder_layers = [layer for name, layer in training.layers.items() if ".layer." in name]
+    scores = training.scores
 
-    def products():  # W * M, and dL/dS = dL/d(W * M) * W
-        for m in matrices:
-            _ = m.weight * m.mask, m.weight * m.weight
-    product, name = np.median(take_turns({"": products}, args.rounds)[""]), sizes["base"].name
-    yield f"share of the step, {name}: exact rank", ("<=", 5, 5), 100 * rank / whole, "%"
-    rest = 100 * (rank + optimiser + product) / whole
-    yield f"share of the step, {name}: rank + optimiser + mask product", ("<=", 15, 5), rest, "%"
+    def update():
+        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, t=training.step + 1)
+        training.step += 1
 
+    def rank():
+        scores.update_masks(radius=LEARNING_RATE / 2)
 
-def memory(sizes, args):
-    def peak(variant):
-        command = [sys.executable, __file__, "--worker", variant, "base"] + ["--toy"] * args.toy
-        return np.array([float(subprocess.check_output(command).split()[-1]) for _ in range(args.rounds)])
-    mine, name = peak("ours"), sizes["base"].name
-    yield f"peak memory, {name}: ours", None, mine, "MB"
-    for other, goal in [("dense", (1.2, 1.0)), ("released", (0.75, 0.65))][args.toy:]:
-        yield f"peak memory, {name}: ours / {other}", ("<=", *goal), mine / peak(other), "x"
+    def multiply():  # W * M forward, and dL/dS = dL/d(W * M) * W backward
+        for layer in encoder_layers:
+            torch.mul(layer.weight, layer.mask)
+            torch.mul(layer.weight, layer.weight)
 
-
-def work(sizes, args):
-    """Cost against work, for figures.py: seconds and peak memory by the encoder's weights and by tokens."""
-    for key, B in [*product(("4L", "6L", "base"), (4, 8, 16))][:2 if args.toy else 9]:
-        command = [sys.executable, __file__, "--worker", "ours", f"{key}:{B}"] + ["--toy"] * args.toy
-        found, size = subprocess.check_output(command, text=True).split()[-2:], sizes[key]
-        name, T = f"{size.L}L/{size.D}", min(size.T, 128)
-        name = f"work, {name}, {12 * size.L * size.D**2:,} parameters, {B * T:,} tokens"
-        yield f"{name}: MB", None, [float(found[0])], "MB"
-        yield f"{name}: seconds", None, [float(found[1])], "s"
+    seconds = take_turns({"update": update, "rank": rank, "multiply": multiply}, args.rounds)
+    step = seconds["update"] + seconds["rank"]
+    name = f"share of an update, {describe(size)}"
+    yield Figure(f"{name}: exact ranking", 100 * seconds["rank"] / step, "%", ("<=", 5))
+    yield Figure(f"{name}: products of weights and masks", 100 * seconds["multiply"] / step, "%")
 
 
-def finetune(sizes, args):
-    """Batches of 32 of SST-2's lengths, like ones together, against all padded to 128."""
-    size, table = sizes["6L"], args.data / "glue" / "SST-2" / "train.tsv"
-    lengths = np.random.default_rng(0).gamma(1.7, 6.6, 20000).astype(int) + 3  # mean 13.3, as SST-2's
-    if table.is_file() and not args.toy:
-        vocab = data.vocabulary(args.data / "models" / "bert-tiny-mlm")
-        rows = [row.split("\t")[0] for row in table.read_text().split("\n")[1:-1]]
-        lengths = [len(found.ids) + 2 for found in vocab.tokenizer.encode_batch(rows)]  # [CLS], [SEP]
-    model, rng = bert.Model(bert.Config(**config(size)), mlm=False).train(), np.random.default_rng(0)
-    model.new_head("classifier", 2)
-    lengths, optimizer = np.minimum(lengths, 128), tamt.adamw(model.parameters(), CPU)
-    order = iter(glue_squad.bucketed(lengths, 32, rng))
+def part_memory(args):
+    size = args.sizes["base"]
+    peaks = {}
+    names = ["ours"] if args.toy else STEPS  # the peak of a toy is that of the imports
+    for name in names:
+        command = [sys.executable, __file__, "--worker", name, "--dropout", str(args.dropout)]
+        if args.toy:
+            command.append("--toy")
+        peaks[name] = np.array([float(subprocess.check_output(command).split()[-1]) for _ in range(args.rounds)])
+    yield Figure(f"peak memory, {describe(size)}: ours", peaks["ours"], "MB")
+    if not args.toy:
+        for name, bound in (("dense", 1.2), ("released", 0.75)):
+            yield Figure(f"peak memory, {describe(size)}: ours / {name}", peaks["ours"] / peaks[name], "x",
+                         ("<=", bound))
 
-    def step(*full):
-        rows = [(rng.integers(5, size.V, n), np.zeros(n)) for n in (*lengths[next(order)], *full)]
-        ids, keep, _ = (torch.from_numpy(x)[:32] for x in glue_squad.pad(rows, 0))
-        logits = model.class_logits(model(ids, None if keep.all() else keep)[-1])
-        F.cross_entropy(logits, ids[:, 1] % 2).backward()
+
+def measure_memory(name: str, size: Size):
+    """In a fresh process: a toy step loads the libraries; the growth after it is the variant's."""
+    STEPS[name](TOY)()
+    before = peak_memory()
+    step = STEPS[name](size)
+    step()
+    step()
+    print(peak_memory() - before)
+
+
+def part_tokens(args):
+    """A text as rows of 512 token ids by data.py, and line by line with the tokenizer alone."""
+    if args.text is None:
+        vocabulary, text = random_text(num_words=40_000 if args.toy else 1_000_000)
+    else:
+        vocabulary = data.vocabulary(args.vocab)
+        text = args.text.read_text(encoding="utf-8")
+
+    def by_blocks():
+        return np.concatenate(list(data.packed_blocks(iter([text]), vocabulary, 512)))
+
+    def by_lines():
+        return np.concatenate(data.encode(text.split("\n"), vocabulary))
+
+    rows = by_blocks()
+    stream = rows[:, 1:-1].flatten()  # without [CLS] and [SEP]
+    if not np.array_equal(stream, by_lines()[:len(stream)]):
+        raise ValueError("data.packed_blocks changes the ids of this text")
+    seconds = take_turns({"blocks": by_blocks, "lines": by_lines}, args.rounds)
+    megabytes = len(text.encode()) / 1e6
+    yield Figure(f"tokenising {megabytes:.1f} MB: data.packed_blocks", megabytes / seconds["blocks"], "MB/s")
+    yield Figure(f"tokenising {megabytes:.1f} MB: line by line", megabytes / seconds["lines"], "MB/s")
+
+
+def random_text(num_words: int):
+    """A vocabulary of 6760 words and a text of them, eight a line."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [a + b + c for a in letters for b in letters for c in "aeioulnrst"]
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [*data.WORDPIECE_SPECIALS, *words]
+        Path(folder, "vocab.txt").write_text("\n".join(lines) + "\n")
+        with gpu.quiet():
+            vocabulary = data.vocabulary(folder)
+    chosen = np.random.default_rng(0).choice(words, num_words)
+    text = "\n".join(" ".join(line) for line in chosen.reshape(-1, 8))
+    return vocabulary, text
+
+
+def part_finetune(args):
+    """Eight bucketed batches against one that is padded to 128 tokens."""
+    size = args.sizes["6L"]
+    config = bert.Config(**dataclasses.replace(size, T=128).config())
+    model = bert.Model(config, mlm_head=False).train()
+    model.add_classifier(2)
+    optimizer = tamt.make_optimizer(model.parameters(), torch.device("cpu"))
+
+    generator = np.random.default_rng(0)
+    lengths = 3 + generator.gamma(1.7, 6.6, 20_000).astype(int)  # SST-2's mean, 13.3 tokens, and its spread
+    lengths = np.minimum(lengths, 128)
+    batches = glue_squad.bucketed_batches(lengths, 32, generator)
+    next_batch = iter(batches * 10)
+
+    def update(is_padded):
+        sequences = []
+        for length in lengths[next(next_batch)]:
+            input_ids = generator.integers(5, size.V, length)
+            sequences.append((input_ids, np.zeros(length, np.int64)))
+        arrays = glue_squad.pad_batch(sequences, 0)
+        if is_padded:
+            arrays = [pad_to_128(array) for array in arrays]
+        input_ids, attention_mask, token_type_ids = (torch.from_numpy(array) for array in arrays)
+        labels = input_ids[:, 1] % 2
+        logits = model.class_logits(model(input_ids, attention_mask, token_type_ids)[-1])
+        F.cross_entropy(logits, labels).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    variants = {"padded": lambda: step(128), "ours": lambda: [step() for _ in range(8)]}
-    seconds = take_turns(variants, 2 * args.rounds)
-    ratio = 8 * seconds["padded"] / seconds["ours"]
-    yield f"fine-tuning {size.name.split()[0]}, SST-2: padded to 128 / bucketed", (">=", 8, 8), ratio, "x"
+
+    def eight_updates():
+        for _ in range(8):
+            update(is_padded=False)
+
+    seconds = take_turns({"padded": lambda: update(is_padded=True), "bucketed": eight_updates}, 2 * args.rounds)
+    ratio = 8 * seconds["padded"] / seconds["bucketed"]
+    yield Figure(f"fine-tuning, L={size.L} D={size.D}, SST-2: padded to 128 / bucketed", ratio, "x", (">=", 8))
 
 
-def tickets(sizes, args):
-    """Forward passes of an encoder without the heads and FFNs that a Super Ticket takes out."""
-    size, models = sizes["6L"], {}
-    for level in (0, 3, 8):
-        models[level] = bert.Model(bert.Config(**config(size)), mlm=False).eval()
-        units = tuning.structured(torch.rand(size.L, size.H), torch.rand(size.L), "random", level, 1)
-        tuning.remove_units(models[level], *units)
-    ids = torch.randint(5, size.V, (32, min(64, size.T)))
-    with torch.no_grad():
-        seconds = take_turns({k: lambda m=m: m(ids) for k, m in models.items()}, 3 * args.rounds)
-    weights = {k: sum(p.numel() for p in m.base.encoder.parameters()) for k, m in models.items()}
-    for k in (3, 8):
-        left = f"{100 * weights[k] / weights[0]:.0f} % of the encoder"
-        yield f"Super Ticket, level {k}, {left}: whole / ticket", None, seconds[0] / seconds[k], "x"
+def pad_to_128(array):
+    return np.pad(array, ((0, 0), (0, 128 - array.shape[1])))
 
 
-def tokens(sizes, args):
-    """A text read once, by data.encode_text and in the plain way."""
-    file, folder = args.data / "wiki" / "enwiki_subset.txt", args.data / "models" / "bert-tiny-mlm"
-    if args.toy or not file.is_file():
-        words = [f"{a}{b}" for a in "abcdefgh" for b in ("", "s", "ed", "ing")]
-        file = folder = Path(tempfile.mkdtemp())
-        (folder / "vocab.txt").write_text("\n".join([*data.WORDPIECE_SPECIALS, *words]) + "\n")
-        text = " ".join(np.random.default_rng(0).choice(words, 40000))
-    else:
-        text = file.read_text()
-    vocab, marks = data.vocabulary(folder), [time.process_time()]
-    memo = np.concatenate(list(data.encode_text(iter([text]), vocab)))
-    marks.append(time.process_time())
-    lines = vocab.tokenizer.encode_batch_fast(text.split("\n"), add_special_tokens=False)
-    plain = [i for line in lines for i in line.ids]
-    marks.append(time.process_time())
-    assert np.array_equal(memo, plain), "the memo changed the ids"
-    (mine, theirs), size = np.diff(marks), len(text.encode()) / 1e6
-    yield f"tokenising {size:.1f} MB, ids equal", (">=", 4.5, 4.5), [size / mine], "MB/s"
-    yield "tokenising line by line, encode_batch_fast", None, [size / theirs], "MB/s"
+def part_two_four(args):
+    """The encoder of BERT-base's shape in inference, in bf16. The second copy has its weights in torch's
+    semi-structured form. Both have the same 2:4 mask, so their logits should agree."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        print("two_four: skipped; it needs a CUDA GPU of compute capability 8.0 or later (A100, H100, ...)")
+        return
+    yield from compare_two_four(args, "cuda", torch.bfloat16, torch.sparse.to_sparse_semi_structured, cuda_clock)
 
 
-def cuda(sizes, args):
-    """BERT-base in bf16 on a GPU; with --toy and no GPU the same lines on the CPU."""
-    size, there = sizes["gpu"], torch.cuda.is_available()
-    if not there and not args.toy:
-        return print("cuda: no GPU here", file=sys.stderr)
-    how = {"device": torch.device("cuda"), "dtype": torch.bfloat16} if there else {}
+def compare_two_four(args, device: str, dtype, to_sparse: Callable, clock: Callable):
+    size = dataclasses.replace(args.sizes["base"], T=512, dropout=0.0)
+    torch.manual_seed(0)
+    dense = bert.Model(bert.Config(**size.config())).eval().requires_grad_(False).to(device, dtype)
+    sparse = bert.Model(dense.config).eval().requires_grad_(False).to(device, dtype)
+    sparse.load_state_dict(dense.state_dict())
+    for model in (dense, sparse):
+        for layer in encoder_matrices(model):
+            pruned = layer.weight * tamt.rank_groups(layer.weight.abs(), 2, 4)
+            if model is sparse:
+                pruned = to_sparse(pruned)
+            layer.weight = nn.Parameter(pruned, requires_grad=False)
 
-    def now():
-        if there:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-    if there:
-        torch.cuda.reset_peak_memory_stats()
-    step, turns, name = ours(size, now=now, **how), 6 * args.rounds, f"cuda, {size.name} bf16"
-    parts = [step() for _ in range(5 + turns)][5:]
-    seconds, rank = np.array([sum(p.values()) for p in parts]), np.array([p["rank"] for p in parts])
-    T, P = size.B * size.T, 12 * size.L * size.D**2
-    flop = 6 * P * T + 12 * size.L * T * size.T * size.D + 4 * 0.15 * T * size.V * size.D  # PERFORMANCE.md 3
-    yield f"{name}: 27,920 steps", ("<=", 10, 10), seconds * 27920 / 60, "min"
-    yield f"{name}: of {PEAK / 1e12:.0f} TFLOP/s", (">=", 25, 40), 100 * flop / seconds / PEAK, "%"
-    yield f"{name}: exact rank, share of the step", ("<=", 5, 5), 100 * rank / seconds, "%"
-    if there:
-        yield f"{name}: peak memory", ("<=", 8, 8), [torch.cuda.max_memory_allocated() / 1e9], "GB"
-        quick = ours(size, compiled=True, now=now, **how)
-        for _ in range(5):
-            quick()
-        both = take_turns({"eager": step, "compiled": quick}, turns, now)
-        yield f"{name}: --compile / eager", ("<=", 1.02, 1.02), both["compiled"] / both["eager"], "x"
+    shapes = [(1, 16)] if args.toy else [(1, 128), (32, 128), (16, 512)]
+    for num_rows, seq_len in shapes:
+        input_ids = torch.randint(5, size.V, (num_rows, seq_len), device=device)
+        with torch.inference_mode():
+            expected = dense.mlm_logits(dense(input_ids)[-1]).float()
+            found = sparse.mlm_logits(sparse(input_ids)[-1]).float()
+            difference = float((found - expected).abs().max() / expected.abs().max())
+            del expected, found
+            steps = {"dense": lambda x=input_ids: dense(x), "2:4": lambda x=input_ids: sparse(x)}
+            seconds = take_turns(steps, 6 * args.rounds, clock)
+        name = f"two_four, L={size.L} D={size.D}, {num_rows} x {seq_len}"
+        yield Figure(f"{name}: logits, largest difference", [difference], "relative", ("<=", 0.05))
+        yield Figure(f"{name}: dense", 1e3 * seconds["dense"], "ms")
+        yield Figure(f"{name}: dense / 2:4", seconds["dense"] / seconds["2:4"], "x")
 
 
-PARTS = {f.__name__: f for f in (equal, memory, tokens, finetune, tickets, kd, share, work, step, cuda)}
+def encoder_matrices(model: bert.Model) -> list[nn.Linear]:
+    return [module for module in model.backbone.encoder.modules() if isinstance(module, nn.Linear)]
 
-# ---------------------------------------------------------------- the table
+
+PARTS = {
+    "equal": part_equal,
+    "memory": part_memory,
+    "tokens": part_tokens,
+    "finetune": part_finetune,
+    "ranking": part_ranking,
+    "step": part_step,
+    "two_four": part_two_four,
+}
+
+# ---------------------------------------------------------------------------------------------------
+# 4. The table and the command line
+# ---------------------------------------------------------------------------------------------------
+
+
+def describe(size: Size) -> str:
+    return f"L={size.L} D={size.D}, {size.B} x {size.T}"
+
+
+def row(figure: Figure, is_judged: bool) -> str:
+    """A line of the table. is_judged: whether a goal was met; in miniature that means nothing."""
+    median = np.median(figure.values)
+    goal = ""
+    verdict = ""
+    if figure.goal is not None:
+        sign, bound = figure.goal
+        goal = f"{sign} {bound:g}"
+        is_met = median >= bound if sign == ">=" else median <= bound
+        if is_judged:
+            verdict = "met" if is_met else "MISSED"
+    span = ""
+    if len(figure.values) > 1:
+        span = f"{np.min(figure.values):.3g} .. {np.max(figure.values):.3g}"
+    return f"{figure.name:66} {goal:>9} {median:9.3g} {span:>16} {figure.unit:9}{verdict}"
+
+
+def json_line(figure: Figure, about: dict) -> dict:
+    values = figure.values
+    return {
+        "figure": figure.name,
+        "goal": figure.goal,
+        "median": float(np.median(values)),
+        "range": [float(np.min(values)), float(np.max(values))],
+        "unit": figure.unit,
+    } | about
 
 
 def hardware() -> str:
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "model name: ?\n"
-    name = cpu.split("model name")[1].split("\n")[0].strip(" \t:")
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, 1 thread{gpu}"
-
-
-def told(name, goal, values, unit, judged: bool) -> str:
-    low, middle, high = (f(values) for f in (np.min, np.median, np.max))
-    bounds, verdict = "", ""
-    if goal:
-        bounds = f"{goal[0]} {goal[1]:g}" + f" / {goal[2]:g}" * (goal[1] != goal[2])
-        reached = [middle >= bound if goal[0] == ">=" else middle <= bound for bound in goal[1:]]
-        verdict = "stretch" if all(reached) and goal[1] != goal[2] else "met" if reached[0] else "MISSED"
-    span = f"{low:.3g} .. {high:.3g}" if len(values) > 1 else ""
-    return f"{name:66} {bounds:>13} {middle:9.3g} {span:>16} {unit:9}{verdict if judged else ''}"
+    name = "unknown processor"
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+    words = [name, f"{os.cpu_count()} cores", torch.backends.cpu.get_cpu_capability(), "1 thread"]
+    if torch.cuda.is_available():
+        words.append(torch.cuda.get_device_name())
+    return ", ".join(words)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Time and memory of mask training against the usual ways.")
-    add = parser.add_argument
-    add("--toy", action="store_true", help="every part at toy size: shows that it runs, nothing more")
-    add("--only", default=",".join(PARTS), help=f"parts, by comma ({','.join(PARTS)})")
-    add("--rounds", type=int, default=5, help="turns of each variant (5)")
-    add("--dropout", type=float, default=0.1, help="of hidden states and attention, in every variant (0.1)")
-    add("--data", type=Path, default=ROOT.parent / "shared" / "data", help="real texts and tables")
-    add("--json", type=Path, help="file that gets one line per figure")
-    add("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Time and memory of mask training against other ways.")
+    parser.add_argument("--toy", action="store_true", help="every part in miniature: shows that it runs")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas ({','.join(PARTS)})")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant (5)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of all variants of a step (0.1)")
+    parser.add_argument("--text", type=Path, help="tokens: a text file (made-up words)")
+    parser.add_argument("--vocab", type=Path, help="tokens: the folder of its tokenizer")
+    parser.add_argument("--json", type=Path, help="file that gets one line per figure")
+    parser.add_argument("--worker", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    globals()["DROPOUT"] = args.dropout
+    names = args.only.split(",")
+    if not set(names) <= PARTS.keys():
+        parser.error(f"--only {args.only}: expected some of {','.join(PARTS)}")
+    if (args.text is None) != (args.vocab is None):
+        parser.error("--text and --vocab go together")
+    sizes = dict.fromkeys(SIZES, TOY) if args.toy else SIZES
+    args.sizes = {key: dataclasses.replace(size, dropout=args.dropout) for key, size in sizes.items()}
+    if args.toy:
+        args.rounds = 1
     torch.set_num_threads(1)
-    sizes, args.rounds = (TOYS, 1) if args.toy else (SIZES, args.rounds)
     if args.worker:
-        key, _, B = args.worker[1].partition(":")
-        size = sizes[key]._replace(B=int(B), T=min(sizes[key].T, 128)) if B else sizes[key]
-        return worker(args.worker[0], size, timed=bool(B))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-    about = {"command": " ".join(["python dev/bench.py", *map(str, sys.argv[1:] if argv is None else argv)]),
-             "hardware": hardware(), "versions": tamt.versions(), "date": time.strftime("%Y-%m-%d")}
+        measure_memory(args.worker, args.sizes["base"])
+        return
+
+    arguments = sys.argv[1:] if argv is None else argv
+    about = {
+        "command": " ".join(["python dev/bench.py", *arguments]),
+        "hardware": hardware(),
+        "versions": tamt.versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     print(f"{about['hardware']}, torch {torch.__version__}, {about['date']}\n{about['command']}\n")
-    print(f"{'figure':66} {'goal / stretch':>13} {'median':>8} {'range':>16}")
-    for part in args.only.split(","):
-        for name, goal, values, unit in PARTS[part](sizes, args):
-            print(told(name, goal, values, unit, not args.toy or part == "equal"), flush=True)
-            low, middle, high = (float(f(values)) for f in (np.min, np.median, np.max))
-            line = {"figure": name, "goal": goal, "median": middle, "range": [low, high], "unit": unit}
+    print(f"{'figure':66} {'goal':>9} {'median':>9} {'range':>16}")
+    for name in names:
+        for figure in PARTS[name](args):
+            print(row(figure, is_judged=not args.toy or name == "equal"), flush=True)
             if args.json:
-                data.append_line(args.json, line | about)
+                data.append_line(args.json, json_line(figure, about))
 
 
 if __name__ == "__main__":

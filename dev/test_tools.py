@@ -1,0 +1,104 @@
+"""The tools in dev/ run: the toy's vocabulary and texts, kill.py, sweep.py and bench.py in miniature.
+
+    python -m pytest dev/test_tools.py
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dev import bench, sweep, toy  # noqa: E402
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def run_tool(*arguments, **environment) -> str:
+    """Runs a script of this folder as its reader would -> what it printed."""
+    command = [sys.executable, *[str(argument) for argument in arguments]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ONE_THREAD | environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+# The toy
+
+
+def test_the_toy_has_one_vocabulary(tmp_path):
+    """The trainer of WordPiece keeps its words in hash tables, whose order differs between processes."""
+    text = tmp_path / "text.txt"
+    text.write_text(toy.wikitext(random.Random(0), 400))
+    code = ("import sys; from pathlib import Path; from dev import toy; "
+            "toy.learn_vocabulary(Path(sys.argv[1]), Path(sys.argv[2]))")
+    for name in ("first", "second"):
+        run_tool("-c", code, text, tmp_path / name)
+    first = (tmp_path / "first" / "vocab.txt").read_bytes()
+    second = (tmp_path / "second" / "vocab.txt").read_bytes()
+    assert first == second
+    assert first.count(b"\n") > 200
+
+
+def test_the_seed_decides_the_toys_texts_and_tasks():
+    assert toy.wikitext(random.Random(1), 3) == toy.wikitext(random.Random(1), 3)
+    assert toy.wikitext(random.Random(1), 3) != toy.wikitext(random.Random(2), 3)
+    for table in toy.GLUE.values():
+        assert toy.draw(table, 5, random.Random(1)) == toy.draw(table, 5, random.Random(1))
+
+
+def test_answers_stand_where_the_toys_questions_say():
+    questions = toy.squad(random.Random(0), num_paragraphs=10, num_answers=3)
+    num_answers = 0
+    for article in questions["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                for answer in question["answers"]:
+                    assert paragraph["context"][answer["answer_start"]:].startswith(answer["text"])
+                    num_answers += 1
+    assert num_answers == 10 * 8 * 3
+
+
+# The scripts
+
+
+@pytest.mark.slow
+def test_killed_runs_leave_no_trace():
+    assert run_tool("dev/kill.py", "--kills", "4").endswith("4 of 4 identical\n")
+
+
+@pytest.mark.slow
+def test_the_bench_runs_in_miniature(tmp_path):
+    pytest.importorskip("transformers")
+    lines = run_tool("dev/bench.py", "--toy", "--json", tmp_path / "bench.jsonl")
+    assert "MISSED" not in lines  # the losses and gradients of the released step are ours
+    figures = sweep.read_lines(tmp_path / "bench.jsonl")
+    assert len(figures) > 15
+    assert all(np.isfinite(figure["median"]) for figure in figures)
+
+
+def test_two_four_compares_equal_networks():
+    """On a CPU, with the weights as they are instead of torch's semi-structured form."""
+    args = argparse.Namespace(toy=True, rounds=1, sizes={"base": bench.TOY})
+    figures = list(bench.compare_two_four(args, "cpu", torch.float32, torch.clone, time.perf_counter))
+    assert figures[0].values == [0.0]
+    assert len(figures) == 3
+
+
+def test_a_sweep_names_each_mask_once():
+    class Arguments:
+        methods = ["dense", "omp", "kd"]
+        sparsities = ["0.5", "0.7"]
+        seeds = ["1", "2"]
+
+    masks = sweep.wanted_masks(Arguments)
+    counts = {method: sum(mask.method == method for mask in masks) for method in Arguments.methods}
+    assert counts == {"dense": 1, "omp": 2, "kd": 4}
