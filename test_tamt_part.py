@@ -788,8 +788,9 @@ def released_masks(numbers, layers):
     return masks
 
 
-def train_as_released(world, bert_tiny, out, objective, learning_rate, order_of_rows, monkeypatch):
-    """Trains on the released code's batches, with the rows of each in this order -> masks, losses, its numbers."""
+def train_as_released(world, bert_tiny, out, objective, learning_rate, shuffle, monkeypatch):
+    """Trains on the released code's batches, with their rows as shuffle(8) orders them -> masks, losses, and the
+    released numbers."""
     numbers = np.load(RELEASED / "released" / f"{objective}.npz")
     num_updates = len(numbers["ids"])
     training = begin(tamt.Settings(
@@ -805,7 +806,8 @@ def train_as_released(world, bert_tiny, out, objective, learning_rate, order_of_
             corrupted_ids = numbers["shown"][training.step].astype(np.int64)
             is_chosen = np.unpackbits(numbers["chosen"]).astype(bool).reshape(numbers["ids"].shape)[training.step]
         arrays = [input_ids, corrupted_ids, is_chosen, input_ids != training.vocabulary.pad_id]
-        return tamt.Batch(*(array[order_of_rows] for array in arrays))
+        order = shuffle(8)
+        return tamt.Batch(*(array[order] for array in arrays))
 
     monkeypatch.setattr(tamt, "next_batch", released_batch)
     out.mkdir()
@@ -819,11 +821,11 @@ def train_as_released(world, bert_tiny, out, objective, learning_rate, order_of_
 def test_masked_lm_gives_the_released_mask_in_every_entry(world, bert_tiny, tmp_path, monkeypatch):
     """Among 4.3 million scores one may lie so close to a threshold that rounding decides about it, and about what
     follows from it. The order of the rows in a batch changes nothing but the rounding, so several are tried."""
-    orders = [np.arange(8)]
-    orders += [np.random.default_rng(seed).permutation(8) for seed in (2, 3, 4, 5)]
+    shuffles = [np.arange]  # the given order
+    shuffles += [np.random.default_rng(seed).permutation for seed in (2, 3, 4, 5)]
     differences = []
-    for number, order in enumerate(orders):
-        masks, losses, numbers = train_as_released(world, bert_tiny, tmp_path / str(number), "mlm", 1e-3, order,
+    for number, shuffle in enumerate(shuffles):
+        masks, losses, numbers = train_as_released(world, bert_tiny, tmp_path / str(number), "mlm", 1e-3, shuffle,
                                                    monkeypatch)
         differences.append(num_different(masks, released_masks(numbers, masks_as_layers(masks))))
         np.testing.assert_allclose(losses[:20], numbers["losses"][:20], atol=1e-5)
@@ -839,7 +841,7 @@ def masks_as_layers(masks):
 @released
 @pytest.mark.slow
 def test_distillation_gives_the_released_mask_but_for_rounding(world, bert_tiny, tmp_path, monkeypatch):
-    masks, losses, numbers = train_as_released(world, bert_tiny, tmp_path / "run", "kd", 3e-4, np.arange(8),
+    masks, losses, numbers = train_as_released(world, bert_tiny, tmp_path / "run", "kd", 3e-4, np.arange,
                                                monkeypatch)
     np.testing.assert_allclose(losses, numbers["losses"], atol=2e-3)
     encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
@@ -984,7 +986,9 @@ def test_with_refresh_every_the_sparsity_drifts_and_saved_masks_are_exact(world,
     tamt.find_mask(settings(world, tmp_path, refresh_every=6, lr=4e-3))
     masks = tamt.load_mask(tmp_path)
     exact = round(num_entries(masks) * 0.7)
-    assert [step for step in counts if counts[step] == exact] == [5, 6, 10, 12]  # saved at 5 and 10
+    refreshed = [5, 6, 10, 12]  # at 6 and 12 as asked, at 5 and 10 since they are saved, at 12 since it is the end
+    assert [counts[step] for step in refreshed] == [exact] * 4
+    assert [counts[step] for step in (4, 9, 11)] != [exact] * 3
     assert num_pruned(masks) == num_pruned(tamt.load_mask(tmp_path / "step-5")) == exact
 
 
@@ -1270,3 +1274,391 @@ def test_a_flag_without_effect_is_noted_and_the_run_goes_on(world, tmp_path, cap
     for flag in noted:
         assert f"note: {flag} has no effect with --method {method}" in notes
     assert (tmp_path / "mask.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mask files, reports, export
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masks(model):
+    return tamt.random_masks(tamt.mask_model(model), 0.6, "local", 3)
+
+
+def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
+    tamt.save_mask(tmp_path / "mask.pt", masks, {"model": "x", "seed": 3})
+    found, meta = tamt.read_mask(tmp_path / "mask.pt")
+    assert equal(found, masks) and meta == {"model": "x", "seed": 3}
+    assert equal(tamt.load_mask(tmp_path), masks)  # the folder of a run
+
+
+def test_a_mask_file_is_documented_and_holds_plain_types(tmp_path, masks):
+    """What a reader without this program needs: torch.load, and numpy.unpackbits."""
+    tamt.save_mask(tmp_path / "mask.pt", masks, {"seed": 3})
+    content = torch.load(tmp_path / "mask.pt", weights_only=True)
+    assert content["format"] == 1 and content["meta"] == {"seed": 3}
+    for name, mask in masks.items():
+        assert content["shapes"][name] == list(mask.shape)
+        bits = np.unpackbits(content["bits"][name].numpy(), count=mask.numel())
+        assert np.array_equal(bits, mask.flatten().numpy())
+
+
+@pytest.mark.parametrize("shape", [[1, 1], [3, 5], [8, 8], [1, 17]])
+def test_bits_are_packed_eight_to_a_byte_the_first_in_the_highest(shape):
+    mask = torch.rand(shape) < 0.5
+    assert torch.equal(tamt.unpack(tamt.pack(mask), shape), mask)
+    assert tamt.pack(torch.tensor([True, False, False])).tolist() == [128]
+
+
+def test_equal_runs_give_equal_bytes(world, tmp_path):
+    for name in ("a", "b"):
+        tamt.find_mask(settings(world, tmp_path / name))
+    assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
+    tamt.find_mask(settings(world, tmp_path / "c", seed=2))
+    assert not equal(tamt.load_mask(tmp_path / "a"), tamt.load_mask(tmp_path / "c"))
+
+
+def test_a_mask_says_how_it_was_found(world, tmp_path):
+    tamt.find_mask(settings(world, tmp_path, objective="kd", steps=4))
+    _, meta = tamt.read_mask(tmp_path)
+    assert meta["model"] == str(world / "bert")
+    assert meta["method"] == "tamt" and meta["objective"] == "kd"
+    assert meta["sparsity"] == 0.7 and meta["step"] == 4
+    assert "dev_kd_loss" in meta
+
+
+@pytest.mark.parametrize("spelling", ["weight", "weight_mask", "module", "uint8", "float", "nested"])
+def test_masks_of_the_released_code_are_read(tmp_path, masks, spelling):
+    content = dict(masks)
+    if spelling == "weight_mask":
+        content = {f"{name}_mask": mask for name, mask in masks.items()}
+    if spelling == "module":
+        content = {f"module.{name}": mask for name, mask in masks.items()}
+    if spelling == "uint8":
+        content = {name: mask.to(torch.uint8) for name, mask in masks.items()}
+    if spelling == "float":
+        content = {name: mask.float() for name, mask in masks.items()}
+    if spelling == "nested":
+        content = {"state_dict": masks}
+    torch.save(content, tmp_path / "theirs.pt")
+    assert equal(tamt.load_mask(tmp_path / "theirs.pt"), masks)
+
+
+def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
+    layers = tamt.maskable_layers(model)
+    for layer in layers.values():
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    masks = {name: layer.weight_mask.bool() for name, layer in layers.items()}
+    pruned = {}
+    for name, layer in layers.items():
+        for key, tensor in layer.state_dict().items():
+            pruned[f"{name.removesuffix('weight')}{key}"] = tensor
+    torch.save(pruned, tmp_path / "pruned.pt")
+    assert equal(tamt.load_mask(tmp_path / "pruned.pt"), masks)
+
+
+def test_names_without_family_prefix_fit(model, masks):
+    layers = tamt.maskable_layers(model)
+    bare = {name.split(".", 1)[1]: mask for name, mask in masks.items()}
+    assert equal(tamt.fit_masks(layers, bare, "file"), masks)
+
+
+def test_pooler_and_word_embeddings_may_be_absent_on_either_side(model, masks):
+    layers = tamt.maskable_layers(model)
+    encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
+    assert equal(tamt.fit_masks(layers, encoder, "file"), encoder)
+    encoder_layers = {name: layer for name, layer in layers.items() if ".encoder." in name}
+    assert equal(tamt.fit_masks(encoder_layers, masks, "file"), encoder)
+    tamt.set_masks(layers, encoder)
+    for name, layer in layers.items():
+        assert layer.mask.all() or name in encoder  # absent means dense
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "wrong shape"])
+def test_a_mask_of_another_model_is_refused_by_name(model, masks, problem):
+    layers = tamt.maskable_layers(model)
+    query = next(name for name in masks if "query" in name)
+    words = f"file.*{problem}: {query}"
+    if problem == "missing":
+        del masks[query]
+    if problem == "unexpected":
+        masks["bert.encoder.layer.7.attention.self.query.weight"] = masks[query]
+        words = "file.*unexpected: bert.encoder.layer.7"
+    if problem == "wrong shape":
+        masks[query] = masks[query][:5]
+        words += r" \[5, 32\], not \[32, 32\]"
+    with pytest.raises(ValueError, match=words):
+        tamt.fit_masks(layers, masks, "file")
+
+
+NO_MASKS = {"other values": {"x.weight": torch.tensor([0.0, 2.0])}, "other names": {"x": torch.ones(2)},
+            "a list": [1], "nothing": {}, "another format": {"format": 2}}
+
+
+@pytest.mark.parametrize("case", NO_MASKS)
+def test_what_is_no_mask_file_is_refused_by_name(tmp_path, case):
+    torch.save(NO_MASKS[case], tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="bad.pt"):
+        tamt.load_mask(tmp_path / "bad.pt")
+
+
+def test_similarity_is_the_mean_jaccard_index_of_what_is_kept():
+    a = {"x": torch.tensor([True, True, False, False]), "y": torch.tensor([True, False])}
+    b = {"x": torch.tensor([True, False, True, False]), "y": torch.tensor([True, False])}
+    assert tamt.similarity(a, b) == pytest.approx((1 / 3 + 1) / 2)
+    nothing = {name: torch.zeros_like(mask) for name, mask in a.items()}
+    assert tamt.similarity(a, a) == tamt.similarity(nothing, nothing) == 1.0
+    assert tamt.similarity(a, nothing) == 0.0
+    with pytest.raises(ValueError, match="different"):
+        tamt.similarity(a, {"x": a["x"]})
+
+
+def test_compare_prints_a_table(tmp_path, capsys, masks):
+    flipped = {name: ~mask for name, mask in masks.items()}
+    tamt.save_mask(tmp_path / "a.pt", masks, {})
+    tamt.save_mask(tmp_path / "b.pt", flipped, {})
+    assert run(tamt.main, "--compare", tmp_path / "a.pt", tmp_path / "b.pt") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["1.0000", "0.0000", "distance", "0.0000", str(tmp_path / "a.pt")]
+    assert second.split() == ["0.0000", "1.0000", "distance", "1.0000", str(tmp_path / "b.pt")]
+
+
+def test_the_report_counts_in_the_three_usual_ways(model, masks):
+    report = tamt.sparsity_report(model, masks)
+    encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
+    backbone_size = sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert report["pruned"] == num_pruned(masks) and report["entries"] == num_entries(masks)
+    assert report["masked_set"] == num_pruned(masks) / num_entries(masks)
+    assert report["encoder"] == num_pruned(encoder) / num_entries(encoder)
+    assert report["whole_model"] == num_pruned(masks) / backbone_size
+    for name, mask in masks.items():
+        assert report["matrices"][name] == int((~mask).sum()) / mask.numel()
+
+
+@pytest.mark.parametrize("rank", ["local", "2:4"])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_transformers_loads_an_export_with_equal_logits_and_equal_token_ids(world, tmp_path, family, rank):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    export = tmp_path / "export"
+    tamt.find_mask(settings(world, tmp_path / "run", family, method="omp", rank=rank, export=export))
+    theirs, notes = AutoModelForMaskedLM.from_pretrained(export, output_loading_info=True)
+    assert not notes["missing_keys"]
+
+    ours = bert.load(world / family)
+    layers = tamt.mask_model(ours)
+    tamt.set_masks(layers, tamt.load_mask(tmp_path / "run"))
+    input_ids = torch.randint(6, ours.config.vocab_size - 1, (4, 20))
+    again = bert.load(export)
+    with torch.no_grad():
+        expected = ours.mlm_logits(ours(input_ids)[-1])
+        assert (theirs(input_ids).logits - expected).abs().max() < 1e-5
+        assert torch.equal(again.mlm_logits(again(input_ids)[-1]), expected)
+
+    text = "The cat sees a BIG red house ."
+    token_ids = data.vocabulary(world / family).tokenizer.encode(text, add_special_tokens=False).ids
+    assert AutoTokenizer.from_pretrained(export)(text)["input_ids"][1:-1] == token_ids
+    assert data.vocabulary(export).tokenizer.encode(text, add_special_tokens=False).ids == token_ids
+
+
+def test_an_export_holds_the_zeros_of_its_mask(world, tmp_path):
+    mask_file = tmp_path / "run" / "mask.pt"
+    tamt.find_mask(settings(world, tmp_path / "run", rank="2:4", steps=3))
+    tamt.evaluate_mask(settings(world, mask=mask_file, export=tmp_path / "export"))
+    tensors = bert.read_safetensors(tmp_path / "export" / "model.safetensors")
+    for name, mask in tamt.load_mask(mask_file).items():
+        assert torch.equal(tensors[name] != 0, mask)
+        assert (tensors[name].view(-1, 4).count_nonzero(dim=1) == 2).all()
+
+
+def test_an_export_is_the_pretrained_model_below_the_mask(world, tmp_path):
+    """Whatever was trained on the way, head or weights, is not in it."""
+    pretrained = dict(bert.load(world / "bert").named_parameters())
+    for method in ("tamt", "imp"):
+        tamt.find_mask(settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3,
+                                export=tmp_path / f"{method}-export"))
+        masks = tamt.load_mask(tmp_path / method)
+        exported = dict(bert.load(tmp_path / f"{method}-export").named_parameters())
+        for name, weight in pretrained.items():
+            assert torch.equal(exported[name], weight * masks[name] if name in masks else weight)
+
+
+def test_evaluate_of_the_dense_model_needs_no_mask_and_the_dev_text_only(world, tmp_path, capsys):
+    (tmp_path / "wiki.valid.raw").write_text((world / "text.txt").read_text())
+    assert run(tamt.main, "--model", world / "bert", "--data", tmp_path, "--seq-len", 16, "--evaluate") == 0
+    lines = capsys.readouterr().out.splitlines()
+    block = dict(line.split(": ", 1) for line in lines[lines.index("---") + 1:])
+    assert block["sparsity"] == "0.0000" and block["dev_kd_loss"] == "0.0000"
+    assert float(block["dev_mlm_loss"]) > 0
+    assert "mask" not in block
+
+
+def test_a_run_ends_with_lines_that_grep_reads(world, tmp_path, capsys):
+    assert shell(world, tmp_path / "run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    block = dict(line.split(": ", 1) for line in lines[lines.index("---") + 1:])
+    assert list(block) == ["mask", "sparsity", "dev_mlm_loss", "dev_kd_loss", "seconds", "next"]
+    assert block["mask"] == str(tmp_path / "run" / "mask.pt")
+    assert block["sparsity"] == "0.7000"
+    assert block["next"].split()[:2] == ["python", "finetune.py"] and block["mask"] in block["next"]
+
+
+def test_omp_and_random_need_no_text(world, tmp_path):
+    for method in ("omp", "random"):
+        out = tmp_path / method
+        assert run(tamt.main, "--model", world / "bert", "--method", method, "--out", out) == 0
+        assert "dev_mlm_loss" not in json.loads((out / "mask.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------
+
+BAD_ARGUMENTS = {
+    "an unknown model": (["--model", "bert-huge"], "bert-huge.*bert-base.*toy"),
+    "sparsity 1": (["--sparsity", "1.0"], r"--sparsity 1.0.*\[0, 1\)"),
+    "a negative sparsity": (["--sparsity=-0.1"], r"--sparsity -0.1.*\[0, 1\)"),
+    "a percentage": (["--sparsity", "70"], r"--sparsity 70.*\[0, 1\).*0.7"),
+    "sparsity nan": (["--sparsity", "nan"], r"--sparsity nan.*\[0, 1\)"),
+    "no number": (["--sparsity", "much"], "--sparsity.*much"),
+    "an unknown flag": (["--sparsty", "0.5"], "--sparsty"),
+    "an unknown method": (["--method", "magic"], "--method.*magic.*tamt.*imp"),
+    "an unknown objective": (["--objective", "nsp"], "--objective.*nsp.*mlm.*kd"),
+    "no steps": (["--steps", "0"], "--steps 0.*above 0"),
+    "half a step": (["--steps", "1.5"], "--steps.*1.5"),
+    "learning rate 0": (["--lr", "0"], "--lr 0.*above 0"),
+    "a negative seed": (["--seed=-1"], "--seed -1.*0 to"),
+    "a missing text": (["--data", "no/such.txt"], "no/such.txt.*wikitext-103"),
+    "rows that are too long": (["--seq-len", "65"], "--seq-len 65.*3 to 64"),
+    "rows that are too short": (["--seq-len", "2"], "--seq-len 2.*3 to 64"),
+    "an unknown rank": (["--rank", "best"], "--rank best.*global.*local.*2:4"),
+    "4:2": (["--rank", "4:2"], "--rank 4:2.*N < M"),
+    "2:4 with another sparsity": (["--rank", "2:4", "--sparsity", "0.7"], "--rank 2:4 removes 0.5.*--sparsity 0.7"),
+    "2:4 with imp": (["--rank", "2:4", "--method", "imp"], "--rank 2:4.*imp"),
+    "2:4 with a threshold": (["--rank", "2:4", "--refresh-every", "9"], "--rank 2:4.*--refresh-every"),
+    "groups that do not divide a row": (["--rank", "2:5"], "--rank 2:5.*32 entries.*multiple of 5"),
+    "imp with kd": (["--method", "imp", "--objective", "kd"], "--method imp.*--objective kd"),
+    "a mask for nothing": (["--mask", "x.pt"], "--mask.*--evaluate or --export"),
+    "a missing mask": (["--evaluate", "--mask", "no.pt"], "no.pt"),
+    "a missing mask to compare": (["--compare", "no.pt"], "no.pt"),
+    "an export onto the model": (["--export", "model"], "--export.*the model itself"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line_with_exit_status_2(world, tmp_path, monkeypatch, capsys, case):
+    argv, words = BAD_ARGUMENTS[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(world / "bert")
+    refuses(capsys, words, tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--seq-len", 16,
+            "--out", "out", *argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings_in_python_are_a_value_error(world):
+    for changes in ({"sparsity": 1.5}, {"sparsity": "0.7"}, {"method": "magic"}, {"seed": 1.5}, {"steps": -3},
+                    {"rank": "2:2"}, {"objective": "kd", "method": "imp"}):
+        with pytest.raises(ValueError, match="--"):
+            settings(world, **changes)
+
+
+def test_settings_are_never_changed(world):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings(world).sparsity = 0.5
+
+
+def test_2_4_is_fine_with_the_sparsity_it_has(world):
+    machine = tamt.Machine(torch.device("cpu"))
+    run = tamt.resolve(settings(world, rank="2:4", sparsity=0.5), machine, bert.load(world / "bert"))
+    assert run.sparsity == 0.5
+
+
+BAD_FILES = {"an empty text": ("empty.txt", "empty.txt.*empty"),
+             "a text shorter than a row": ("short.txt", "short.txt.*16 tokens"),
+             "a text of unknown words": ("foreign.txt", "foreign.txt.*nothing to predict.*unknown"),
+             "a table": ("text.csv", "text.csv.*plain text.*csv.DictReader")}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_text_that_cannot_be_used_is_one_line(world, tmp_path, capsys, case):
+    name, words = BAD_FILES[case]
+    texts = {"empty.txt": "", "short.txt": "the cat\nsees\n", "foreign.txt": "東京 " * 900, "text.csv": "text\nthe cat\n"}
+    (tmp_path / name).write_text(texts[name])
+    refuses(capsys, words, tamt.main, "--model", world / "bert", "--data", tmp_path / name, "--seq-len", 16,
+            "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_with_more_words_than_the_model_is_refused(world, tmp_path, capsys):
+    tiny(tmp_path / "model")
+    with open(tmp_path / "model" / "vocab.txt", "a") as file:
+        file.write("more\n")
+    refuses(capsys, "vocabulary has 63 tokens, the model only 62", tamt.main, "--model", tmp_path / "model",
+            "--method", "omp", "--out", tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tamt, "mlm_loss", lambda *arguments: torch.tensor(math.nan, requires_grad=True))
+    refuses(capsys, "loss is nan.*update 1.*--lr", shell_main(world, tmp_path / "out"))
+    assert not (tmp_path / "out" / "mask.pt").exists()
+
+
+def shell_main(world, out):
+    return lambda argv: tamt.main(["--model", str(world / "bert"), "--data", str(world / "text.txt"), "--steps", "12",
+                                   "--seq-len", "16", "--batch-size", "8", "--out", str(out), *argv])
+
+
+def test_ctrl_c_keeps_the_last_state_and_is_130(world, tmp_path, monkeypatch, capsys):
+    stop_after_update(monkeypatch, 7)
+    assert shell(world, tmp_path) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert (tmp_path / "state.pt").exists() and not (tmp_path / "mask.pt").exists()
+    assert shell(world, tmp_path, "--resume") == 0
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        tamt.run_command(lambda: 1 / 0)
+
+
+def test_no_module_imports_what_the_design_does_not_allow():
+    """The chapters build on each other, and on torch, numpy, tokenizers and requests alone."""
+    allowed = {"bert": {"torch", "numpy"},
+               "data": {"bert", "numpy", "tokenizers", "requests"},
+               "tamt": {"bert", "data", "dev", "torch", "numpy"},
+               "glue_squad": {"data", "bert", "numpy"},
+               "finetune": {"bert", "data", "tamt", "glue_squad", "torch", "numpy"}}
+    for name, packages in allowed.items():
+        found = set()
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        found -= sys.stdlib_module_names | {"fcntl"}
+        assert found <= packages, name
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_the_cpu(world, tmp_path):
+    for device in ("cpu", "cuda"):
+        tamt.find_mask(settings(world, tmp_path / f"omp-{device}", method="omp", device=device))
+        tamt.find_mask(settings(world, tmp_path / f"tamt-{device}", "no-dropout", objective="mlm+kd", device=device,
+                                dtype="fp32"))
+    assert equal(tamt.load_mask(tmp_path / "omp-cpu"), tamt.load_mask(tmp_path / "omp-cuda"))
+    assert tamt.similarity(tamt.load_mask(tmp_path / "tamt-cpu"), tamt.load_mask(tmp_path / "tamt-cuda")) > 0.98
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
+    values = torch.randint(-5, 5, (10_000,)).float()
+    for count in (0, 1, 3333, 9999, 10_000):
+        mask = torch.zeros(10_000, dtype=torch.bool, device="cuda")
+        tamt.rank_near(values.cuda(), count, 1.0, 1e-3, mask)
+        expected = tamt.rank(values, count)
+        assert torch.equal(mask.cpu(), expected)
+        assert torch.equal(tamt.rank(values.cuda(), count).cpu(), expected)
+        groups = values.view(100, 100)
+        assert torch.equal(tamt.rank_groups(groups.cuda(), 2, 4).cpu(), tamt.rank_groups(groups, 2, 4))
