@@ -991,8 +991,9 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 def unpack(bits: torch.Tensor, shape: list) -> torch.Tensor:
     num_entries = math.prod(shape)
     num_bytes = (num_entries + 7) // 8
-    if bits.dtype != torch.uint8 or bits.shape != (num_bytes,):
-        raise ValueError(f"{bits.numel()} bytes of {bits.dtype} for a mask of shape {shape}; expected {num_bytes}")
+    is_packed = isinstance(bits, torch.Tensor) and bits.dtype == torch.uint8 and bits.shape == (num_bytes,)
+    if not is_packed or min(shape, default=0) < 0:
+        raise ValueError(f"its bits are not the {num_bytes} bytes of a mask of shape {shape}")
     entries = np.unpackbits(bits.numpy(), count=num_entries).view(bool)
     return torch.from_numpy(entries).view(*shape)
 
@@ -1774,7 +1775,7 @@ def run_command(main):
 def one_line(error) -> str:
     """The text of an error, without the number that Python puts before the name of a file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{str(error.filename):.1000}: {error.strerror}"
     return f"{' '.join(str(error).split()):.1000}"
 
 

@@ -1,0 +1,303 @@
+"""tamt.py under a hostile user, disk and clock: python -m pytest dev/test_hostile_tamt.py"""
+
+# ruff: noqa: E402, F401, F811 (fixtures are imported, then named as arguments)
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import bert
+import data
+import tamt
+from test_tamt_part import (
+    equal,
+    folder_content,
+    refuses,
+    run,
+    settings,
+    shell,
+    stop_after_update,
+    tiny,
+    watch_updates,
+    world,
+)
+
+
+@pytest.fixture
+def interrupted(world, tmp_path, monkeypatch):
+    """The folder of a run of twelve updates that was interrupted after the seventh; its state is of the fifth."""
+    stop_after_update(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        tamt.find_mask(settings(world, tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def refuses_to_resume(capsys, world, folder, words):
+    before = folder_content(folder)
+    refuses(capsys, words, tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--steps", 12,
+            "--lr", 2e-3, "--seq-len", 16, "--batch-size", 8, "--log-every", 4, "--eval-every", 100,
+            "--save-every", 5, "--device", "cpu", "--out", folder, "--resume")
+    assert folder_content(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# Full disks, vanished folders
+# ---------------------------------------------------------------------------------------------------
+
+# A process that may write 100 kB to a file, no more.
+ON_A_FULL_DISK = """
+import resource, sys, torch, tamt
+masks = {"bert.encoder.layer.0.output.dense.weight": torch.ones(2000, 1000, dtype=torch.bool)}
+tamt.save_mask(sys.argv[1], masks, {})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+tamt.run_command(lambda: tamt.save_mask(sys.argv[1], masks, {"again": True}))
+"""
+
+
+def test_a_full_disk_keeps_the_old_mask_and_is_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", ON_A_FULL_DISK, tmp_path / "mask.pt"], capture_output=True,
+                          text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "mask.pt" in done.stderr and done.stderr.count("\n") == 1
+    _, meta = tamt.read_mask(tmp_path / "mask.pt")
+    assert meta == {}
+    assert [file.name for file in tmp_path.iterdir()] == ["mask.pt"]
+
+
+def test_a_folder_that_vanishes_during_a_run_is_one_line(world, tmp_path, monkeypatch, capsys):
+    def remove(layers, step):
+        if step == 6:
+            shutil.rmtree(tmp_path / "run")
+
+    watch_updates(monkeypatch, remove)
+    assert shell(world, tmp_path / "run") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "run" in error and "\n" not in error
+
+
+def test_out_is_a_file(world, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert shell(world, tmp_path / "run") == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_export_is_a_file(world, tmp_path, capsys):
+    (tmp_path / "export").write_text("mine")
+    refuses(capsys, "--export.*a file stands there", tamt.main, "--model", world / "bert", "--method", "omp",
+            "--out", tmp_path / "run", "--export", tmp_path / "export")
+    assert (tmp_path / "export").read_text() == "mine" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write_is_one_line(world, tmp_path, capsys):
+    (tmp_path / "run").mkdir(mode=0o500)
+    assert shell(world, tmp_path / "run") == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_what_a_killed_run_was_writing_is_removed(world, interrupted):
+    (interrupted / "mask.pt.1234abcd.part").write_bytes(b"half")
+    (interrupted / "step-5" / "mask.pt.1234abcd.part").write_bytes(b"half")
+    tamt.find_mask(settings(world, interrupted, resume=True))
+    assert not list(interrupted.rglob("*.part"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Damaged files
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_any_damage_to_a_mask_file_is_an_error_that_names_it(tmp_path):
+    """300 files with a byte changed, a piece missing, or garbage in place of everything. Damage to bytes that
+    carry nothing may pass, if the mask is then the one that was saved."""
+    masks = {"bert.encoder.layer.0.output.dense.weight": torch.rand(40, 30) < 0.5}
+    tamt.save_mask(tmp_path / "mask.pt", masks, {"model": "x"})
+    good = (tmp_path / "mask.pt").read_bytes()
+    generator = random.Random(0)
+    num_refused = 0
+    for trial in range(300):
+        content = bytearray(good)
+        position = generator.randrange(len(good))
+        if trial % 3 == 0:
+            content[position] ^= 1 << generator.randrange(8)
+        elif trial % 3 == 1:
+            content = content[:position]
+        else:
+            content[position:position + 50] = generator.randbytes(50)
+        (tmp_path / "bad.pt").write_bytes(content)
+        try:
+            assert equal(tamt.load_mask(tmp_path / "bad.pt"), masks)
+        except ValueError as error:
+            assert "bad.pt" in str(error) and "\n" not in str(error)
+            num_refused += 1
+    assert num_refused > 150
+
+
+MASK_FIELDS = {"no shapes": {"shapes": None}, "no bits": {"bits": None}, "no meta": {"meta": None},
+               "format 2": {"format": 2}, "format of text": {"format": "one"}, "a list of bits": {"bits": []},
+               "other names": {"bits": {"y.weight": torch.zeros(2, dtype=torch.uint8)}},
+               "too few bits": {"bits": {"x.weight": torch.zeros(1, dtype=torch.uint8)}},
+               "floats": {"bits": {"x.weight": torch.zeros(2)}},
+               "no tensor": {"bits": {"x.weight": b"ab"}},
+               "a shape of text": {"shapes": {"x.weight": "3 x 4"}},
+               "a negative shape": {"shapes": {"x.weight": [-3, -4]}},
+               "no shape": {"shapes": {"x.weight": None}}}
+
+
+@pytest.mark.parametrize("case", MASK_FIELDS)
+def test_a_mask_file_with_wrong_fields_is_refused_by_name(tmp_path, case):
+    content = {"format": 1, "shapes": {"x.weight": [3, 4]},
+               "bits": {"x.weight": torch.zeros(2, dtype=torch.uint8)}, "meta": {}}
+    torch.save({**content, **MASK_FIELDS[case]}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="bad.pt"):
+        tamt.load_mask(tmp_path / "bad.pt")
+
+
+def test_a_mask_file_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"x.weight": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="evil.pt"):
+        tamt.load_mask(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "another object", "a mask"])
+def test_a_damaged_state_is_refused_by_name(world, interrupted, capsys, damage):
+    file = interrupted / "state.pt"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-500])
+    if damage == "garbage":
+        file.write_bytes(b"garbage" * 100)
+    if damage == "empty":
+        file.write_bytes(b"")
+    if damage == "another object":
+        torch.save([1, 2, 3], file)
+    if damage == "a mask":
+        shutil.copyfile(interrupted / "step-5" / "mask.pt", file)
+    refuses_to_resume(capsys, world, interrupted, "state.pt")
+
+
+STATE_FIELDS = ["format", "settings", "step", "parameters"]
+
+
+@pytest.mark.parametrize("change", ["missing", "of another type"])
+@pytest.mark.parametrize("name", STATE_FIELDS)
+def test_a_state_with_a_wrong_field_is_refused_by_name(world, interrupted, capsys, name, change):
+    file = interrupted / "state.pt"
+    state = bert.read_pickle(file)
+    if change == "missing":
+        del state[name]
+    else:
+        state[name] = "something else"
+    replace_state(file, state)
+    refuses_to_resume(capsys, world, interrupted, "state.pt")
+
+
+def replace_state(file, state):
+    """The old file stays mapped into memory while `state` lives, so the new one is another file."""
+    torch.save(state, f"{file}.new")
+    os.replace(f"{file}.new", file)
+
+
+def test_a_state_of_another_shape_is_refused_by_name(world, interrupted, capsys):
+    state = bert.read_pickle(interrupted / "state.pt")
+    name = next(iter(state["parameters"]))
+    state["parameters"][name] = state["parameters"][name][:5]
+    replace_state(interrupted / "state.pt", state)
+    refuses_to_resume(capsys, world, interrupted, f"state.pt: {name} has the shape")
+
+
+def test_a_damaged_log_is_refused_by_name(world, interrupted, capsys):
+    with open(interrupted / "log.jsonl", "a") as file:
+        file.write("not json\n")
+    refuses_to_resume(capsys, world, interrupted, "log.jsonl: damaged")
+
+
+def test_a_line_that_a_killed_run_was_writing_is_dropped(world, interrupted):
+    with open(interrupted / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    tamt.find_mask(settings(world, interrupted, resume=True))
+    lines = (interrupted / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"settings": 3}', "\0\0"])
+def test_a_damaged_result_is_refused_by_name(world, tmp_path, capsys, content):
+    tmp_path.joinpath("run").mkdir()
+    (tmp_path / "run" / "mask.json").write_text(content)
+    refuses_to_resume(capsys, world, tmp_path / "run", "mask.json")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Folders that hold something else
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_that_was_put_into_the_folder_is_not_overwritten(world, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    masks = {"bert.encoder.layer.0.output.dense.weight": torch.ones(3, 3, dtype=torch.bool)}
+    torch.save(masks, tmp_path / "run" / "mask.pt")
+    before = (tmp_path / "run" / "mask.pt").read_bytes()
+    assert shell(world, tmp_path / "run") == 2
+    assert "another mask.pt" in capsys.readouterr().err
+    assert (tmp_path / "run" / "mask.pt").read_bytes() == before
+
+
+def test_a_finished_run_is_repeated_in_place_only_by_itself(world, tmp_path, capsys):
+    tamt.find_mask(settings(world, tmp_path / "run"))
+    before = (tmp_path / "run" / "mask.pt").read_bytes()
+    with pytest.raises(ValueError, match="another run.*seed 1 there, 2 here"):
+        tamt.find_mask(settings(world, tmp_path / "run", seed=2))
+    assert (tmp_path / "run" / "mask.pt").read_bytes() == before
+    tamt.find_mask(settings(world, tmp_path / "run"))
+    assert (tmp_path / "run" / "mask.pt").read_bytes() == before
+
+
+def test_a_run_killed_between_mask_and_result_is_finished_by_resume(world, tmp_path):
+    content = tamt.find_mask(settings(world, tmp_path / "run"))
+    (tmp_path / "run" / "mask.json").unlink()
+    before = folder_content(tmp_path / "run")
+    again = tamt.find_mask(settings(world, tmp_path / "run", resume=True))
+    del content["seconds"], again["seconds"]
+    assert again == content
+    after = folder_content(tmp_path / "run")
+    del after["mask.json"]
+    assert after == before
+
+
+# ---------------------------------------------------------------------------------------------------
+# The environment
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank,size", [("2", "2"), ("-1", "1"), ("0", "0")])
+def test_nonsense_in_the_environment_is_one_line(world, monkeypatch, capsys, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    refuses(capsys, "RANK=.*WORLD_SIZE=", tamt.main, "--model", world / "bert", "--method", "omp")
+
+
+def test_an_error_is_cut_to_a_readable_length(capsys):
+    refuses(capsys, "^error: .{900,1100}$", tamt.main, "--model", "x" * 100_000)
+
+
+def test_a_seed_of_any_size_gives_a_run_or_one_line(world, tmp_path, capsys):
+    assert shell(world, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
+    refuses(capsys, "--seed", tamt.main, "--seed", 2**31)
