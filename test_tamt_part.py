@@ -788,9 +788,10 @@ def released_masks(numbers, layers):
     return masks
 
 
-def train_as_released(world, bert_tiny, out, objective, learning_rate, shuffle, monkeypatch):
-    """Trains on the released code's batches, with their rows as shuffle(8) orders them -> masks, losses, and the
-    released numbers."""
+def train_as_released(world, bert_tiny, out, objective, learning_rate, monkeypatch, flip=None):
+    """Trains on the released code's batches. flip (step, index): after this update, this entry of the mask is
+    decided the other way. -> a namespace of the masks, the losses, the released numbers, and the gates by how
+    close the score is to the threshold: (distance, step, index)."""
     numbers = np.load(RELEASED / "released" / f"{objective}.npz")
     num_updates = len(numbers["ids"])
     training = begin(tamt.Settings(
@@ -805,47 +806,58 @@ def train_as_released(world, bert_tiny, out, objective, learning_rate, shuffle, 
         if objective == "mlm":
             corrupted_ids = numbers["shown"][training.step].astype(np.int64)
             is_chosen = np.unpackbits(numbers["chosen"]).astype(bool).reshape(numbers["ids"].shape)[training.step]
-        arrays = [input_ids, corrupted_ids, is_chosen, input_ids != training.vocabulary.pad_id]
-        order = shuffle(8)
-        return tamt.Batch(*(array[order] for array in arrays))
+        return tamt.Batch(input_ids, corrupted_ids, is_chosen, input_ids != training.vocabulary.pad_id)
 
-    monkeypatch.setattr(tamt, "next_batch", released_batch)
-    out.mkdir()
-    tamt.train_scores(training)
+    gates = []
+    original_gate = tamt.Scores.gate
+
+    def gate(scores):
+        original_gate(scores)
+        for group in scores.groups:
+            distances = (scores.vector[group.begin:group.end] - group.threshold).abs()
+            index = int(distances.argmin())
+            gates.append((float(distances[index]), training.step, group.begin + index))
+        if flip is not None and flip[0] == training.step:
+            scores.mask[flip[1]] = ~scores.mask[flip[1]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tamt, "next_batch", released_batch)
+        patch.setattr(tamt.Scores, "gate", gate)
+        out.mkdir()
+        tamt.train_scores(training)
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-    return masks_of(training.layers), np.array(losses), numbers
+    return types.SimpleNamespace(masks=masks_of(training.layers), losses=np.array(losses), numbers=numbers,
+                                 expected_masks=released_masks(numbers, training.layers), gates=sorted(gates))
 
 
 @released
 @pytest.mark.slow
 def test_masked_lm_gives_the_released_mask_in_every_entry(world, bert_tiny, tmp_path, monkeypatch):
-    """Among 4.3 million scores one may lie so close to a threshold that rounding decides about it, and about what
-    follows from it. The order of the rows in a batch changes nothing but the rounding, so several are tried."""
-    shuffles = [np.arange]  # the given order
-    shuffles += [np.random.default_rng(seed).permutation for seed in (2, 3, 4, 5)]
-    differences = []
-    for number, shuffle in enumerate(shuffles):
-        masks, losses, numbers = train_as_released(world, bert_tiny, tmp_path / str(number), "mlm", 1e-3, shuffle,
-                                                   monkeypatch)
-        differences.append(num_different(masks, released_masks(numbers, masks_as_layers(masks))))
-        np.testing.assert_allclose(losses[:20], numbers["losses"][:20], atol=1e-5)
+    """Of 4.3 million scores one may lie so close to a threshold that rounding decides about its gate, which differs
+    between machines and decides about a dozen others later. So if the run as it is differs from the released one,
+    the gates that were closest, within 1e-8, are decided the other way, one at a time."""
+    as_it_is = train_as_released(world, bert_tiny, tmp_path / "run", "mlm", 1e-3, monkeypatch)
+    np.testing.assert_allclose(as_it_is.losses[:20], as_it_is.numbers["losses"][:20], atol=1e-5)  # to the refresh
+    differences = [num_different(as_it_is.masks, as_it_is.expected_masks)]
+
+    for number, (distance, step, index) in enumerate(as_it_is.gates[:4]):
         if differences[-1] == 0:
             break
-    assert min(differences) == 0 and max(differences) <= 20, differences
-
-
-def masks_as_layers(masks):
-    return {name: types.SimpleNamespace(weight=mask) for name, mask in masks.items()}
+        assert distance < 1e-8
+        again = train_as_released(world, bert_tiny, tmp_path / f"run-{number}", "mlm", 1e-3, monkeypatch,
+                                  flip=(step, index))
+        differences.append(num_different(again.masks, again.expected_masks))
+    assert differences[-1] == 0 and max(differences) <= 20, differences
 
 
 @released
 @pytest.mark.slow
 def test_distillation_gives_the_released_mask_but_for_rounding(world, bert_tiny, tmp_path, monkeypatch):
-    masks, losses, numbers = train_as_released(world, bert_tiny, tmp_path / "run", "kd", 3e-4, np.arange,
-                                               monkeypatch)
-    np.testing.assert_allclose(losses, numbers["losses"], atol=2e-3)
-    encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
-    assert tamt.similarity(encoder, released_masks(numbers, masks_as_layers(encoder))) >= 0.99
+    found = train_as_released(world, bert_tiny, tmp_path / "run", "kd", 3e-4, monkeypatch)
+    np.testing.assert_allclose(found.losses, found.numbers["losses"], atol=2e-3)
+    encoder = [name for name in found.masks if ".encoder." in name]
+    masks = {name: found.masks[name] for name in encoder}
+    assert tamt.similarity(masks, {name: found.expected_masks[name] for name in encoder}) >= 0.99
 
 
 @released
