@@ -38,7 +38,7 @@ from test_tamt_part import (
 
 @pytest.fixture
 def interrupted(world, tmp_path, monkeypatch):
-    """The folder of a run of twelve updates that was interrupted after the seventh; its state is of the fifth."""
+    """A run that was interrupted after the seventh of its twelve updates; its state is that of the fifth."""
     stop_after_update(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(settings(world, tmp_path / "run"))
