@@ -1532,6 +1532,7 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
                          "processes")
     if values["out"] is None:
         values["out"] = Path("out") / default_name(values)
+    values["out"] = Path(values["out"])
 
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)

@@ -1285,6 +1285,18 @@ def test_a_run_without_out_goes_into_a_folder_named_after_it(world, name):
     assert run.out == Path("out") / name
 
 
+def test_paths_may_be_text_or_path_objects(world, tmp_path):
+    for number, kind in enumerate((str, Path)):
+        out = tmp_path / str(number)
+        export = tmp_path / f"export-{number}"
+        content = tamt.find_mask(settings(world, kind(out), model=kind(world / "bert"), export=kind(export),
+                                          data=kind(world / "text.txt"), steps=2))
+        tamt.evaluate_mask(settings(world, mask=kind(out), evaluate=True))
+        assert content["settings"]["model"] == str(world / "bert")
+        assert (out / "mask.pt").exists() and (export / "model.safetensors").exists()
+    assert (tmp_path / "0" / "mask.pt").read_bytes() == (tmp_path / "1" / "mask.pt").read_bytes()
+
+
 @pytest.mark.parametrize("method,flags,noted", [
     ("omp", ["--lr", 1e-3, "--objective", "kd", "--compile"], ["--objective", "--lr", "--compile"]),
     ("imp", ["--init", "random", "--refresh-every", 5, "--prune-every", 1, "--sparsity", 0.2],
