@@ -1031,8 +1031,9 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 def unpack(bits: torch.Tensor, shape: list) -> torch.Tensor:
     num_entries = math.prod(shape)
     num_bytes = (num_entries + 7) // 8
-    if bits.dtype != torch.uint8 or bits.shape != (num_bytes,):
-        raise ValueError(f"{bits.numel()} bytes of {bits.dtype} for a mask of shape {shape}; expected {num_bytes}")
+    is_packed = isinstance(bits, torch.Tensor) and bits.dtype == torch.uint8 and bits.shape == (num_bytes,)
+    if not is_packed or min(shape, default=0) < 0:
+        raise ValueError(f"its bits are not the {num_bytes} bytes of a mask of shape {shape}")
     entries = np.unpackbits(bits.numpy(), count=num_entries).view(bool)
     return torch.from_numpy(entries).view(*shape)
 
@@ -1572,6 +1573,7 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
                          "processes")
     if values["out"] is None:
         values["out"] = Path("out") / default_name(values)
+    values["out"] = Path(values["out"])
 
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
