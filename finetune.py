@@ -964,8 +964,8 @@ def export_folders(run, tasks: list) -> list[Path]:
     if not run.export:
         return []
     if len(tasks) == 1:
-        return [run.export]
-    return [run.export / task.name for task in tasks]
+        return [Path(run.export)]
+    return [Path(run.export) / task.name for task in tasks]
 
 
 def task_names(tasks: list[TaskData]) -> str:
@@ -1053,8 +1053,9 @@ class Settings:
             if getattr(self, name) is not None and self.find != find:
                 raise ValueError(f"--{name} goes with --find {find}")
         if self.results is not None:
-            is_file = self.results.is_file() or not self.results.exists() or str(self.results) == os.devnull
-            if not is_file or not self.results.absolute().parent.is_dir():
+            results = Path(self.results)
+            is_file = results.is_file() or not results.exists() or str(results) == os.devnull
+            if not is_file or not results.absolute().parent.is_dir():
                 raise ValueError(f"--results {self.results}: expected a file in a folder that exists")
         for folder in export_folders(self, tasks):
             if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
@@ -1091,6 +1092,9 @@ def find_tasks(settings) -> list[glue_squad.Task]:
 def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], model, horizon_rounds: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    for name in ("data", "out", "results", "export"):  # from Python they may be text
+        if values[name] is not None:
+            values[name] = Path(values[name])
     values["model"] = tamt.absolute_model(choose_model(settings, tickets))
     for folder in export_folders(settings, tasks):
         tamt.refuse_own_folder(values["model"], folder)
@@ -1131,7 +1135,7 @@ def resolve_search(settings: Settings) -> Settings:
     task = find_tasks(settings)[0]
     values["model"] = tamt.absolute_model(values["model"])
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
-    values["out"] = settings.out or Path("out", name)
+    values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
     tamt.check_folder(settings.out, search_identity(settings), "mask.json")
     if not settings.resume or not (settings.out / "mask.json").exists():
