@@ -47,6 +47,10 @@ from dev import fuzz
 ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
+# Two workers share two cores, and so do the programs that they start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
 
 
