@@ -88,7 +88,7 @@ HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 # ---------------------------------------------------------------------------------------------------
-# 1. The eight steps
+# The eight steps
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +134,7 @@ def find_mask(settings: "Settings") -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Masked layers
+# Masked layers
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +230,7 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. The ranking: which entries stay
+# The ranking: which entries stay
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -252,8 +252,12 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
 
     One update moves the threshold little, so nearly every entry is settled by a comparison with the old one: it
     is kept if it lies above threshold + radius, and pruned if it lies at or below threshold - radius. Only the
-    few in between are sorted. A radius that is too small costs another attempt with one eight times as large, at
-    last with all finite scores in between, but never exactness."""
+    few in between are sorted:
+
+        values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
+        .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
+
+    A radius that is too small costs another attempt with one eight times as large, but never exactness."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high
@@ -268,7 +272,7 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
     undecided_mask = rank(undecided_values, num_to_prune)
     mask[undecided] = undecided_mask
     if num_to_prune == 0:
-        return low  # the largest pruned value is not above it
+        return low  # all pruned values are at or below it: near enough for the next guess
     pruned_values = undecided_values.masked_fill(undecided_mask, -math.inf)
     return float(pruned_values.max())
 
@@ -358,7 +362,7 @@ def start_masks(layers: dict, run: "Run") -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Scores
+# Scores
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -469,7 +473,7 @@ def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Losses
+# Losses
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -503,7 +507,10 @@ def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None
 
 @dataclass
 class Batch:
-    """Rows of token ids, and what masked LM makes of them; all arrays (rows, T)."""
+    """The rows of one update, and what masked LM makes of them; all arrays (rows, T).
+
+    It has --batch-size x --accumulate rows. A micro-batch is --batch-size of them, over all processes, and each
+    process computes its share of every micro-batch."""
     input_ids: np.ndarray  # int64
     corrupted_ids: np.ndarray  # int64
     is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
@@ -617,7 +624,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Training: the optimiser, the loop, one update, the rounds of IMP
+# Training: the optimiser, the loop, one update, the rounds of IMP
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -639,7 +646,8 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
                              (kd: mask_training/train_kd.py with TinyBERT's optimiser)
 
     With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
-    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b."""
+    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
+    multiplies the decay by its rate, so the decay is divided by a / b.)"""
     a = 1 - 0.9**t
     b = math.sqrt(1 - 0.999**t)
     if objective == "kd":
@@ -694,7 +702,7 @@ def train_scores(training: Training):
         loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
         training.step += 1
 
-        # Step 7. A score moves by about the learning rate, and a threshold hardly ever by half as much.
+        # Step 7. A score moves by about the learning rate, a threshold hardly ever by more than half of that.
         if run.refresh_every == 1:
             training.scores.update_masks(radius=learning_rate / 2)
         elif is_refresh_due(run, training.step):
@@ -717,7 +725,7 @@ def next_batch(training: Training) -> Batch:
     and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
     run = training.run
     step = training.step
-    # Dropout: large primes keep seeds, updates and processes apart.
+    # Dropout: a number of its own for each seed, update (up to a million) and process (up to a thousand).
     torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)
     num_rows = run.batch_size * run.accumulate
     indices = data.batch_rows(len(training.rows), run.seed, step * num_rows, num_rows)
@@ -726,8 +734,9 @@ def next_batch(training: Training) -> Batch:
 
 
 def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
-    """Step 6: one update of the scores (with imp, of the weights) -> the loss of the batch. t counts updates, from
-    1."""
+    """Step 6: one update of the scores (with imp, of the weights) -> the loss of the batch.
+
+    t is the number of the update for the optimiser, from 1; with imp it restarts in each round."""
     run = training.run
     loss = backward(training, batch)
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
@@ -746,8 +755,7 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
 def backward(training: Training, batch: Batch) -> torch.Tensor:
     """Step 5: computes the gradients of a batch -> its loss, a scalar on the device.
 
-    The batch is --accumulate micro-batches of --batch-size rows. Every process has all of it, and computes its
-    share of the rows of each micro-batch."""
+    Every process has the whole batch, and computes its share of each micro-batch."""
     run = training.run
     machine = run.machine
     share = run.batch_size // machine.num_processes  # rows
@@ -780,8 +788,8 @@ def train_imp(training: Training):
     """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of the entries, rewind, train, and again.
 
     A run of k prunings has k - 1 rounds of training between them: the first 10 % are pruned before any training.
-    In each round the optimiser and the
-    schedule start anew with the full horizon, so the learning rate hardly falls (TAMT LT_pretrain.py)."""
+    In each round the optimiser and the schedule start anew. The schedule's horizon is that of ten rounds, so the
+    learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)
     training.model.train()
@@ -840,12 +848,14 @@ def restore_original(training: Training):
 
 
 def set_masks(layers: dict, masks: dict):
+    """Gives each layer its mask; a layer without one keeps everything. Not for layers whose masks are views of
+    Scores: those change in place."""
     for name, layer in layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. The first steps and the last
+# The first steps and the last
 # ---------------------------------------------------------------------------------------------------
 
 
