@@ -102,3 +102,11 @@ def test_a_sweep_names_each_mask_once():
     masks = sweep.wanted_masks(Arguments)
     counts = {method: sum(mask.method == method for mask in masks) for method in Arguments.methods}
     assert counts == {"dense": 1, "omp": 2, "kd": 4}
+
+
+@pytest.mark.slow
+def test_figures_are_drawn_from_the_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    output = run_tool("dev/figures.py", "--runs", tmp_path, "--out", tmp_path, "--only", "fig3,fig5,fig8")
+    assert "fig8: skipped, it needs folders" in output
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["fig3.png", "fig5.png"]
