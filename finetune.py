@@ -5,18 +5,27 @@
     python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
-    1. One experiment       open, train, finish
-    2. What it consists of  ticket, network, task, folder; losses, predictions; the training loop; the result
-    3. IMP on a task        a loop around the experiment
-    4. Super Tickets        the importance of heads and FFNs, taking them out, the curve
-    5. Several tasks        one encoder, and for each task a head and a ticket
+    One experiment          open, train, finish
+    Ticket, network, task   what an experiment consists of
+    Losses, predictions
+    The training loop
+    The result
+    IMP on a task           a loop around the experiment
+    Super Tickets           the importance of heads and feed-forward networks, taking them out, the curve
+    Several tasks           one encoder, and for each task a head and a ticket
     Appendix                records, predictions, export; settings and the command line
 
-The mask is fixed, and its zeros lie in the weights themselves: every pruned entry is set to zero once, and its
-gradient is set to zero before clipping. So it stays exactly zero, and AdamW does bit for bit what it does
-under torch's prune.custom_from_mask, which the released code uses. Without --mask all weights train.
+A mask is fixed while the weights train. There are three ways to apply one:
 
-What differs from the released code:
+    one mask         its zeros lie in the weights: every pruned entry is set to zero once, and its gradient is set to
+                     zero before clipping. So it stays exactly zero, and AdamW does bit for bit what it does under
+                     torch's prune.custom_from_mask, which the released code uses.
+    a Super Ticket   the rows and columns of removed heads and feed-forward networks are cut out.
+    several tasks    the masks lie over the weights, and switch_to() exchanges them before each batch.
+
+Without --mask all weights train. settings: what the user asked for; run: the same with nothing left open.
+
+What differs from the released code (a first reading may skip this):
 
     |                  | released                             | here
     | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
@@ -56,7 +65,7 @@ import tamt
 from tamt import option
 
 # ---------------------------------------------------------------------------------------------------
-# 1. One experiment
+# One experiment
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +86,10 @@ def fine_tune(settings: "Settings") -> dict:
 
 
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
-    """Reads all that the run will need, so that what is wrong shows before anything is written."""
+    """Reads all that the run will need, so that what is wrong shows before anything is written.
+
+    horizon_rounds: the learning rate would reach 0 after so many runs like this one."""
+    # Read the tickets and the network, and fill in what the settings leave open.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tasks = find_tasks(settings)
@@ -88,16 +100,20 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
+    # Read the texts. What makes this run this run is known now, and names its folder.
     task_folders = {task.name: find_folder(task, run) for task in tasks}
     texts = {task.name: read_texts(task, task_folders[task.name], run.predict) for task in tasks}
     identity = identify(run, tickets, texts)
     if run.out is None:
         run = replace(run, out=default_folder(run, tickets, identity))
     refuse_results_file(run)
+
+    # With --resume the folder may hold the result, or the state to continue from.
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
         return finished_experiment(run, tasks, result)
 
+    # Build the network: the head of the task, and the ticket.
     task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
     masks, prunable = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
@@ -124,13 +140,13 @@ class Experiment:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. What an experiment consists of: ticket, network, task
+# Ticket, network, task: what an experiment consists of
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Ticket:
-    """A mask file. A Super Ticket also names the units that it takes out."""
+    """A mask file. Which heads and feed-forward networks a Super Ticket takes out is read off its masks."""
     file: Path
     masks: dict[str, torch.Tensor]
     meta: dict
@@ -172,8 +188,8 @@ def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dic
 
     ticket = tickets[0]
     if ticket.meta.get("method") == "super":
-        heads, feed_forward = removed_units(model.config, ticket)
-        remove_units(model, heads, feed_forward)
+        removed_heads, removed_feed_forward = removed_units(model.config, ticket)
+        remove_units(model, removed_heads, removed_feed_forward)
         return {}, prunable
 
     masks = {}
@@ -284,7 +300,9 @@ def encode_task(task, texts: dict[str, list], vocabulary, run) -> TaskData:
     return TaskData(task, train, targets, dev, texts, windows)
 
 
+# ---------------------------------------------------------------------------------------------------
 # Losses and predictions
+# ---------------------------------------------------------------------------------------------------
 
 
 def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
@@ -366,7 +384,9 @@ def evaluate(experiment) -> dict[str, float]:
     return metrics
 
 
+# ---------------------------------------------------------------------------------------------------
 # The training loop
+# ---------------------------------------------------------------------------------------------------
 
 
 def train(experiment):
@@ -483,11 +503,14 @@ class Progress:
         print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------
 # The result
+# ---------------------------------------------------------------------------------------------------
 
 
 def finish(experiment):
-    """Writes predictions and export if they were asked for, then result.json and the line in --results."""
+    """Writes predictions and export, of the weights after the last update, if they were asked for; then result.json
+    and the line in --results."""
     run = experiment.run
     for task_data in experiment.tasks:
         if run.predict:
@@ -495,6 +518,7 @@ def finish(experiment):
         if run.export:
             export_model(experiment, task_data)
 
+    # floor: what always answering the most frequent class would score.
     best, final = best_and_final(experiment)
     floor = {}
     for task_data in experiment.tasks:
@@ -536,7 +560,7 @@ def best_and_final(experiment) -> tuple[dict, dict]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. Iterative magnitude pruning on a task
+# Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -554,7 +578,8 @@ def find_imp(settings) -> dict:
         print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
         folder = settings.out / f"round-{number}"
         round_settings = without_search(settings, mask=mask, out=folder, results=None)
-        # As released, the schedule of a round is the first tenth of a decay over ten rounds.
+        # A round is a step on the way, so it adds no line to --results. As released, its schedule is the first tenth
+        # of a decay over ten rounds.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
@@ -597,7 +622,7 @@ def save_ticket(path, experiment, masks: dict, more: dict):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Super Tickets: whole heads and feed-forward networks
+# Super Tickets: whole heads and feed-forward networks
 # ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
@@ -614,8 +639,8 @@ def find_super(settings) -> dict:
     experiment = open_experiment(without_search(settings, out=settings.out / "dense"))
     if experiment.result is None:
         train(experiment)
-        heads, feed_forward = importance(experiment)
-        save_super_tickets(experiment, heads, feed_forward, settings.out)
+        head_importance, feed_forward_importance = importance(experiment)
+        save_super_tickets(experiment, head_importance, feed_forward_importance, settings.out)
         finish(experiment)
     results["dense"] = experiment.result
 
@@ -648,7 +673,7 @@ def find_super(settings) -> dict:
 
 
 def importance(experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
-    """How much the loss feels each head and each feed-forward network, in eval mode over the training set.
+    """How sensitive the loss is to each head and each feed-forward network, in eval mode over the training set.
 
     o is the context vector of a head, or the output of a feed-forward network, at one position. Its importance
     is |<dL/do, o>|, summed over the positions of a batch, the mean over batches. Those of a layer's heads are
@@ -804,7 +829,7 @@ class SkippableResidual(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Several tasks, one encoder
+# Several tasks, one encoder
 # ---------------------------------------------------------------------------------------------------
 
 
