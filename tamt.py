@@ -1372,7 +1372,9 @@ def metadata(run, step: int, sparsity: float) -> dict:
 
 def plain(value):
     """A value as torch.load(weights_only=True) and JSON know it."""
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+    if isinstance(value, float):
+        return float(value)  # numpy's floats are floats, too, but not plain
+    return value if value is None or isinstance(value, (bool, int)) else str(value)
 
 
 def versions() -> dict:
@@ -1514,8 +1516,6 @@ class Settings:
                              "goes with tamt only")
         if self.rank not in (None, "global", "local"):
             self.check_pattern()
-        if not isinstance(self.seed, int):
-            raise ValueError(f"--seed {self.seed}: expected a whole number")
         if self.mask and not (self.evaluate or self.export):
             raise ValueError("--mask goes with --evaluate or --export")
         if self.export and Path(self.export).exists() and not Path(self.export).is_dir():
@@ -1665,7 +1665,9 @@ def check_settings(settings):
         for word in chosen:
             if choices and word not in choices:
                 raise ValueError(f"{flag} {word!r}: expected one of {', '.join(choices)}")
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        if each.metadata.get("type") is int and type(value) is not int:
+            raise ValueError(f"{flag} {value!r}: expected a whole number")
+        is_number = isinstance(value, (int, float)) and math.isfinite(value)
         if check == "positive" and not (is_number and 0 < value < 2**31):
             raise ValueError(f"{flag} {value}: expected a number above 0 and below {2**31}")
         if check == "fraction" and not (is_number and 0 <= value < 1):
