@@ -2934,8 +2934,9 @@ def test_the_mlm_mask_is_the_released_codes_entry_for_entry(tmp_path, one_thread
     num_differing, _, loss_differences, num_tied = released_run(tmp_path, "mlm")
     assert num_tied == 1
     assert num_differing == 0
-    # Another score crosses its threshold one update later than in the released run, which shows in one loss.
-    assert np.sort(loss_differences)[-2] < 1e-5
+    # Scores that cross a threshold one update earlier or later than in the released run show in two of the losses.
+    assert loss_differences[:20].max() < 1e-5
+    assert np.sort(loss_differences)[-3] < 1e-5
     assert loss_differences.max() < 1e-3
 
 
@@ -3256,7 +3257,7 @@ def test_accumulated_micro_batches_learn_the_mask_of_one_big_batch(world, tmp_pa
     """Without dropout, but for rounding."""
     contents = []
     for batch_size, accumulate in ((8, 1), (2, 4)):
-        contents.append(tamt.find_mask(settings(
+        contents.append(tamt.find_mask(mask_settings(
             world, tmp_path / str(accumulate), "no-dropout", objective="mlm+kd", batch_size=batch_size,
             accumulate=accumulate)))
     masks = [tamt.load_mask(tmp_path / name) for name in ("1", "4")]
