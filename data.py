@@ -60,7 +60,8 @@ SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer, which adds no [CLS] and [SEP] and neither cuts nor pads, and its special tokens."""
+    """A tokenizer and its special tokens. The tokenizer gives the bare ids of a text: it adds no [CLS] and [SEP],
+    and neither cuts nor pads."""
     tokenizer: Tokenizer
     size: int  # V, the largest id + 1; the model's matrix may have more rows
     pad_id: int
@@ -68,7 +69,7 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
-    one_row_per_line: bool = False  # symbols of a fairseq dict.txt: each line of text is a padded row
+    one_row_per_line: bool = False  # such a model (proteins, say) was trained on lines: each is a padded row
     extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, such as [E1]
 
     @property
@@ -92,6 +93,7 @@ def vocabulary(path) -> Vocabulary:
     if not folder.is_dir():
         folder = folder.parent
     settings = read_settings(folder)
+    one_row_per_line = bool(settings.get("one_row_per_line"))  # our exports say so
 
     if (folder / "tokenizer.json").is_file():
         file = folder / "tokenizer.json"
@@ -108,13 +110,52 @@ def vocabulary(path) -> Vocabulary:
         file = folder / "dict.txt"
         refuse_unsupported(file, settings, "RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        if isinstance(tokenizer.model, models.WordLevel):
-            settings["one_row_per_line"] = True
+        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # symbols, not pieces of words
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
 
-    return make_vocabulary(tokenizer, settings, file)
+    return make_vocabulary(tokenizer, settings, file, one_row_per_line)
+
+
+def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
+    """Finds the special tokens of a tokenizer that was read from `file`, and has it look for them in texts."""
+    names = special_names(tokenizer, settings, file)
+    add_tokens(tokenizer, names, settings, file.parent)
+    pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
+
+    extra_ids = []
+    for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        if token.special and token.content not in names:
+            extra_ids.append(token_id)
+
+    return Vocabulary(
+        tokenizer=tokenizer,
+        size=1 + max(tokenizer.get_vocab().values()),
+        pad_id=pad_id,
+        unknown_id=unknown_id,
+        cls_id=cls_id,
+        sep_id=sep_id,
+        mask_id=mask_id,
+        one_row_per_line=one_row_per_line,
+        extra_special_ids=tuple(extra_ids),
+    )
+
+
+def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
+    """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else
+    [PAD] .. or <pad> ..; a ValueError says which is missing."""
+    names = []
+    for role, *usual_names in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
+        candidates = usual_names
+        if role in settings:
+            candidates = [token_content(settings[role])]
+        found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
+        if not found:
+            num_tokens = tokenizer.get_vocab_size()
+            raise ValueError(f"{file}: no {' or '.join(candidates)} among {num_tokens} tokens")
+        names.append(found[0])
+    return names
 
 
 def read_tokenizer_json(file: Path) -> Tokenizer:
@@ -279,7 +320,7 @@ def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool
 
     source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
     wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
-    between [CLS] and [SEP]; headings and the borders of documents are ignored and the tail is dropped
+    between [CLS] and [SEP]; headings and the borders of documents are not treated specially, and the tail is dropped
     (released code: data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each
     line of the text is one row, cut or padded to T.
 
@@ -351,8 +392,9 @@ TO_TEXT = {  # format: the path
 def dev_border(path: Path, size: int, lines: bool) -> int:
     """The byte of a text file where its last 5 %, the dev text, begin.
 
-    It is the beginning of a line: of 200 lines the last 10 are dev. A text of less than 20 lines is cut
-    inside a line, at the last space in 95 % of its bytes, unless each line is to be a row."""
+    Usually it is the beginning of a line: of 200 lines the last 10 are dev. A text of less than 20 lines is cut
+    inside a line, at the last space in the first 95 % of its bytes. If each line is to be a row, its last line
+    is dev instead, unless it is the only one."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
 
@@ -393,19 +435,20 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
         progress.add(len(piece))
 
 
-# A piece has at least 2,000 characters and ends with a letter or digit before a space; where no space comes
-# for long, before other white space.
+# A long text is tokenised in pieces, so that many can be encoded at once, on all cores. The ids of the pieces,
+# one after the other, have to be those of the whole text. BERT's words end at white space and RoBERTa's begin with
+# their space, so a cut between a word and the space after it changes nothing:
+#
+#   "one two three"   ->   "one two", " three"
+#
+# A piece has at least 2,000 characters. Where no space comes for long, the cut lies before other white space, but not
+# with add_prefix_space: that would put a space in front of a piece that does not begin with one.
 PIECE = re.compile(r"(?s).{2000,10000}?\w(?= )|.{2000,}?\w(?=\s)")
 PIECE_BEFORE_SPACE = re.compile(r"(?s).{2000,}?\w(?= )")
 
 
 def cut_pieces(texts, tokenizer: Tokenizer):
-    """Yields lists of pieces of a long text, so that many can be encoded at once, on all cores.
-
-    The ids of the pieces, one after the other, are those of the text as a whole: both kinds of
-    tokenizers look at one word at a time. A word of BERT's ends at a space, and one of RoBERTa's begins
-    with its space ("a  b" is "a", " ", " b"), so the cut lies between a word and the space after it.
-    With add_prefix_space each piece gets a space in front unless it begins with one."""
+    """Yields lists of pieces of a long text, which comes as an iterable of strings."""
     pattern = PIECE
     if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
         pattern = PIECE_BEFORE_SPACE
@@ -607,38 +650,6 @@ def refuse_unsupported(file: Path, settings: dict, expected: str):
     never_split = set(settings.get("never_split", ()))
     if never_split - {*WORDPIECE_SPECIALS, *BPE_SPECIALS}:
         raise ValueError(f"{file}: the tokenizer setting never_split is not supported")
-
-
-def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path) -> Vocabulary:
-    """Finds the special tokens of a tokenizer that was read from `file`."""
-    names = special_names(tokenizer, settings, file)
-    add_tokens(tokenizer, names, settings, file.parent)
-    ids = [tokenizer.token_to_id(name) for name in names]
-
-    extra_ids = []
-    for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        if token.special and token_id not in ids:
-            extra_ids.append(token_id)
-
-    size = 1 + max(tokenizer.get_vocab().values())
-    one_row_per_line = bool(settings.get("one_row_per_line"))
-    return Vocabulary(tokenizer, size, *ids, one_row_per_line, tuple(extra_ids))
-
-
-def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
-    """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else
-    [PAD] .. or <pad> ..; a ValueError says which is missing."""
-    names = []
-    for role, *usual_names in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
-        candidates = usual_names
-        if role in settings:
-            candidates = [token_content(settings[role])]
-        found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
-        if not found:
-            num_tokens = tokenizer.get_vocab_size()
-            raise ValueError(f"{file}: no {' or '.join(candidates)} among {num_tokens} tokens")
-        names.append(found[0])
-    return names
 
 
 def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: Path):
