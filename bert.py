@@ -1,4 +1,4 @@
-"""BERT and RoBERTa as their papers draw them, and their original checkpoint files, read and written.
+"""BERT and RoBERTa as their papers draw them; their original checkpoint files, four formats read and one written.
 
 Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al. 2019), section 3.
 
@@ -7,9 +7,10 @@ Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin e
     Appendix            files, and the checkpoint formats: safetensors, PyTorch, TensorFlow, fairseq
     Appendix            attention on a CPU
 
-    model = bert.load("folder")                         # a checkpoint as published
-    hidden_states = model(input_ids, attention_mask)    # a list: the embeddings, then each layer's output
-    logits = model.mlm_logits(hidden_states[-1])        # (B, T, V), if the checkpoint has a masked-LM head
+    model = bert.load("folder")                             # a checkpoint as published
+    all_hidden_states = model(input_ids, attention_mask)    # a list: the embeddings, then each layer's output
+    logits = model.mlm_logits(all_hidden_states[-1])        # (B, T, V), if the checkpoint has a masked-LM head
+    bert.save("copy", model.config, model.state_dict(), "ForMaskedLM")  # a folder that transformers loads
 
 Modules are called what published checkpoints call them (bert.encoder.layer.0.attention.self.query), so a
 Hugging Face file needs no table of names; the price is a few branches where BERT and RoBERTa have different
@@ -103,7 +104,8 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """The H attention heads of a layer: the context vectors of each token, concatenated.
 
-    H is read off the rows of the query matrix, not off the config, since heads may have been removed."""
+    H is read off the rows of the query matrix, not off the config: finetune.py removes heads from a model, their
+    rows here and their columns in the output that follows."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -206,8 +208,8 @@ class Pooler(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything below the heads, and BERT's pooler, which only the classifier calls. Checkpoints call it `bert`
-    or `roberta`."""
+    """Everything below the heads, which checkpoints call `bert` or `roberta`. BERT's pooler lies here, too, though only
+    the classifier calls it."""
 
     def __init__(self, config: Config, pooler: bool):
         super().__init__()
@@ -382,7 +384,7 @@ def load(path) -> Model:
         fairseq's model.pt
 
     All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
-    FileNotFoundError, or ValueError with what is missing, mis-shaped or no number."""
+    FileNotFoundError, or ValueError with what is missing, of the wrong shape, or not finite."""
     # Read the two files: the weights, under Hugging Face's names, and the sizes. (Only fairseq's file holds sizes as
     # well; for the others the first `settings` are empty.)
     weights_file = find_weights(Path(path))
@@ -401,7 +403,7 @@ def load(path) -> Model:
     with file_named_in_errors(config_file or weights_file):
         config = read_config(settings, family)
         check_number_of_layers(config, tensors)
-    config = settle_decoder(config, tensors)
+    config, tensors = settle_decoder(config, tensors)
 
     # Build the model without memory of its own ("meta"), compare it with the file, and put the tensors in.
     head = MLM_HEADS[family]
@@ -430,9 +432,11 @@ def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     folder.mkdir(parents=True, exist_ok=True)
     class_name = config.model_type.title() + architecture  # BertForMaskedLM
     settings = asdict(config) | {"architectures": [class_name], "hidden_act": "gelu"} | extra
+    # The new config takes its place last, when this block ends: first the weights are replaced, and before them a
+    # full disk has to show.
     with atomic_write(folder / "config.json") as file:
         file.write(f"{json.dumps(settings, indent=1)}\n".encode())
-        file.flush()  # a full disk has to show before the weights are replaced
+        file.flush()
         write_safetensors(folder / "model.safetensors", tensors)
 
 
@@ -475,8 +479,8 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_weights(file: Path) -> tuple[dict, dict]:
-    """The tensors under Hugging Face's names, in any spelling of them; and what a fairseq file, which has no
-    config.json, says of the sizes ({} for the other formats)."""
+    """The tensors under Hugging Face's names, spelled in any of their usual ways; and the settings that a fairseq file
+    holds, since it has no config.json ({} for the other formats)."""
     if file.suffix == ".index":
         tensors = read_tensorflow(file)
         with file_named_in_errors(file):
@@ -507,7 +511,8 @@ def find_config(weights_file: Path) -> Path | None:
 
 def find_family(tensors: dict, settings: dict) -> str:
     """Decides between "bert" and "roberta", by model_type or architectures in the config and by the names of the
-    weights. Google's config has neither, and the names of a bare encoder do not tell: one of them must."""
+    weights. Google's config has neither of the two, and the names of a bare encoder have no prefix that tells; but
+    one of these has to say it."""
     families = set()
     if settings.get("model_type"):
         families.add(str(settings["model_type"]))
@@ -613,9 +618,10 @@ def check_number_of_layers(config: Config, tensors: dict):
                          f"but the weights have {found} layers")
 
 
-def settle_decoder(config: Config, tensors: dict) -> Config:
-    """Decides whether the decoder of the masked-LM head is the matrix of the word embeddings ("tied"). Returns the
-    config with that decision, and brings `tensors`, in place, into the form that the model expects."""
+def settle_decoder(config: Config, tensors: dict) -> tuple[Config, dict]:
+    """Decides whether the decoder of the masked-LM head is the matrix of the word embeddings ("tied")
+    -> the config with that decision, and the tensors that the model expects then."""
+    tensors = dict(tensors)
     head = MLM_HEADS[config.model_type]
     words = f"{config.model_type}.embeddings.word_embeddings.weight"
     decoder = f"{head}.decoder.weight"
@@ -626,19 +632,19 @@ def settle_decoder(config: Config, tensors: dict) -> Config:
 
     # Only the word embeddings are there: as the config says.
     if decoder not in tensors:
-        return config
-    # Only the decoder is there: a tied model has its one matrix under that name.
+        return config, tensors
+    # Only the decoder is there: a tied model stored its one matrix under that name.
     if words not in tensors:
         if config.tie_word_embeddings:
             tensors[words] = tensors.pop(decoder)
-        return config  # untied, check_tensors will report the word embeddings as missing
+        return config, tensors  # an untied one lacks its word embeddings, and check_tensors will say so
     # Both are there and differ: not tied, whatever the config says.
     if not torch.equal(tensors[decoder].float(), tensors[words].float()):
-        return replace(config, tie_word_embeddings=False)
+        return replace(config, tie_word_embeddings=False), tensors
     # Both are there and equal: a tied model needs one of them.
     if config.tie_word_embeddings:
         del tensors[decoder]
-    return config
+    return config, tensors
 
 
 def check_tensors(expected: dict, tensors: dict):
@@ -1110,8 +1116,8 @@ def masked_crc32c(content: bytes) -> int:
     for byte in content:
         crc = CRC32C_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
     crc ^= 0xFFFFFFFF
-    rotated = crc >> 15 | crc << 17
-    return rotated + 0xA282EAD8 & 0xFFFFFFFF
+    rotated = (crc >> 15) | (crc << 17)
+    return (rotated + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def from_tensorflow(tensors: dict) -> dict:
