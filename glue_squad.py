@@ -138,7 +138,7 @@ MNLI = Task(
     folder="MNLI",
     predicts="class",
     labels=("entailment", "neutral", "contradiction"),
-    metrics=("accuracy", "accuracy_mm"),
+    metrics=("accuracy", "accuracy_mm"),  # on dev_matched, and on dev_mismatched
     text_columns=("sentence1", "sentence2"),
     label_column="gold_label",
     files={
@@ -538,7 +538,7 @@ class Window(NamedTuple):
     input_ids: np.ndarray  # (T,)
     token_type_ids: np.ndarray  # (T,)
     doc_start: int  # which token of the paragraph comes first in this window
-    doc_offset: int  # its position in input_ids
+    doc_offset: int  # the position of that token in input_ids
     char_spans: np.ndarray  # (N, 2): the characters of the paragraph where each token begins and ends
     is_max_context: np.ndarray  # (N,) bool: an answer may begin here
     start_position: int  # positions in input_ids of the answer's first and last token;
@@ -581,11 +581,11 @@ def windows(
                 num_left_out += 1
                 continue
 
-        # A window every `stride` tokens. The last one is the first that reaches the end of the paragraph: the
-        # first to start at or after the token from which `room` tokens lead to the end.
+        # A window every `stride` tokens, until one reaches the end of the paragraph.
         stride = min(doc_stride, room)  # a short window must not jump over tokens
-        earliest_last_start = max(len(doc_ids) - room, 0)
-        doc_starts = range(0, earliest_last_start + stride, stride)
+        doc_starts = [0]
+        while doc_starts[-1] + room < len(doc_ids):
+            doc_starts.append(doc_starts[-1] + stride)
         is_max_context = find_max_context(len(doc_ids), doc_starts, room)
 
         for number, doc_start in enumerate(doc_starts):
@@ -714,6 +714,8 @@ def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_an
     num_tokens = ends - starts[:, None] + 1
     scores[(num_tokens < 1) | (num_tokens > max_answer_length)] = -np.inf
     row, column = np.unravel_index(scores.argmax(), scores.shape)
+    if scores[row, column] == -np.inf:
+        return None  # no start fits an end
     char_start = window.char_spans[starts[row], 0]
     char_end = window.char_spans[ends[column], 1]
     return scores[row, column], char_start, char_end
@@ -821,6 +823,7 @@ def average_ranks(values) -> np.ndarray:
     return mean_rank[group]
 
 
+# SQuAD's f1 is another one: squad_scores above.
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
