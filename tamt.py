@@ -10,7 +10,7 @@ The method in eight steps. find_mask(), right below, takes them in this order; 5
     2  open_text       cut plain text into rows of T token ids
     3  start_masks     one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
     4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
-    5  batch_loss      run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
+    5  backward        run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
     6  update          gradients pass straight through M to the scores; the optimiser moves them     Eq. 4
     7  update_masks    rank the scores anew: exactly round(N s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
@@ -131,6 +131,61 @@ def find_mask(settings: "Settings") -> dict:
             train_scores(training)  # steps 5, 6, 7
         restore_original(training)  # of all that was trained, the mask alone is the result
     return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
+
+
+# ---------------------------------------------------------------------------------------------------
+# The first steps and the last: 1, 2 and 8
+# ---------------------------------------------------------------------------------------------------
+
+
+def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
+    """Step 1: the checkpoint, frozen, on the device."""
+    model, vocabulary = load_model(settings.model)
+    trains_head = settings.method == "imp" or (settings.method == "tamt" and "mlm" in settings.objective)
+    if trains_head and model.mlm_head is None:
+        print(f"{settings.model} has no masked-LM head: a fresh one is trained, too; dev_mlm_loss is that of the "
+              "untrained head")
+        torch.manual_seed(settings.seed)
+        model.add_mlm_head()
+    return model.requires_grad_(False).to(machine.device), vocabulary
+
+
+def open_text(run, vocabulary, split: str):
+    """Step 2: rows of token ids (n, T), of "train" or "dev"."""
+    source = toy_folder("text") if run.data == "toy" else run.data
+    return data.corpus(source, vocabulary, run.seq_len, split, run.lines)
+
+
+def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:
+    """Step 8: mask.pt, its readable twin mask.json, the export if one was asked for, and the last lines."""
+    if run.machine.process_index > 0:
+        return {}
+    model.eval()
+    masks = {name: layer.mask for name, layer in layers.items()}
+    report = sparsity_report(model, masks)
+    empty = [name for name, share in report["matrices"].items() if share == 1]
+    if empty:
+        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
+    losses = {}
+    if dev_rows is not None:
+        losses = dev_losses(model, dev_rows, vocabulary, run.machine)
+
+    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
+    save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": found} | losses)
+    content = {
+        "settings": identity | {"data": plain(run.data)},
+        "sparsity": report,
+        **losses,
+        "seconds": round(time.time() - start_time, 1),
+        "device": str(run.machine.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if run.export:
+        export_model(model, masks, vocabulary, run.export)
+    write_json(run.out / "mask.json", content)
+    print_summary(run.out / "mask.pt", content, run)
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -257,7 +312,7 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
         values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
-    A radius that is too small costs another attempt with one eight times as large, but never exactness."""
+    A radius, above 0, that is too small costs another attempt with one eight times as large, but never exactness."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high
@@ -284,7 +339,7 @@ def rank_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (
     An entry stays if fewer than num_kept entries of its group come before it. Counting them is four times as
     fast as sorting so many small groups."""
     groups = values.reshape(-1, group_size)
-    num_before = torch.zeros_like(groups, dtype=torch.int8)
+    num_before = torch.zeros_like(groups, dtype=torch.int32)
     for i in range(group_size):
         for j in range(group_size):
             if j < i:
@@ -385,7 +440,8 @@ class Scores:
     Some entries never get a gradient (entries_without_gradient). Under a global rank the threshold could drift
     past their two values, 0 and 2 phi, and then prune or keep all of them at once. They are pinned: their score
     becomes plus infinity if they start as kept and minus infinity if they start as pruned. So they keep their
-    start mask, and still count among the round(N s)."""
+    start mask, and still count among the round(N s). (The optimiser leaves an infinite score with a gradient of 0
+    infinite. --rank local stays as released, without pins.)"""
 
     def __init__(self, layers: dict, start: dict, sparsity: float, rule: str, without_gradient: dict):
         """start {name: mask}; without_gradient {name: bool tensor that broadcasts to the mask}."""
@@ -794,20 +850,21 @@ def train_imp(training: Training):
     levels = imp_levels(run.sparsity)
     training.model.train()
     if training.step == 0:
-        prune_and_rewind(training, levels[0])
+        begin_round(training, levels[0])
     while training.step < run.num_updates:
         step_in_round = training.step % run.prune_every
         learning_rate = run.lr * max(1 - step_in_round / run.horizon, 0)
         loss = update(training, next_batch(training), learning_rate, t=step_in_round + 1)
         training.step += 1
         if training.step % run.prune_every == 0:
-            prune_and_rewind(training, levels[training.step // run.prune_every])
+            begin_round(training, levels[training.step // run.prune_every])
         training.log.step(training.step, loss, learning_rate, {})
         save_state_if_due(training)
 
 
-def prune_and_rewind(training: Training, level: float):
-    """Prunes up to a sparsity of `level`, and sets all weights but the head's back to the pre-trained ones."""
+def begin_round(training: Training, level: float):
+    """Prunes up to a sparsity of `level`, sets all weights but the head's back to the pre-trained ones, unless
+    --no-rewind, and starts a fresh optimiser."""
     run = training.run
     set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
     if not run.no_rewind:
@@ -852,61 +909,6 @@ def set_masks(layers: dict, masks: dict):
     Scores: those change in place."""
     for name, layer in layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The first steps and the last
-# ---------------------------------------------------------------------------------------------------
-
-
-def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen, on the device."""
-    model, vocabulary = load_model(settings.model)
-    trains_head = settings.method == "imp" or (settings.method == "tamt" and "mlm" in settings.objective)
-    if trains_head and model.mlm_head is None:
-        print(f"{settings.model} has no masked-LM head: a fresh one is trained, too; dev_mlm_loss is that of the "
-              "untrained head")
-        torch.manual_seed(settings.seed)
-        model.add_mlm_head()
-    return model.requires_grad_(False).to(machine.device), vocabulary
-
-
-def open_text(run, vocabulary, split: str):
-    """Step 2: rows of token ids (n, T), of "train" or "dev"."""
-    source = toy_folder("text") if run.data == "toy" else run.data
-    return data.corpus(source, vocabulary, run.seq_len, split, run.lines)
-
-
-def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:
-    """Step 8: mask.pt, its readable twin mask.json, the export if one was asked for, and the last lines."""
-    if run.machine.process_index > 0:
-        return {}
-    model.eval()
-    masks = {name: layer.mask for name, layer in layers.items()}
-    report = sparsity_report(model, masks)
-    empty = [name for name, share in report["matrices"].items() if share == 1]
-    if empty:
-        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
-    losses = {}
-    if dev_rows is not None:
-        losses = dev_losses(model, dev_rows, vocabulary, run.machine)
-
-    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
-    save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": found} | losses)
-    content = {
-        "settings": identity | {"data": plain(run.data)},
-        "sparsity": report,
-        **losses,
-        "seconds": round(time.time() - start_time, 1),
-        "device": str(run.machine.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    if run.export:
-        export_model(model, masks, vocabulary, run.export)
-    write_json(run.out / "mask.json", content)
-    print_summary(run.out / "mask.pt", content, run)
-    return content
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -2420,6 +2420,12 @@ def test_make_masks_prunes_the_exact_count(model, sparsity):
         assert num_pruned(masks) == round(num_entries(masks) * sparsity)
 
 
+def test_large_groups_are_counted_right():
+    mask = tamt.rank_groups(torch.zeros(2, 400), 150, 200)
+    expected = torch.arange(400).remainder(200) < 150  # of equal entries the first stay
+    assert torch.equal(mask, expected.expand(2, 400))
+
+
 @pytest.mark.parametrize("rule", ["1:2", "2:4", "1:4", "4:8"])
 def test_make_masks_keeps_n_of_m(model, rule):
     n, m = (int(number) for number in rule.split(":"))
@@ -3316,11 +3322,11 @@ def test_the_levels_of_imp_are_exact_and_nested(world, tmp_path, rank):
 @pytest.mark.parametrize("no_rewind", [False, True])
 def test_imp_rewinds_the_weights_but_not_the_head_at_each_pruning(world, tmp_path, monkeypatch, no_rewind):
     pretrained = dict(bert.load(world / "bert").named_parameters())
-    prune_and_rewind = tamt.prune_and_rewind
+    begin_round = tamt.begin_round
     is_rewound = []
 
     def look(training, level):
-        prune_and_rewind(training, level)
+        begin_round(training, level)
         backbone = [torch.equal(parameter, pretrained[name])
                     for name, parameter in training.parameters.items() if name.startswith("bert.")]
         is_rewound.append(all(backbone))
@@ -3328,23 +3334,23 @@ def test_imp_rewinds_the_weights_but_not_the_head_at_each_pruning(world, tmp_pat
                 for name, parameter in training.parameters.items() if name.startswith("cls.")]
         assert any(head) == (training.step == 0)
 
-    monkeypatch.setattr(tamt, "prune_and_rewind", look)
+    monkeypatch.setattr(tamt, "begin_round", look)
     tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3, no_rewind=no_rewind))
     assert is_rewound == [True, not no_rewind, not no_rewind]
 
 
 def test_imp_trains_every_weight_but_the_poolers_and_prunes_by_trained_magnitude(world, tmp_path, monkeypatch):
-    prune_and_rewind = tamt.prune_and_rewind
+    begin_round = tamt.begin_round
 
     def look(training, level):
         magnitudes = {name: layer.weight.detach().abs() * layer.mask for name, layer in training.layers.items()}
-        prune_and_rewind(training, level)
+        begin_round(training, level)
         for name, layer in training.layers.items():
             assert magnitudes[name][layer.mask].min() >= magnitudes[name][~layer.mask].max()
         names = {name for name, _ in training.model.named_parameters()}
         assert names - training.parameters.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
-    monkeypatch.setattr(tamt, "prune_and_rewind", look)
+    monkeypatch.setattr(tamt, "begin_round", look)
     tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", prune_every=3, sparsity=0.3))
     tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp", sparsity=0.3))
     assert not equal(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
