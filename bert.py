@@ -4,8 +4,9 @@ Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin e
 
     1. The network      embeddings and L layers; heads for masked words, classes and answers
     2. Checkpoints      load() and save()
-    Appendix            files, and the checkpoint formats: safetensors, PyTorch, TensorFlow, fairseq
-    Appendix            attention on a CPU
+    Appendix A          the steps of load(): finding the files, names, config, checks
+    Appendix B          files, and the checkpoint formats: safetensors, PyTorch, TensorFlow, fairseq
+    Appendix C          attention on a CPU
 
     model = bert.load("folder")                             # a checkpoint as published
     all_hidden_states = model(input_ids, attention_mask)    # a list: the embeddings, then each layer's output
@@ -59,8 +60,8 @@ class Config:
     tie_word_embeddings: bool = True
 
     @property
-    def positions(self) -> int:
-        """The longest sequence in tokens. RoBERTa's positions begin at row pad + 1: 514 rows serve 512 tokens."""
+    def max_tokens(self) -> int:
+        """The longest sequence. RoBERTa's positions begin at row pad + 1, so its 514 rows serve 512 tokens."""
         if self.model_type == "roberta":
             return self.max_position_embeddings - self.pad_token_id - 1
         return self.max_position_embeddings
@@ -104,8 +105,8 @@ class Embeddings(nn.Module):
 class SelfAttention(nn.Module):
     """The H attention heads of a layer: the context vectors of each token, concatenated.
 
-    H is read off the rows of the query matrix, not off the config: finetune.py removes heads from a model, their
-    rows here and their columns in the output that follows."""
+    forward() takes H from the number of rows of the query matrix, not from the config, because finetune.py removes
+    heads: their rows here, and their columns in the dense layer that follows."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -114,7 +115,7 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(D, D)
         self.value = nn.Linear(D, D)
         self.head_size = D // config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
+        self.dropout_prob = config.attention_probs_dropout_prob
 
     def forward(self, hidden_states, attention_mask):
         # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, H * head size)
@@ -122,10 +123,10 @@ class SelfAttention(nn.Module):
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
 
-        # softmax(query key^T / sqrt(head size)) value. attention() is torch's scaled_dot_product_attention,
-        # except for dropout on a CPU, where the last appendix has a faster form.
-        dropout = self.dropout if self.training else 0.0
-        context = attention(query, key, value, attention_mask, dropout)  # (B, H, T, head size)
+        # softmax(query key^T / sqrt(head size)) value. This is torch's function of that name, except for dropout
+        # on a CPU, where appendix C has a faster form.
+        dropout_prob = self.dropout_prob if self.training else 0.0
+        context = scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)  # (B, H, T, head size)
         return context.transpose(1, 2).flatten(start_dim=2)
 
     def split_heads(self, x):  # (B, T, H * head size) -> (B, H, T, head size)
@@ -133,7 +134,7 @@ class SelfAttention(nn.Module):
 
 
 class Residual(nn.Module):
-    """The end of a sub-layer: dense, dropout, add what went into the sub-layer, LayerNorm."""
+    """The end of both sub-layers ("Add & Norm"): dense, dropout, add what went into the sub-layer, LayerNorm."""
 
     def __init__(self, input_size: int, config: Config):
         super().__init__()
@@ -208,8 +209,8 @@ class Pooler(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything below the heads, which checkpoints call `bert` or `roberta`. BERT's pooler lies here, too, though only
-    the classifier calls it."""
+    """Everything below the heads, which checkpoints call `bert` or `roberta`. Checkpoints count BERT's pooler as part
+    of it, so it is made here, but only class_logits() calls it."""
 
     def __init__(self, config: Config, pooler: bool):
         super().__init__()
@@ -273,9 +274,9 @@ class RobertaClassifier(nn.Module):
 
 
 class Model(nn.Module):
-    """The backbone, with the heads that a checkpoint holds or a caller adds.
+    """The backbone, and the heads that a checkpoint holds or a caller adds.
 
-    A model is made with random weights, BERT's initialisation; load() below fills one from a file."""
+    A new model has random weights, BERT's initialisation. load() below makes one with the weights of a file."""
 
     def __init__(self, config: Config, pooler: bool = True, mlm_head: bool = True):
         super().__init__()
@@ -293,8 +294,8 @@ class Model(nn.Module):
         without padding; token_type_ids (B, T), None for all 0 -> list of L + 1 tensors (B, T, D).
         Raises ValueError if T exceeds the position table."""
         num_tokens = input_ids.shape[1]
-        if num_tokens > self.config.positions:
-            raise ValueError(f"{num_tokens} tokens, but the model has {self.config.positions} positions")
+        if num_tokens > self.config.max_tokens:
+            raise ValueError(f"{num_tokens} tokens, but the model has {self.config.max_tokens} positions")
         return self.backbone(input_ids, attention_mask, token_type_ids)
 
     def mlm_logits(self, hidden_states):  # (..., D) -> (..., V)
@@ -364,17 +365,6 @@ class Model(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 
 
-# The masked-LM head of BERT and of RoBERTa, and families that look alike and are not read.
-MLM_HEADS = {"bert": "cls.predictions", "roberta": "lm_head"}
-OTHER_FAMILIES = ("albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta")
-# What training programs put in front of a name: DistributedDataParallel, Lightning, and torch.compile,
-# which may also have wrapped a module inside: bert._orig_mod.pooler.dense.bias.
-WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.")
-# Names of weight files. A TensorFlow checkpoint is a prefix with several files.
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-TENSORFLOW_SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
-
-
 def load(path) -> Model:
     """A model in eval mode from an original checkpoint, with the pooler and the masked-LM head that it holds.
 
@@ -385,8 +375,8 @@ def load(path) -> Model:
 
     All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
     FileNotFoundError, or ValueError with what is missing, of the wrong shape, or not finite."""
-    # Read the two files: the weights, under Hugging Face's names, and the sizes. (Only fairseq's file holds sizes as
-    # well; for the others the first `settings` are empty.)
+    # Read the weights and the settings. Most formats keep the settings in a config.json beside the weights; a fairseq
+    # file holds its own, and a config.json beside it, if there is one, wins.
     weights_file = find_weights(Path(path))
     tensors, settings = read_weights(weights_file)
     config_file = find_config(weights_file)
@@ -396,7 +386,8 @@ def load(path) -> Model:
         raise FileNotFoundError(f"{weights_file.parent}: no config.json or bert_config.json beside "
                                 f"{weights_file.name}")
 
-    # Settle the spelling of the names, the config, and whether the decoder is the embedding matrix.
+    # Settle the names, the config, and whether the decoder is the embedding matrix. (A `with file_named_in_errors`
+    # adds the name of the file to whatever error is raised within it.)
     with file_named_in_errors(weights_file):
         family = find_family(tensors, settings)
         tensors = normalise_names(tensors, family)
@@ -405,8 +396,8 @@ def load(path) -> Model:
         check_number_of_layers(config, tensors)
     config, tensors = settle_decoder(config, tensors)
 
-    # Build the model without memory of its own ("meta"), compare it with the file, and put the tensors in.
-    head = MLM_HEADS[family]
+    # Build the model without memory of its own ("meta") and compare it with the file.
+    head = MLM_HEADS[family]  # "cls.predictions" or "lm_head"
     has_pooler = any(name.startswith(f"{family}.pooler.") for name in tensors)
     has_mlm_head = any(name.startswith(f"{head}.") for name in tensors)
     with torch.device("meta"):
@@ -417,7 +408,9 @@ def load(path) -> Model:
     unused = sorted(tensors.keys() - expected.keys())
     if unused:
         print(f"{weights_file.name}: not used: {shorten(unused)}")
-    # Copies, since the tensors may be views of the file; assigned, since meta tensors cannot be written into.
+
+    # Put the tensors in. They are copied, since they may be views of the file, and assigned, since meta tensors
+    # cannot be written into.
     weights = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in expected}
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -426,21 +419,35 @@ def load(path) -> Model:
 def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     """Writes config.json and model.safetensors, which transformers' from_pretrained loads.
 
-    architecture: the transformers class without its family ("ForMaskedLM"); extra goes into config.json.
+    tensors: {name: tensor}, a model's state_dict(), or one with masked weights in it.
+    architecture: the class of transformers that shall load them, without the family's name: "ForMaskedLM".
+    extra: further fields of config.json, such as the names of the classes.
     Raises OSError if the disk fails; the old files then stay."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     class_name = config.model_type.title() + architecture  # BertForMaskedLM
     settings = asdict(config) | {"architectures": [class_name], "hidden_act": "gelu"} | extra
-    # The new config takes its place last, when this block ends: first the weights are replaced, and before them a
-    # full disk has to show.
+    # The new config.json takes the old one's place when this block ends, after the weights: whoever finds a new
+    # config finds the new weights, too. The flush makes a full disk fail before anything is replaced.
     with atomic_write(folder / "config.json") as file:
         file.write(f"{json.dumps(settings, indent=1)}\n".encode())
         file.flush()
         write_safetensors(folder / "model.safetensors", tensors)
 
 
-# What load() calls, in its order.
+# ---------------------------------------------------------------------------------------------------
+# Appendix A: the steps of load(), in its order. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
+
+# The masked-LM head of BERT and of RoBERTa, and families that look alike and are not read.
+MLM_HEADS = {"bert": "cls.predictions", "roberta": "lm_head"}
+OTHER_FAMILIES = ("albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta")
+# What training programs put in front of a name: DistributedDataParallel, Lightning, and torch.compile,
+# which may also have wrapped a module inside: bert._orig_mod.pooler.dense.bias.
+WRAPPERS = re.compile(r"^((module|model|_orig_mod)\.)+|\b_orig_mod\.")
+# Names of weight files. A TensorFlow checkpoint is a prefix with several files.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+TENSORFLOW_SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
 
 
 def find_weights(path: Path) -> Path:
@@ -479,8 +486,8 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_weights(file: Path) -> tuple[dict, dict]:
-    """The tensors under Hugging Face's names, spelled in any of their usual ways; and the settings that a fairseq file
-    holds, since it has no config.json ({} for the other formats)."""
+    """The tensors under Hugging Face's names, which may still have their older spellings and prefixes; and the
+    settings, which only a fairseq file holds ({} for the other formats)."""
     if file.suffix == ".index":
         tensors = read_tensorflow(file)
         with file_named_in_errors(file):
@@ -510,9 +517,9 @@ def find_config(weights_file: Path) -> Path | None:
 
 
 def find_family(tensors: dict, settings: dict) -> str:
-    """Decides between "bert" and "roberta", by model_type or architectures in the config and by the names of the
-    weights. Google's config has neither of the two, and the names of a bare encoder have no prefix that tells; but
-    one of these has to say it."""
+    """Decides between "bert" and "roberta". Three things may tell: model_type in the config, architectures in the
+    config, and the prefixes of the names of the weights. Each may be absent (Google's config has neither field, the
+    names of a bare encoder have no prefix), but one has to be there, and those that are have to agree."""
     families = set()
     if settings.get("model_type"):
         families.add(str(settings["model_type"]))
@@ -587,7 +594,7 @@ def read_config(settings: dict, family: str) -> Config:
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(f"num_attention_heads {config.num_attention_heads} does not divide hidden_size "
                          f"{config.hidden_size}")
-    if config.pad_token_id >= config.vocab_size or config.positions < 1:
+    if config.pad_token_id >= config.vocab_size or config.max_tokens < 1:
         raise ValueError(f"pad_token_id {config.pad_token_id} leaves no words or no positions")
     return config
 
@@ -694,12 +701,12 @@ def file_named_in_errors(file):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: checkpoint formats. Skip it at a first reading.
+# Appendix B: files and checkpoint formats. Skip it at a first reading.
 #
 # The files come from strangers: no code in them runs, and no size that they claim is believed unchecked.
 # ---------------------------------------------------------------------------------------------------
 
-# Files. The other modules use read_json and atomic_write as well.
+# Two functions for files that all modules use.
 
 
 def read_json(path) -> dict:
@@ -924,6 +931,8 @@ TENSORFLOW_DTYPES = {1: torch.float32, 2: torch.float64, 3: torch.int32, 4: torc
 # Field numbers of the header (under the empty key) and of a variable's entry; a field that is 0 is left out.
 NUM_SHARDS, ENDIANNESS = 1, 2
 DTYPE, SHAPE, SHARD, OFFSET, SIZE, CHECKSUM, SLICES = 1, 2, 3, 4, 5, 6, 7
+# And of a shape, which is a list of dimensions.
+DIMENSION, DIMENSION_SIZE = 2, 1
 # Types of a field on the wire.
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
 LARGEST_INDEX = 2 << 20  # bytes; BERT-large has 100,000
@@ -962,8 +971,8 @@ def read_variable(entry: dict, data) -> torch.Tensor:
 
     shape = []
     for field, dimension in read_fields(entry.get(SHAPE, b"")):
-        if field == 2:
-            shape.append(dict(read_fields(dimension)).get(1, 0))
+        if field == DIMENSION:
+            shape.append(dict(read_fields(dimension)).get(DIMENSION_SIZE, 0))
     if entry.get(DTYPE) not in TENSORFLOW_DTYPES:
         raise ValueError(f"dtype {entry.get(DTYPE)} is not one of {', '.join(map(str, TENSORFLOW_DTYPES))}")
     return tensor_from_bytes(raw, TENSORFLOW_DTYPES[entry[DTYPE]], shape)
@@ -1223,11 +1232,11 @@ def fairseq_options(content: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: attention on a CPU. Skip it at a first reading.
+# Appendix C: attention on a CPU. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 
-def attention(query, key, value, attention_mask, dropout: float):
+def scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob: float):
     """softmax(query key^T / sqrt(head size)) value, with dropout on the softmax.
 
     query, key, value (B, H, T, head size); attention_mask (B, 1, 1, T) bool or None -> (B, H, T, head size).
@@ -1236,8 +1245,8 @@ def attention(query, key, value, attention_mask, dropout: float):
     attention weight, and the weights of a batch do not fit the cache. So a few sequences are computed at a
     time, and dropout takes 16 random bits per weight. A training step of 6 layers of 384 at 8 x 128 tokens
     takes 0.89 of the time, at 8 x 512 tokens 0.66 (one thread, medians)."""
-    if dropout == 0 or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout)
+    if dropout_prob == 0 or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)
 
     B, H, T, head_size = query.shape
     piece_size = max(1, 2**20 // (H * T * T))  # sequences; 2^20 attention weights take 4 MB
@@ -1250,15 +1259,15 @@ def attention(query, key, value, attention_mask, dropout: float):
         if attention_mask is not None:
             is_token = attention_mask[index * piece_size:(index + 1) * piece_size]
             products = products.masked_fill_(~is_token, -math.inf)
-        dropped = products.softmax(dim=-1) * random_mask(products.shape, dropout)
-        pieces.append(dropped @ (values[index] * (1 / (1 - dropout))))
+        dropped = products.softmax(dim=-1) * random_mask(products.shape, dropout_prob)
+        pieces.append(dropped @ (values[index] * (1 / (1 - dropout_prob))))
     return torch.cat(pieces)
 
 
-def random_mask(shape, dropout: float):
-    """uint8, 0 with probability `dropout`, else 1. Four draws of 16 bits are made from one of 64."""
+def random_mask(shape, dropout_prob: float):
+    """uint8, 0 with probability dropout_prob, else 1. Four draws of 16 bits are made from one of 64."""
     num_draws = math.prod(shape)
     bits = torch.empty((num_draws + 3) // 4, dtype=torch.int64).random_(-2**63, None)
     draws = bits.view(torch.int16)[:num_draws].view(shape)  # signed: from -2^15 to 2^15 - 1
     mask = torch.empty(shape, dtype=torch.uint8)  # the product is twice as fast with bytes as with bool
-    return torch.ge(draws, round(2**16 * dropout) - 2**15, out=mask)
+    return torch.ge(draws, round(2**16 * dropout_prob) - 2**15, out=mask)

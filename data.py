@@ -1,12 +1,18 @@
 """From plain text to batches of token ids.
 
-    1. Vocabulary      the tokenizer of a model folder, read and written
+    1. Vocabulary      the tokenizer of a model folder
     2. Text            plain text to rows of T token ids, in a memory-mapped file
     3. Batches         the order of the rows, and masked-LM corruption
-    Appendix           the settings of a tokenizer, and its export
-    Appendix           files: names, locks, hashes, progress
-    Appendix           download and unpack
-    Appendix           the named models and corpora, with their hashes
+    Appendix A         tokenizers: their settings, fairseq's dictionaries, export
+    Appendix B         texts that are no plain text, or not in the words of the vocabulary
+    Appendix C         files: names, locks, hashes, progress
+    Appendix D         download and unpack
+    Appendix E         the named models and corpora, with their hashes
+
+    vocabulary = data.vocabulary("folder")                           # of a model: vocab.txt, tokenizer.json, ...
+    rows = data.corpus("text.txt", vocabulary, 128, "train")         # token ids (n, 128)
+    batch = rows[data.row_indices(len(rows), seed=1, start=0, count=16)]  # 16 rows in random order
+    corrupted_ids, is_chosen = data.corrupt(batch, vocabulary, generator)  # what masked-LM training predicts
 
 Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
@@ -69,7 +75,7 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
-    one_row_per_line: bool = False  # such a model (proteins, say) was trained on lines: each is a padded row
+    one_row_per_line: bool = False  # True for models that were trained on single lines, such as proteins
     extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, such as [E1]
 
     @property
@@ -83,17 +89,14 @@ def vocabulary(path) -> Vocabulary:
     """The tokenizer of a model folder, or of the folder in which a checkpoint file lies.
 
     The first of these that is there: tokenizer.json; vocab.txt (WordPiece); vocab.json + merges.txt
-    (byte-level BPE); dict.txt (fairseq). The path is taken as given: in a hub cache the files are
-    symbolic links, and their targets have neither their names nor their neighbours.
-
-    What the settings of the folder say about ids is honoured; see the first appendix. Raises ValueError
-    for a setting that would change ids and is not supported, and for a damaged file; FileNotFoundError if
-    there is no vocabulary."""
-    folder = Path(path)
+    (byte-level BPE); dict.txt (fairseq). Settings that change ids, such as do_lower_case, are honoured
+    (appendix A). Raises ValueError for one that is not supported, and for a damaged file; FileNotFoundError
+    if there is no vocabulary."""
+    folder = Path(path)  # not resolved: in a hub cache it is a link to a file without neighbours
     if not folder.is_dir():
         folder = folder.parent
-    settings = read_settings(folder)
-    one_row_per_line = bool(settings.get("one_row_per_line"))  # our exports say so
+    settings = read_settings(folder)  # {"do_lower_case": True, "cls_token": "[CLS]", ...}, often empty
+    one_row_per_line = bool(settings.get("one_row_per_line"))  # save_vocabulary below writes this
 
     if (folder / "tokenizer.json").is_file():
         file = folder / "tokenizer.json"
@@ -110,7 +113,8 @@ def vocabulary(path) -> Vocabulary:
         file = folder / "dict.txt"
         refuse_unsupported(file, settings, "RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # symbols, not pieces of words
+        has_symbols = isinstance(tokenizer.model, models.WordLevel)  # amino acids, say, not pieces of words
+        one_row_per_line = has_symbols
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
@@ -119,9 +123,9 @@ def vocabulary(path) -> Vocabulary:
 
 
 def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
-    """Finds the special tokens of a tokenizer that was read from `file`, and has it look for them in texts."""
+    """Finds the special tokens of a tokenizer that was read from `file`."""
     names = special_names(tokenizer, settings, file)
-    add_tokens(tokenizer, names, settings, file.parent)
+    add_tokens(tokenizer, names, settings, file.parent)  # or "[MASK]" in a text would become [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
 
     extra_ids = []
@@ -143,8 +147,10 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
 
 
 def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
-    """The names of the five special tokens in the order of SPECIAL_ROLES: as the settings say, else
-    [PAD] .. or <pad> ..; a ValueError says which is missing."""
+    """The names of the five special tokens in the order of SPECIAL_ROLES.
+
+    The settings may name them; otherwise they are BERT's ([PAD] ...) or RoBERTa's (<pad> ...). Raises
+    ValueError if one is not in the vocabulary."""
     names = []
     for role, *usual_names in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
         candidates = usual_names
@@ -159,8 +165,8 @@ def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]
 
 
 def read_tokenizer_json(file: Path) -> Tokenizer:
-    """The tokenizers library's own format. What it says about cutting, padding, [CLS] and [SEP] is meant
-    for single sentences, and is switched off."""
+    """The tokenizers library's own format. The file may ask to cut and pad each text and to add [CLS] and [SEP].
+    That is switched off: rows and pairs of sentences are made here."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
@@ -188,35 +194,9 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     return tokenizer
 
 
-def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
-    """Whether text is lower-cased: as the settings say, else as the words tell, and then a line says so.
-
-    Where there are settings, but silent on this, text is lower-cased, as transformers does it."""
-    if "do_lower_case" in settings:
-        return bool(settings["do_lower_case"])
-
-    capitalised = None
-    for word in words:
-        is_special = word[:1] + word[-1:] in ("[]", "<>")  # [CLS], [unused7]
-        if word != word.lower() and not is_special:
-            capitalised = word
-            break
-
-    if capitalised is None:
-        print(f"{file}: no settings for its case; no word has a capital, so text is lower-cased")
-        return True
-    if (file.parent / "tokenizer_config.json").is_file():
-        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as "
-              f"transformers does it, and words such as {capitalised!r} never occur")
-        return True
-    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps "
-          "its case")
-    return False
-
-
 def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
-    """RoBERTa's tokenizer: {token: id}, and a file of pairs of tokens to merge, one a line, in order.
-    A token is spelled in bytes, a space as the letter G with a dot: " dog" -> Ġdog."""
+    """RoBERTa's tokenizer, from {token: id} and a file with the pairs of tokens to merge, one a line, in order.
+    Tokens are spelled in bytes, where Ġ stands for a space: " dog" -> Ġdog."""
     ids = list(vocab.values())
     if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
@@ -236,65 +216,14 @@ def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -
     return tokenizer
 
 
-def fairseq(file: Path, settings: dict) -> Tokenizer:
-    """The tokenizer of a fairseq model. Each line of dict.txt has a symbol and its count: "13 850314647".
-
-    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. (The last lines may be called
-    madeupword0000 and so on: they fill the matrix up.) There are three kinds:
-
-    * In the released RoBERTa a symbol is the number that GPT-2's encoder.json gives a token. Line 0 is
-      13, which stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside it or are fetched.
-    * Symbols of one character each, such as amino acids: each character of the text is a token, and
-      white space means nothing.
-    * Longer symbols: the text is split at white space. If they are the pieces of a sentencepiece model,
-      only that model could split a text, so they are refused."""
-    symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
-    if "<mask>" not in symbols:
-        symbols.append("<mask>")
-    num_numbers = sum(symbol.isdecimal() for symbol in symbols)
-
-    if num_numbers > len(symbols) / 2:
-        encoder_file, merges_file = gpt2_files(file.parent)
-        token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
-        tokens = [token_of.get(symbol, symbol) for symbol in symbols]  # madeupword0000 is no number
-        vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
-        return byte_level_bpe(vocab, merges_file, file, settings)
-
-    sentencepiece = sorted(file.parent.glob("*.model"))
-    if sentencepiece:
-        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece "
-                         "models are not supported; a tokenizer.json made by transformers is")
-
-    vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    plain_symbols = [symbol for symbol in symbols if not symbol.startswith(("<", "madeupword"))]
-    if all(len(symbol) == 1 for symbol in plain_symbols):
-        characters = pre_tokenizers.Split(Regex("."), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
-    return tokenizer
-
-
-def gpt2_files(folder: Path) -> list[Path]:
-    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
-    beside = [folder / name for name in GPT2_BPE]
-    if all(path.is_file() for path in beside):
-        return beside
-
-    paths = []
-    for name, file in GPT2_BPE.items():
-        paths.append(fetch(file.url, cache() / "gpt2_bpe" / name, file.size, file.sha256))
-    return paths
-
-
 def numbered(tokens: list[str], file: Path) -> dict[str, int]:
-    """{token: its number}; an empty token or one that comes twice is a ValueError."""
+    """{token: its place in the list}. Raises ValueError for an empty token and for one that occurs twice."""
     vocab = {}
     for number, token in enumerate(tokens):
         if not token:
             raise ValueError(f"{file}: token number {number} from 0 is empty")
         if token in vocab:
-            raise ValueError(f"{file}: token {token!r} stands there twice, as number {vocab[token]} and "
+            raise ValueError(f"{file}: token {token!r} occurs twice, as number {vocab[token]} and "
                              f"{number} from 0")
         vocab[token] = number
     return vocab
@@ -315,22 +244,22 @@ def read_lines(file: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool = False) -> np.memmap:
+def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per_line: bool = False) -> np.memmap:
     """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
 
     source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
     wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
-    between [CLS] and [SEP]; headings and the borders of documents are not treated specially, and the tail is dropped
-    (released code: data/datasets/language_modeling.py). With `lines`, or a vocabulary of symbols, each
-    line of the text is one row, cut or padded to T.
+    between [CLS] and [SEP]; headings and the borders of documents are not treated specially, and the tail is
+    dropped (released code: data/datasets/language_modeling.py). With one_row_per_line, here or in the
+    vocabulary, each line of the text is one row, cut or padded to T.
 
-    The rows are kept in the cache. The name of their file is a digest of what made them: the bytes of
-    the text, the tokenizer, T, `lines`. It therefore answers the question which text this is.
+    The rows are kept in the cache, in a file named by a digest of all that decides about them: the bytes of the
+    text, the tokenizer, T, one_row_per_line. So two corpora whose files have the same name have the same rows.
 
     Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
-    lines = lines or vocabulary.one_row_per_line
-    file, begin, end = find_text(source, split, lines)
-    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, lines]
+    one_row_per_line = one_row_per_line or vocabulary.one_row_per_line
+    file, begin, end = find_text(source, split, one_row_per_line)
+    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, one_row_per_line]
     digest = hashlib.sha256(json.dumps(made_by).encode())
     for piece in read_bytes(file, begin, end):
         digest.update(piece)
@@ -339,7 +268,7 @@ def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_rows = padded_lines if lines else packed_blocks
+        make_rows = padded_lines if one_row_per_line else packed_blocks
         with bert.atomic_write(path) as out:
             for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
                 out.write(rows.astype(dtype).tobytes())
@@ -347,12 +276,12 @@ def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, lines: bool
                 raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
+    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))  # a warning from 5 % on
     return rows
 
 
-def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
-    """The text of a split: a file, and the bytes where the text begins and ends in it."""
+def find_text(source, split: str, one_row_per_line: bool) -> tuple[Path, int, int]:
+    """The text of a split: a file, and the bytes at which the text begins and ends in it."""
     path = Path(source)
     if str(source) in CORPORA:
         path = corpus_folder(str(source))
@@ -367,40 +296,31 @@ def find_text(source, split: str, lines: bool) -> tuple[Path, int, int]:
     if not path.is_file():
         raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
                                 f"{', '.join(CORPORA)}, toy")
-    if path.suffix.lower() in TO_TEXT:
-        line = TO_TEXT[path.suffix.lower()].format(str(path))
-        raise ValueError(f"{path}: expected plain text, not {path.suffix}; if its texts are called 'text', "
-                         f"this line of Python makes text.txt of it: {line}")
+    refuse_other_formats(path)
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{path}: the file is empty")
 
-    border = dev_border(path, size, lines)
+    border = dev_border(path, size, one_row_per_line)
     if split == "train":
         return path, 0, border
     return path, border, size
 
 
-WRITE_TEXT = r"open('text.txt', 'w').writelines(each['text'] + '\n' for each in "
-TO_TEXT = {  # format: the path
-    ".jsonl": "import json; " + WRITE_TEXT + "map(json.loads, open({!r})))",
-    ".json": "import json; " + WRITE_TEXT + "json.load(open({!r})))",
-    ".csv": "import csv; " + WRITE_TEXT + "csv.DictReader(open({!r})))",
-}
+def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
+    """The byte of a text file at which its last 5 %, the dev text, begin.
 
-
-def dev_border(path: Path, size: int, lines: bool) -> int:
-    """The byte of a text file where its last 5 %, the dev text, begin.
-
-    Usually it is the beginning of a line: of 200 lines the last 10 are dev. A text of less than 20 lines is cut
-    inside a line, at the last space in the first 95 % of its bytes. If each line is to be a row, its last line
-    is dev instead, unless it is the only one."""
+    * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
+    * With one_row_per_line a shorter file is cut between lines, too: its last line is dev.
+    * Any other file, and one of a single line, is cut inside a line, at the last space in the first 95 % of
+      its bytes."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
 
-        if num_lines >= 20 or (lines and num_lines > 1):
-            border = size - 1
-            for _ in range(max(num_lines // 20, 1)):
+        if num_lines >= 20 or (one_row_per_line and num_lines > 1):
+            num_dev_lines = max(num_lines // 20, 1)
+            border = size - 1  # the newline at the end of the file, if it has one, ends the last line
+            for _ in range(num_dev_lines):
                 border = text.rfind(b"\n", 0, border)
             return border + 1
 
@@ -414,8 +334,8 @@ def dev_border(path: Path, size: int, lines: bool) -> int:
 
 
 def read_text(file: Path, begin: int, end: int, quiet: bool = False):
-    """Yields the text between two bytes of a file, 2 MB at a time, with "\\n" for Windows' line ends; a byte
-    order mark is dropped."""
+    """Yields the text between two bytes of a UTF-8 file, 2 MB at a time. Windows' line ends become "\\n", and a
+    byte order mark is dropped."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
     position = begin
@@ -435,16 +355,19 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
         progress.add(len(piece))
 
 
-# A long text is tokenised in pieces, so that many can be encoded at once, on all cores. The ids of the pieces,
-# one after the other, have to be those of the whole text. BERT's words end at white space and RoBERTa's begin with
-# their space, so a cut between a word and the space after it changes nothing:
+# A long text is tokenised in pieces, many at once on all cores. The ids of the pieces, one after the other, have to
+# be those of the whole text. A word of BERT ends at white space, and a word of RoBERTa begins with its space, so it
+# is safe to cut between a word and the space after it:
 #
 #   "one two three"   ->   "one two", " three"
 #
-# A piece has at least 2,000 characters. Where no space comes for long, the cut lies before other white space, but not
-# with add_prefix_space: that would put a space in front of a piece that does not begin with one.
-PIECE = re.compile(r"(?s).{2000,10000}?\w(?= )|.{2000,}?\w(?=\s)")
-PIECE_BEFORE_SPACE = re.compile(r"(?s).{2000,}?\w(?= )")
+PIECE = re.compile(r"""
+    .{2000,10000}? \w (?=[ ])  # at least 2,000 characters, as few as possible, up to a word before a space
+    | .{2000,}?    \w (?=\s)   # where none comes for 10,000 characters: before other white space, such as a line end
+    """, re.DOTALL | re.VERBOSE)
+# With add_prefix_space a tokenizer puts a space in front of each piece that does not begin with one. So every piece
+# has to begin with one.
+PIECE_BEFORE_SPACE = re.compile(r".{2000,}? \w (?=[ ])", re.DOTALL | re.VERBOSE)
 
 
 def cut_pieces(texts, tokenizer: Tokenizer):
@@ -503,38 +426,6 @@ def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
         yield rows
 
 
-def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
-    """Warns from 5 % of unknown tokens on: a text that the vocabulary cannot read gives low losses that
-    mean nothing. Raises ValueError if there is nothing to predict at all."""
-    counts = count_tokens(rows, vocabulary)
-    counts[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id]] = 0
-    share = counts[vocabulary.unknown_id] / max(counts.sum(), 1)
-
-    counts[vocabulary.special_ids] = 0
-    if counts.sum() == 0:
-        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
-                         "vocabulary")
-    if share >= 0.05:
-        examples = ", ".join(unknown_words(texts, vocabulary))
-        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
-              f"{examples}", file=sys.stderr)
-
-
-def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
-    """Three words of a text that become [UNK]."""
-    words = []
-    for pieces in cut_pieces(texts, vocabulary.tokenizer):
-        for piece in pieces:
-            encoding = vocabulary.tokenizer.encode(piece, add_special_tokens=False)
-            for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                word = repr(piece[begin:end][:20])
-                if token_id == vocabulary.unknown_id and word not in words:
-                    words.append(word)
-                if len(words) == 3:
-                    return words
-    return words
-
-
 def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
     """How often each id occurs in rows (n, T), counted a million tokens at a time -> (V,) int64."""
     counts = np.zeros(vocabulary.size, np.int64)
@@ -553,28 +444,29 @@ def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
 # 3. Batches and masked-LM corruption
 # ---------------------------------------------------------------------------------------------------
 
-PURPOSES = ("order", "corruption", "masks", "limit", "tickets")  # results depend on this order
+# Random numbers are drawn for these purposes. Each result depends on the place of its purpose in this list.
+PURPOSES = ("order", "corruption", "masks", "limit", "tickets")
 
 
 def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A generator of random numbers for one purpose, so that no two purposes share their numbers;
-    `numbers`, such as the step, give each use of it a stream of its own."""
+    """A generator of random numbers for one purpose. No two purposes share their numbers, and `numbers`, such as
+    the step, give each use its own: what a step draws does not depend on the steps before, so a run can resume."""
     return np.random.default_rng([seed, PURPOSES.index(purpose), *numbers])
 
 
-def batch_rows(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Rows number start .. start + count - 1 of an endless reading of num_rows rows -> (count,) int64.
+def row_indices(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Which rows come at the positions start .. start + count - 1, if num_rows rows are read epoch after epoch,
+    shuffled anew in each -> (count,) int64.
 
-    They are shuffled anew each epoch. The result depends on the seed and the position alone, so that a run
-    can continue anywhere."""
-    rows = []
+    Step 2 of a run with batches of 16 reads row_indices(num_rows, seed, 32, 16)."""
+    indices = []
     for position in range(start, start + count):
         epoch, place = divmod(position, num_rows)
-        rows.append(epoch_order(num_rows, seed, epoch)[place])
-    return np.array(rows)
+        indices.append(epoch_order(num_rows, seed, epoch)[place])
+    return np.array(indices)
 
 
-@lru_cache(2)  # a batch may lie on the border of two epochs
+@lru_cache(2)  # a batch may begin in one epoch and end in the next
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return random_stream(seed, "order", epoch).permutation(num_rows)
 
@@ -582,8 +474,8 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masked-LM corruption of input_ids (B, T).
 
-    Each token that is no special one is chosen with probability 0.15. Of the chosen ones 80 % become
-    [MASK], 10 % a random word of the whole vocabulary, 10 % stay as they are.
+    Each token that is not special is chosen with probability 0.15. Of the chosen ones 80 % become [MASK], 10 %
+    a random word of the whole vocabulary, and 10 % stay as they are.
 
     -> corrupted ids (B, T); is_chosen (B, T) bool, True where the original token is to be predicted."""
     is_special = np.isin(input_ids, vocabulary.special_ids)
@@ -600,14 +492,16 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, n
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: the settings of a tokenizer, and its export. Skip it at a first reading.
+# Appendix A: tokenizers: their settings, fairseq's dictionaries, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 
 def read_settings(folder: Path) -> dict:
-    """tokenizer_config.json and special_tokens_map.json, merged as transformers does it: the map adds what the
-    other file leaves open, its extra_special_tokens are added, and it counts for nothing where
-    tokenizer_config.json lists all added tokens itself."""
+    """The settings of a tokenizer, from three files, merged as transformers merges them.
+
+    tokenizer_config.json has most of them; config.json may have a tokenizer_class. special_tokens_map.json
+    overrules both and adds its extra_special_tokens to theirs, unless tokenizer_config.json has an
+    added_tokens_decoder: then it lists all tokens itself, and the map is not read."""
     settings = {}
     if (folder / "config.json").is_file():
         settings["tokenizer_class"] = bert.read_json(folder / "config.json").get("tokenizer_class")
@@ -615,14 +509,15 @@ def read_settings(folder: Path) -> dict:
         settings |= bert.read_json(folder / "tokenizer_config.json")
     settings = {key: value for key, value in settings.items() if value is not None}
 
-    lists = ("extra_special_tokens", "additional_special_tokens")
     if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in settings:
         tokens = {key: value for key, value in bert.read_json(folder / "special_tokens_map.json").items()
                   if value is not None}
-        own_list = [token for key in lists for token in token_list(settings.get(key))]
-        if own_list:
+        listed = []
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            listed += token_list(settings.get(key))
+        if listed:
             tokens.pop("additional_special_tokens", None)
-            tokens["extra_special_tokens"] = own_list + token_list(tokens.get("extra_special_tokens"))
+            tokens["extra_special_tokens"] = listed + token_list(tokens.get("extra_special_tokens"))
         settings |= tokens
 
     if settings.get("split_special_tokens"):
@@ -710,16 +605,93 @@ def token_content(token: str | dict) -> str:
     return content
 
 
-def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, positions: int):
+def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
+    """Whether text is to be lower-cased.
+
+    1. The settings say it (do_lower_case).
+    2. No word of the vocabulary has a capital: yes.
+    3. There is a tokenizer_config.json that does not say: yes, as transformers does it.
+    4. There are no settings at all: no.
+
+    In the cases 2 to 4 a printed line says what was decided, and why."""
+    if "do_lower_case" in settings:
+        return bool(settings["do_lower_case"])
+
+    capitalised = None
+    for word in words:
+        is_special = word[:1] + word[-1:] in ("[]", "<>")  # [CLS], [unused7]
+        if word != word.lower() and not is_special:
+            capitalised = word
+            break
+
+    if capitalised is None:
+        print(f"{file}: no settings for its case; no word has a capital, so text is lower-cased")
+        return True
+    if (file.parent / "tokenizer_config.json").is_file():
+        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as "
+              f"transformers does it, and words such as {capitalised!r} never occur")
+        return True
+    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps "
+          "its case")
+    return False
+
+
+def fairseq(file: Path, settings: dict) -> Tokenizer:
+    """The tokenizer of a fairseq model. Each line of dict.txt has a symbol and its count: "13 850314647".
+
+    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. (The last lines may be called
+    madeupword0000 and so on: they fill the matrix up.) Symbols are of one of three kinds; see below."""
+    symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
+    if "<mask>" not in symbols:
+        symbols.append("<mask>")
+
+    # Numbers, in the released RoBERTa: those that GPT-2's encoder.json gives to its tokens. Line 0 is 13, which
+    # stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside dict.txt or are fetched.
+    num_numbers = sum(symbol.isdecimal() for symbol in symbols)
+    are_numbers = num_numbers > len(symbols) / 2  # madeupword0000 is none
+    if are_numbers:
+        encoder_file, merges_file = gpt2_files(file.parent)
+        token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
+        tokens = [token_of.get(symbol, symbol) for symbol in symbols]
+        vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
+        return byte_level_bpe(vocab, merges_file, file, settings)
+
+    # Pieces of a sentencepiece model: only that model could split a text into them.
+    sentencepiece = sorted(file.parent.glob("*.model"))
+    if sentencepiece:
+        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece "
+                         "models are not supported; a tokenizer.json made by transformers is")
+
+    # Words, which stand between white space in the text; or, if all are one character long, such as amino acids,
+    # each character of the text, and white space means nothing.
+    vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain_symbols = [symbol for symbol in symbols if not symbol.startswith(("<", "madeupword"))]
+    if all(len(symbol) == 1 for symbol in plain_symbols):
+        characters = pre_tokenizers.Split(Regex("."), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
+    return tokenizer
+
+
+def gpt2_files(folder: Path) -> list[Path]:
+    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
+    beside = [folder / file.name for file in GPT2_BPE]
+    if all(path.is_file() for path in beside):
+        return beside
+    return [fetch(file.urls, cache() / "gpt2_bpe" / file.name, file.size, file.sha256) for file in GPT2_BPE]
+
+
+def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens: int):
     """Writes the tokenizer as files that transformers' AutoTokenizer and vocabulary() above read alike.
 
     tokenizer.json carries everything. A plain BERT or RoBERTa tokenizer gets its original files, too.
     Any other one is announced as PreTrainedTokenizerFast, since transformers would take the words of
     tokenizer.json and the rules of a BertTokenizer otherwise. model_type: "bert" or "roberta";
-    positions: the longest text."""
+    max_tokens: the longest text."""
     folder = Path(folder)
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy
-    settings = {"model_max_length": positions, "tokenizer_class": "PreTrainedTokenizerFast"}
+    settings = {"model_max_length": max_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
     added_tokens = tokenizer.get_added_tokens_decoder()
     names = [added_tokens[token_id].content for token_id in vocabulary.special_ids]
     settings |= dict(zip(SPECIAL_ROLES, names[:5], strict=True))
@@ -776,7 +748,62 @@ def is_plain_roberta(tokenizer: Tokenizer) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: files. Skip it at a first reading.
+# Appendix B: texts that are no plain text, or not in the words of the vocabulary. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
+
+TO_TEXT = {  # a line of Python for each format, with a place for the path
+    ".jsonl": ("import json; open('text.txt', 'w').writelines("
+               r"each['text'] + '\n' for each in map(json.loads, open({!r})))"),
+    ".json": ("import json; open('text.txt', 'w').writelines("
+              r"each['text'] + '\n' for each in json.load(open({!r})))"),
+    ".csv": ("import csv; open('text.txt', 'w').writelines("
+             r"each['text'] + '\n' for each in csv.DictReader(open({!r})))"),
+}
+
+
+def refuse_other_formats(path: Path):
+    """A table of texts is not read; the error has the line of Python that turns it into text."""
+    suffix = path.suffix.lower()
+    if suffix in TO_TEXT:
+        line = TO_TEXT[suffix].format(str(path))
+        raise ValueError(f"{path}: expected plain text, not {path.suffix}; if its texts are called 'text', "
+                         f"this line of Python makes text.txt of it: {line}")
+
+
+def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
+    """Prints a warning if 5 % of the tokens or more are unknown: on such a text low losses mean nothing.
+    Raises ValueError if there is nothing to predict at all."""
+    counts = count_tokens(rows, vocabulary)
+    counts[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id]] = 0
+    share = counts[vocabulary.unknown_id] / max(counts.sum(), 1)
+
+    counts[vocabulary.special_ids] = 0
+    if counts.sum() == 0:
+        raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
+                         "vocabulary")
+    if share >= 0.05:
+        examples = ", ".join(unknown_words(texts, vocabulary))
+        print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
+              f"{examples}", file=sys.stderr)
+
+
+def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
+    """Three words of a text that become [UNK]."""
+    words = []
+    for pieces in cut_pieces(texts, vocabulary.tokenizer):
+        for piece in pieces:
+            encoding = vocabulary.tokenizer.encode(piece, add_special_tokens=False)
+            for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                word = repr(piece[begin:end][:20])
+                if token_id == vocabulary.unknown_id and word not in words:
+                    words.append(word)
+                if len(words) == 3:
+                    return words
+    return words
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix C: files. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 PART_FILES = "*.????????.part"  # what a killed program leaves of a file that it was writing
@@ -874,7 +901,7 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: download and unpack. Skip it at a first reading.
+# Appendix D: download and unpack. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 AGENT = "tamt/1.0 (reference implementation of task-agnostic mask training; python-requests)"
@@ -887,11 +914,11 @@ GOOGLE = "https://storage.googleapis.com/bert_models"
 
 @dataclass(frozen=True)
 class Download:
-    """A published file: its URL, a tuple of mirrors, or its name in a repository; its size in bytes and
-    its SHA-256, where they are known."""
-    url: str | tuple[str, ...]
-    size: int | None = None
+    """A published file. Where no size and hash were published, what the hub announces is the check."""
+    name: str
+    size: int | None = None  # in bytes
     sha256: str | None = None
+    urls: tuple[str, ...] = ()  # where it is: several mirrors, tried in order; none for a file of a hub repository
 
 
 class TryAgain(OSError):
@@ -1160,14 +1187,13 @@ def unpack_tar(archive, folder: Path, suffixes: tuple, limit: int):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: the named models and corpora. Skip it at a first reading.
+# Appendix E: the named models and corpora. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A repository of the Hugging Face hub, and those of its files that are needed, by their names
-    there. Where no size and hash were published, what the hub announces is the check."""
+    """A repository of the Hugging Face hub, and those of its files that are needed."""
     repository: str
     files: tuple[Download, ...]
     revision: str = "main"
@@ -1228,30 +1254,30 @@ for short_name, sizes in SMALL_BERTS.items():
 
 CORPORA = {  # Amazon's bucket, which other programs name, has been dead since 2024
     "wikitext-103": Download(
-        url=(f"{HUB}/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
-             "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"),
-        size=191984949,
-        sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+        "wikitext-103-raw-v1.zip", 191984949,
+        "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+        urls=(f"{HUB}/datasets/mattdangerw/wikitext-103-raw/resolve/main/wikitext-103-raw-v1.zip",
+              "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"),
     ),
     "wikitext-2": Download(
-        url="https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
-        size=4721645,
-        sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+        "wikitext-2-raw-v1.zip", 4721645,
+        "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+        urls=("https://wikitext.smerity.com/wikitext-2-raw-v1.zip",),
     ),
 }
 
-GPT2_BPE = {  # fairseq ships RoBERTa without these two
-    "encoder.json": Download(
-        url="https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/encoder.json",
-        size=1042301,
-        sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+GPT2_BPE = (  # fairseq ships RoBERTa without these two
+    Download(
+        "encoder.json", 1042301,
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        urls=("https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/encoder.json",),
     ),
-    "vocab.bpe": Download(
-        url="https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/vocab.bpe",
-        size=456318,
-        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    Download(
+        "vocab.bpe", 456318,
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        urls=("https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/vocab.bpe",),
     ),
-}
+)
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".ckpt", ".index")
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
@@ -1307,13 +1333,13 @@ def hub_model(model: NamedModel) -> Path:
     if (repository / "refs" / model.revision).is_file():
         commit = (repository / "refs" / model.revision).read_text().strip()
     snapshot = repository / "snapshots" / commit
-    if all((snapshot / file.url).is_file() for file in model.files):
+    if all((snapshot / file.name).is_file() for file in model.files):
         return snapshot
 
     folder = cache() / "models" / f"{model.repository.replace('/', '--')}@{model.revision[:7]}"
     for file in model.files:
-        url = f"{HUB}/{model.repository}/resolve/{model.revision}/{file.url}"
-        fetch(url, folder / file.url, file.size, file.sha256)
+        url = f"{HUB}/{model.repository}/resolve/{model.revision}/{file.name}"
+        fetch(url, folder / file.name, file.size, file.sha256)
     return folder
 
 
@@ -1322,7 +1348,7 @@ def corpus_folder(name: str) -> Path:
     folder = cache() / "corpora" / name
     if not folder.exists():
         file = CORPORA[name]
-        zipped = fetch(file.url, folder.with_name(f"{name}.zip"), file.size, file.sha256)
+        zipped = fetch(file.urls, folder.with_name(f"{name}.zip"), file.size, file.sha256)
         unpack(zipped, folder)
     return folder_with(folder, ("wiki.train.raw",))
 

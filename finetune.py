@@ -954,7 +954,7 @@ def export_model(experiment, task_data: TaskData):
     if len(experiment.tasks) > 1:
         folder = folder / task.name
     bert.save(folder, model.config, full_size_tensors(model), architecture, **extra)
-    data.save_vocabulary(experiment.vocabulary, folder, model.config.model_type, model.config.positions)
+    data.save_vocabulary(experiment.vocabulary, folder, model.config.model_type, model.config.max_tokens)
 
 
 def full_size_tensors(model) -> dict[str, torch.Tensor]:
@@ -1134,7 +1134,7 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
         if values[name] is None:
             values[name] = default
 
-    positions = model.config.positions
+    positions = model.config.max_tokens
     if not 6 <= values["max_len"] <= positions:
         raise ValueError(f"--max-len {values['max_len']}: expected 6 to {positions} tokens, the positions of "
                          f"{values['model']}")

@@ -12,7 +12,7 @@ The method in eight steps. find_mask(), right below, takes them in this order; 5
     4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
     5  backward        run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
     6  update          gradients pass straight through M to the scores; the optimiser moves them     Eq. 4
-    7  update_masks    rank the scores anew: exactly round(N s) are pruned after every update        Eq. 2
+    7  update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
 
 The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
@@ -21,11 +21,14 @@ random mask instead, and `--method imp`, iterative magnitude pruning, trains W i
 
     W    weights (theta in the paper)             S    scores (the paper's underlined M)
     M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
-    s    sparsity, the fraction REMOVED           N    entries of the masked set; n of one matrix
+    n    entries that compete with each other     s    sparsity, the fraction of them that is REMOVED
     B sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts
-    run: the settings with nothing left open. Its fields are the flags of the command line (run.sparsity), and
-    run.num_updates, run.horizon (of the linear decay of the learning rate), run.family (bert or roberta),
-    run.machine (device, type of the forward pass, and which of several processes this is)
+
+    batch        the rows of one update: --batch-size times --accumulate
+    micro-batch  --batch-size of them, computed at once; several processes share them
+    run          the settings with nothing left open. Its fields are the flags of the command line (run.sparsity),
+                 and run.num_updates, run.horizon (of the linear decay of the learning rate), run.family (bert or
+                 roberta), run.machine (device, type of the forward pass, and which of several processes this is)
 
 How the paper, the released code and this program differ. A first reading may skip the table: its terms are
 explained below. An empty cell means "as in the released code", a dash that the paper does not say.
@@ -33,7 +36,7 @@ explained below. An empty cell means "as in the released code", a dash that the 
     |                 | paper                | released code                   | here
     | what is ranked  | absolute scores      | signed scores                   |
     | who competes    | all entries          | the entries of a matrix         | all; --rank local: those of a matrix
-    | how many go     | a fraction s         | int(n s), and all ties at the   | round(N s); of equal scores the
+    | how many go     | a fraction s         | int(n s), and all ties at the   | round(n s); of equal scores the
     |                 |                      | threshold                       | first ones stay
     | when            | -                    | every 1000 (kd: 100) updates; s | after every update;
     |                 |                      | drifts in between               | --refresh-every as released
@@ -83,9 +86,6 @@ import bert
 import data
 
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
-HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
-# Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
-PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 # ---------------------------------------------------------------------------------------------------
 # The eight steps
@@ -133,13 +133,11 @@ def find_mask(settings: "Settings") -> dict:
     return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
 
 
-# ---------------------------------------------------------------------------------------------------
-# The first steps and the last: 1, 2 and 8
-# ---------------------------------------------------------------------------------------------------
+# The first two steps and the last are short, and stand here; the others have chapters of their own.
 
 
 def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen, on the device."""
+    """Step 1: the checkpoint, frozen, on the device, and its vocabulary."""
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and "mlm" in settings.objective)
     if trains_head and model.mlm_head is None:
@@ -157,9 +155,12 @@ def open_text(run, vocabulary, split: str):
 
 
 def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:
-    """Step 8: mask.pt, its readable twin mask.json, the export if one was asked for, and the last lines."""
+    """Step 8: writes mask.pt, the same for humans as mask.json, and the export if one was asked for; prints the
+    result -> the content of mask.json."""
     if run.machine.process_index > 0:
         return {}
+
+    # What is left of each matrix, and what the masked model is worth on held-out text.
     model.eval()
     masks = {name: layer.mask for name, layer in layers.items()}
     report = sparsity_report(model, masks)
@@ -170,8 +171,12 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
     if dev_rows is not None:
         losses = dev_losses(model, dev_rows, vocabulary, run.machine)
 
+    # mask.pt has no times in it, so that equal runs give equal files.
     found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
     save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": found} | losses)
+    if run.export:
+        export_model(model, masks, vocabulary, run.export)
+
     content = {
         "settings": identity | {"data": plain(run.data)},
         "sparsity": report,
@@ -181,8 +186,6 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    if run.export:
-        export_model(model, masks, vocabulary, run.export)
     write_json(run.out / "mask.json", content)
     print_summary(run.out / "mask.pt", content, run)
     return content
@@ -215,17 +218,16 @@ class StraightThrough(torch.autograd.Function):
 
 
 class MaskedLayer(nn.Module):
-    """What masked linear layers and embeddings share.
+    """What masked linear layers and embeddings share: weight, mask, and scores while a mask is learned.
 
-    While a mask is learned, the layer has scores. Without scores the weight itself may train under the mask
-    (IMP). With is_teacher the layer computes with its whole weight, as in the dense model."""
+    Without scores the weight itself may train under the mask, as in IMP. While is_teacher is set the layer computes
+    with its whole weight, as in the dense model."""
 
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Scores replaces both by views of its two vectors.
-        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-        self.register_parameter("scores", None)
+        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)  # of the weight's shape; everything is kept
+        self.register_parameter("scores", None)  # the class Scores sets it: a parameter of the weight's shape
         self.is_teacher = False
 
     def masked(self, weight, scores, mask):
@@ -247,7 +249,8 @@ class MaskedLinear(MaskedLayer):
 
 
 class MaskedEmbedding(MaskedLayer):
-    """Masks the rows that are looked up. A decoder that shares the weight uses it unmasked."""
+    """Looks up rows of the weight, the scores and the mask, and masks only those. (A masked-LM decoder that shares
+    the weight uses it unmasked.)"""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -284,12 +287,19 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
     return layers
 
 
+def set_masks(layers: dict, masks: dict):
+    """Gives each layer its mask; a layer without one keeps everything. (Once there are Scores, they write the masks
+    of the layers, in place, and this is not called any more.)"""
+    for name, layer in layers.items():
+        layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The ranking: which entries stay
 # ---------------------------------------------------------------------------------------------------
 
 
-def rank(values, num_pruned: int):  # (n,) -> (n,) bool
+def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
     """The mask that prunes exactly the `num_pruned` smallest values.
 
     Equal values at the threshold are settled by position, the lower index stays, so the count is always exact:
@@ -302,8 +312,8 @@ def rank(values, num_pruned: int):  # (n,) -> (n,) bool
     return mask
 
 
-def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
-    """Writes into `mask` what rank() returns, faster, and returns where the threshold now lies.
+def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
+    """Writes into `mask` what prune_smallest() returns, faster, and returns where the threshold now lies.
 
     One update moves the threshold little, so nearly every entry is settled by a comparison with the old one: it
     is kept if it lies above threshold + radius, and pruned if it lies at or below threshold - radius. Only the
@@ -312,7 +322,8 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
         values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
-    A radius, above 0, that is too small costs another attempt with one eight times as large, but never exactness."""
+    The radius has to be above 0. If it is too small, another attempt follows with one eight times as large; the
+    result is exact in any case."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high
@@ -321,10 +332,10 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
     num_below = len(values) - num_above - len(undecided)
     num_to_prune = num_pruned - num_below  # of the undecided
     if not 0 <= num_to_prune <= len(undecided):
-        return rank_near(values, num_pruned, threshold, 8 * radius, mask)
+        return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
 
     undecided_values = values[undecided]
-    undecided_mask = rank(undecided_values, num_to_prune)
+    undecided_mask = prune_smallest(undecided_values, num_to_prune)
     mask[undecided] = undecided_mask
     if num_to_prune == 0:
         return low  # all pruned values are at or below it: near enough for the next guess
@@ -332,9 +343,9 @@ def rank_near(values, num_pruned: int, threshold: float, radius: float, mask) ->
     return float(pruned_values.max())
 
 
-def rank_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (rows, columns) bool
-    """N:M sparsity: of every group of consecutive entries of a row the num_kept largest stay, of equal ones the
-    first. Sparse tensor cores run 2:4.
+def keep_largest_of_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (rows, columns) bool
+    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
+    the `num_kept` largest stay, of equal ones the first.
 
     An entry stays if fewer than num_kept entries of its group come before it. Counting them is four times as
     fast as sorting so many small groups."""
@@ -350,22 +361,21 @@ def rank_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (
 
 
 def make_masks(values: dict, sparsity: float, rule: str) -> dict:
-    """{name: values} -> {name: mask} by one of the three rules of --rank: prune round(N s) of all entries
-    ("global"), round(n s) of each matrix ("local"), or keep as many of every group of a row as the rule says
-    ("2:4": two of four)."""
+    """{name: values} -> {name: mask} by a rule, which is the value of --rank and says which entries compete: all of
+    them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
     if is_pattern(rule):
         num_kept, group_size = parse_pattern(rule)
-        return {name: rank_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
+        return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
     if rule == "local":
         masks = {}
         for name, matrix in values.items():
             num_pruned = round(matrix.numel() * sparsity)
-            masks[name] = rank(matrix.flatten(), num_pruned).view(matrix.shape)
+            masks[name] = prune_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
         return masks
 
     vector = torch.cat([matrix.flatten() for matrix in values.values()])
-    mask = rank(vector, round(len(vector) * sparsity))
+    mask = prune_smallest(vector, round(len(vector) * sparsity))
     pieces = mask.split([matrix.numel() for matrix in values.values()])
     return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
@@ -386,7 +396,7 @@ def parse_pattern(rule: str) -> tuple[int, int]:
 
 
 def magnitude_masks(layers: dict, sparsity: float, rule: str) -> dict:
-    """Masks by |W|: OMP on fresh layers, and the next level of IMP on layers that are masked already."""
+    """Masks by |W|. On fresh layers this is OMP; on layers that are masked already, the next level of IMP."""
     magnitudes = {}
     for name, layer in layers.items():
         # What is pruned stays pruned: -1 is below every magnitude.
@@ -423,7 +433,7 @@ def start_masks(layers: dict, run: "Run") -> dict:
 
 @dataclass
 class Pool:
-    """Scores that compete with each other, vector[begin:end], and the threshold between kept and pruned ones."""
+    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie above the threshold."""
     begin: int
     end: int
     num_pruned: int
@@ -437,15 +447,12 @@ class Scores:
     into layer.scores is what is ranked here, and what the ranking writes here is what the layer multiplies with.
     So the vector and the mask are only ever changed in place.
 
-    Some entries never get a gradient (entries_without_gradient). Under a global rank the threshold could drift
-    past their two values, 0 and 2 phi, and then prune or keep all of them at once. They are pinned: their score
-    becomes plus infinity if they start as kept and minus infinity if they start as pruned. So they keep their
-    start mask, and still count among the round(N s). (The optimiser leaves an infinite score with a gradient of 0
-    infinite. --rank local stays as released, without pins.)"""
+    The scores that compete form a pool: all of them (global), or those of one matrix (local)."""
 
     def __init__(self, layers: dict, start: dict, sparsity: float, rule: str, without_gradient: dict):
-        """start {name: mask}; without_gradient {name: bool tensor that broadcasts to the mask}."""
-        self.rule = rule  # of --rank
+        """start {name: mask}; rule: the value of --rank; without_gradient {name: bool tensor that broadcasts to the
+        mask}, from entries_without_gradient."""
+        self.rule = rule
         self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([start[name].flatten() for name in layers])
         self.pools = []
@@ -464,35 +471,46 @@ class Scores:
         if rule != "local":  # with N:M all groups of all matrices are ranked at once
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
         if rule == "global":
-            for name, is_pinned in without_gradient.items():
-                scores = layers[name].scores.data
-                scores.masked_fill_(is_pinned & start[name], math.inf)
-                scores.masked_fill_(is_pinned & ~start[name], -math.inf)
+            self.pin(layers, start, without_gradient)
             self.make_start_exact()
 
+    def pin(self, layers: dict, start: dict, without_gradient: dict):
+        """Entries that never get a gradient keep their start mask, and still count among the round(n s).
+
+        Their scores would stay at 0 or 2 phi forever, while the threshold drifts: once past one of the two, it would
+        prune or keep all of them at once. So their score becomes plus infinity if they start as kept, and minus
+        infinity if they start as pruned. (The optimiser leaves it infinite.)"""
+        for name, is_pinned in without_gradient.items():
+            scores = layers[name].scores.data
+            scores.masked_fill_(is_pinned & start[name], math.inf)
+            scores.masked_fill_(is_pinned & ~start[name], -math.inf)
+
     def make_start_exact(self):
-        """The start mask is rounded in each matrix, so its total may miss round(N s) by a few entries. These few
-        change sides, so that the count is exact before the first update, too. The threshold begins at phi."""
+        """Lets a few entries change sides, so that the count is exact before the first update, too.
+
+        The start mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each,
+        together 4, where round(10 s) = 5 are due. The ranking settles which entry goes; its score becomes 0."""
         self.update_masks()
         start_scores = 2 * PHI * self.mask
         self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
         for pool in self.pools:
-            pool.threshold = PHI
+            pool.threshold = PHI  # halfway between the two start scores, as in the paper
 
     @torch.no_grad()
     def update_masks(self, radius: float | None = None):
-        """Ranks the scores anew, after which exactly the right number is pruned. radius: how far a threshold has
-        probably moved since the last ranking; None: unknown."""
+        """Step 7: ranks the scores anew, after which exactly the right number is pruned.
+
+        radius: how far a threshold has probably moved since the last ranking; None if unknown."""
         for pool in self.pools:
             scores = self.vector[pool.begin:pool.end]
             mask = self.mask[pool.begin:pool.end]
             if is_pattern(self.rule):
                 num_kept, group_size = parse_pattern(self.rule)
-                mask.copy_(rank_groups(scores[None], num_kept, group_size)[0])
+                mask.copy_(keep_largest_of_groups(scores[None], num_kept, group_size)[0])
             elif radius is not None:
-                pool.threshold = rank_near(scores, pool.num_pruned, pool.threshold, radius, mask)
+                pool.threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, radius, mask)
             else:
-                mask.copy_(rank(scores, pool.num_pruned))
+                mask.copy_(prune_smallest(scores, pool.num_pruned))
                 pool.threshold = largest(scores[~mask])
 
     @torch.no_grad()
@@ -508,34 +526,14 @@ def largest(values) -> float:
     return float(values.max()) if len(values) else -math.inf
 
 
-def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
-    """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
-    the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
-    LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
-    without = {}
-    for name, layer in layers.items():
-        device = layer.weight.device
-        if name.endswith("pooler.dense.weight"):
-            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
-        if name.endswith("word_embeddings.weight"):
-            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if run.objective == "kd":
-                is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
-            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
-            is_read[vocabulary.pad_id] = False
-            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
-    return without
-
-
 # ---------------------------------------------------------------------------------------------------
 # Losses
 # ---------------------------------------------------------------------------------------------------
 
 
 def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
-    """Cross-entropy at the chosen positions: their sum divided by num_predictions (default: P). A micro-batch
-    divides by the number of its whole batch, so that the parts add up to the batch's mean."""
+    """Cross-entropy at the chosen positions, their sum divided by num_predictions (default: P). A micro-batch
+    divides by the number of its whole batch, so that the losses of the micro-batches add up to the batch's mean."""
     if num_predictions is None:
         num_predictions = len(labels)
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -563,10 +561,7 @@ def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None
 
 @dataclass
 class Batch:
-    """The rows of one update, and what masked LM makes of them; all arrays (rows, T).
-
-    It has --batch-size x --accumulate rows. A micro-batch is --batch-size of them, over all processes, and each
-    process computes its share of every micro-batch."""
+    """The rows of one update, and what masked LM makes of them; all arrays (rows, T)."""
     input_ids: np.ndarray  # int64
     corrupted_ids: np.ndarray  # int64
     is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
@@ -588,7 +583,7 @@ def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
 
 
 class MicroBatch(NamedTuple):
-    """Some rows of a batch as tensors: what one forward pass takes. b rows."""
+    """The rows of a batch that one forward pass takes, as tensors: b rows."""
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
@@ -608,19 +603,12 @@ def make_micro_batch(batch: Batch, which: slice, device) -> MicroBatch:
         labels=to_device(input_ids.reshape(-1)[positions], device))
 
 
-def to_device(array: np.ndarray, device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
-    return tensor.to(device, non_blocking=True)
+def micro_batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
+    """The loss of a micro-batch. num_tokens and num_predictions are those of its whole batch, so the losses of the
+    micro-batches add up to the mean over the batch.
 
-
-def batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
-    """The loss of a micro-batch: its share of the mean over the whole batch's tokens and predictions.
-
-    network computes the student: it is the model itself, compiled, or wrapped for several processes; the heads and
-    the teacher need no wrapping. In mlm+kd, which adds the two losses, teacher and student both read the corrupted
-    text; in kd they read the clean one."""
+    With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
+    one. network is the model, possibly compiled or wrapped for several processes: it computes the student."""
     input_ids = inputs.input_ids if objective == "kd" else inputs.corrupted_ids
     student_states = network(input_ids, inputs.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
@@ -673,42 +661,15 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
         inputs = make_micro_batch(batch, slice(None), machine.device)
         for objective in objectives:
             with autocast(machine):
-                loss = batch_loss(model, model, objective, inputs, batch.num_tokens, batch.num_predictions)
+                loss = micro_batch_loss(model, model, objective, inputs, batch.num_tokens, batch.num_predictions)
             totals[objective] += max(float(loss), 0.0)  # for equal states 1 - cosine may round to below 0
     model.train(was_training)
     return {f"dev_{objective}_loss": total / len(starts) for objective, total in totals.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training: the optimiser, the loop, one update, the rounds of IMP
+# Training: the loop, and one update
 # ---------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(parameters, device):
-    """Its learning rate, eps and weight decay are set at each update, by optimizer_settings."""
-    is_fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
-
-
-def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """What makes torch's AdamW compute the released optimisers in update number t (from 1). m and v are the
-    moving averages of the gradient and of its square, x is what trains.
-
-        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
-                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
-        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
-                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
-        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
-                             (kd: mask_training/train_kd.py with TinyBERT's optimiser)
-
-    With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
-    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
-    multiplies the decay by its rate, so the decay is divided by a / b.)"""
-    a = 1 - 0.9**t
-    b = math.sqrt(1 - 0.999**t)
-    if objective == "kd":
-        return {"lr": learning_rate * a / b, "eps": 1e-6 / b, "weight_decay": 0.01 * b / a}
-    return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
 
 
 class Training:
@@ -724,10 +685,11 @@ class Training:
         self.rows = rows
         self.dev_rows = dev_rows
 
-        self.parameters = select_parameters(model, run)
-        # The weights that train (with mlm those of the head, with imp all), as they were before.
-        self.original = {name: parameter.detach().clone() for name, parameter in self.parameters.items()
-                           if not name.endswith(".scores")}
+        self.parameters = select_parameters(model, run)  # {name: what trains}
+        self.original = {}  # of the weights among them (with mlm the head's, with imp all) the values before training
+        for name, parameter in self.parameters.items():
+            if not name.endswith(".scores"):
+                self.original[name] = parameter.detach().clone()
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
         self.network = wrap_network(model, run)
         self.log = Log(run, layers)
@@ -736,11 +698,11 @@ class Training:
 
 
 def select_parameters(model, run: "Run") -> dict[str, nn.Parameter]:
-    """What trains: the scores, and for masked LM its head without the decoder (TAMT masking/maskers.py:524).
-    With imp all weights train but the pooler's, which get no gradient."""
+    """What trains. With tamt the scores, and for masked LM its head without the decoder (TAMT
+    masking/maskers.py:524); with imp all weights but the pooler's, which get no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(".scores"):
-            continue  # Scores has decided
+            continue  # Scores has decided that already
         is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
         if run.method == "imp":
             parameter.requires_grad_("pooler" not in name)
@@ -761,7 +723,7 @@ def train_scores(training: Training):
         # Step 7. A score moves by about the learning rate, a threshold hardly ever by more than half of that.
         if run.refresh_every == 1:
             training.scores.update_masks(radius=learning_rate / 2)
-        elif is_refresh_due(run, training.step):
+        elif is_refresh_due(run, training.step):  # --refresh-every, as in the released code
             training.scores.update_masks()
         else:
             training.scores.gate()
@@ -777,14 +739,14 @@ def train_scores(training: Training):
 
 
 def next_batch(training: Training) -> Batch:
-    """The rows of the next update and their corruption; dropout is seeded as well. All of it follows from the seed
+    """The rows of the next update, corrupted; and a seed for its dropout. All of it follows from the seed of the run
     and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
     run = training.run
     step = training.step
     # Dropout: a number of its own for each seed, update (up to a million) and process (up to a thousand).
     torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)
     num_rows = run.batch_size * run.accumulate
-    indices = data.batch_rows(len(training.rows), run.seed, step * num_rows, num_rows)
+    indices = data.row_indices(len(training.rows), run.seed, step * num_rows, num_rows)
     generator = data.random_stream(run.seed, "corruption", step)
     return make_batch(training.rows[indices], training.vocabulary, generator)
 
@@ -802,6 +764,7 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
                          "state")
 
+    # AdamW, or for kd BertAdam, as in the released code: appendix A says how torch's AdamW computes both.
     training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, t))
     training.optimizer.step()
     training.optimizer.zero_grad()
@@ -809,20 +772,23 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
 
 
 def backward(training: Training, batch: Batch) -> torch.Tensor:
-    """Step 5: computes the gradients of a batch -> its loss, a scalar on the device.
+    """Step 5: the gradients of a batch -> its loss, a scalar on the device.
 
-    Every process has the whole batch, and computes its share of each micro-batch."""
+    The batch is computed in micro-batches. Every process has the whole batch, and of each micro-batch it computes
+    the rows that are its share: with 2 processes and micro-batches of 16 rows the first process computes the rows
+    0 .. 7, 16 .. 23, and so on."""
     run = training.run
     machine = run.machine
     share = run.batch_size // machine.num_processes  # rows
-    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)
+    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)  # one a micro-batch
     total_loss = torch.zeros((), device=machine.device)
     for start in starts:
         inputs = make_micro_batch(batch, slice(start, start + share), machine.device)
-        with average_gradients_if(start == starts[-1], training):
+        is_last = start == starts[-1]  # only now do the processes exchange their gradients
+        with average_gradients_if(is_last, training):
             with autocast(machine):
-                loss = batch_loss(training.model, training.network, run.objective, inputs,
-                                  batch.num_tokens, batch.num_predictions)
+                loss = micro_batch_loss(training.model, training.network, run.objective, inputs,
+                                        batch.num_tokens, batch.num_predictions)
             (loss * machine.num_processes).backward()  # processes average gradients; their sum is wanted
         total_loss += loss.detach()
     if machine.num_processes > 1:
@@ -830,20 +796,39 @@ def backward(training: Training, batch: Batch) -> torch.Tensor:
     return total_loss
 
 
-def is_refresh_due(run: "Run", step: int) -> bool:
-    """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
-    updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
-    if step % run.eval_every == 0 or step % run.save_every == 0 or step == run.num_updates:
-        return True
-    if run.objective == "kd":
-        return step == 1 or (step + 1) % run.refresh_every == 0
-    return step % run.refresh_every == 0
+def evaluate_on_dev(training: Training) -> dict[str, float]:
+    if training.dev_rows is None or training.run.machine.process_index > 0:
+        return {}
+    return dev_losses(training.model, training.dev_rows, training.vocabulary, training.run.machine)
+
+
+@contextmanager
+def original_weights(training: Training):
+    """Within, the model has its original weights; afterwards the trained ones are back. Nothing is copied: the
+    parameters exchange the memory that they point to."""
+    trained = {name: training.parameters[name].data for name in training.original}
+    restore_original(training)
+    try:
+        yield
+    finally:
+        for name, weight in trained.items():
+            training.parameters[name].data = weight
+
+
+def restore_original(training: Training):
+    for name, weight in training.original.items():
+        training.parameters[name].data = weight
+
+
+# ---------------------------------------------------------------------------------------------------
+# Iterative magnitude pruning, the baseline that trains W
+# ---------------------------------------------------------------------------------------------------
 
 
 def train_imp(training: Training):
-    """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of the entries, rewind, train, and again.
+    """Iterative magnitude pruning (Chen et al. 2020): train W under the mask, prune 10 % more, rewind W, repeat.
 
-    A run of k prunings has k - 1 rounds of training between them: the first 10 % are pruned before any training.
+    The first 10 % are pruned before any training, so a run of k prunings has k - 1 rounds of training between them.
     In each round the optimiser and the schedule start anew. The schedule's horizon is that of ten rounds, so the
     learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
@@ -882,38 +867,71 @@ def imp_levels(sparsity: float) -> list[float]:
     return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]
 
 
-def evaluate_on_dev(training: Training) -> dict[str, float]:
-    if training.dev_rows is None or training.run.machine.process_index > 0:
-        return {}
-    return dev_losses(training.model, training.dev_rows, training.vocabulary, training.run.machine)
+# ---------------------------------------------------------------------------------------------------
+# Appendix A: what follows the released code: pins, optimiser, learning rates, refreshes.
+# Skip it at a first reading, like all appendices.
+# ---------------------------------------------------------------------------------------------------
+
+HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
+# Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
+PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 
-@contextmanager
-def original_weights(training: Training):
-    """Within, the model has its original weights; afterwards the trained ones are back. Nothing is copied: the
-    parameters exchange the memory that they point to."""
-    trained = {name: training.parameters[name].data for name in training.original}
-    restore_original(training)
-    yield
-    for name, weight in trained.items():
-        training.parameters[name].data = weight
-
-
-def restore_original(training: Training):
-    for name, weight in training.original.items():
-        training.parameters[name].data = weight
-
-
-def set_masks(layers: dict, masks: dict):
-    """Gives each layer its mask; a layer without one keeps everything. Not for layers whose masks are views of
-    Scores: those change in place."""
+def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
+    """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
+    the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
+    LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
+    without = {}
     for name, layer in layers.items():
-        layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
+            is_read[vocabulary.pad_id] = False
+            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+    return without
 
 
-# ---------------------------------------------------------------------------------------------------
-# Appendix: the learning rate of short runs. Skip it at a first reading, like all that follows.
-# ---------------------------------------------------------------------------------------------------
+def make_optimizer(parameters, device):
+    """Its learning rate, eps and weight decay are set at each update, by optimizer_settings."""
+    is_fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
+
+
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """What makes torch's AdamW compute the released optimisers in update number t (from 1). m and v are the
+    moving averages of the gradient and of its square, x is what trains.
+
+        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
+                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
+        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
+                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
+                             (kd: mask_training/train_kd.py with TinyBERT's optimiser)
+
+    With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
+    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
+    multiplies the decay by its rate, so the decay is divided by a / b.)"""
+    a = 1 - 0.9**t
+    b = math.sqrt(1 - 0.999**t)
+    if objective == "kd":
+        return {"lr": learning_rate * a / b, "eps": 1e-6 / b, "weight_decay": 0.01 * b / a}
+    return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
+
+
+def is_refresh_due(run: "Run", step: int) -> bool:
+    """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
+    updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
+    if step % run.eval_every == 0 or step % run.save_every == 0 or step == run.num_updates:
+        return True
+    if run.objective == "kd":
+        return step == 1 or (step + 1) % run.refresh_every == 0
+    return step % run.refresh_every == 0
 
 
 def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
@@ -947,7 +965,7 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: the comparison of the ranking on a CPU
+# Appendix B: the comparison of the ranking on a CPU
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -976,7 +994,7 @@ def split_at(values, low: float, high: float, mask):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: mask files, reports, export
+# Appendix C: mask files, reports, export
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1171,7 +1189,7 @@ def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
     for name, mask in masks.items():
         tensors[name] = tensors[name] * mask
     bert.save(folder, model.config, tensors, "ForMaskedLM", tie_word_embeddings=is_tied)
-    data.save_vocabulary(vocabulary, folder, family, model.config.positions)
+    data.save_vocabulary(vocabulary, folder, family, model.config.max_tokens)
 
 
 def print_summary(mask, content: dict, run):
@@ -1190,7 +1208,7 @@ def print_summary(mask, content: dict, run):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: the folder of a run
+# Appendix D: the folder of a run
 # ---------------------------------------------------------------------------------------------------
 
 SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no more work than that
@@ -1458,7 +1476,7 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: settings and the command line
+# Appendix E: settings and the command line
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1575,7 +1593,7 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
     elif values["sparsity"] is None:
         values["sparsity"] = 0.7
 
-    positions = model.config.positions
+    positions = model.config.max_tokens
     if values["seq_len"] is None:
         values["seq_len"] = min(512, positions)
     if not 3 <= values["seq_len"] <= positions:
@@ -1712,8 +1730,15 @@ def note_flags_without_effect(settings: Settings):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: devices, processes, models
+# Appendix F: devices, processes, models
 # ---------------------------------------------------------------------------------------------------
+
+
+def to_device(array: np.ndarray, device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -303,14 +303,14 @@ def test_bert_counts_positions_from_0(world):
     model = bert.load(world / "bert")
     input_ids = torch.tensor([[2, 7, 8, 3, 0, 0]])  # [CLS] The cat [SEP] [PAD] [PAD]
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [0, 1, 2, 3, 4, 5]
-    assert model.config.positions == 64  # all 64 rows of the table
+    assert model.config.max_tokens == 64  # all 64 rows of the table
 
 
 def test_roberta_counts_positions_from_pad_plus_1(world):
     model = bert.load(world / "roberta")
     input_ids = torch.tensor([[0, 7, 8, 2, 1, 1]])  # <s> The cat </s> <pad> <pad>
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [[2, 3, 4, 5, 1, 1]]
-    assert model.config.positions == 64  # of 66 rows: nothing is at position 0, only padding at 1
+    assert model.config.max_tokens == 64  # of 66 rows: nothing is at position 0, only padding at 1
 
 
 def test_more_tokens_than_positions_are_an_error(model):
@@ -387,7 +387,7 @@ def test_attention_without_dropout_is_torchs(padded):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 5, 2, 16, 8).unbind()  # each (B, H, T, head size)
     attention_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
-    found = bert.attention(query, key, value, attention_mask, dropout=0.0)
+    found = bert.scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob=0.0)
     assert torch.equal(found, F.scaled_dot_product_attention(query, key, value, attention_mask))
 
 
@@ -408,7 +408,7 @@ def test_attention_in_pieces_is_torchs_with_the_same_random_mask(padded, monkeyp
     attention_mask = (torch.arange(512) < lengths[:, None])[:, None, None] if padded else None
     weights_of_the_loss = torch.randn(5, 2, 512, 8)
 
-    found = bert.attention(*inputs, attention_mask, dropout=0.25)
+    found = bert.scaled_dot_product_attention(*inputs, attention_mask, dropout_prob=0.25)
     found_gradients = torch.autograd.grad((found * weights_of_the_loss).sum(), inputs)
     assert [len(mask) for mask in masks] == [2, 2, 1]
 
@@ -1656,10 +1656,10 @@ def test_the_export_of_a_dict_txt_model_opens_in_both_worlds(tmp_path, symbols):
 
 
 @pytest.mark.parametrize("files, words", [
-    ({"vocab_txt": "[PAD]\na\na\n"}, "vocab.txt: token 'a' stands there twice, as number 1 and 2 from 0"),
+    ({"vocab_txt": "[PAD]\na\na\n"}, "vocab.txt: token 'a' occurs twice, as number 1 and 2 from 0"),
     ({"vocab_txt": "[PAD]\n\na\n"}, "vocab.txt: token number 1 from 0 is empty"),
     ({"vocab_txt": "[PAD]\na\n"}, r"vocab.txt: no \[UNK\] or <unk> among 2 tokens"),
-    ({"dict_txt": "L 1\nL 2\n"}, "dict.txt: token 'L' stands there twice"),
+    ({"dict_txt": "L 1\nL 2\n"}, "dict.txt: token 'L' occurs twice"),
     ({"vocab_json": {"a": 0, "b": 2}, "merges_txt": ""}, "vocab.json: ids are not 0 .. 1, each once"),
     ({"vocab_json": {"a": 0}, "merges_txt": "a q\n"}, "merges.txt: "),
     ({"tokenizer_json": {}}, "tokenizer.json: the tokenizers library cannot read it"),
@@ -1771,7 +1771,7 @@ def test_with_lines_each_line_is_one_padded_row_for_any_tokenizer(tmp_path, monk
     monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
     vocabulary = data.vocabulary(make_folder(tmp_path / "model"))
     (tmp_path / "wiki.train.raw").write_text("a cat\n\n" + "a " * 300 + "\n  the\n")
-    rows = data.corpus(tmp_path, vocabulary, 12, "train", lines=True)
+    rows = data.corpus(tmp_path, vocabulary, 12, "train", one_row_per_line=True)
     for row, line in zip(rows.tolist(), ["a cat", "a " * 300, "the"], strict=True):
         ids = vocabulary.tokenizer.encode(line.strip()).ids[:10]
         expected = [vocabulary.cls_id, *ids, vocabulary.sep_id]
@@ -1800,7 +1800,7 @@ def test_the_rows_are_named_after_what_made_them(plain, tmp_path):
 
     (tmp_path / "b" / "wiki.train.raw").write_text(text.replace("one", "two"))
     others = [data.corpus(tmp_path / "b", plain, 8, "train"), data.corpus(tmp_path / "a", plain, 9, "train"),
-              data.corpus(tmp_path / "a", plain, 8, "train", lines=True)]
+              data.corpus(tmp_path / "a", plain, 8, "train", one_row_per_line=True)]
     assert len({first, *(Path(rows.filename) for rows in others)}) == 4
 
 
@@ -1904,16 +1904,16 @@ def test_corruption_spares_special_tokens_that_a_model_has_beyond_the_five(tmp_p
 
 @pytest.mark.parametrize("num_rows, count", [(7, 3), (10, 4), (5, 12), (1, 1)])
 def test_the_order_of_rows_is_shuffled_each_epoch_and_continues_anywhere(num_rows, count):
-    order = data.batch_rows(num_rows, 1, 0, 6 * num_rows).tolist()
+    order = data.row_indices(num_rows, 1, 0, 6 * num_rows).tolist()
     for begin in range(0, 6 * num_rows, num_rows):
         assert sorted(order[begin:begin + num_rows]) == list(range(num_rows))
     for start in range(3 * num_rows):
-        assert data.batch_rows(num_rows, 1, start, count).tolist() == order[start:start + count]
+        assert data.row_indices(num_rows, 1, start, count).tolist() == order[start:start + count]
 
 
 def test_another_seed_or_epoch_is_another_order():
     starts = [(1, 0), (2, 0), (1, 99)]
-    orders = [data.batch_rows(99, seed, start, 99).tolist() for seed, start in starts]
+    orders = [data.row_indices(99, seed, start, 99).tolist() for seed, start in starts]
     assert orders[0] != orders[1] and orders[0] != orders[2]
 
 
@@ -2132,7 +2132,7 @@ def test_a_corpus_comes_by_name_from_the_first_mirror_that_has_it(server, tmp_pa
     members = {"top/wiki.train.raw": b"t", "top/wiki.valid.raw": b"v"}
     server.files["/t"] = zip_file(tmp_path / "t.zip", members).read_bytes()
     mirrors = (server.url + "/gone", server.url + "/t")
-    monkeypatch.setitem(data.CORPORA, "wikitext-2", data.Download(mirrors))
+    monkeypatch.setitem(data.CORPORA, "wikitext-2", data.Download("x.zip", urls=mirrors))
     assert left(data.corpus_folder("wikitext-2")) == ["wiki.train.raw", "wiki.valid.raw"]
 
 
@@ -2352,18 +2352,18 @@ def random_case(generator):
     return torch.tensor(values), generator.randint(0, num_values)
 
 
-def test_rank_gives_the_example_of_its_docstring():
-    assert tamt.rank(torch.tensor([3.0, 1, 2, 2, 2]), 3).int().tolist() == [1, 0, 1, 0, 0]
+def test_prune_smallest_gives_the_example_of_its_docstring():
+    assert tamt.prune_smallest(torch.tensor([3.0, 1, 2, 2, 2]), 3).int().tolist() == [1, 0, 1, 0, 0]
 
 
-def test_rank_is_brute_force_with_ties():
+def test_prune_smallest_is_brute_force_with_ties():
     generator = random.Random(0)
     for _ in range(300):
         values, count = random_case(generator)
-        assert tamt.rank(values, count).tolist() == brute_force(values.tolist(), count)
+        assert tamt.prune_smallest(values, count).tolist() == brute_force(values.tolist(), count)
 
 
-def test_rank_near_equals_rank_whatever_the_guess():
+def test_prune_smallest_near_equals_rank_whatever_the_guess():
     """The guess may lie anywhere, and the radius may be a millionth of what is needed."""
     generator = random.Random(1)
     for _ in range(300):
@@ -2371,37 +2371,37 @@ def test_rank_near_equals_rank_whatever_the_guess():
         threshold = generator.uniform(-4, 4)
         radius = 10 ** generator.uniform(-6, 1)
         mask = torch.rand(len(values)) < 0.5  # whatever was there before
-        new_threshold = tamt.rank_near(values, count, threshold, radius, mask)
-        assert torch.equal(mask, tamt.rank(values, count))
+        new_threshold = tamt.prune_smallest_near(values, count, threshold, radius, mask)
+        assert torch.equal(mask, tamt.prune_smallest(values, count))
         pruned = values[~mask]
         kept = values[mask]
         assert len(pruned) == 0 or pruned.max() <= new_threshold
         assert len(kept) == 0 or new_threshold <= kept.min()
 
 
-def test_the_threshold_of_rank_near_separates_kept_from_pruned():
+def test_the_threshold_of_prune_smallest_near_separates_kept_from_pruned():
     generator = random.Random(2)
     mask = torch.zeros(1000, dtype=torch.bool)
     for _ in range(50):
         values = torch.randn(1000)
         count = generator.randint(0, 1000)
-        threshold = tamt.rank_near(values, count, 0.0, 0.1, mask)
+        threshold = tamt.prune_smallest_near(values, count, 0.0, 0.1, mask)
         assert torch.equal(values > threshold, mask)
 
 
-def test_rank_near_works_in_pieces_and_without_scores_in_between():
+def test_prune_smallest_near_works_in_pieces_and_without_scores_in_between():
     values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])  # more than two pieces of numpy's cache
     mask = torch.empty(600_000, dtype=torch.bool)
     for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
-        tamt.rank_near(values, count, 0.5, 1e-3, mask)
-        assert torch.equal(mask, tamt.rank(values, count))
+        tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)
+        assert torch.equal(mask, tamt.prune_smallest(values, count))
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
-def test_rank_groups_keeps_n_of_every_m_in_a_row_as_brute_force_does(n, m):
+def test_keep_largest_of_groups_keeps_n_of_every_m_in_a_row_as_brute_force_does(n, m):
     torch.manual_seed(n)
     values = torch.randint(-2, 3, (30, 2 * m)).float()
-    mask = tamt.rank_groups(values, n, m)
+    mask = tamt.keep_largest_of_groups(values, n, m)
     for row, mask_row in zip(values.split(m, dim=1), mask.split(m, dim=1), strict=True):
         for group, mask_group in zip(row.tolist(), mask_row.tolist(), strict=True):
             assert mask_group == brute_force(group, m - n)
@@ -2409,7 +2409,7 @@ def test_rank_groups_keeps_n_of_every_m_in_a_row_as_brute_force_does(n, m):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
 def test_make_masks_prunes_the_exact_count(model, sparsity):
-    """round(N s) over everything, or round(n s) in each matrix; magnitudes and random draws alike."""
+    """round(n s) over everything, or round(n s) in each matrix; magnitudes and random draws alike."""
     layers = tamt.mask_model(model)
     local_masks = [tamt.magnitude_masks(layers, sparsity, "local"), tamt.random_masks(layers, sparsity, "local", 1)]
     for masks in local_masks:
@@ -2421,7 +2421,7 @@ def test_make_masks_prunes_the_exact_count(model, sparsity):
 
 
 def test_large_groups_are_counted_right():
-    mask = tamt.rank_groups(torch.zeros(2, 400), 150, 200)
+    mask = tamt.keep_largest_of_groups(torch.zeros(2, 400), 150, 200)
     expected = torch.arange(400).remainder(200) < 150  # of equal entries the first stay
     assert torch.equal(mask, expected.expand(2, 400))
 
@@ -2469,12 +2469,12 @@ def test_random_masks_depend_on_the_seed_alone(model):
 
 
 
-def test_rank_near_leaves_infinite_scores_where_they_are():
+def test_prune_smallest_near_leaves_infinite_scores_where_they_are():
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
     for num_pruned in range(2, 6):
         mask = torch.empty(7, dtype=torch.bool)
-        tamt.rank_near(values, num_pruned, 5.0, 0.001, mask)
-        assert torch.equal(mask, tamt.rank(values, num_pruned))
+        tamt.prune_smallest_near(values, num_pruned, 5.0, 0.001, mask)
+        assert torch.equal(mask, tamt.prune_smallest(values, num_pruned))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2515,7 +2515,7 @@ def test_scores_and_masks_of_a_layer_are_views_of_the_long_vectors(model):
     scores.update_masks()
     learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
     mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
-    assert torch.equal(mask, tamt.rank(learned, round(len(learned) * 0.5)))
+    assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
 
 
 def test_entries_without_gradient_are_pooler_padding_and_words_that_kd_never_reads(world):
@@ -2721,7 +2721,8 @@ def test_optimizer_settings_make_torchs_adamw_the_released_optimizer(objective, 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, objective):
     """The golden test. The plain loop has real-valued masks that autograd differentiates, the released optimiser
-    as written out above, and rank() over all scores; it shares the network, the losses and the batches only."""
+    as written out above, and prune_smallest() over all scores; it shares the network, the losses and the batches
+    only."""
     training = begin(mask_settings(world, family="no-dropout", objective=objective, steps=30, lr=3e-3))
     vocabulary = training.vocabulary
 
@@ -2783,7 +2784,7 @@ def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, objective):
             parameter.grad = None
 
         vector = torch.cat([(scores[name] + pins[name]).flatten() for name in masks])
-        mask_pieces = tamt.rank(vector, num_to_prune).split([mask.numel() for mask in masks.values()])
+        mask_pieces = tamt.prune_smallest(vector, num_to_prune).split([mask.numel() for mask in masks.values()])
         new_masks = {name: piece.view(masks[name].shape) for name, piece in zip(masks, mask_pieces, strict=True)}
         flips += num_different(masks, new_masks)
         masks = new_masks
@@ -2964,7 +2965,7 @@ def test_fine_tuning_under_a_mask_is_that_of_the_released_code(tmp_path, one_thr
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(module, bert.SelfAttention):
-            module.dropout = 0.0
+            module.dropout_prob = 0.0
     del model.cls
     parameters = dict(model.named_parameters())
     for key in expected.files:
@@ -3778,12 +3779,13 @@ def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
     values = torch.randint(-5, 5, (10_000,)).float()
     for count in (0, 1, 3333, 9999, 10_000):
         mask = torch.zeros(10_000, dtype=torch.bool, device="cuda")
-        tamt.rank_near(values.cuda(), count, 1.0, 1e-3, mask)
-        expected = tamt.rank(values, count)
+        tamt.prune_smallest_near(values.cuda(), count, 1.0, 1e-3, mask)
+        expected = tamt.prune_smallest(values, count)
         assert torch.equal(mask.cpu(), expected)
-        assert torch.equal(tamt.rank(values.cuda(), count).cpu(), expected)
+        assert torch.equal(tamt.prune_smallest(values.cuda(), count).cpu(), expected)
         groups = values.view(100, 100)
-        assert torch.equal(tamt.rank_groups(groups.cuda(), 2, 4).cpu(), tamt.rank_groups(groups, 2, 4))
+        expected = tamt.keep_largest_of_groups(groups, 2, 4)
+        assert torch.equal(tamt.keep_largest_of_groups(groups.cuda(), 2, 4).cpu(), expected)
 
 
 # ---------------------------------------------------------------------------------------------------

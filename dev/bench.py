@@ -434,7 +434,7 @@ def compare_two_four(args, device: str, dtype, to_sparse: Callable, clock: Calla
     sparse.load_state_dict(dense.state_dict())
     for model in (dense, sparse):
         for layer in encoder_matrices(model):
-            pruned = layer.weight * tamt.rank_groups(layer.weight.abs(), 2, 4)
+            pruned = layer.weight * tamt.keep_largest_of_groups(layer.weight.abs(), 2, 4)
             if model is sparse:
                 pruned = to_sparse(pruned)
             layer.weight = nn.Parameter(pruned, requires_grad=False)

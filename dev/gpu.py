@@ -598,7 +598,7 @@ def part_two_four(bench: Bench):
     for num_out, num_in in shapes:
         x = torch.randn(num_tokens, num_in, device=device, dtype=dtype)
         weight = torch.randn(num_out, num_in, device=device, dtype=dtype)
-        pruned = weight * tamt.rank_groups(weight.abs(), 2, 4)
+        pruned = weight * tamt.keep_largest_of_groups(weight.abs(), 2, 4)
         sparse = pruned
         if bench.device == "cuda":
             sparse = torch.sparse.to_sparse_semi_structured(pruned)

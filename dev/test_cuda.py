@@ -34,22 +34,24 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, dtype):
 
 @pytest.mark.parametrize("num_values", [1, 1000, 1_000_000])
 def test_the_ranking_is_exact(num_values):
-    """rank() and rank_near() on the GPU give the mask of rank() on the CPU, with many equal values, too."""
+    """The plain ranking and the fast one give on the GPU the mask of the plain one on the CPU, with many equal
+    values, too."""
     generator = torch.Generator().manual_seed(0)
     for values in (torch.randn(num_values, generator=generator),
                    torch.randint(0, 9, (num_values,), generator=generator).float()):
         num_pruned = round(0.7 * num_values)
-        expected = tamt.rank(values, num_pruned)
-        assert torch.equal(tamt.rank(values.cuda(), num_pruned).cpu(), expected)
+        expected = tamt.prune_smallest(values, num_pruned)
+        assert torch.equal(tamt.prune_smallest(values.cuda(), num_pruned).cpu(), expected)
         mask = torch.empty(num_values, dtype=torch.bool, device="cuda")
-        threshold = tamt.rank_near(values.cuda(), num_pruned, 0.4, 0.1, mask)
+        threshold = tamt.prune_smallest_near(values.cuda(), num_pruned, 0.4, 0.1, mask)
         assert torch.equal(mask.cpu(), expected)
         assert num_pruned == 0 or threshold <= float(values[~expected].max())
 
 
 def test_groups_of_four_are_ranked_as_on_the_cpu():
     values = torch.randint(0, 5, (64, 128), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(tamt.rank_groups(values.cuda(), 2, 4).cpu(), tamt.rank_groups(values, 2, 4))
+    expected = tamt.keep_largest_of_groups(values, 2, 4)
+    assert torch.equal(tamt.keep_largest_of_groups(values.cuda(), 2, 4).cpu(), expected)
 
 
 def test_padding_changes_nothing_for_the_tokens():

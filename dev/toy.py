@@ -681,7 +681,7 @@ def pretrain(folder: Path, steps: int = 1800):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
 
-        indices = data.batch_rows(len(rows), 0, step * batch_size, batch_size)
+        indices = data.row_indices(len(rows), 0, step * batch_size, batch_size)
         loss = pretraining_loss(model, rows[indices], vocabulary, rng, with_pairs=step % 3 == 2)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
