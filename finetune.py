@@ -5,25 +5,28 @@
     python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
-    One experiment          open, train, finish
-    Ticket, network, task   what an experiment consists of
-    Losses, predictions
-    The training loop
-    The result
-    IMP on a task           a loop around the experiment
-    Super Tickets           the importance of heads and feed-forward networks, taking them out, the curve
-    Several tasks           one encoder, and for each task a head and a ticket
-    Appendix                records, predictions, export; settings and the command line
+    1. One experiment          open, train, finish
+    2. Ticket, network, task   what an experiment consists of
+    3. Losses, predictions
+    4. The training loop
+    5. The result
+    6. IMP on a task           a loop around the experiment
+    7. Super Tickets           the importance of heads and feed-forward networks, taking them out, the curve
+    8. Several tasks           one encoder, and for each task a head and a ticket
+    Appendix A                 ablations, progress, records, predictions, export
+    Appendix B                 settings and the command line
 
-A mask is fixed while the weights train. There are three ways to apply one:
+A ticket is a mask of the pre-trained network, True where a weight is kept. It is fixed while the weights that it keeps
+train; without --mask all weights train. There are three ways to apply a ticket:
 
-    one mask         its zeros lie in the weights: every pruned entry is set to zero once, and its gradient is set to
-                     zero before clipping. So it stays exactly zero, and AdamW does bit for bit what it does under
-                     torch's prune.custom_from_mask, which the released code uses.
-    a Super Ticket   the rows and columns of removed heads and feed-forward networks are cut out.
-    several tasks    the masks lie over the weights, and switch_to() exchanges them before each batch.
+    one mask         every pruned weight is set to zero once, and its gradient before every update. So it stays
+                     exactly zero, and AdamW does bit for bit what it does under torch's prune.custom_from_mask,
+                     which the released code uses.
+    a Super Ticket   the rows and columns of removed heads and feed-forward networks (FFNs) are cut out.
+    several tasks    each weight is multiplied by the mask of the task whose batch it is: switch_to() exchanges the
+                     masks before each batch.
 
-Without --mask all weights train. settings: what the user asked for; run: the same with nothing left open.
+settings: what the user asked for; run: the same with nothing left open.
 
 What differs from the released code (a first reading may skip this):
 
@@ -65,14 +68,16 @@ import tamt
 from tamt import option
 
 # ---------------------------------------------------------------------------------------------------
-# One experiment
+# 1. One experiment
 # ---------------------------------------------------------------------------------------------------
 
 
 def fine_tune(settings: "Settings") -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
-    returns the content of result.json. Settings with --find lead to find_imp or find_super, below. Raises
-    ValueError or OSError, in one line, for input that is wrong."""
+    returns the content of result.json.
+
+    With settings.find it looks for a ticket on the task instead: find_imp and find_super, below, run this experiment
+    several times. Raises ValueError or OSError, in one line, for input that is wrong."""
     if settings.find == "imp":
         return find_imp(settings)
     if settings.find == "super":
@@ -88,8 +93,8 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    horizon_rounds: the learning rate would reach 0 after so many runs like this one."""
-    # Read the tickets and the network, and fill in what the settings leave open.
+    horizon_rounds: the learning rate decays as if so many runs like this one followed each other (IMP: 10)."""
+    # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tasks = find_tasks(settings)
@@ -97,29 +102,29 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
-        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
+        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # or an error: a ticket of another network
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
-    # Read the texts. What makes this run this run is known now, and names its folder.
-    task_folders = {task.name: find_folder(task, run) for task in tasks}
-    texts = {task.name: read_texts(task, task_folders[task.name], run.predict) for task in tasks}
+    # The texts. With them it is known what distinguishes this run from all others: its identity.
+    texts = {task.name: read_texts(task, find_folder(task, run), run.predict) for task in tasks}
     identity = identify(run, tickets, texts)
+
+    # The folder of the run. With --resume it may hold the result, or the state to continue from.
     if run.out is None:
         run = replace(run, out=default_folder(run, tickets, identity))
     refuse_results_file(run)
-
-    # With --resume the folder may hold the result, or the state to continue from.
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
         return finished_experiment(run, tasks, result)
 
-    # Build the network: the head of the task, and the ticket.
-    task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
-    masks, prunable = prepare_network(model, tasks, tickets, run)
+    # The network: the head of the task, and the ticket.
+    all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
+    prunable = list(layers)  # known before a fresh pooler is added, which IMP never prunes
+    masks = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
     if len(tasks) > 1:
-        share_encoder(model, task_data, tickets, machine)
-    return Experiment(run, identity, model, vocabulary, tickets, task_data, masks, prunable, state, start_time)
+        share_encoder(model, all_task_data, tickets, machine)
+    return Experiment(run, identity, model, vocabulary, tickets, all_task_data, masks, prunable, state, start_time)
 
 
 @dataclass
@@ -130,7 +135,7 @@ class Experiment:
     model: bert.Model | None
     vocabulary: data.Vocabulary | None
     tickets: list["Ticket"]
-    tasks: list["TaskData"]  # one, or several that share the encoder
+    all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
     masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {name of a weight: True where it is kept}
     prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
     state: dict | None = None  # of an interrupted run
@@ -140,16 +145,16 @@ class Experiment:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Ticket, network, task: what an experiment consists of
+# 2. Ticket, network, task: what an experiment consists of
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Ticket:
-    """A mask file. Which heads and feed-forward networks a Super Ticket takes out is read off its masks."""
+    """The content of a mask file."""
     file: Path
-    masks: dict[str, torch.Tensor]
-    meta: dict
+    masks: dict[str, torch.Tensor]  # {name of a weight: True where it is kept}
+    meta: dict  # how it was made: "model", "method" ("super" for a Super Ticket), "sparsity", ...
 
 
 def read_tickets(settings) -> list[Ticket]:
@@ -175,22 +180,20 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dict, list[str]]:
+def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
     """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
-    task -> the masks that training keeps, and the names of the weights that IMP may prune."""
-    prunable = list(tamt.maskable_layers(model))  # a fresh pooler is never pruned
-
+    task -> the masks by which training multiplies the gradients."""
     torch.manual_seed(run.seed)
     add_head(model, tasks)
     change_weights(model, run.weights)
     if len(tasks) > 1 or not tickets:
-        return {}, prunable
+        return {}  # share_encoder applies the tickets of several tasks
 
     ticket = tickets[0]
     if ticket.meta.get("method") == "super":
         removed_heads, removed_feed_forward = removed_units(model.config, ticket)
         remove_units(model, removed_heads, removed_feed_forward)
-        return {}, prunable
+        return {}
 
     masks = {}
     parameters = dict(model.named_parameters())
@@ -198,10 +201,10 @@ def prepare_network(model, tasks: list, tickets: list[Ticket], run) -> tuple[dic
         if name in parameters:  # the pooler may be gone
             parameters[name].data.mul_(mask)
             masks[name] = mask.to(run.machine.device)
-    return masks, prunable
+    return masks
 
 
-def add_head(model, tasks: list):
+def add_head(model, tasks: list[glue_squad.Task]):
     """A fresh head for the task, drawn by the seed. Heads that the task does not use are removed: BERT
     classifies from the pooler, RoBERTa's classifier and the answers of SQuAD do not need it."""
     is_span = tasks[0].predicts == "span"
@@ -210,6 +213,7 @@ def add_head(model, tasks: list):
     if needs_pooler and not model.has_pooler:
         model.add_pooler()
         print("the checkpoint has no pooler: a fresh one is trained, dense")
+
     if is_span:
         model.add_span_head()
     elif len(tasks) == 1:  # several tasks get theirs in share_encoder
@@ -222,34 +226,24 @@ def add_head(model, tasks: list):
         del model.backbone.pooler
 
 
-def change_weights(model, kind: str):
-    """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it?"""
-    if kind == "random":
-        fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
-        model.backbone.load_state_dict(fresh.backbone.state_dict())
-    if kind == "shuffled":
-        for layer in tamt.maskable_layers(model, "encoder").values():
-            weight = layer.weight.data
-            order = torch.randperm(weight.numel())
-            layer.weight.data = weight.flatten()[order].view(weight.shape)
-
-
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order."""
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order.
+
+    The last four fields are for tasks that share an encoder."""
     task: glue_squad.Task
     train: list  # sequences
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
     texts: dict[str, list]  # splits -> examples, or questions of SQuAD
     windows: list = field(default_factory=list)  # of SQuAD's dev questions: they turn logits into text
-    prefix: str = ""  # in front of the names of its metrics, where tasks share an encoder
-    head: nn.Module | None = None  # where tasks share an encoder: its classifier,
-    masks: dict | None = None  # its ticket,
-    skipped: list[bool] | None = None  # and the layers whose feed-forward network its ticket takes out
+    prefix: str = ""  # in front of the names of its metrics: "rte_"
+    head: nn.Module | None = None  # its classifier
+    masks: dict | None = None  # its ticket
+    skipped: list[bool] | None = None  # (L,) the layers whose feed-forward network its ticket takes out
 
 
-def read_texts(task, folder: Path, predict: bool) -> dict[str, list]:
+def read_texts(task: glue_squad.Task, folder: Path, predict: bool) -> dict[str, list]:
     """{split: examples, or questions of SQuAD}: train, dev, and the test files if they are to be predicted.
     MNLI's mismatched and diagnostic files may be missing."""
     splits = ["train", "dev", "dev_mm"]
@@ -274,13 +268,13 @@ def read_texts(task, folder: Path, predict: bool) -> dict[str, list]:
     return texts
 
 
-def encode_task(task, texts: dict[str, list], vocabulary, run) -> TaskData:
-    """Token ids of train and dev. --limit keeps that many random training examples (windows for SQuAD, as in
-    the paper's few-data curves)."""
+def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: "Run") -> TaskData:
+    """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as in the
+    paper's curves for few data."""
     windows = []
     if task.predicts == "span":
-        train_windows = glue_squad.windows(texts["train"], vocabulary, run.max_len, training=True)
-        windows = glue_squad.windows(texts["dev"], vocabulary, run.max_len)
+        train_windows = glue_squad.make_windows(texts["train"], vocabulary, run.max_len, training=True)
+        windows = glue_squad.make_windows(texts["dev"], vocabulary, run.max_len)
         train = [(window.input_ids, window.token_type_ids) for window in train_windows]
         targets = np.array([(window.start_position, window.end_position) for window in train_windows], np.int64)
         dev = {"dev": [(window.input_ids, window.token_type_ids) for window in windows]}
@@ -294,14 +288,14 @@ def encode_task(task, texts: dict[str, list], vocabulary, run) -> TaskData:
     if not train:
         raise ValueError(f"task {task.name}: no training question has its answer where the file says")
     if run.limit and run.limit < len(train):
-        order = data.random_stream(run.seed, "limit").permutation(len(train))[:run.limit]
-        train = [train[index] for index in order]
-        targets = targets[order]
+        chosen = data.random_stream(run.seed, "limit").permutation(len(train))[:run.limit]
+        train = [train[index] for index in chosen]
+        targets = targets[chosen]
     return TaskData(task, train, targets, dev, texts, windows)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Losses and predictions
+# 3. Losses and predictions
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -324,9 +318,12 @@ def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> 
     return logits
 
 
-def task_loss(task, logits, targets):
-    """Summed over the batch: cross-entropy of classes (B, C), (B,); squared error of numbers (B, 1), (B,);
-    the mean of the cross-entropies of start and end (B, T, 2), (B, 2)."""
+def task_loss(task: glue_squad.Task, logits, targets):
+    """The sum over a batch of the losses of its examples. Logits and targets are
+
+    (B, C) and (B,)          for classes: cross-entropy
+    (B, 1) and (B,)          for numbers: squared error
+    (B, T, 2) and (B, 2)     for answers: the mean of the cross-entropies of first and last position"""
     logits = logits.float()
     if task.predicts == "number":
         return F.mse_loss(logits[:, 0], targets, reduction="sum")
@@ -338,8 +335,8 @@ def task_loss(task, logits, targets):
 
 
 @torch.no_grad()
-def predict_logits(experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list[np.ndarray]:
-    """The logits of each sequence, in order, in eval mode: (C,) or (T, 2) each."""
+def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list:
+    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2)."""
     model = experiment.model
     switch_to(model, task_data)
     was_training = model.training
@@ -368,10 +365,10 @@ def to_predictions(task_data: TaskData, logits: list):
     return glue_squad.best_answers(task_data.texts["dev"], task_data.windows, start_logits, end_logits)
 
 
-def evaluate(experiment) -> dict[str, float]:
+def evaluate(experiment: Experiment) -> dict[str, float]:
     """The metrics of all tasks on their dev sets, under their names."""
     metrics = {}
-    for task_data in experiment.tasks:
+    for task_data in experiment.all_task_data:
         task = task_data.task
         for split, sequences in task_data.dev.items():
             predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
@@ -385,11 +382,11 @@ def evaluate(experiment) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The training loop
+# 4. The training loop
 # ---------------------------------------------------------------------------------------------------
 
 
-def train(experiment):
+def train(experiment: Experiment):
     """Trains all weights under the fixed masks, and evaluates every --eval-every updates and after each epoch.
 
     Order and dropout are functions of the seed and the number of the update alone, so that an interrupted run
@@ -406,7 +403,7 @@ def train(experiment):
         step = experiment.state["step"]
         total_loss = experiment.state["total_loss"]
 
-    updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.tasks)
+    updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds
     progress = Progress(step, num_updates)
@@ -416,9 +413,9 @@ def train(experiment):
     while step < num_updates:
         epoch, number_in_epoch = divmod(step, updates_per_epoch)
         if number_in_epoch == 0 or not batches:
-            batches = epoch_batches(experiment.tasks, run, epoch)
+            batches = epoch_batches(experiment.all_task_data, run, epoch)
         task_data, rows = batches[number_in_epoch]
-        torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout
+        torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # of dropout: another one for each seed and update
         learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
         total_loss += update(experiment, task_data, rows, parameters, optimizer, learning_rate, t=step + 1)
         step += 1
@@ -436,21 +433,23 @@ def train(experiment):
     model.eval()
 
 
-def epoch_batches(tasks: list[TaskData], run, epoch: int) -> list[tuple[TaskData, np.ndarray]]:
+def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
     """The batches of an epoch, those of several tasks shuffled together: (task, indices of its examples)."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
-    for task_data in tasks:
+    for task_data in all_task_data:
         lengths = [len(input_ids) for input_ids, _ in task_data.train]
         for rows in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
             batches.append((task_data, rows))
-    if len(tasks) > 1:
+    if len(all_task_data) > 1:
         batches = [batches[index] for index in generator.permutation(len(batches))]
     return batches
 
 
-def update(experiment, task_data, rows, parameters: dict, optimizer, learning_rate: float, t: int) -> float:
-    """One update of all weights under the masks -> the mean loss of the batch."""
+def update(experiment: Experiment, task_data: TaskData, rows, parameters: dict, optimizer, learning_rate: float,
+           t: int) -> float:
+    """Update number t (from 1) of all weights under the masks -> the mean loss of the batch. rows: indices of the
+    batch's examples in task_data.train."""
     model = experiment.model
     machine = experiment.run.machine
     switch_to(model, task_data)
@@ -475,7 +474,7 @@ def update(experiment, task_data, rows, parameters: dict, optimizer, learning_ra
     return loss_value
 
 
-def save_state(experiment, parameters: dict, optimizer, step: int, total_loss: float):
+def save_state(experiment: Experiment, parameters: dict, optimizer, step: int, total_loss: float):
     tamt.write_torch(experiment.run.out / "state.pt", {
         "format": 2,
         "settings": experiment.identity,
@@ -487,49 +486,32 @@ def save_state(experiment, parameters: dict, optimizer, step: int, total_loss: f
     })
 
 
-class Progress:
-    """A line for each evaluation, with the time that is left."""
-
-    def __init__(self, step: int, num_updates: int):
-        self.first_step = step
-        self.num_updates = num_updates
-        self.began = time.time()
-
-    def show(self, line: dict):
-        step = line["step"]
-        seconds_per_update = (time.time() - self.began) / max(step - self.first_step, 1)
-        minutes, seconds = divmod(round(seconds_per_update * (self.num_updates - step)), 60)
-        values = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name != "step")
-        print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------
-# The result
+# 5. The result
 # ---------------------------------------------------------------------------------------------------
 
 
-def finish(experiment):
+def finish(experiment: Experiment):
     """Writes predictions and export, of the weights after the last update, if they were asked for; then result.json
     and the line in --results."""
     run = experiment.run
-    for task_data in experiment.tasks:
+    for task_data in experiment.all_task_data:
         if run.predict:
             write_predictions(experiment, task_data)
         if run.export:
             export_model(experiment, task_data)
 
-    # floor: what always answering the most frequent class would score.
     best, final = best_and_final(experiment)
-    floor = {}
-    for task_data in experiment.tasks:
+    floor = {}  # what always answering the most frequent class would score
+    for task_data in experiment.all_task_data:
         for split in task_data.dev:
-            for name, value in glue_squad.floor(task_data.task, task_data.texts[split], split).items():
+            for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
                 floor[task_data.prefix + name] = value
     metas = [ticket.meta for ticket in experiment.tickets]
-    if len(experiment.tasks) == 1:
+    if len(experiment.all_task_data) == 1:
         metas = metas[0] if metas else None
     experiment.result = {
-        "task": task_names(experiment.tasks),
+        "task": task_names(experiment.all_task_data),
         "model": run.model,
         "mask": metas,
         "sparsity": experiment.identity["sparsity"],
@@ -552,30 +534,32 @@ def finish(experiment):
     print_summary(experiment.result)
 
 
-def best_and_final(experiment) -> tuple[dict, dict]:
+def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (the mean over several tasks), and the last."""
-    names = [task_data.prefix + task_data.task.metrics[0] for task_data in experiment.tasks]
+    names = [task_data.prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
     best = max(experiment.history, key=lambda line: sum(line[name] for name in names))
     return best, experiment.history[-1]
 
 
 # ---------------------------------------------------------------------------------------------------
-# Iterative magnitude pruning on a task
+# 6. Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
 
 
 def find_imp(settings) -> dict:
-    """Tickets of BERT-Tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune 10 % of the count by magnitude, go
-    back to the pre-trained weights, again. Encoder and pooler compete as one by default (--rank, --scope).
+    """Tickets of BERT-Tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of the entries by
+    magnitude, go back to the pre-trained weights, repeat. Encoder and pooler compete as one by default (--rank,
+    --scope). A round's score is that of the mask that it began with, so the last mask has none yet: the command that
+    is printed at the end fine-tunes it.
 
     A round that is finished is not repeated by --resume."""
     start_time = time.time()
     settings = resolve_search(replace(settings, find="imp"))
-    levels = tamt.imp_levels(settings.sparsity)
+    sparsities = tamt.imp_levels(settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask = None
     rounds = []
-    for number, level in enumerate(levels, 1):
-        print(f"round {number} of {len(levels)}; after it {level:.0%} are pruned")
+    for number, sparsity in enumerate(sparsities, 1):
+        print(f"round {number} of {len(sparsities)}; after it {sparsity:.0%} are pruned")
         folder = settings.out / f"round-{number}"
         round_settings = without_search(settings, mask=mask, out=folder, results=None)
         # A round is a step on the way, so it adds no line to --results. As released, its schedule is the first tenth
@@ -583,7 +567,7 @@ def find_imp(settings) -> dict:
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
-            masks = prune_trained(experiment, level, settings)
+            masks = prune_trained(experiment, sparsity, settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
                 "method": "imp", "rank": settings.rank, "scope": settings.scope})
             finish(experiment)
@@ -593,19 +577,20 @@ def find_imp(settings) -> dict:
     return finish_search(settings, mask, {"rounds": rounds}, start_time)
 
 
-def prune_trained(experiment, level: float, settings) -> dict[str, torch.Tensor]:
-    """Of what is left, the smallest trained weights go, up to a sparsity of `level`."""
+def prune_trained(experiment: Experiment, sparsity: float, settings) -> dict[str, torch.Tensor]:
+    """Masks that prune the smallest trained weights, up to this sparsity. What was pruned before stays pruned."""
     parameters = dict(experiment.model.named_parameters())
     magnitudes = {}
     for name in tamt.maskable_layers(experiment.model, settings.scope):
         if name in experiment.prunable:
             magnitudes[name] = parameters[name].detach().abs()
             if name in experiment.masks:
-                magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # what is pruned stays pruned
-    return tamt.make_masks(magnitudes, level, settings.rank)
+                magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # below every magnitude
+    return tamt.make_masks(magnitudes, sparsity, settings.rank)
 
 
-def save_ticket(path, experiment, masks: dict, more: dict):
+def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
+    """Writes a mask file; its metadata say how it was made, with `more` that only the caller knows."""
     run = experiment.run
     report = tamt.sparsity_report(experiment.model, masks)
     meta = {
@@ -614,7 +599,7 @@ def save_ticket(path, experiment, masks: dict, more: dict):
         "seed": run.seed,
         "lr": run.lr,
         "data": tamt.plain(run.data),
-        "task": task_names(experiment.tasks),
+        "task": task_names(experiment.all_task_data),
         "sparsity": report["masked_set"],
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
@@ -622,19 +607,24 @@ def save_ticket(path, experiment, masks: dict, more: dict):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Super Tickets: whole heads and feed-forward networks
+# 7. Super Tickets: whole heads and feed-forward networks
 # ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)
+LEVELS = range(1, 9)  # of the paper: level 8 removes 8/10 of the heads and 8/12 of the feed-forward networks
 
 
 def find_super(settings) -> dict:
-    """Super Tickets (Liang et al. 2021): fine-tune once, weigh heads and feed-forward networks, remove more and
-    more of them from the pre-trained model, and fine-tune each ticket. The winning ticket with the best dev
-    score is the super ticket."""
+    """Super Tickets (Liang et al. 2021): fine-tune once, measure how important each head and each feed-forward
+    network is, remove more and more of them from the pre-trained model, and fine-tune each ticket.
+
+    Tickets come in three orders of removal (the least important units first, "winning"; the most important ones
+    first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score is
+    the super ticket."""
     start_time = time.time()
     settings = resolve_search(replace(settings, find="super"))
+
+    # Fine-tune the whole model, and write a ticket for each order and level.
     results = {}
     experiment = open_experiment(without_search(settings, out=settings.out / "dense"))
     if experiment.result is None:
@@ -644,6 +634,7 @@ def find_super(settings) -> dict:
         finish(experiment)
     results["dense"] = experiment.result
 
+    # Fine-tune each ticket.
     for order in settings.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -654,7 +645,8 @@ def find_super(settings) -> dict:
                 finish(experiment)
             results[name] = experiment.result
 
-    first_metric = experiment.tasks[0].task.metrics[0]
+    # The curve: how much of the model remains, and what it scores.
+    first_metric = experiment.all_task_data[0].task.metrics[0]
     curve = []
     for name, result in results.items():
         remaining = 1.0
@@ -672,7 +664,7 @@ def find_super(settings) -> dict:
     return finish_search(settings, best, {"curve": curve}, start_time)
 
 
-def importance(experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
+def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
     """How sensitive the loss is to each head and each feed-forward network, in eval mode over the training set.
 
     o is the context vector of a head, or the output of a feed-forward network, at one position. Its importance
@@ -680,7 +672,7 @@ def importance(experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (
     divided by their l2 norm (mt_dnn/inference.py)."""
     model = experiment.model
     run = experiment.run
-    task_data = experiment.tasks[0]
+    task_data = experiment.all_task_data[0]
     layers = model.backbone.encoder.layer
     contexts = []
     outputs = []
@@ -717,34 +709,37 @@ def importance(experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (
     return head_importance / (norms + 1e-20), feed_forward_importance
 
 
-def save_super_tickets(experiment, heads, feed_forward, folder: Path):
-    """importance.json, and the tickets of all orders and levels."""
-    tamt.write_json(folder / "importance.json", {"heads": heads.tolist(), "ffn": feed_forward.tolist()})
+def save_super_tickets(experiment: Experiment, head_importance, feed_forward_importance, folder: Path):
+    """Writes importance.json, and the tickets of all orders and levels. Importances: (L, H), (L,)."""
+    tamt.write_json(folder / "importance.json", {
+        "heads": head_importance.tolist(), "ffn": feed_forward_importance.tolist()})
     for order in ORDERS:
         for level in LEVELS:
-            removed = choose_units(heads, feed_forward, order, level, experiment.run.seed)
-            masks = unit_masks(experiment.model.config, *removed)
+            removed_heads, removed_feed_forward = choose_units(
+                head_importance, feed_forward_importance, order, level, experiment.run.seed)
+            masks = unit_masks(experiment.model.config, removed_heads, removed_feed_forward)
             save_ticket(folder / f"{order}-{level}.pt", experiment, masks, {
                 "method": "super", "order": order, "level": level})
 
 
-def choose_units(heads, feed_forward, order: str, level: int, seed: int):  # (L, H), (L,) -> the same, bool
-    """True for the units that go at one of the paper's eight nested levels: int(L H level / 10) heads and
-    int(L level / 12) feed-forward networks; the least important first ("winning"), the most important first
-    ("losing"), or at random. The last head of a layer stays."""
-    generator = data.random_stream(seed, "tickets")
-    num_layers, num_heads = heads.shape
-    if order == "random":
-        head_keys = generator.random(heads.shape)  # the smallest go first
-        feed_forward_keys = generator.random(feed_forward.shape)
-    elif order == "losing":
-        head_keys = -heads.numpy()
-        feed_forward_keys = -feed_forward.numpy()
-    else:
-        head_keys = heads.numpy().copy()
-        feed_forward_keys = feed_forward.numpy()
+def choose_units(head_importance, feed_forward_importance, order: str, level: int, seed: int):
+    """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_feed_forward (L,), bool.
 
-    last_heads = head_keys.argmax(axis=1)
+    Of the L H heads int(L H level / 10) go, of the L feed-forward networks int(L level / 12), so the levels are
+    nested. The last head of a layer stays."""
+    generator = data.random_stream(seed, "tickets")
+    num_layers, num_heads = head_importance.shape
+    if order == "random":
+        head_keys = generator.random(head_importance.shape)  # units with the smallest keys go first
+        feed_forward_keys = generator.random(feed_forward_importance.shape)
+    elif order == "losing":
+        head_keys = -head_importance.numpy()
+        feed_forward_keys = -feed_forward_importance.numpy()
+    else:
+        head_keys = head_importance.numpy().copy()
+        feed_forward_keys = feed_forward_importance.numpy()
+
+    last_heads = head_keys.argmax(axis=1)  # the head of each layer that would go last
     head_keys[np.arange(num_layers), last_heads] = np.inf
     num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     removed_heads = np.zeros(num_layers * num_heads, bool)
@@ -755,7 +750,7 @@ def choose_units(heads, feed_forward, order: str, level: int, seed: int):  # (L,
 
 
 def unit_masks(config, removed_heads, removed_feed_forward) -> dict[str, torch.Tensor]:
-    """Units that go, (L, H) and (L,) bool, as masks of the six matrices of each layer."""
+    """The masks of the six matrices of each layer that remove whole units, (L, H) and (L,) bool."""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -772,25 +767,26 @@ def unit_masks(config, removed_heads, removed_feed_forward) -> dict[str, torch.T
 
 
 def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
-    """The units that a Super Ticket's masks take out; ValueError if they are anything but whole units."""
+    """The units that the masks of a Super Ticket remove: unit_masks() the other way round. Raises ValueError if the
+    masks are not made of whole units."""
     head_size = config.hidden_size // config.num_attention_heads
-    heads = []
-    feed_forward = []
+    removed_heads = []
+    removed_feed_forward = []
     for index in range(config.num_hidden_layers):
         layer = f"{config.model_type}.encoder.layer.{index}"
         first_row = ticket.masks[f"{layer}.attention.output.dense.weight"][0]
-        heads.append(~first_row[::head_size].cpu().numpy())
-        feed_forward.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
-    heads = np.stack(heads)
-    feed_forward = np.array(feed_forward)
+        removed_heads.append(~first_row[::head_size].cpu().numpy())
+        removed_feed_forward.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
+    removed_heads = np.stack(removed_heads)
+    removed_feed_forward = np.array(removed_feed_forward)
 
-    expected = unit_masks(config, heads, feed_forward)
+    expected = unit_masks(config, removed_heads, removed_feed_forward)
     is_whole = ticket.masks.keys() == expected.keys()
     is_whole = is_whole and all(torch.equal(ticket.masks[name].cpu(), expected[name]) for name in expected)
-    if heads.all(axis=1).any() or not is_whole:
+    if removed_heads.all(axis=1).any() or not is_whole:
         raise ValueError(f"{ticket.file}: a Super Ticket takes out whole heads, not all of a layer, and whole "
                          "feed-forward networks")
-    return heads, feed_forward
+    return removed_heads, removed_feed_forward
 
 
 def remove_units(model, removed_heads, removed_feed_forward):
@@ -813,7 +809,7 @@ def remove_units(model, removed_heads, removed_feed_forward):
 
 
 class SkippableResidual(nn.Module):
-    """A Residual whose feed-forward network can be left out; its LayerNorm then acts on the residual alone."""
+    """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone."""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
@@ -829,15 +825,16 @@ class SkippableResidual(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Several tasks, one encoder
+# 8. Several tasks, one encoder
 # ---------------------------------------------------------------------------------------------------
 
 
-def share_encoder(model, tasks: list[TaskData], tickets: list[Ticket], machine):
+def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], machine):
     """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its own ticket.
 
-    Here the masks lie over the weights, not in them: a weight gets gradients from those tasks alone that keep it.
-    (AdamW's moments move it in the updates of the other tasks, too.)"""
+    The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
+    weight gets gradients from those tasks alone that keep it. (AdamW's moments move it in the updates of the other
+    tasks, too.)"""
     layers = {}
     if tickets:
         layers = tamt.mask_model(model)
@@ -845,7 +842,7 @@ def share_encoder(model, tasks: list[TaskData], tickets: list[Ticket], machine):
             layer.output = SkippableResidual(layer.output)
     model.masked_layers = layers
     model.heads = nn.ModuleDict()
-    for index, task_data in enumerate(tasks):
+    for index, task_data in enumerate(all_task_data):
         task = task_data.task
         model.add_classifier(task.num_outputs)
         model.heads[task.name] = model.classifier
@@ -873,8 +870,36 @@ def switch_to(model, task_data: TaskData):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: records, predictions, export. Skip it at a first reading, like all that follows.
+# Appendix A: ablations, progress, records, predictions, export. Skip it at a first reading, like all that follows.
 # ---------------------------------------------------------------------------------------------------
+
+
+def change_weights(model, kind: str):
+    """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it?"""
+    if kind == "random":
+        fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
+        model.backbone.load_state_dict(fresh.backbone.state_dict())
+    if kind == "shuffled":
+        for layer in tamt.maskable_layers(model, "encoder").values():
+            weight = layer.weight.data
+            order = torch.randperm(weight.numel())
+            layer.weight.data = weight.flatten()[order].view(weight.shape)
+
+
+class Progress:
+    """A line for each evaluation, with the time that is left."""
+
+    def __init__(self, step: int, num_updates: int):
+        self.first_step = step
+        self.num_updates = num_updates
+        self.began = time.time()
+
+    def show(self, line: dict):
+        step = line["step"]
+        seconds_per_update = (time.time() - self.began) / max(step - self.first_step, 1)
+        minutes, seconds = divmod(round(seconds_per_update * (self.num_updates - step)), 60)
+        values = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name != "step")
+        print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
 
 
 def record(run, result: dict, is_resumed: bool = False):
@@ -900,8 +925,8 @@ def finished_experiment(run, tasks: list, result: dict) -> Experiment:
     if run.predict and not has_predictions or not has_exports:
         raise ValueError(f"{run.out} is finished, its model gone: --predict and --export need it again, without "
                          "--resume")
-    task_data = [TaskData(task, [], np.zeros(0), {}, {}) for task in tasks]
-    return Experiment(run, {}, None, None, [], task_data, result=result)
+    all_task_data = [TaskData(task, [], np.zeros(0), {}, {}) for task in tasks]
+    return Experiment(run, {}, None, None, [], all_task_data, result=result)
 
 
 def print_summary(result: dict):
@@ -915,7 +940,7 @@ def print_summary(result: dict):
     print(f"seconds: {result['seconds']:.4f}")
 
 
-def write_predictions(experiment, task_data: TaskData):
+def write_predictions(experiment: Experiment, task_data: TaskData):
     """GLUE's table for each test file, or SQuAD's JSON for dev, by the model after its last update."""
     run = experiment.run
     task = task_data.task
@@ -936,7 +961,7 @@ def write_predictions(experiment, task_data: TaskData):
         print(f"{run.out / name}: {len(predictions):,} predictions")
 
 
-def export_model(experiment, task_data: TaskData):
+def export_model(experiment: Experiment, task_data: TaskData):
     """What transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
     model = experiment.model
     task = task_data.task
@@ -951,7 +976,7 @@ def export_model(experiment, task_data: TaskData):
         extra["problem_type"] = "regression"
     switch_to(model, task_data)
     folder = experiment.run.export
-    if len(experiment.tasks) > 1:
+    if len(experiment.all_task_data) > 1:
         folder = folder / task.name
     bert.save(folder, model.config, full_size_tensors(model), architecture, **extra)
     data.save_vocabulary(experiment.vocabulary, folder, model.config.model_type, model.config.max_tokens)
@@ -993,8 +1018,8 @@ def export_folders(run, tasks: list) -> list[Path]:
     return [Path(run.export) / task.name for task in tasks]
 
 
-def task_names(tasks: list[TaskData]) -> str:
-    return ",".join(task_data.task.name for task_data in tasks)
+def task_names(all_task_data: list[TaskData]) -> str:
+    return ",".join(task_data.task.name for task_data in all_task_data)
 
 
 def finish_search(settings, ticket, story: dict, start_time: float) -> dict:
@@ -1021,7 +1046,7 @@ def finish_search(settings, ticket, story: dict, start_time: float) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: settings and the command line
+# Appendix B: settings and the command line
 # ---------------------------------------------------------------------------------------------------
 
 

@@ -5,9 +5,15 @@
     3. Token ids        truncation, special tokens, batches
     4. SQuAD            long paragraphs through sliding windows, answers, the official score
     5. Metrics          and the score that a collapsed model would reach
-    Appendix            submission files
-    Appendix            downloads
-    Appendix            tasks of your own
+    Appendix A          checks of SQuAD's files
+    Appendix B          submission files
+    Appendix C          downloads
+    Appendix D          tasks of your own
+
+    examples = load_glue("rte", "dev", "glue")                        # Example(text_a, text_b, label)
+    sequences = encode(examples, vocabulary, max_len=128)             # (input_ids, token_type_ids) of each
+    batch = pad_batch(sequences[:32], vocabulary.pad_id)              # what a model takes
+    score(TASKS["rte"], predicted_classes, examples)                  # {"accuracy": 0.66}
 
 There is no model here: finetune.py brings one. "The paper" is that of task-agnostic mask training (tamt.py);
 run_squad.py is a file of BERT's original code.
@@ -45,8 +51,8 @@ TSV_FILES = {"train": ("train.tsv",), "dev": ("dev.tsv",), "test": ("test.tsv",)
 class Task:
     """Where the texts of a task are, what is predicted, and the settings for fine-tuning.
 
-    A column is a name in the table's first line, or a number from 0. A table whose columns are all given
-    by number has no line of names. The settings are TAMT's (glue_trans.py, squad_trans.py)."""
+    A column is a name in the table's header, its first line, or a number from 0. A table whose columns are all
+    given by number has no header. The settings are those of the paper's code (glue_trans.py, squad_trans.py)."""
     name: str
     folder: str  # in GLUE's layout
     predicts: str  # "class", "number", or "span": an answer in a paragraph
@@ -54,8 +60,9 @@ class Task:
     metrics: tuple[str, ...]  # the first one selects the best evaluation
     text_columns: tuple[str | int, ...] = ()  # one text or a pair
     label_column: str | int = "label"
-    test_text_columns: tuple[str | int, ...] = ()  # where the test file's columns are different
+    test_text_columns: tuple[str | int, ...] = ()  # if the test file has other columns
     files: dict[str, tuple[str, ...]] = field(default_factory=lambda: TSV_FILES)  # split: possible names
+    skips_broken_rows: bool = False  # else a row with too few or too many fields is an error
     epochs: int = 3
     lr: float = 2e-5
     batch_size: int = 32
@@ -78,7 +85,7 @@ COLA = Task(
     predicts="class",
     labels=("0", "1"),
     metrics=("matthews", "accuracy"),
-    text_columns=(3,),  # train and dev have no line of names, test has one
+    text_columns=(3,),  # train and dev have no header, test has one
     label_column=1,
     test_text_columns=("sentence",),
 )
@@ -92,8 +99,8 @@ SST2 = Task(
     text_columns=("sentence",),
 )
 
-# MRPC comes as Microsoft's two text files. GLUE's dev set is those rows of the first one whose two ids
-# stand in a third file. If somebody has built GLUE's tables from them already, these are read.
+# MRPC comes as Microsoft's two text files. GLUE's dev set is a part of the first one: the rows whose pair of ids is
+# listed in a third file. If somebody has built GLUE's tables from them already, these are read instead.
 MRPC = Task(
     name="mrpc",
     folder="MRPC",
@@ -127,12 +134,13 @@ QQP = Task(
     metrics=("accuracy", "f1"),
     text_columns=("question1", "question2"),
     label_column="is_duplicate",
+    skips_broken_rows=True,  # line breaks inside a few questions leave two halves of a row
     eval_every=500,
 )
 
-# The order of the classes is that of the Hugging Face hub; BERT's original code began with contradiction.
-# Here the accuracy on the matched dev set selects the best evaluation. The paper's code stores both accuracies
-# under one name, the mismatched one last, so it reports that one.
+# MNLI has two dev sets. "Matched" texts are from the sources of the training set, "mismatched" ones from others. Here
+# the accuracy on the matched set selects the best evaluation. The paper's code stores both accuracies under one name,
+# the mismatched one last, so it reports that one. The order of the classes is that of the Hugging Face hub.
 MNLI = Task(
     name="mnli",
     folder="MNLI",
@@ -144,7 +152,7 @@ MNLI = Task(
     files={
         "train": ("train.tsv",),
         "dev": ("dev_matched.tsv",),
-        "dev_mm": ("dev_mismatched.tsv",),  # texts from sources that the training set lacks
+        "dev_mm": ("dev_mismatched.tsv",),
         "test": ("test_matched.tsv",),
         "test_mm": ("test_mismatched.tsv",),
         "ax": ("AX.tsv", "diagnostic.tsv"),  # GLUE's diagnostic sentences, without labels
@@ -199,7 +207,7 @@ TASKS = {task.name: task for task in ALL_TASKS}
 
 
 def find_task(name_or_path) -> Task:
-    """The task of this name, or the one that a JSON file describes (see the last appendix).
+    """The task of this name, or the one that a JSON file describes (appendix D).
 
     A Task is returned as it is. Raises ValueError for an unknown name or a malformed file."""
     if isinstance(name_or_path, Task):
@@ -243,26 +251,25 @@ def load_glue(task, split: str, folder) -> list[Example]:
     text_indices = [find_column(column, first_row, where) for column in text_columns]
     label_index = find_column(task.label_column, first_row, where) if has_labels else None
 
-    # Without a line of names the first line is a row like all others.
-    has_names = any(isinstance(column, str) for column in (*text_columns, task.label_column))
-    if not has_names:
+    # Without a header the first line is a row like all others.
+    has_header = any(isinstance(column, str) for column in (*text_columns, task.label_column))
+    if not has_header:
         rows = chain([(where, first_row)], rows)
 
-    # Of MRPC's original training file some rows are the dev set.
     dev_ids = None
-    if task.name == "mrpc" and path.name == "msr_paraphrase_train.txt":
+    if path.name == "msr_paraphrase_train.txt":  # MRPC's train and dev in one file
         dev_ids = {tuple(ids) for _, ids in read_rows(find_file(task, "dev_ids", folder))}
 
     examples = []
     num_skipped = 0
     for where, fields in rows:
         if len(fields) != len(first_row):
-            if task.name == "qqp" and has_labels:
-                num_skipped += 1  # a line break inside a question leaves two halves of a row
+            if task.skips_broken_rows and has_labels:
+                num_skipped += 1
                 continue
             raise ValueError(f"{where}: {len(fields)} fields where line 1 has {len(first_row)}")
         if dev_ids is not None:
-            is_dev_row = tuple(fields[1:3]) in dev_ids  # "#1 ID", "#2 ID"
+            is_dev_row = tuple(fields[1:3]) in dev_ids  # the columns "#1 ID" and "#2 ID"
             if is_dev_row != (split == "dev"):
                 continue
 
@@ -281,7 +288,7 @@ def load_glue(task, split: str, folder) -> list[Example]:
 
 
 def find_file(task: Task, split: str, folder) -> Path:
-    """The file of a split, in folder/<the task's folder> or in `folder` itself.
+    """The file of a split, in folder/<the task's folder>, as in GLUE's layout, or in `folder` itself.
 
     Raises ValueError if the task has no such split, FileNotFoundError with the places looked at."""
     if split not in task.files:
@@ -294,7 +301,7 @@ def find_file(task: Task, split: str, folder) -> Path:
     for place in places:
         if place.is_file():
             return place
-    distinct = dict.fromkeys(str(place) for place in places)
+    distinct = dict.fromkeys(str(place) for place in places)  # the full path of a task of your own is there twice
     raise FileNotFoundError(f"task {task.name}: no {split} file; expected {' or '.join(distinct)}")
 
 
@@ -354,10 +361,11 @@ def encode(examples: list[Example], vocabulary: data.Vocabulary, max_len: int) -
     room_for_pair = max_len - num_special_tokens(vocabulary)
     first_texts = [example.text_a for example in examples]
     second_texts = [example.text_b for example in examples if example.text_b is not None]
-    second_encodings = tokenize(second_texts, vocabulary)
+    first_encodings = tokenize(first_texts, vocabulary)
+    second_encodings = tokenize(second_texts, vocabulary)  # only of those examples that have a second text
 
     sequences = []
-    for example, encoding in zip(examples, tokenize(first_texts, vocabulary), strict=True):
+    for example, encoding in zip(examples, first_encodings, strict=True):
         if example.text_b is None:
             a = encoding.ids[:room_for_one]
             b = None
@@ -372,7 +380,7 @@ def tokenize(texts: list[str], vocabulary: data.Vocabulary):
 
     An encoding takes kilobytes, so the texts go in by the thousand."""
     for start in range(0, len(texts), 1000):
-        batch = texts[start : start + 1000]
+        batch = texts[start:start + 1000]
         yield from vocabulary.tokenizer.encode_batch(batch, add_special_tokens=False)
 
 
@@ -428,7 +436,7 @@ def bucketed_batches(
     pool_number = np.arange(len(order)) // (pool * batch_size)
     order = order[np.lexsort((lengths[order], pool_number))]  # by pool, inside a pool by length
 
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
@@ -456,8 +464,8 @@ def pad_batch(sequences: list[tuple], pad_id: int) -> tuple[np.ndarray, np.ndarr
 class Question(NamedTuple):
     id: str
     question: str
-    context: str  # the paragraph
-    answers: list[tuple[str, int]]  # text, and the character of the context where it begins
+    context: str  # the paragraph, which SQuAD's files call so
+    answers: list[tuple[str, int]]  # text, and the character of the paragraph at which it begins
 
 
 def load_squad(path) -> list[Question]:
@@ -473,11 +481,11 @@ def load_squad(path) -> list[Question]:
         where = f"{path}: data[{i}]"
         for j, paragraph in enumerate(read_field(article, "paragraphs", list, where)):
             where = f"{path}: data[{i}].paragraphs[{j}]"
-            context = read_field(paragraph, "context", str, where)
+            text = read_field(paragraph, "context", str, where)
             for k, entry in enumerate(read_field(paragraph, "qas", list, where)):
                 if isinstance(entry, dict) and entry.get("is_impossible"):
                     raise squad_2_error(path)
-                question = read_question(entry, context, f"{where}.qas[{k}]")
+                question = read_question(entry, text, f"{where}.qas[{k}]")
                 if question.id in questions:
                     raise ValueError(f"{where}.qas[{k}]: a second question with id {question.id[:60]!r}")
                 questions[question.id] = question
@@ -486,7 +494,8 @@ def load_squad(path) -> list[Question]:
     return list(questions.values())
 
 
-def read_question(entry, context: str, where: str) -> Question:
+def read_question(entry, paragraph: str, where: str) -> Question:
+    """A question with all its answers, from one entry of the file; `where` names its place in errors."""
     answers = []
     for answer in read_field(entry, "answers", list, where):
         text = read_field(answer, "text", str, where)
@@ -498,54 +507,41 @@ def read_question(entry, context: str, where: str) -> Question:
         raise ValueError(f"{where}: no answers, but SQuAD v1.1 has one or more for each question")
     question_id = read_field(entry, "id", str, where)
     text = read_field(entry, "question", str, where)
-    return Question(question_id, text, context, answers)
+    return Question(question_id, text, paragraph, answers)
 
 
-def read_field(entry, key: str, kind: type, where: str):
-    """entry[key], if it is there and of this kind: list, str or int."""
-    if not isinstance(entry, dict) or type(entry.get(key)) is not kind:  # isinstance() takes True for an int
-        raise ValueError(f"{where}: no {key!r} here that is of type {kind.__name__}")
-    value = entry[key]
-    if kind is str and re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"{where}: {key!r} holds half a character (a lone surrogate), which is no text")
-    return value
-
-
-def squad_2_error(path) -> ValueError:
-    return ValueError(f"{path}: this is SQuAD 2.0, whose questions may have no answer; v1.1 is needed: "
-                      f"train-v1.1.json, dev-v1.1.json")
-
-
-# A paragraph longer than the model's input is read through several windows, each `doc_stride` tokens
-# further on. With max_len 10 and doc_stride 2 the question "Where?" leaves room for 5 tokens,
-# [CLS] where ? [SEP] . . . . . [SEP], and a paragraph of 7 tokens needs two windows:
+# A paragraph longer than the model's input is read through several windows, each `doc_stride` tokens further on.
+# (Names with doc_ are those of run_squad.py, which calls a paragraph a document.) With max_len 10 and doc_stride 2 the
+# question "Where?" leaves room for 5 tokens, [CLS] where ? [SEP] . . . . . [SEP], and a paragraph of 7 tokens needs
+# two windows:
 #
-#   paragraph   anna met bob in rome last may
-#   window 0    anna met bob in rome              doc_start 0
-#   window 1             bob in rome last may     doc_start 2; it reaches the end, so it is the last one
+#   paragraph   anna moved to sunny new york alone
+#   window 0    anna moved to sunny new                doc_start 0
+#   window 1               to sunny new york alone     doc_start 2; it reaches the end, so it is the last one
 #
-# A window that does not hold all of the answer has its start and end at position 0, the place of [CLS].
-# "Rome last" is cut by window 0, so they are 0 there; window 1 holds it at positions 6 and 7.
+# For training, a window knows the positions of the answer, or 0 and 0, the place of [CLS], if it does not hold all of
+# it. "New York" is cut by window 0, so they are 0 there; window 1 holds it at the positions 6 and 7.
 #
-# A token is often in several windows. Its context in a window is the smaller of the numbers of tokens to its
-# left and to its right: for "rome" min(4, 0) = 0 in window 0, and min(2, 2) = 2 in window 1. Only the window
-# where the context is largest, its maximum context, may propose an answer that begins with the token.
+# A token is often in several windows, with more or less text around it. Its margin in a window is the smaller of the
+# numbers of tokens to its left and to its right: for "new" min(4, 0) = 0 in window 0, and min(2, 2) = 2 in window 1.
+# Only the window with the largest margin (run_squad.py: the maximum context) may propose an answer that begins with
+# the token.
 
 
 class Window(NamedTuple):
-    """N tokens of a paragraph as the model reads them: [CLS] question [SEP] the N tokens [SEP]."""
+    """N tokens of a paragraph as the model reads them, T in all: [CLS] question [SEP] the N tokens [SEP]."""
     question_index: int
     input_ids: np.ndarray  # (T,)
     token_type_ids: np.ndarray  # (T,)
     doc_start: int  # which token of the paragraph comes first in this window
     doc_offset: int  # the position of that token in input_ids
     char_spans: np.ndarray  # (N, 2): the characters of the paragraph where each token begins and ends
-    is_max_context: np.ndarray  # (N,) bool: an answer may begin here
+    is_max_context: np.ndarray  # (N,) bool: no other window has a larger margin; an answer may begin here
     start_position: int  # positions in input_ids of the answer's first and last token;
     end_position: int  # 0 and 0, that is [CLS], unless all of the answer is in this window
 
 
-def windows(
+def make_windows(
     questions: list[Question],
     vocabulary: data.Vocabulary,
     max_len: int = 384,
@@ -559,7 +555,7 @@ def windows(
     where the file says, or holds no token, is then left out; one printed line counts these. The rules are
     those of run_squad.py, except that answers are found by their characters. Raises ValueError if a
     question fills max_len."""
-    documents = tokenize_contexts(questions, vocabulary)
+    paragraphs = tokenize_paragraphs(questions, vocabulary)
     question_texts = [question.question.strip() for question in questions]
     num_special = num_special_tokens(vocabulary)
 
@@ -568,7 +564,7 @@ def windows(
     for index, encoding in enumerate(tokenize(question_texts, vocabulary)):
         question = questions[index]
         question_ids = encoding.ids[:max_question]
-        doc_ids, char_spans = documents[question.context]
+        paragraph_ids, char_spans = paragraphs[question.context]
         doc_offset = len(question_ids) + num_special - 1
         room = max_len - len(question_ids) - num_special
         if room < 1:
@@ -584,13 +580,13 @@ def windows(
         # A window every `stride` tokens, until one reaches the end of the paragraph.
         stride = min(doc_stride, room)  # a short window must not jump over tokens
         doc_starts = [0]
-        while doc_starts[-1] + room < len(doc_ids):
+        while doc_starts[-1] + room < len(paragraph_ids):
             doc_starts.append(doc_starts[-1] + stride)
-        is_max_context = find_max_context(len(doc_ids), doc_starts, room)
+        is_max_context = find_max_context(len(paragraph_ids), doc_starts, room)
 
         for number, doc_start in enumerate(doc_starts):
             doc_end = doc_start + room
-            ids_here = doc_ids[doc_start:doc_end]
+            ids_here = paragraph_ids[doc_start:doc_end]
             input_ids, token_type_ids = add_special_tokens(question_ids, ids_here, vocabulary)
             start_position = 0
             end_position = 0
@@ -616,14 +612,14 @@ def windows(
     return all_windows
 
 
-def tokenize_contexts(questions: list[Question], vocabulary: data.Vocabulary) -> dict[str, tuple]:
+def tokenize_paragraphs(questions: list[Question], vocabulary: data.Vocabulary) -> dict[str, tuple]:
     """{paragraph: (token ids, character spans (tokens, 2))}. A paragraph serves about five questions."""
-    contexts = sorted({question.context for question in questions})
-    documents = {}
-    for context, encoding in zip(contexts, tokenize(contexts, vocabulary), strict=True):
+    paragraphs = sorted({question.context for question in questions})
+    tokenized = {}
+    for paragraph, encoding in zip(paragraphs, tokenize(paragraphs, vocabulary), strict=True):
         char_spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-        documents[context] = (encoding.ids, char_spans)
-    return documents
+        tokenized[paragraph] = (encoding.ids, char_spans)
+    return tokenized
 
 
 def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int, int] | None:
@@ -633,7 +629,7 @@ def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int,
     before the answer ends. That is right where RoBERTa's token " Rome" spans characters 2 to 7 and the
     answer 3 to 7, and where four tokens share one emoji."""
     text, start = question.answers[0]
-    if question.context[start : start + len(text)] != text or not text.strip():
+    if question.context[start:start + len(text)] != text or not text.strip():
         return None
     end = start + len(text.rstrip())
     start = start + len(text) - len(text.lstrip())
@@ -646,7 +642,7 @@ def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int,
 
 
 def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
-    """(windows, tokens) bool: True where a token has its maximum context, in exactly one window.
+    """(windows, tokens) bool: True where a token has its largest margin, which is in exactly one window.
 
     Longer windows count a little more, 0.01 for each token of their length (run_squad.py,
     _check_is_max_context); of equals the earlier window wins."""
@@ -654,21 +650,21 @@ def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
     length = np.minimum(room, num_tokens - doc_start)  # (windows, 1)
     num_left = np.arange(num_tokens) - doc_start  # (windows, tokens), negative outside the window
     num_right = length - 1 - num_left
-    context = np.minimum(num_left, num_right)
+    margin = np.minimum(num_left, num_right)
 
-    score = context + 0.01 * length
-    score[context < 0] = -1
-    best_window = score.argmax(axis=0)  # (tokens,)
+    worth = margin + 0.01 * length
+    worth[margin < 0] = -1
+    best_window = worth.argmax(axis=0)  # (tokens,)
     return best_window == np.arange(len(doc_start))[:, None]
 
 
 # From logits back to text. The model gives each position of a window a start and an end logit. The answer is
 # the pair with the highest sum, over all windows of a question:
 #
-#   window 1     [CLS] where ? [SEP]  bob  in  rome  last  may  [SEP]
-#   position       0     1   2   3     4    5    6     7    8     9
-#   start logit    0     0   0   0     0    0    5     0    0     0      best start 6, best end 7:
-#   end logit      0     0   0   0     0    0    0     5    0     0      characters 16 to 25, "Rome last"
+#   window 1     [CLS] where ? [SEP]  to  sunny  new  york  alone  [SEP]
+#   position       0     1   2   3     4    5     6    7      8      9
+#   start logit    0     0   0   0     0    0     5    0      0      0      best start 6, best end 7:
+#   end logit      0     0   0   0     0    0     0    5      0      0      characters 20 to 28, "New York"
 
 
 def best_answers(
@@ -682,15 +678,15 @@ def best_answers(
     """{question id: answer}, "" where no window proposes one.
 
     start_logits, end_logits: one row for each window, of T numbers or more (padding is ignored)."""
-    best_score = [-np.inf] * len(questions)
+    best_scores = [-np.inf] * len(questions)
     answers = {question.id: "" for question in questions}
     for window, window_starts, window_ends in zip(windows, start_logits, end_logits, strict=True):
         span = best_span(window, window_starts, window_ends, n_best_size, max_answer_length)
         if span is None:
             continue
-        score, char_start, char_end = span
-        if score > best_score[window.question_index]:
-            best_score[window.question_index] = score
+        span_score, char_start, char_end = span
+        if span_score > best_scores[window.question_index]:
+            best_scores[window.question_index] = span_score
             question = questions[window.question_index]
             answers[question.id] = answer_text(question.context, char_start, char_end)
     return answers
@@ -699,12 +695,12 @@ def best_answers(
 def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_answer_length: int):
     """(score, first character, last character + 1) of a window's best answer, or None.
 
-    Candidates are the n best starts, each with its maximum context here, times the n best ends, both in the
-    paragraph; the end is not before the start, and the answer has at most max_answer_length tokens."""
-    document = slice(window.doc_offset, window.doc_offset + len(window.char_spans))
-    start_scores = np.asarray(start_logits[document], np.float64)
+    Candidates are the n best starts with the n best ends, all in the paragraph. A start needs its largest margin
+    here, an end must not lie before its start, and an answer has at most max_answer_length tokens."""
+    paragraph = slice(window.doc_offset, window.doc_offset + len(window.char_spans))
+    start_scores = np.asarray(start_logits[paragraph], np.float64)
     start_scores = np.where(window.is_max_context, start_scores, -np.inf)
-    end_scores = np.asarray(end_logits[document], np.float64)
+    end_scores = np.asarray(end_logits[paragraph], np.float64)
     starts = np.argsort(-start_scores, kind="stable")[:n_best_size]
     ends = np.argsort(-end_scores, kind="stable")[:n_best_size]
     if len(starts) == 0:
@@ -721,14 +717,14 @@ def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_an
     return scores[row, column], char_start, char_end
 
 
-def answer_text(context: str, start: int, end: int) -> str:
-    """context[start:end] without the space that RoBERTa's tokens begin with, but with its last accents.
+def answer_text(paragraph: str, start: int, end: int) -> str:
+    """paragraph[start:end] without the space that RoBERTa's tokens begin with, but with its last accents.
 
     BERT's normaliser deletes accents, so its token for "cafe" + U+0301 (e and accent are two characters)
     ends before the accent."""
-    while end < len(context) and unicodedata.category(context[end]) == "Mn":  # a mark without width
+    while end < len(paragraph) and unicodedata.category(paragraph[end]) == "Mn":  # a mark without width
         end += 1
-    return context[start:end].strip()
+    return paragraph[start:end].strip()
 
 
 def squad_scores(predictions: dict[str, str], questions: list[Question]) -> dict[str, float]:
@@ -844,10 +840,10 @@ def score(task: Task, predictions, examples: list[Example], split: str = "dev") 
     return scores
 
 
-def floor(task: Task, examples: list[Example], split: str = "dev") -> dict[str, float]:
+def majority_scores(task: Task, examples: list[Example], split: str = "dev") -> dict[str, float]:
     """The scores of always answering the most frequent class. A run that scores no better has collapsed.
 
-    MRPC's dev set has 279 of 408 in class 1: accuracy 0.684, f1 0.812. Numbers and spans have floor 0.0."""
+    MRPC's dev set has 279 of 408 in class 1: accuracy 0.684, f1 0.812. For numbers and spans all are 0.0."""
     if task.predicts != "class":
         return dict.fromkeys(task.metrics, 0.0)
     labels = [example.label for example in examples]
@@ -856,7 +852,27 @@ def floor(task: Task, examples: list[Example], split: str = "dev") -> dict[str, 
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: submission files. Skip it at a first reading.
+# Appendix A: checks of SQuAD's files. Skip it at a first reading.
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_field(entry, key: str, kind: type, where: str):
+    """entry[key], if it is there and of this kind: list, str or int."""
+    if not isinstance(entry, dict) or type(entry.get(key)) is not kind:  # isinstance() takes True for an int
+        raise ValueError(f"{where}: no {key!r} here that is of type {kind.__name__}")
+    value = entry[key]
+    if kind is str and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{where}: {key!r} holds half a character (a lone surrogate), which is no text")
+    return value
+
+
+def squad_2_error(path) -> ValueError:
+    return ValueError(f"{path}: this is SQuAD 2.0, whose questions may have no answer; v1.1 is needed: "
+                      f"train-v1.1.json, dev-v1.1.json")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Appendix B: submission files. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 # What GLUE's server calls the three files of MNLI, by split; the file of any other task is FOLDER.tsv.
@@ -883,7 +899,7 @@ def write_submission(task: Task, predictions, path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: downloads. Skip it at a first reading.
+# Appendix C: downloads. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 GLUE_HOST = "https://dl.fbaipublicfiles.com/glue/data/"
@@ -982,7 +998,7 @@ def download(task, folder=None, splits=None) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix: tasks of your own. Skip it at a first reading.
+# Appendix D: tasks of your own. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 # A task of your own is a JSON file beside its tables:

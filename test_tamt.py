@@ -4148,7 +4148,7 @@ def test_a_malformed_question_is_named_by_its_place(tmp_path):
 
 def test_windows_of_the_worked_example(letters):
     vocabulary = letters["bert"]
-    windows = glue_squad.windows([WORKED_EXAMPLE], vocabulary, max_len=10, doc_stride=2, training=True)
+    windows = glue_squad.make_windows([WORKED_EXAMPLE], vocabulary, max_len=10, doc_stride=2, training=True)
     texts = []
     for window in windows:
         texts.append(" ".join(vocabulary.tokenizer.id_to_token(number) for number in window.input_ids))
@@ -4162,7 +4162,7 @@ def test_windows_of_the_worked_example(letters):
 
 
 def test_an_answer_begins_only_where_its_first_token_has_maximum_context(letters):
-    windows = glue_squad.windows([WORKED_EXAMPLE], letters["bert"], max_len=10, doc_stride=2)
+    windows = glue_squad.make_windows([WORKED_EXAMPLE], letters["bert"], max_len=10, doc_stride=2)
     start_logits = np.zeros((2, 10))
     end_logits = np.zeros((2, 10))
     start_logits[0, 8] = end_logits[0, 8] = 9  # window 0 is sure of "rome", its last token
@@ -4173,7 +4173,7 @@ def test_an_answer_begins_only_where_its_first_token_has_maximum_context(letters
 
 def test_an_answer_ends_after_its_start_inside_the_paragraph_within_30_tokens(letters):
     question = WORKED_EXAMPLE._replace(context="in " * 50)
-    [window] = glue_squad.windows([question], letters["bert"], max_len=99)
+    [window] = glue_squad.make_windows([question], letters["bert"], max_len=99)
     start_logits = np.zeros((1, 99))
     end_logits = np.zeros((1, 99))
     start_logits[0, 10] = 5
@@ -4184,17 +4184,17 @@ def test_an_answer_ends_after_its_start_inside_the_paragraph_within_30_tokens(le
 
 
 def test_a_short_window_skips_no_token(letters):
-    windows = glue_squad.windows([WORKED_EXAMPLE], letters["bert"], max_len=7, doc_stride=128)
+    windows = glue_squad.make_windows([WORKED_EXAMPLE], letters["bert"], max_len=7, doc_stride=128)
     assert sum(window.is_max_context.sum() for window in windows) == 7
     assert [len(window.input_ids) for window in windows] == [7, 7, 7, 6]
 
 
 def test_questions_whose_answer_is_not_in_its_place_do_not_train(tmp_path, letters, capsys):
     questions = glue_squad.load_squad(write(tmp_path, "train.json", squad_file(3, 2)))
-    windows = glue_squad.windows(questions, letters["bert"], training=True)
+    windows = glue_squad.make_windows(questions, letters["bert"], training=True)
     assert [window.question_index for window in windows] == [0]
     assert "left out 1 of 2 questions" in capsys.readouterr().err
-    assert len(glue_squad.windows(questions, letters["bert"])) == 2
+    assert len(glue_squad.make_windows(questions, letters["bert"])) == 2
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -4212,7 +4212,7 @@ def test_answers_come_back_from_every_window_that_holds_them(letters, family):
         max_len = rng.randrange(12, 60)
         doc_stride = rng.randrange(1, 30)
 
-        for window in glue_squad.windows([question], letters[family], max_len, doc_stride, training=True):
+        for window in glue_squad.make_windows([question], letters[family], max_len, doc_stride, training=True):
             if window.end_position == 0:
                 continue
             num_windows += 1
@@ -4326,9 +4326,9 @@ def test_predictions_without_labels_are_not_scored():
 
 def test_the_floor_is_the_score_of_the_most_frequent_class():
     examples = [glue_squad.Example("", "", int(i < 279)) for i in range(408)]
-    floor = glue_squad.floor(glue_squad.TASKS["mrpc"], examples)
+    floor = glue_squad.majority_scores(glue_squad.TASKS["mrpc"], examples)
     assert floor == {"accuracy": 279 / 408, "f1": pytest.approx(0.8122, abs=1e-4)}
-    assert glue_squad.floor(glue_squad.TASKS["squad"], []) == {"f1": 0, "em": 0}
+    assert glue_squad.majority_scores(glue_squad.TASKS["squad"], []) == {"f1": 0, "em": 0}
 
 
 def test_a_submission_holds_labels_as_words_and_numbers_with_three_decimals(tmp_path):
@@ -4524,11 +4524,11 @@ def test_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_path, family):
             module._parameters["bias"] = module._parameters.pop("bias")
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    task_data = theirs.tasks[0]
+    task_data = theirs.all_task_data[0]
     norms = []
     model.train()
     for step in range(12):
-        rows = finetune.epoch_batches(theirs.tasks, theirs.run, epoch=step // 4)[step % 4][1]
+        rows = finetune.epoch_batches(theirs.all_task_data, theirs.run, epoch=step // 4)[step % 4][1]
         torch.manual_seed((1_000_003 + step) * 1021)  # seed 1
         logits = finetune.task_logits(model, task_data, [task_data.train[row] for row in rows])
         targets = torch.from_numpy(task_data.targets[rows])
@@ -4592,7 +4592,7 @@ def finished(request, tasks, tmp_path_factory):
 def test_a_run_ends_with_lines_that_grep_reads(finished):
     experiment, printed = finished
     lines = printed.split("\n---\n")[1].splitlines()
-    task = experiment.tasks[0].task
+    task = experiment.all_task_data[0].task
     metric = task.metrics[0]
     best = experiment.result["best"][metric]
     final = experiment.result["final"][metric]
@@ -4603,17 +4603,17 @@ def test_a_run_ends_with_lines_that_grep_reads(finished):
 def test_a_result_holds_the_metrics_of_its_task_and_how_to_repeat_it(finished):
     experiment, _ = finished
     result = experiment.result
-    task = experiment.tasks[0].task
+    task = experiment.all_task_data[0].task
     assert list(result["best"]) == list(result["final"]) == list(task.metrics)
     assert {"model", "mask", "seed", "best_step", "seconds", "command", "device", "versions"} <= result.keys()
 
 
 def test_predictions_are_glues_table_or_squads_json(finished):
     experiment, _ = finished
-    task = experiment.tasks[0].task
+    task = experiment.all_task_data[0].task
     if task.predicts == "span":
         predictions = json.loads((experiment.run.out / "predictions.json").read_text())
-        scores = glue_squad.squad_scores(predictions, experiment.tasks[0].texts["dev"])
+        scores = glue_squad.squad_scores(predictions, experiment.all_task_data[0].texts["dev"])
         assert scores == pytest.approx(experiment.result["final"])
         return
 
@@ -4629,7 +4629,7 @@ def test_predictions_are_glues_table_or_squads_json(finished):
 def test_transformers_loads_the_export_with_equal_logits(finished):
     experiment, _ = finished
     model = experiment.model
-    task_data = experiment.tasks[0]
+    task_data = experiment.all_task_data[0]
     sequences = task_data.train[:8]
     with torch.no_grad():
         ours = finetune.task_logits(model, task_data, sequences)
@@ -4660,7 +4660,7 @@ def transformers_logits(folder, task_data, sequences, config):
 def test_the_exported_tokenizer_gives_the_ids_of_training(finished):
     experiment, _ = finished
     transformers = pytest.importorskip("transformers")
-    task_data = experiment.tasks[0]
+    task_data = experiment.all_task_data[0]
     if task_data.task.predicts == "span":
         pytest.skip("windows of paragraphs are ours")
     tokenizer = transformers.AutoTokenizer.from_pretrained(experiment.run.export)
@@ -4791,7 +4791,7 @@ def test_weights_stay_zero_under_the_mask_whatever_they_are(tasks, tmp_path):
 @pytest.mark.parametrize("task", ["rte", "squad"])
 def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
     def train_data(**changes):
-        task_data = opened(dense(tasks, tmp_path / str(changes), task=task, max_len=24, **changes)).tasks[0]
+        task_data = opened(dense(tasks, tmp_path / str(changes), task=task, max_len=24, **changes)).all_task_data[0]
         assert len(task_data.targets) == len(task_data.train)
         return [(tuple(input_ids), tuple(np.ravel(target)))
                 for (input_ids, _), target in zip(task_data.train, task_data.targets, strict=True)]
@@ -4805,10 +4805,10 @@ def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
 
 
 def test_limit_counts_the_windows_of_squad(tasks, tmp_path):
-    task_data = opened(dense(tasks, tmp_path, task="squad", max_len=24)).tasks[0]
+    task_data = opened(dense(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
     num_questions = len(task_data.texts["train"])
     assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
-    task_data = opened(dense(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)).tasks[0]
+    task_data = opened(dense(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)).all_task_data[0]
     assert len(task_data.train) == 30
 
 
@@ -4988,7 +4988,7 @@ def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path)
     heads, feed_forward = finetune.importance(experiment)
 
     # A gate of 1 in front of every context vector and of every output; the l1 norm of their gradients.
-    task_data = experiment.tasks[0]
+    task_data = experiment.all_task_data[0]
     layers = experiment.model.backbone.encoder.layer
     head_gates = {}
     output_gates = {}
@@ -5098,16 +5098,16 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, inputs, output, gate=output_gate: output * gate)
-    sequences = small.tasks[0].train[:8]
+    sequences = small.all_task_data[0].train[:8]
     with torch.no_grad():
-        found = finetune.task_logits(small.model, small.tasks[0], sequences)
-        expected = finetune.task_logits(full.model, full.tasks[0], sequences)
+        found = finetune.task_logits(small.model, small.all_task_data[0], sequences)
+        expected = finetune.task_logits(full.model, full.all_task_data[0], sequences)
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_the_export_of_a_super_ticket_has_full_sizes_and_equal_logits(tasks, tmp_path, super_ticket):
     experiment = opened(settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export"))
-    finetune.export_model(experiment, experiment.tasks[0])
+    finetune.export_model(experiment, experiment.all_task_data[0])
     tensors = bert.read_safetensors(tmp_path / "export/model.safetensors")
     family = experiment.model.config.model_type
     query = tensors[f"{family}.encoder.layer.0.attention.self.query.weight"]
@@ -5116,7 +5116,7 @@ def test_the_export_of_a_super_ticket_has_full_sizes_and_equal_logits(tasks, tmp
     assert query[8:16].all() and query[24:32].all()
 
     model = experiment.model
-    task_data = experiment.tasks[0]
+    task_data = experiment.all_task_data[0]
     with torch.no_grad():
         ours = finetune.task_logits(model, task_data, task_data.train[:8])
         theirs, _ = transformers_logits(tmp_path / "export", task_data, task_data.train[:8], model.config)
@@ -5184,17 +5184,17 @@ def two_super_tickets(tasks, tmp_path):
 def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_path, request, tickets):
     masks = request.getfixturevalue(tickets)
     shared = opened(settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
-    for task_data, mask in zip(shared.tasks, masks.split(","), strict=True):
+    for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         alone = opened(settings(tasks, tmp_path / task_data.task.name, task=task_data.task.name, mask=mask))
         alone.model.classifier = task_data.head
         found = finetune.predict_logits(shared, task_data, task_data.train)
-        expected = finetune.predict_logits(alone, alone.tasks[0], task_data.train)
+        expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 
 def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
     experiment = opened(settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
-    rte, stsb = experiment.tasks
+    rte, stsb = experiment.all_task_data
     finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
     for name, mask in rte.masks.items():
@@ -5217,7 +5217,7 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_p
     experiment = opened(settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x"))
     finetune.train(experiment)
     finetune.finish(experiment)
-    for task_data in experiment.tasks:
+    for task_data in experiment.all_task_data:
         tensors = bert.read_safetensors(tmp_path / "x" / task_data.task.name / "model.safetensors")
         for name, mask in task_data.masks.items():
             assert torch.equal(tensors[name], experiment.model.get_parameter(name).data * mask)
