@@ -1,19 +1,21 @@
-"""From plain text to batches of token ids.
+"""From plain text to batches of token ids, for training masks of BERT on plain text (tamt.py).
 
     1. Vocabulary      the tokenizer of a model folder
     2. Text            plain text to rows of T token ids, in a memory-mapped file
     3. Batches         the order of the rows, and masked-LM corruption
     Appendix A         tokenizers: their settings, fairseq's dictionaries, export
-    Appendix B         texts that are no plain text, or not in the words of the vocabulary
+    Appendix B         which tokens occur in a text; texts that are not as expected
     Appendix C         files: names, locks, hashes, progress
     Appendix D         download and unpack
     Appendix E         the named models and corpora, with their hashes
 
-    vocabulary = data.vocabulary("folder")                           # of a model: vocab.txt, tokenizer.json, ...
-    rows = data.corpus("text.txt", vocabulary, 128, "train")         # token ids (n, 128)
-    batch = rows[data.row_indices(len(rows), seed=1, start=0, count=16)]  # 16 rows in random order
-    corrupted_ids, is_chosen = data.corrupt(batch, vocabulary, generator)  # what masked-LM training predicts
+    vocabulary = data.vocabulary("folder")                          # of a model: vocab.txt, tokenizer.json, ...
+    rows = data.corpus_rows("text.txt", vocabulary, 128, "train")   # token ids (n, 128)
+    batch = rows[data.row_indices(len(rows), 1, 0, 16)]             # seed 1: the first 16 rows in random order
+    generator = data.random_stream(1, "corruption", 0)              # seed 1, update number 0
+    corrupted_ids, is_chosen = data.corrupt(batch, vocabulary, generator)
 
+Functions called here and found in no chapter are in the appendices: check_... and refuse_... only warn or raise.
 Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
 
@@ -69,13 +71,13 @@ class Vocabulary:
     """A tokenizer and its special tokens. The tokenizer gives the bare ids of a text: it adds no [CLS] and [SEP],
     and neither cuts nor pads."""
     tokenizer: Tokenizer
-    size: int  # V, the largest id + 1; the model's matrix may have more rows
+    size: int  # V, the largest id + 1; the embedding matrix of a model may have more rows
     pad_id: int
     unknown_id: int
     cls_id: int
     sep_id: int
     mask_id: int
-    one_row_per_line: bool = False  # True for models that were trained on single lines, such as proteins
+    one_row_per_line: bool = False  # True for models that were trained line by line, on proteins, say
     extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, such as [E1]
 
     @property
@@ -88,11 +90,11 @@ class Vocabulary:
 def vocabulary(path) -> Vocabulary:
     """The tokenizer of a model folder, or of the folder in which a checkpoint file lies.
 
-    The first of these that is there: tokenizer.json; vocab.txt (WordPiece); vocab.json + merges.txt
+    Reads the first of these that exists: tokenizer.json; vocab.txt (WordPiece); vocab.json + merges.txt
     (byte-level BPE); dict.txt (fairseq). Settings that change ids, such as do_lower_case, are honoured
-    (appendix A). Raises ValueError for one that is not supported, and for a damaged file; FileNotFoundError
-    if there is no vocabulary."""
-    folder = Path(path)  # not resolved: in a hub cache it is a link to a file without neighbours
+    (appendix A). Raises ValueError for an unsupported setting and for a damaged file, FileNotFoundError if
+    there is no vocabulary."""
+    folder = Path(path)  # not resolved: in a hub cache a checkpoint is a link to a blob without a vocabulary beside it
     if not folder.is_dir():
         folder = folder.parent
     settings = read_settings(folder)  # {"do_lower_case": True, "cls_token": "[CLS]", ...}, often empty
@@ -113,8 +115,7 @@ def vocabulary(path) -> Vocabulary:
         file = folder / "dict.txt"
         refuse_unsupported(file, settings, "RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        has_symbols = isinstance(tokenizer.model, models.WordLevel)  # amino acids, say, not pieces of words
-        one_row_per_line = has_symbols
+        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # whole words, or amino acids, say
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
@@ -123,9 +124,9 @@ def vocabulary(path) -> Vocabulary:
 
 
 def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
-    """Finds the special tokens of a tokenizer that was read from `file`."""
+    """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text."""
     names = special_names(tokenizer, settings, file)
-    add_tokens(tokenizer, names, settings, file.parent)  # or "[MASK]" in a text would become [ mask ]
+    add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
 
     extra_ids = []
@@ -152,8 +153,8 @@ def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]
     The settings may name them; otherwise they are BERT's ([PAD] ...) or RoBERTa's (<pad> ...). Raises
     ValueError if one is not in the vocabulary."""
     names = []
-    for role, *usual_names in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
-        candidates = usual_names
+    for role, bert_name, roberta_name in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
+        candidates = [bert_name, roberta_name]
         if role in settings:
             candidates = [token_content(settings[role])]
         found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
@@ -182,11 +183,11 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     words = read_lines(file)
     unknown = token_content(settings.get("unk_token", "[UNK]"))
 
-    vocab = numbered(words, file)
+    vocab = ids_by_position(words, file)
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
-        strip_accents=settings.get("strip_accents"),  # None: where text is lower-cased
+        strip_accents=settings.get("strip_accents"),  # None: if the text is lower-cased
         handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -196,7 +197,9 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
 
 def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
     """RoBERTa's tokenizer, from {token: id} and a file with the pairs of tokens to merge, one a line, in order.
-    Tokens are spelled in bytes, where Ġ stands for a space: " dog" -> Ġdog."""
+
+    Tokens are spelled in bytes, where Ġ stands for a space: " dog" -> Ġdog. `file`, where the ids come from, is
+    named in errors."""
     ids = list(vocab.values())
     if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
         raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
@@ -216,8 +219,8 @@ def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -
     return tokenizer
 
 
-def numbered(tokens: list[str], file: Path) -> dict[str, int]:
-    """{token: its place in the list}. Raises ValueError for an empty token and for one that occurs twice."""
+def ids_by_position(tokens: list[str], file: Path) -> dict[str, int]:
+    """{token: its position in the list}. Raises ValueError for an empty token and for one that occurs twice."""
     vocab = {}
     for number, token in enumerate(tokens):
         if not token:
@@ -244,7 +247,7 @@ def read_lines(file: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per_line: bool = False) -> np.memmap:
+def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per_line: bool = False) -> np.memmap:
     """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
 
     source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
@@ -253,16 +256,16 @@ def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per
     dropped (released code: data/datasets/language_modeling.py). With one_row_per_line, here or in the
     vocabulary, each line of the text is one row, cut or padded to T.
 
-    The rows are kept in the cache, in a file named by a digest of all that decides about them: the bytes of the
-    text, the tokenizer, T, one_row_per_line. So two corpora whose files have the same name have the same rows.
+    The rows are kept in the cache. The name of the cache file is a digest of all that decides about them: the bytes
+    of the text, the tokenizer, T, one_row_per_line. So an equal name means equal rows, wherever the text lay.
 
     Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
     one_row_per_line = one_row_per_line or vocabulary.one_row_per_line
     file, begin, end = find_text(source, split, one_row_per_line)
     made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, one_row_per_line]
     digest = hashlib.sha256(json.dumps(made_by).encode())
-    for piece in read_bytes(file, begin, end):
-        digest.update(piece)
+    for chunk in read_bytes(file, begin, end):
+        digest.update(chunk)
 
     path = cache() / "blocks" / f"{digest.hexdigest()[:32]}.bin"
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
@@ -276,7 +279,8 @@ def corpus(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per
                 raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))  # a warning from 5 % on
+    # A warning if the vocabulary does not fit; the text is read again only for examples of unknown words.
+    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
     return rows
 
 
@@ -311,15 +315,15 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
     """The byte of a text file at which its last 5 %, the dev text, begin.
 
     * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
-    * With one_row_per_line a shorter file is cut between lines, too: its last line is dev.
-    * Any other file, and one of a single line, is cut inside a line, at the last space in the first 95 % of
-      its bytes."""
+    * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
+    * Any other file is cut at the last space in the first 95 % of its bytes."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        num_lines = 1 + sum(piece.count(b"\n") for piece in read_bytes(path, 0, size - 1))
+        # A newline at the very end of the file ends the last line and begins none, so it is not counted.
+        num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, size - 1))
 
         if num_lines >= 20 or (one_row_per_line and num_lines > 1):
             num_dev_lines = max(num_lines // 20, 1)
-            border = size - 1  # the newline at the end of the file, if it has one, ends the last line
+            border = size - 1
             for _ in range(num_dev_lines):
                 border = text.rfind(b"\n", 0, border)
             return border + 1
@@ -334,25 +338,25 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
 
 
 def read_text(file: Path, begin: int, end: int, quiet: bool = False):
-    """Yields the text between two bytes of a UTF-8 file, 2 MB at a time. Windows' line ends become "\\n", and a
-    byte order mark is dropped."""
+    """Yields the text between two bytes of a UTF-8 file in chunks of 2 MB. Windows' line ends become "\\n", and a
+    byte order mark is dropped. Prints its progress, unless it is `quiet`."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
     position = begin
     held = ""
-    for piece in read_bytes(file, begin, end):
-        is_last = position + len(piece) == end
+    for chunk in read_bytes(file, begin, end):
+        is_last = position + len(chunk) == end
         try:
-            text = held + decoder.decode(piece, final=is_last)
+            text = held + decoder.decode(chunk, final=is_last)
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
         held = ""
-        if text.endswith("\r") and not is_last:  # its "\n" may come with the next piece
+        if text.endswith("\r") and not is_last:  # its "\n" may come with the next chunk
             held = "\r"
             text = text[:-1]
         yield text.replace("\r\n", "\n")
-        position += len(piece)
-        progress.add(len(piece))
+        position += len(chunk)
+        progress.add(len(chunk))
 
 
 # A long text is tokenised in pieces, many at once on all cores. The ids of the pieces, one after the other, have to
@@ -361,23 +365,22 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
 #
 #   "one two three"   ->   "one two", " three"
 #
-PIECE = re.compile(r"""
-    .{2000,10000}? \w (?=[ ])  # at least 2,000 characters, as few as possible, up to a word before a space
-    | .{2000,}?    \w (?=\s)   # where none comes for 10,000 characters: before other white space, such as a line end
-    """, re.DOTALL | re.VERBOSE)
-# With add_prefix_space a tokenizer puts a space in front of each piece that does not begin with one. So every piece
-# has to begin with one.
-PIECE_BEFORE_SPACE = re.compile(r".{2000,}? \w (?=[ ])", re.DOTALL | re.VERBOSE)
+# A piece has 2,000 characters or more, as few as possible. It ends with a letter or a digit, since after a special
+# token, such as [MASK], the space may belong to that token.
+PIECE = re.compile(r".{2000,}?\w(?=[ \t\n])", re.DOTALL)
+# With add_prefix_space a tokenizer puts a space in front of a text that does not begin with one. Then all pieces but
+# the first, which begins like the text, have to begin with a space.
+PIECE_BEFORE_SPACE = re.compile(r".{2000,}?\w(?= )", re.DOTALL)
 
 
-def cut_pieces(texts, tokenizer: Tokenizer):
-    """Yields lists of pieces of a long text, which comes as an iterable of strings."""
+def cut_pieces(chunks, tokenizer: Tokenizer):
+    """Cuts a text, which comes in chunks of any size, into pieces: yields a list of them for each chunk."""
     pattern = PIECE
     if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
         pattern = PIECE_BEFORE_SPACE
-    rest = ""
-    for text in texts:
-        rest += text
+    rest = ""  # of the chunks so far, what is in no piece
+    for chunk in chunks:
+        rest += chunk
         pieces = []
         begin = 0
         match = pattern.match(rest)
@@ -395,11 +398,11 @@ def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
     return [encoding.ids for encoding in encodings]
 
 
-def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
+def packed_blocks(chunks, vocabulary: Vocabulary, seq_len: int):
     """Yields rows (n, T): the stream of tokens in blocks of T - 2 between [CLS] and [SEP]."""
     length = seq_len - 2
-    rest = np.empty(0, np.int32)
-    for pieces in cut_pieces(texts, vocabulary.tokenizer):
+    rest = np.empty(0, np.int32)  # ids that do not fill a block yet
+    for pieces in cut_pieces(chunks, vocabulary.tokenizer):
         ids = [np.array(each, np.int32) for each in encode(pieces, vocabulary)]
         stream = np.concatenate([rest, *ids])
         num_rows = len(stream) // length
@@ -412,11 +415,11 @@ def packed_blocks(texts, vocabulary: Vocabulary, seq_len: int):
         yield rows
 
 
-def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
+def padded_lines(chunks, vocabulary: Vocabulary, seq_len: int):
     """Yields rows (n, T): each line with text in it, cut to T - 2 tokens, between [CLS] and [SEP], padded."""
-    rest = ""
-    for text in chain(texts, ["\n"]):
-        *lines, rest = (rest + text).split("\n")
+    rest = ""  # a line that may go on in the next chunk
+    for chunk in chain(chunks, ["\n"]):  # the newline ends the last line
+        *lines, rest = (rest + chunk).split("\n")
         lines = [line.strip() for line in lines if line.strip()]
 
         rows = np.full((len(lines), seq_len), vocabulary.pad_id, np.int32)
@@ -426,39 +429,26 @@ def padded_lines(texts, vocabulary: Vocabulary, seq_len: int):
         yield rows
 
 
-def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
-    """How often each id occurs in rows (n, T), counted a million tokens at a time -> (V,) int64."""
-    counts = np.zeros(vocabulary.size, np.int64)
-    num_rows = max(2**20 // rows.shape[1], 1)
-    for begin in range(0, len(rows), num_rows):
-        counts += np.bincount(rows[begin:begin + num_rows].ravel(), minlength=vocabulary.size)
-    return counts
-
-
-def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
-    """Which ids occur in rows (n, T) -> (V,) bool."""
-    return count_tokens(rows, vocabulary) > 0
-
-
 # ---------------------------------------------------------------------------------------------------
 # 3. Batches and masked-LM corruption
 # ---------------------------------------------------------------------------------------------------
 
-# Random numbers are drawn for these purposes. Each result depends on the place of its purpose in this list.
+# What random numbers are drawn for: the order of the rows, their corruption, random masks, --limit, and random Super
+# Tickets. The position of a purpose is part of its seed, so this list may grow at its end only.
 PURPOSES = ("order", "corruption", "masks", "limit", "tickets")
 
 
-def random_stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A generator of random numbers for one purpose. No two purposes share their numbers, and `numbers`, such as
-    the step, give each use its own: what a step draws does not depend on the steps before, so a run can resume."""
-    return np.random.default_rng([seed, PURPOSES.index(purpose), *numbers])
+def random_stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
+    """A random generator of its own for each purpose. `keys`, such as the number of the epoch or of the update, tell
+    the uses of a purpose apart, so an update draws the same numbers whether or not the run was resumed."""
+    return np.random.default_rng([seed, PURPOSES.index(purpose), *keys])
 
 
 def row_indices(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Which rows come at the positions start .. start + count - 1, if num_rows rows are read epoch after epoch,
-    shuffled anew in each -> (count,) int64.
+    """The rows at the positions start .. start + count - 1 of an endless reading, epoch after epoch, each shuffled
+    anew -> (count,) int64.
 
-    Step 2 of a run with batches of 16 reads row_indices(num_rows, seed, 32, 16)."""
+    In a run with batches of 16 the third update reads row_indices(num_rows, seed, 32, 16)."""
     indices = []
     for position in range(start, start + count):
         epoch, place = divmod(position, num_rows)
@@ -471,23 +461,23 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return random_stream(seed, "order", epoch).permutation(num_rows)
 
 
-def corrupt(input_ids, vocabulary: Vocabulary, generator) -> tuple[np.ndarray, np.ndarray]:
+def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masked-LM corruption of input_ids (B, T).
 
     Each token that is not special is chosen with probability 0.15. Of the chosen ones 80 % become [MASK], 10 %
-    a random word of the whole vocabulary, and 10 % stay as they are.
+    a random id of the whole vocabulary, special ones included, and 10 % stay as they are.
 
     -> corrupted ids (B, T); is_chosen (B, T) bool, True where the original token is to be predicted."""
     is_special = np.isin(input_ids, vocabulary.special_ids)
     is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
 
     fate = generator.random(input_ids.shape)
-    random_words = generator.integers(vocabulary.size, size=input_ids.shape)
+    random_ids = generator.integers(vocabulary.size, size=input_ids.shape)
     is_masked = is_chosen & (fate < 0.8)
     is_random = is_chosen & (fate >= 0.8) & (fate < 0.9)
 
     corrupted_ids = np.where(is_masked, vocabulary.mask_id, input_ids)
-    corrupted_ids = np.where(is_random, random_words, corrupted_ids)
+    corrupted_ids = np.where(is_random, random_ids, corrupted_ids)
     return corrupted_ids, is_chosen
 
 
@@ -653,7 +643,7 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
         encoder_file, merges_file = gpt2_files(file.parent)
         token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
         tokens = [token_of.get(symbol, symbol) for symbol in symbols]
-        vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
+        vocab = ids_by_position(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
         return byte_level_bpe(vocab, merges_file, file, settings)
 
     # Pieces of a sentencepiece model: only that model could split a text into them.
@@ -664,7 +654,7 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
 
     # Words, which stand between white space in the text; or, if all are one character long, such as amino acids,
     # each character of the text, and white space means nothing.
-    vocab = numbered(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
+    vocab = ids_by_position(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain_symbols = [symbol for symbol in symbols if not symbol.startswith(("<", "madeupword"))]
@@ -748,7 +738,7 @@ def is_plain_roberta(tokenizer: Tokenizer) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: texts that are no plain text, or not in the words of the vocabulary. Skip it at a first reading.
+# Appendix B: which tokens occur in a text; texts that are not as expected. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 TO_TEXT = {  # a line of Python for each format, with a place for the path
@@ -770,7 +760,7 @@ def refuse_other_formats(path: Path):
                          f"this line of Python makes text.txt of it: {line}")
 
 
-def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
+def check_unknown(rows, vocabulary: Vocabulary, file: Path, chunks):
     """Prints a warning if 5 % of the tokens or more are unknown: on such a text low losses mean nothing.
     Raises ValueError if there is nothing to predict at all."""
     counts = count_tokens(rows, vocabulary)
@@ -782,15 +772,15 @@ def check_unknown(rows, vocabulary: Vocabulary, file: Path, texts):
         raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
                          "vocabulary")
     if share >= 0.05:
-        examples = ", ".join(unknown_words(texts, vocabulary))
+        examples = ", ".join(unknown_words(chunks, vocabulary))
         print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
               f"{examples}", file=sys.stderr)
 
 
-def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
+def unknown_words(chunks, vocabulary: Vocabulary) -> list[str]:
     """Three words of a text that become [UNK]."""
     words = []
-    for pieces in cut_pieces(texts, vocabulary.tokenizer):
+    for pieces in cut_pieces(chunks, vocabulary.tokenizer):
         for piece in pieces:
             encoding = vocabulary.tokenizer.encode(piece, add_special_tokens=False)
             for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -802,11 +792,25 @@ def unknown_words(texts, vocabulary: Vocabulary) -> list[str]:
     return words
 
 
+def count_tokens(rows, vocabulary: Vocabulary) -> np.ndarray:
+    """How often each id occurs in rows (n, T), counted a million tokens at a time -> (V,) int64."""
+    counts = np.zeros(vocabulary.size, np.int64)
+    num_rows = max(2**20 // rows.shape[1], 1)
+    for begin in range(0, len(rows), num_rows):
+        counts += np.bincount(rows[begin:begin + num_rows].ravel(), minlength=vocabulary.size)
+    return counts
+
+
+def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
+    """Which ids occur in rows (n, T) -> (V,) bool."""
+    return count_tokens(rows, vocabulary) > 0
+
+
 # ---------------------------------------------------------------------------------------------------
 # Appendix C: files. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-PART_FILES = "*.????????.part"  # what a killed program leaves of a file that it was writing
+PART_FILES = "*.????????.part"  # what a killed program leaves of a file of bert.atomic_write
 CHUNK = 2**21  # bytes that are read at a time
 
 

@@ -151,7 +151,7 @@ def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
 def open_text(run, vocabulary, split: str):
     """Step 2: rows of token ids (n, T), of "train" or "dev"."""
     source = toy_folder("text") if run.data == "toy" else run.data
-    return data.corpus(source, vocabulary, run.seq_len, split, run.lines)
+    return data.corpus_rows(source, vocabulary, run.seq_len, split, run.lines)
 
 
 def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:

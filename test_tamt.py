@@ -1685,7 +1685,7 @@ def plain(tmp_path, monkeypatch):
 
 def test_text_is_one_stream_of_tokens_cut_into_blocks_between_cls_and_sep(plain, tmp_path):
     (tmp_path / "wiki.train.raw").write_text(" = One = \n one two\n\nthree four five six\nseven\n")
-    rows = data.corpus(tmp_path, plain, 6, "train")
+    rows = data.corpus_rows(tmp_path, plain, 6, "train")
     #                [CLS]  =  one  =  one [SEP]; two .. five; the tail, six seven, is dropped
     assert rows.tolist() == [[2, 1, 6, 1, 6, 3], [2, 7, 8, 9, 10, 3]]
     assert rows.dtype == np.uint16
@@ -1694,16 +1694,16 @@ def test_text_is_one_stream_of_tokens_cut_into_blocks_between_cls_and_sep(plain,
 def test_the_last_twentieth_of_the_lines_of_a_file_is_dev(plain, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("one two\n" * 38 + "three four\n" * 2)
-    assert data.corpus(text, plain, 4, "train").tolist() == [[2, 6, 7, 3]] * 38
-    assert data.corpus(text, plain, 4, "dev").tolist() == [[2, 8, 9, 3]] * 2
+    assert data.corpus_rows(text, plain, 4, "train").tolist() == [[2, 6, 7, 3]] * 38
+    assert data.corpus_rows(text, plain, 4, "dev").tolist() == [[2, 8, 9, 3]] * 2
 
 
 @pytest.mark.parametrize("between", [" ", " " * 50 + "\n"])
 def test_a_text_of_few_lines_is_cut_inside_a_line(plain, tmp_path, between):
     text = tmp_path / "text.txt"
     text.write_text("one two three four five " * 150 + between + "six seven eight nine " * 50)
-    num_train = data.corpus(text, plain, 3, "train").size
-    num_dev = data.corpus(text, plain, 3, "dev").size
+    num_train = data.corpus_rows(text, plain, 3, "train").size
+    num_dev = data.corpus_rows(text, plain, 3, "dev").size
     assert num_train + num_dev == 3 * 950
     assert 0.04 < num_dev / (num_train + num_dev) < 0.06
 
@@ -1712,7 +1712,7 @@ def test_a_line_of_chinese_without_a_space_is_cut_between_two_characters(tmp_pat
     monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
     vocabulary = data.vocabulary(bert_folder(tmp_path / "model"))
     (tmp_path / "text.txt").write_text("中文" * 200, encoding="utf-8")
-    lengths = [len(data.corpus(tmp_path / "text.txt", vocabulary, 3, split)) for split in ("train", "dev")]
+    lengths = [len(data.corpus_rows(tmp_path / "text.txt", vocabulary, 3, split)) for split in ("train", "dev")]
     assert lengths == [380, 20]
 
 
@@ -1722,7 +1722,7 @@ def test_line_ends_and_a_byte_order_mark_change_no_token(tmp_path, monkeypatch, 
     vocabulary = data.vocabulary(roberta_folder(tmp_path / "model"))
     (tmp_path / "wiki.valid.raw").write_bytes(text.encode())
     ids = vocabulary.tokenizer.encode("one two\nthree\n").ids
-    rows = data.corpus(tmp_path, vocabulary, len(ids) + 2, "dev")
+    rows = data.corpus_rows(tmp_path, vocabulary, len(ids) + 2, "dev")
     assert rows[0, 1:-1].tolist() == ids
 
 
@@ -1771,7 +1771,7 @@ def test_with_lines_each_line_is_one_padded_row_for_any_tokenizer(tmp_path, monk
     monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
     vocabulary = data.vocabulary(make_folder(tmp_path / "model"))
     (tmp_path / "wiki.train.raw").write_text("a cat\n\n" + "a " * 300 + "\n  the\n")
-    rows = data.corpus(tmp_path, vocabulary, 12, "train", one_row_per_line=True)
+    rows = data.corpus_rows(tmp_path, vocabulary, 12, "train", one_row_per_line=True)
     for row, line in zip(rows.tolist(), ["a cat", "a " * 300, "the"], strict=True):
         ids = vocabulary.tokenizer.encode(line.strip()).ids[:10]
         expected = [vocabulary.cls_id, *ids, vocabulary.sep_id]
@@ -1784,7 +1784,7 @@ def test_symbols_have_a_row_for_each_line_and_spaces_change_nothing(tmp_path, mo
     rows = []
     for name, lines in (("plain", "LLAL\n" * 19 + "\nALLLLL"), ("spaced", "L L A L\n" * 19 + "\nA L L LLL")):
         (tmp_path / name).write_text(lines)
-        splits = [data.corpus(tmp_path / name, vocabulary, 6, split) for split in ("train", "dev")]
+        splits = [data.corpus_rows(tmp_path / name, vocabulary, 6, split) for split in ("train", "dev")]
         rows.append([split.tolist() for split in splits])
     assert rows[0] == rows[1] == [[[0, 4, 4, 5, 4, 2]] * 19, [[0, 5, 4, 4, 4, 2]]]
 
@@ -1794,13 +1794,13 @@ def test_the_rows_are_named_after_what_made_them(plain, tmp_path):
     for name in ("a", "b"):
         write_files(tmp_path / name)
         (tmp_path / name / "wiki.train.raw").write_text(text)
-    first = Path(data.corpus(tmp_path / "a", plain, 8, "train").filename)
-    assert Path(data.corpus(tmp_path / "b", plain, 8, "train").filename) == first  # the same text elsewhere
+    first = Path(data.corpus_rows(tmp_path / "a", plain, 8, "train").filename)
+    assert Path(data.corpus_rows(tmp_path / "b", plain, 8, "train").filename) == first  # the same text elsewhere
     assert left(tmp_path / "cache" / "blocks") == [first.name]
 
     (tmp_path / "b" / "wiki.train.raw").write_text(text.replace("one", "two"))
-    others = [data.corpus(tmp_path / "b", plain, 8, "train"), data.corpus(tmp_path / "a", plain, 9, "train"),
-              data.corpus(tmp_path / "a", plain, 8, "train", one_row_per_line=True)]
+    others = [data.corpus_rows(tmp_path / "b", plain, 8, "train"), data.corpus_rows(tmp_path / "a", plain, 9, "train"),
+              data.corpus_rows(tmp_path / "a", plain, 8, "train", one_row_per_line=True)]
     assert len({first, *(Path(rows.filename) for rows in others)}) == 4
 
 
@@ -1810,14 +1810,14 @@ def test_from_a_twentieth_of_unknown_tokens_on_there_is_a_warning(plain, tmp_pat
         words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
         (tmp_path / "wiki.valid.raw").write_text(" ".join(words * 10))
         for _ in range(2):  # the second time from the cache
-            data.corpus(tmp_path, plain, 102, "dev")
+            data.corpus_rows(tmp_path, plain, 102, "dev")
             assert (warning in capsys.readouterr().err) == warned
 
 
 def test_a_text_without_any_known_token_is_refused(plain, tmp_path):
     (tmp_path / "wiki.valid.raw").write_text("αβγ δεζ " * 100)
     with pytest.raises(ValueError, match="valid.raw: nothing to predict, 100% of its tokens are unknown"):
-        data.corpus(tmp_path, plain, 18, "dev")
+        data.corpus_rows(tmp_path, plain, 18, "dev")
 
 
 @pytest.mark.parametrize("name, content", [
@@ -1828,7 +1828,7 @@ def test_other_forms_of_text_are_refused_with_the_line_of_python_that_converts_t
         plain, tmp_path, monkeypatch, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match="expected plain text") as caught:
-        data.corpus(tmp_path / name, plain, 18, "train")
+        data.corpus_rows(tmp_path / name, plain, 18, "train")
     line = str(caught.value).partition("makes text.txt of it: ")[2]
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-c", line], check=True)
@@ -1845,7 +1845,7 @@ def test_a_corpus_that_gives_no_rows_is_refused_and_leaves_nothing(plain, tmp_pa
     if text is not None:
         path.write_bytes(text)
     with pytest.raises((ValueError, OSError), match=words) as caught:
-        data.corpus(path, plain, 18, "train")
+        data.corpus_rows(path, plain, 18, "train")
     assert str(path) in str(caught.value)
     assert list(tmp_path.glob("cache/blocks/*")) == []
 

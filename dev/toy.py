@@ -676,7 +676,7 @@ def pretrain(folder: Path, steps: int = 1800):
     for step in range(steps):
         seq_len, batch_size = (32, 32) if step < num_short else (128, 8)
         if step in (0, num_short):
-            rows = data.corpus(text_folder, vocabulary, seq_len, "train")
+            rows = data.corpus_rows(text_folder, vocabulary, seq_len, "train")
             model.backbone.embeddings.position_embeddings.requires_grad_(seq_len == 128)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
@@ -710,7 +710,7 @@ def make_optimizer(model):
 
 @torch.no_grad()
 def dev_loss(model, vocabulary, text_folder):
-    rows = data.corpus(text_folder, vocabulary, 128, "dev")
+    rows = data.corpus_rows(text_folder, vocabulary, 128, "dev")
     rng = np.random.default_rng(42)
     losses = []
     for start in range(0, len(rows), 16):
