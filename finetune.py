@@ -13,7 +13,7 @@
     6. IMP on a task           a loop around the experiment
     7. Super Tickets           the importance of heads and feed-forward networks, taking them out, the curve
     8. Several tasks           one encoder, and for each task a head and a ticket
-    Appendix A                 ablations, progress, records, predictions, export
+    Appendix A                 what differs; ablations, progress, records, predictions, export
     Appendix B                 settings and the command line
 
 A ticket is a mask of the pre-trained network, True where a weight is kept. It is fixed while the weights that it keeps
@@ -28,20 +28,8 @@ train; without --mask all weights train. There are three ways to apply a ticket:
 
 settings: what the user asked for; run: the same with nothing left open.
 
-What differs from the released code (a first reading may skip this):
-
-    |                  | released                             | here
-    | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
-    | evaluation       | every N updates                      | and at the end of each epoch, the last update included
-    | best step, MRPC  | by max(accuracy, mean of it and F1)  | by accuracy
-    | best step, MNLI  | by mismatched accuracy, as "acc"     | by matched; both have names of their own
-    | answers of SQuAD | widened to whole words; 20 best of   | by characters; 20 best starts and ends in the
-    |                  | all positions, then the rest dropped | paragraph
-    | IMP rounds       | keep the head                        | begin with a fresh one
-    | Super Tickets    | Adamax, warm-up, decay .01           | AdamW as for all tasks
-    |   importance     | gradients of batches add up          | each batch counts once
-    |   random tickets | drawn with replacement               | without
-    | --weights        | shuffled: whole layers change places | the entries of each matrix do
+"Released code" is that of the three papers: TAMT's and BERT-Tickets' scripts (glue_trans.py, LT_glue.py), and for Super
+Tickets and shared encoders Liang et al.'s (mt_dnn). Appendix A says what differs from it.
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H heads.
 """
@@ -77,7 +65,8 @@ def fine_tune(settings: "Settings") -> dict:
     returns the content of result.json.
 
     With settings.find it looks for a ticket on the task instead: find_imp and find_super, below, run this experiment
-    several times. Raises ValueError or OSError, in one line, for input that is wrong."""
+    several times, and return the content of mask.json. Raises ValueError or OSError, in one line, for input that is
+    wrong."""
     if settings.find == "imp":
         return find_imp(settings)
     if settings.find == "super":
@@ -93,7 +82,11 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    horizon_rounds: the learning rate decays as if so many runs like this one followed each other (IMP: 10)."""
+    horizon_rounds: the learning rate would reach 0 only after this many times the updates of the run (IMP: 10, so
+    that each round goes from lr to .9 lr).
+
+    What is called here and not defined in the next chapter (resolve, identify and the like) is bookkeeping; it stands
+    in the appendices."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -119,7 +112,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 
     # The network: the head of the task, and the ticket.
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
-    prunable = list(layers)  # known before a fresh pooler is added, which IMP never prunes
+    prunable = list(layers)  # taken now, because IMP never prunes a fresh pooler, which add_head may add
     masks = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
     if len(tasks) > 1:
@@ -131,12 +124,12 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 class Experiment:
     """A run in progress."""
     run: "Run"
-    identity: dict  # what --resume compares
-    model: bert.Model | None
+    identity: dict  # settings, checksums and sparsity: what --resume compares
+    model: bert.Model | None  # None if --resume found the result
     vocabulary: data.Vocabulary | None
     tickets: list["Ticket"]
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {name of a weight: True where it is kept}
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # of one mask; see prepare_network
     prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
@@ -160,7 +153,7 @@ class Ticket:
 def read_tickets(settings) -> list[Ticket]:
     """The mask files of --mask: none, one, or one for each of several tasks."""
     tickets = []
-    for file in split_names(settings.mask or "", settings):
+    for file in split_names(settings.mask or "", settings):  # at commas, if --task names several tasks
         masks, meta = tamt.read_mask(file)
         tickets.append(Ticket(Path(file), masks, meta))
     return tickets
@@ -182,18 +175,20 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 
 def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
     """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
-    task -> the masks by which training multiplies the gradients."""
+    task -> the masks that training has to respect: those of an ordinary ticket, {} in all other cases."""
     torch.manual_seed(run.seed)
     add_head(model, tasks)
-    change_weights(model, run.weights)
-    if len(tasks) > 1 or not tickets:
+    change_weights(model, run.weights)  # nothing, but for the ablations of --weights
+    if not tickets:
+        return {}
+    if len(tasks) > 1:
         return {}  # share_encoder applies the tickets of several tasks
 
     ticket = tickets[0]
     if ticket.meta.get("method") == "super":
         removed_heads, removed_feed_forward = removed_units(model.config, ticket)
         remove_units(model, removed_heads, removed_feed_forward)
-        return {}
+        return {}  # what is removed cannot train
 
     masks = {}
     parameters = dict(model.named_parameters())
@@ -205,8 +200,8 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
 
 
 def add_head(model, tasks: list[glue_squad.Task]):
-    """A fresh head for the task, drawn by the seed. Heads that the task does not use are removed: BERT
-    classifies from the pooler, RoBERTa's classifier and the answers of SQuAD do not need it."""
+    """Adds a fresh head for the task, and removes the modules that the task does not use. Only BERT's classifier reads
+    the pooler; RoBERTa's classifier and the head for answers do not."""
     is_span = tasks[0].predicts == "span"
     is_roberta = model.config.model_type == "roberta"
     needs_pooler = not is_span and not is_roberta
@@ -269,8 +264,8 @@ def read_texts(task: glue_squad.Task, folder: Path, predict: bool) -> dict[str, 
 
 
 def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: "Run") -> TaskData:
-    """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as in the
-    paper's curves for few data."""
+    """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as for the
+    low-data curves of TAMT's paper."""
     windows = []
     if task.predicts == "span":
         train_windows = glue_squad.make_windows(texts["train"], vocabulary, run.max_len, training=True)
@@ -301,13 +296,12 @@ def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: 
 
 def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
+    input_ids, attention_mask, token_type_ids = batch  # (B, T) each
+    is_padded = not attention_mask.all()
     device = next(model.parameters()).device
-    is_padded = not batch[1].all()
-    input_ids, attention_mask, token_type_ids = (tamt.to_device(array, device) for array in batch)  # (B, T) each
-    if model.config.type_vocab_size == 1:
-        token_type_ids = None
-    if not is_padded:
-        attention_mask = None
+    input_ids = tamt.to_device(input_ids, device)
+    attention_mask = tamt.to_device(attention_mask, device) if is_padded else None
+    token_type_ids = tamt.to_device(token_type_ids, device) if model.config.type_vocab_size > 1 else None
 
     hidden_states = model(input_ids, attention_mask, token_type_ids)
     if task_data.task.predicts != "span":
@@ -366,7 +360,7 @@ def to_predictions(task_data: TaskData, logits: list):
 
 
 def evaluate(experiment: Experiment) -> dict[str, float]:
-    """The metrics of all tasks on their dev sets, under their names."""
+    """The metrics of all tasks on their dev sets: {"accuracy": .9}, with several tasks {"rte_accuracy": .6, ...}."""
     metrics = {}
     for task_data in experiment.all_task_data:
         task = task_data.task
@@ -411,19 +405,19 @@ def train(experiment: Experiment):
     batches = []
     model.train()
     while step < num_updates:
-        epoch, number_in_epoch = divmod(step, updates_per_epoch)
-        if number_in_epoch == 0 or not batches:
+        epoch, batch_index = divmod(step, updates_per_epoch)
+        if batch_index == 0 or not batches:  # not batches: resumed in the middle of an epoch
             batches = epoch_batches(experiment.all_task_data, run, epoch)
-        task_data, rows = batches[number_in_epoch]
-        torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # of dropout: another one for each seed and update
+        task_data, rows = batches[batch_index]
+        torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout differs with the seed and the update
         learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
         total_loss += update(experiment, task_data, rows, parameters, optimizer, learning_rate, t=step + 1)
         step += 1
 
         is_epoch_end = step % updates_per_epoch == 0
         if is_epoch_end or step % run.eval_every == 0:
-            last_step = experiment.history[-1]["step"] if experiment.history else 0
-            line = {"step": step, "loss": total_loss / (step - last_step), **evaluate(experiment)}
+            evaluated_step = experiment.history[-1]["step"] if experiment.history else 0
+            line = {"step": step, "loss": total_loss / (step - evaluated_step), **evaluate(experiment)}
             experiment.history.append(line)
             progress.show(line)
             total_loss = 0.0
@@ -463,11 +457,12 @@ def update(experiment: Experiment, task_data: TaskData, rows, parameters: dict, 
     for name, mask in experiment.masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-    loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # a GPU is waited for once, not twice
+    loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
+    # The released AdamW, without weight decay: tamt.py's appendix says how torch's AdamW computes it.
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -502,11 +497,12 @@ def finish(experiment: Experiment):
             export_model(experiment, task_data)
 
     best, final = best_and_final(experiment)
-    floor = {}  # what always answering the most frequent class would score
+    floor = {}  # what always answering the most frequent class would score; 0 for numbers and answers
     for task_data in experiment.all_task_data:
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
                 floor[task_data.prefix + name] = value
+    names = list(floor)  # of all metrics
     metas = [ticket.meta for ticket in experiment.tickets]
     if len(experiment.all_task_data) == 1:
         metas = metas[0] if metas else None
@@ -516,8 +512,8 @@ def finish(experiment: Experiment):
         "mask": metas,
         "sparsity": experiment.identity["sparsity"],
         "seed": run.seed,
-        "best": {name: best[name] for name in floor},
-        "final": {name: final[name] for name in floor},
+        "best": {name: best[name] for name in names},
+        "final": {name: final[name] for name in names},
         "best_step": best["step"],
         "steps": final["step"],
         "floor": floor,
@@ -554,39 +550,39 @@ def find_imp(settings) -> dict:
 
     A round that is finished is not repeated by --resume."""
     start_time = time.time()
-    settings = resolve_search(replace(settings, find="imp"))
-    sparsities = tamt.imp_levels(settings.sparsity)  # .1, .2, ... up to the one that was asked for
-    mask = None
+    search = resolve_search(settings)
+    sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
+    mask_file = None
     rounds = []
     for number, sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {sparsity:.0%} are pruned")
-        folder = settings.out / f"round-{number}"
-        round_settings = without_search(settings, mask=mask, out=folder, results=None)
-        # A round is a step on the way, so it adds no line to --results. As released, its schedule is the first tenth
-        # of a decay over ten rounds.
+        folder = search.out / f"round-{number}"
+        # A round is a step on the way, so it adds no line to --results.
+        round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
+        # As released, the schedule of a round is the first tenth of a decay over ten rounds.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
-            masks = prune_trained(experiment, sparsity, settings)
+            masks = prune_trained(experiment, sparsity, search)
             save_ticket(folder / "mask.pt", experiment, masks, {
-                "method": "imp", "rank": settings.rank, "scope": settings.scope})
+                "method": "imp", "rank": search.rank, "scope": search.scope})
             finish(experiment)
         result = experiment.result
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
-        mask = str(folder / "mask.pt")
-    return finish_search(settings, mask, {"rounds": rounds}, start_time)
+        mask_file = str(folder / "mask.pt")
+    return finish_search(search, mask_file, {"rounds": rounds}, start_time)
 
 
-def prune_trained(experiment: Experiment, sparsity: float, settings) -> dict[str, torch.Tensor]:
+def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, torch.Tensor]:
     """Masks that prune the smallest trained weights, up to this sparsity. What was pruned before stays pruned."""
     parameters = dict(experiment.model.named_parameters())
     magnitudes = {}
-    for name in tamt.maskable_layers(experiment.model, settings.scope):
+    for name in tamt.maskable_layers(experiment.model, search.scope):
         if name in experiment.prunable:
             magnitudes[name] = parameters[name].detach().abs()
             if name in experiment.masks:
                 magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # below every magnitude
-    return tamt.make_masks(magnitudes, sparsity, settings.rank)
+    return tamt.make_masks(magnitudes, sparsity, search.rank)
 
 
 def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
@@ -622,24 +618,24 @@ def find_super(settings) -> dict:
     first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score is
     the super ticket."""
     start_time = time.time()
-    settings = resolve_search(replace(settings, find="super"))
+    search = resolve_search(settings)
 
     # Fine-tune the whole model, and write a ticket for each order and level.
     results = {}
-    experiment = open_experiment(without_search(settings, out=settings.out / "dense"))
+    experiment = open_experiment(settings_of_one_run(search, out=search.out / "dense"))
     if experiment.result is None:
         train(experiment)
         head_importance, feed_forward_importance = importance(experiment)
-        save_super_tickets(experiment, head_importance, feed_forward_importance, settings.out)
+        save_super_tickets(experiment, head_importance, feed_forward_importance, search.out)
         finish(experiment)
     results["dense"] = experiment.result
 
     # Fine-tune each ticket.
-    for order in settings.orders:
+    for order in search.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
-            ticket = settings.out / f"{name}.pt"
-            experiment = open_experiment(without_search(settings, mask=str(ticket), out=settings.out / name))
+            mask_file = str(search.out / f"{name}.pt")
+            experiment = open_experiment(settings_of_one_run(search, mask=mask_file, out=search.out / name))
             if experiment.result is None:
                 train(experiment)
                 finish(experiment)
@@ -651,17 +647,17 @@ def find_super(settings) -> dict:
     for name, result in results.items():
         remaining = 1.0
         if result["mask"]:
-            remaining -= result["mask"]["found"]["whole_model"]
+            remaining -= result["mask"]["found"]["whole_model"]  # the fraction of all parameters that it removes
         curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
         print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
               f"{result['best'][first_metric]:.4f}")
 
-    best = None
+    best_file = None
     candidates = [name for name in results if name.startswith("winning")]
     if candidates:
         best_name = max(candidates, key=lambda name: results[name]["best"][first_metric])
-        best = settings.out / f"{best_name}.pt"
-    return finish_search(settings, best, {"curve": curve}, start_time)
+        best_file = search.out / f"{best_name}.pt"
+    return finish_search(search, best_file, {"curve": curve}, start_time)
 
 
 def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
@@ -678,8 +674,10 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
     outputs = []
     hooks = []
     for layer in layers:
+        # What goes into this matrix: the context vectors of all heads, side by side.
         hooks.append(layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs: contexts.append(inputs[0])))
+        # What comes out of the feed-forward network.
         hooks.append(layer.output.dense.register_forward_hook(
             lambda module, inputs, output: outputs.append(output)))
 
@@ -696,12 +694,14 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
             logits = task_logits(model, task_data, task_data.train[rows])
         loss = task_loss(task_data.task, logits, targets) / len(targets)
         gradients = torch.autograd.grad(loss, contexts + outputs)  # 2 L times (B, T, D)
+        context_gradients = gradients[:len(layers)]
+        output_gradients = gradients[len(layers):]
 
         for index in range(len(layers)):
-            product = (gradients[index] * contexts[index]).detach().float()  # (B, T, D)
+            product = (context_gradients[index] * contexts[index]).detach().float()  # (B, T, D)
             per_head = product.unflatten(-1, (-1, layers[0].attention.self.head_size)).sum(-1)  # (B, T, H)
             head_importance[index] += per_head.abs().sum((0, 1)).cpu() / len(starts)
-            product = (gradients[len(layers) + index] * outputs[index]).detach().float()
+            product = (output_gradients[index] * outputs[index]).detach().float()
             feed_forward_importance[index] += product.sum(-1).abs().sum().cpu() / len(starts)
     for hook in hooks:
         hook.remove()
@@ -725,8 +725,8 @@ def save_super_tickets(experiment: Experiment, head_importance, feed_forward_imp
 def choose_units(head_importance, feed_forward_importance, order: str, level: int, seed: int):
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_feed_forward (L,), bool.
 
-    Of the L H heads int(L H level / 10) go, of the L feed-forward networks int(L level / 12), so the levels are
-    nested. The last head of a layer stays."""
+    Of the L H heads int(L H level / 10) go, of the L feed-forward networks int(L level / 12). The order is the same on
+    all levels, so each removes what the one below removes, and more. The last head of a layer stays."""
     generator = data.random_stream(seed, "tickets")
     num_layers, num_heads = head_importance.shape
     if order == "random":
@@ -809,7 +809,8 @@ def remove_units(model, removed_heads, removed_feed_forward):
 
 
 class SkippableResidual(nn.Module):
-    """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone."""
+    """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone. (A
+    mask cannot do that: it sets the weights to zero, and the biases remain.)"""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
@@ -855,7 +856,7 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], m
             if ticket.meta.get("method") == "super":
                 _, removed_feed_forward = removed_units(model.config, ticket)
                 task_data.skipped = removed_feed_forward.tolist()
-    del model.classifier
+    del model.classifier  # switch_to() puts one of the heads in its place
 
 
 def switch_to(model, task_data: TaskData):
@@ -870,8 +871,24 @@ def switch_to(model, task_data: TaskData):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: ablations, progress, records, predictions, export. Skip it at a first reading, like all that follows.
+# Appendix A: what differs; ablations, progress, records, predictions, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
+
+# What differs from the released code of the three papers:
+#
+#     |                  | released                             | here
+#     | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
+#     | evaluation       | every N updates                      | also after each epoch, and so after the last update
+#     | best step, MRPC  | by max(accuracy, mean of it and F1)  | by accuracy
+#     | best step, MNLI  | by mismatched accuracy, as "acc"     | by matched accuracy; both have names of their own
+#     | SQuAD, training  | answers are widened to whole words   | answers are found by their characters
+#     | SQuAD, answers   | from the 20 best starts and ends of  | from the 20 best starts and ends in the paragraph
+#     |                  | a window, question included          |
+#     | IMP rounds       | keep the head                        | begin with a fresh one
+#     | Super Tickets    | Adamax, warm-up, decay .01           | AdamW as for all tasks
+#     |   importance     | gradients of batches add up          | each batch counts once
+#     |   random tickets | drawn with replacement               | without
+#     | --weights        | shuffled: whole layers change places | the entries of each matrix do
 
 
 def change_weights(model, kind: str):
@@ -1046,7 +1063,7 @@ def finish_search(settings, ticket, story: dict, start_time: float) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: settings and the command line
+# Appendix B: settings and the command line. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1194,7 +1211,7 @@ def resolve_search(settings: Settings) -> Settings:
     return settings
 
 
-def without_search(settings: Settings, **changes) -> Settings:
+def settings_of_one_run(settings: Settings, **changes) -> Settings:
     """The settings of one run of a search."""
     return replace(settings, find=None, sparsity=None, rank=None, scope=None, orders=None, **changes)
 
