@@ -15,10 +15,15 @@
     batch = pad_batch(sequences[:32], vocabulary.pad_id)              # what a model takes
     score(TASKS["rte"], predicted_classes, examples)                  # {"accuracy": 0.66}
 
+    questions = load_squad(find_file(TASKS["squad"], "dev", "squad"))  # Question(id, question, context, answers)
+    windows = make_windows(questions, vocabulary)                      # one or more for each question
+    answers = best_answers(questions, windows, start_logits, end_logits)  # {question id: text}
+    squad_scores(answers, questions)                                   # {"em": 81.2, "f1": 88.5}
+
 There is no model here: finetune.py brings one. "The paper" is that of task-agnostic mask training (tamt.py);
 run_squad.py is a file of BERT's original code.
 
-Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph. GLUE's metrics are
+Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph that one window holds. GLUE's metrics are
 fractions (accuracy and f1 from 0 to 1, correlations from -1 to 1); SQuAD's em and f1 are percent, as its
 official scorer prints them.
 """
@@ -57,11 +62,11 @@ class Task:
     folder: str  # in GLUE's layout
     predicts: str  # "class", "number", or "span": an answer in a paragraph
     labels: tuple[str, ...] = ()  # the words of the label column; the class id is the position here
-    metrics: tuple[str, ...]  # the first one selects the best evaluation
+    metrics: tuple[str, ...]  # the first one decides which evaluation of a run is its best
     text_columns: tuple[str | int, ...] = ()  # one text or a pair
     label_column: str | int = "label"
     test_text_columns: tuple[str | int, ...] = ()  # if the test file has other columns
-    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: TSV_FILES)  # split: possible names
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: TSV_FILES)  # split, or "dev_ids": possible names
     skips_broken_rows: bool = False  # else a row with too few or too many fields is an error
     epochs: int = 3
     lr: float = 2e-5
@@ -139,8 +144,8 @@ QQP = Task(
 )
 
 # MNLI has two dev sets. "Matched" texts are from the sources of the training set, "mismatched" ones from others. Here
-# the accuracy on the matched set selects the best evaluation. The paper's code stores both accuracies under one name,
-# the mismatched one last, so it reports that one. The order of the classes is that of the Hugging Face hub.
+# the accuracy on the matched set decides which evaluation is best. The paper's code stores both accuracies under one
+# name, the mismatched one last, so it reports that one. The order of the classes is that of the Hugging Face hub.
 MNLI = Task(
     name="mnli",
     folder="MNLI",
@@ -264,7 +269,7 @@ def load_glue(task, split: str, folder) -> list[Example]:
     num_skipped = 0
     for where, fields in rows:
         if len(fields) != len(first_row):
-            if task.skips_broken_rows and has_labels:
+            if task.skips_broken_rows and has_labels:  # of a test file every row needs its prediction
                 num_skipped += 1
                 continue
             raise ValueError(f"{where}: {len(fields)} fields where line 1 has {len(first_row)}")
@@ -301,7 +306,7 @@ def find_file(task: Task, split: str, folder) -> Path:
     for place in places:
         if place.is_file():
             return place
-    distinct = dict.fromkeys(str(place) for place in places)  # the full path of a task of your own is there twice
+    distinct = dict.fromkeys(str(place) for place in places)  # of a task of your own the names are absolute, and equal
     raise FileNotFoundError(f"task {task.name}: no {split} file; expected {' or '.join(distinct)}")
 
 
@@ -310,7 +315,7 @@ def read_rows(path: Path):
 
     Only "\n" ends a line, only "\t" ends a field, and nothing is quoted:
 
-        He said "no\t0     ->  ['He said "no', '0']     csv would go on to the next quotation mark
+        "No, he said\t0    ->  ['"No, he said', '0']    csv would read on to the next quotation mark
         one\u2028two\t1    ->  ['one\u2028two', '1']    str.splitlines() would cut the sentence
 
     A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped."""
@@ -333,7 +338,7 @@ def find_column(column: str | int, first_row: list[str], where: str) -> int:
 
 
 def read_label(task: Task, word: str, where: str) -> int | float:
-    """"entailment" -> 0, or for a task that predicts a number "3.200" -> 3.2."""
+    """The word "entailment" -> 0, or for a task that predicts a number "3.200" -> 3.2."""
     if task.predicts == "class":
         if word not in task.labels:
             raise ValueError(f"{where}: label {word[:60]!r} is not one of {', '.join(task.labels)}")
@@ -355,14 +360,14 @@ def read_label(task: Task, word: str, where: str) -> int | float:
 
 def encode(examples: list[Example], vocabulary: data.Vocabulary, max_len: int) -> list[tuple]:
     """(input_ids (T,), token_type_ids (T,)) of each example, T <= max_len, ready for pad_batch()."""
-    if max_len < 6:
+    if max_len < 6:  # RoBERTa's 4 special tokens, and one token of each text
         raise ValueError(f"max_len {max_len}: a pair of texts needs at least 6 tokens")
     room_for_one = max_len - 2  # [CLS] a [SEP]
     room_for_pair = max_len - num_special_tokens(vocabulary)
     first_texts = [example.text_a for example in examples]
     second_texts = [example.text_b for example in examples if example.text_b is not None]
-    first_encodings = tokenize(first_texts, vocabulary)
-    second_encodings = tokenize(second_texts, vocabulary)  # only of those examples that have a second text
+    first_encodings = tokenize(first_texts, vocabulary)  # a generator
+    second_encodings = tokenize(second_texts, vocabulary)  # another one, of those examples that have a second text
 
     sequences = []
     for example, encoding in zip(examples, first_encodings, strict=True):
@@ -385,8 +390,8 @@ def tokenize(texts: list[str], vocabulary: data.Vocabulary):
 
 
 def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
-    """BERT's rule: while a pair is too long, its longer text loses its last token; of equally long ones b does.
-    So a keeps half of the room, or more if b leaves more free.
+    """BERT's rule: while a pair is too long, its longer text loses its last token; if both are equally long, b loses
+    it. So a keeps half of the room, rounded up, or more if b is short.
 
     Room 3 for 6 + 7 tokens: 2 + 1 stay. Room 10 for 3 + 20 tokens: 3 + 7 stay."""
     half = (room + 1) // 2
@@ -424,20 +429,20 @@ def num_special_tokens(vocabulary: data.Vocabulary) -> int:
 
 
 def bucketed_batches(
-    lengths, batch_size: int, generator: np.random.Generator, pool: int = 50
+    lengths, batch_size: int, rng: np.random.Generator, batches_per_pool: int = 50
 ) -> list[np.ndarray]:
     """Batches of example indices: each index once, examples of like length together.
 
-    The order is shuffled, sorted by length inside each pool of `pool` batches, and cut into batches; then
-    the batches are shuffled. `generator` alone decides. On SST-2's training set in batches of 32, padding
+    The order is shuffled, sorted by length inside each pool of 50 batches, and cut into batches; then the batches
+    are shuffled. On SST-2's training set in batches of 32, padding
     adds 4.8 % to the real tokens; it adds 202 % without the sorting, and 861 % if all is padded to 128."""
     lengths = np.asarray(lengths)
-    order = generator.permutation(len(lengths))
-    pool_number = np.arange(len(order)) // (pool * batch_size)
+    order = rng.permutation(len(lengths))
+    pool_number = np.arange(len(order)) // (batches_per_pool * batch_size)
     order = order[np.lexsort((lengths[order], pool_number))]  # by pool, inside a pool by length
 
     batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def pad_batch(sequences: list[tuple], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -469,9 +474,13 @@ class Question(NamedTuple):
 
 
 def load_squad(path) -> list[Question]:
-    """The questions of a SQuAD v1.1 file, in its order.
+    """The questions of a SQuAD v1.1 file, in its order. The file holds
 
-    Raises ValueError with the place in the file, such as data[3].paragraphs[0].qas[1]."""
+        {"data": [{"paragraphs": [{"context": "Anna moved ...", "qas": [
+            {"id": "1", "question": "Where?", "answers": [{"text": "New York", "answer_start": 20}]}]}]}]}
+
+    and read_field(entry, key, type, where) is entry[key], checked (appendix A). Raises ValueError with the place in
+    the file, such as data[3].paragraphs[0].qas[1]."""
     content = bert.read_json(path)
     if content.get("version") == "v2.0":
         raise squad_2_error(path)
@@ -481,11 +490,11 @@ def load_squad(path) -> list[Question]:
         where = f"{path}: data[{i}]"
         for j, paragraph in enumerate(read_field(article, "paragraphs", list, where)):
             where = f"{path}: data[{i}].paragraphs[{j}]"
-            text = read_field(paragraph, "context", str, where)
+            context = read_field(paragraph, "context", str, where)
             for k, entry in enumerate(read_field(paragraph, "qas", list, where)):
                 if isinstance(entry, dict) and entry.get("is_impossible"):
                     raise squad_2_error(path)
-                question = read_question(entry, text, f"{where}.qas[{k}]")
+                question = read_question(entry, context, f"{where}.qas[{k}]")
                 if question.id in questions:
                     raise ValueError(f"{where}.qas[{k}]: a second question with id {question.id[:60]!r}")
                 questions[question.id] = question
@@ -494,7 +503,7 @@ def load_squad(path) -> list[Question]:
     return list(questions.values())
 
 
-def read_question(entry, paragraph: str, where: str) -> Question:
+def read_question(entry, context: str, where: str) -> Question:
     """A question with all its answers, from one entry of the file; `where` names its place in errors."""
     answers = []
     for answer in read_field(entry, "answers", list, where):
@@ -506,26 +515,29 @@ def read_question(entry, paragraph: str, where: str) -> Question:
     if not answers:
         raise ValueError(f"{where}: no answers, but SQuAD v1.1 has one or more for each question")
     question_id = read_field(entry, "id", str, where)
-    text = read_field(entry, "question", str, where)
-    return Question(question_id, text, paragraph, answers)
+    question = read_field(entry, "question", str, where)
+    return Question(question_id, question, context, answers)
 
 
-# A paragraph longer than the model's input is read through several windows, each `doc_stride` tokens further on.
-# (Names with doc_ are those of run_squad.py, which calls a paragraph a document.) With max_len 10 and doc_stride 2 the
-# question "Where?" leaves room for 5 tokens, [CLS] where ? [SEP] . . . . . [SEP], and a paragraph of 7 tokens needs
-# two windows:
+# A paragraph that is longer than the model's input is read through several windows, each beginning `doc_stride` tokens
+# after the one before. With max_len 10 the question "Where?" leaves room for 5 tokens of the paragraph,
+#
+#   [CLS] where ? [SEP] . . . . . [SEP]
+#
+# so with doc_stride 2 a paragraph of 7 tokens needs two windows:
 #
 #   paragraph   anna moved to sunny new york alone
 #   window 0    anna moved to sunny new                doc_start 0
 #   window 1               to sunny new york alone     doc_start 2; it reaches the end, so it is the last one
 #
 # For training, a window knows the positions of the answer, or 0 and 0, the place of [CLS], if it does not hold all of
-# it. "New York" is cut by window 0, so they are 0 there; window 1 holds it at the positions 6 and 7.
+# it. "New York" is cut by window 0, so window 0 has the positions 0 and 0, and window 1 has 6 and 7.
 #
 # A token is often in several windows, with more or less text around it. Its margin in a window is the smaller of the
 # numbers of tokens to its left and to its right: for "new" min(4, 0) = 0 in window 0, and min(2, 2) = 2 in window 1.
-# Only the window with the largest margin (run_squad.py: the maximum context) may propose an answer that begins with
-# the token.
+# Only the window where the margin is largest may propose an answer that begins with the token.
+#
+# (The names are those of run_squad.py, which calls a paragraph a document and the largest margin the maximum context.)
 
 
 class Window(NamedTuple):
@@ -536,9 +548,9 @@ class Window(NamedTuple):
     doc_start: int  # which token of the paragraph comes first in this window
     doc_offset: int  # the position of that token in input_ids
     char_spans: np.ndarray  # (N, 2): the characters of the paragraph where each token begins and ends
-    is_max_context: np.ndarray  # (N,) bool: no other window has a larger margin; an answer may begin here
-    start_position: int  # positions in input_ids of the answer's first and last token;
-    end_position: int  # 0 and 0, that is [CLS], unless all of the answer is in this window
+    is_max_context: np.ndarray  # (N,) bool: this is the window where the token's margin is largest
+    start_position: int  # of the answer's first token in input_ids, or 0
+    end_position: int  # of its last token, or 0
 
 
 def make_windows(
@@ -551,9 +563,9 @@ def make_windows(
 ) -> list[Window]:
     """All windows of all questions, in order. max_len, doc_stride and max_question are in tokens.
 
-    With `training` the windows know the first answer of their question. A question whose answer is not
-    where the file says, or holds no token, is then left out; one printed line counts these. The rules are
-    those of run_squad.py, except that answers are found by their characters. Raises ValueError if a
+    With `training` each window gets the positions of the first answer of its question; questions whose answer is not
+    where the file says, or contains no token, are left out, and their number is printed. Without it all positions are
+    0. The rules are those of run_squad.py, except that answers are found by their characters. Raises ValueError if a
     question fills max_len."""
     paragraphs = tokenize_paragraphs(questions, vocabulary)
     question_texts = [question.question.strip() for question in questions]
@@ -565,7 +577,7 @@ def make_windows(
         question = questions[index]
         question_ids = encoding.ids[:max_question]
         paragraph_ids, char_spans = paragraphs[question.context]
-        doc_offset = len(question_ids) + num_special - 1
+        doc_offset = len(question_ids) + num_special - 1  # all special tokens but the last come before the paragraph
         room = max_len - len(question_ids) - num_special
         if room < 1:
             raise ValueError(f"max_len {max_len}: no room for text after {question.question[:60]!r}")
@@ -663,8 +675,10 @@ def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
 #
 #   window 1     [CLS] where ? [SEP]  to  sunny  new  york  alone  [SEP]
 #   position       0     1   2   3     4    5     6    7      8      9
-#   start logit    0     0   0   0     0    0     5    0      0      0      best start 6, best end 7:
-#   end logit      0     0   0   0     0    0     0    5      0      0      characters 20 to 28, "New York"
+#   start logit    0     0   0   0     0    0     5    0      0      0
+#   end logit      0     0   0   0     0    0     0    5      0      0
+#
+# The best start is 6 and the best end 7: the characters 20 to 28 of the paragraph, "New York".
 
 
 def best_answers(
@@ -695,12 +709,12 @@ def best_answers(
 def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_answer_length: int):
     """(score, first character, last character + 1) of a window's best answer, or None.
 
-    Candidates are the n best starts with the n best ends, all in the paragraph. A start needs its largest margin
-    here, an end must not lie before its start, and an answer has at most max_answer_length tokens."""
-    paragraph = slice(window.doc_offset, window.doc_offset + len(window.char_spans))
-    start_scores = np.asarray(start_logits[paragraph], np.float64)
+    Candidates are the n best starts with the n best ends, all in the paragraph. A start must have is_max_context, an
+    end must not lie before its start, and an answer has at most max_answer_length tokens."""
+    positions = slice(window.doc_offset, window.doc_offset + len(window.char_spans))  # of the paragraph
+    start_scores = np.asarray(start_logits[positions], np.float64)
     start_scores = np.where(window.is_max_context, start_scores, -np.inf)
-    end_scores = np.asarray(end_logits[paragraph], np.float64)
+    end_scores = np.asarray(end_logits[positions], np.float64)
     starts = np.argsort(-start_scores, kind="stable")[:n_best_size]
     ends = np.argsort(-end_scores, kind="stable")[:n_best_size]
     if len(starts) == 0:
@@ -718,7 +732,7 @@ def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_an
 
 
 def answer_text(paragraph: str, start: int, end: int) -> str:
-    """paragraph[start:end] without the space that RoBERTa's tokens begin with, but with its last accents.
+    """paragraph[start:end] without the space that RoBERTa's tokens begin with, but with an accent that follows.
 
     BERT's normaliser deletes accents, so its token for "cafe" + U+0301 (e and accent are two characters)
     ends before the accent."""
@@ -741,19 +755,19 @@ def squad_scores(predictions: dict[str, str], questions: list[Question]) -> dict
         golds = [normalised_words(text) for text, _ in question.answers]
         if predicted in golds:
             exact_matches += 1
-        total_f1 += max(word_overlap(predicted, gold) for gold in golds)
+        total_f1 += max(word_f1(predicted, gold) for gold in golds)
     return {"em": 100.0 * exact_matches / len(questions), "f1": 100.0 * total_f1 / len(questions)}
 
 
 def normalised_words(text: str) -> list[str]:
-    """"The U.S. state" -> ["us", "state"]: no case, no ASCII punctuation, no articles."""
+    """The words of "The U.S. state" -> ["us", "state"]: no case, no ASCII punctuation, no articles."""
     text = text.lower()
     text = "".join(character for character in text if character not in string.punctuation)
     text = re.sub(r"\b(a|an|the)\b", " ", text)
     return text.split()
 
 
-def word_overlap(predicted: list[str], gold: list[str]) -> float:
+def word_f1(predicted: list[str], gold: list[str]) -> float:
     """Harmonic mean of precision and recall of the predicted words; 0 without a common word."""
     num_common = sum((Counter(predicted) & Counter(gold)).values())
     if num_common == 0:
@@ -764,8 +778,11 @@ def word_overlap(predicted: list[str], gold: list[str]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Metrics. Both arguments are (n,): what was predicted, and the labels.
+# 5. Metrics
 # ---------------------------------------------------------------------------------------------------
+
+# accuracy, f1, matthews, pearson and spearman take predictions and labels, (n,) each. This f1 counts classes; SQuAD's,
+# which counts words, is squad_scores above.
 
 
 def accuracy(predicted, labels) -> float:
@@ -819,7 +836,6 @@ def average_ranks(values) -> np.ndarray:
     return mean_rank[group]
 
 
-# SQuAD's f1 is another one: squad_scores above.
 METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
 
 
@@ -834,7 +850,8 @@ def score(task: Task, predictions, examples: list[Example], split: str = "dev") 
 
     scores = {}
     for name in task.metrics:
-        if name.endswith("_mm") == (split == "dev_mm"):
+        is_mismatched = name.endswith("_mm")
+        if is_mismatched == (split == "dev_mm"):
             metric = METRICS[name.removesuffix("_mm")]
             scores[name] = metric(predictions, labels)
     return scores

@@ -4555,7 +4555,7 @@ def test_best_is_the_highest_in_the_first_metric_and_final_is_the_last():
                {"step": 2, "accuracy": 0.8, "f1": 0.1},
                {"step": 3, "accuracy": 0.7, "f1": 0.5}]
     mrpc = SimpleNamespace(task=glue_squad.MRPC, prefix="")
-    best, final = finetune.best_and_final(SimpleNamespace(tasks=[mrpc], history=history))
+    best, final = finetune.best_and_final(SimpleNamespace(all_task_data=[mrpc], history=history))
     assert best == history[1]  # the whole line: f1 is not the best one, but that of the same step
     assert final == history[2]
 
