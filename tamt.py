@@ -4,13 +4,15 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The method in eight steps. find_mask(), right below, takes them in this order; 5 to 7 are its training loop.
+The method in eight steps. find_mask(), right below, takes them in this order; 5 to 7 are its training loop. The method
+ends where appendix A begins. What is called before and defined after it (folders and resuming, flags, processes) can
+be taken by its name at a first reading.
 
     1  open_model      read an original checkpoint; its weights W are frozen
     2  open_text       cut plain text into rows of T token ids
     3  start_masks     one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
     4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
-    5  backward        run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
+    5  backpropagate   run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
     6  update          gradients pass straight through M to the scores; the optimiser moves them     Eq. 4
     7  update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
@@ -21,14 +23,16 @@ random mask instead, and `--method imp`, iterative magnitude pruning, trains W i
 
     W    weights (theta in the paper)             S    scores (the paper's underlined M)
     M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
-    n    entries that compete with each other     s    sparsity, the fraction of them that is REMOVED
+    n    number of entries that compete           s    sparsity, the fraction of them that is REMOVED
     B sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts
 
     batch        the rows of one update: --batch-size times --accumulate
     micro-batch  --batch-size of them, computed at once; several processes share them
-    run          the settings with nothing left open. Its fields are the flags of the command line (run.sparsity),
-                 and run.num_updates, run.horizon (of the linear decay of the learning rate), run.family (bert or
-                 roberta), run.machine (device, type of the forward pass, and which of several processes this is)
+    settings     what the user chose: the flags of the command line (settings.sparsity)
+    run          the settings with all defaults filled in, and run.num_updates, run.horizon (the update at which the
+                 learning rate, which falls linearly, would reach 0), run.family (bert or roberta), run.machine
+                 (device, type of the forward pass, and which of several processes this is)
+    identity     the settings and checksums that --resume compares
 
 How the paper, the released code and this program differ. A first reading may skip the table: its terms are
 explained below. An empty cell means "as in the released code", a dash that the paper does not say.
@@ -139,10 +143,10 @@ def find_mask(settings: "Settings") -> dict:
 def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     """Step 1: the checkpoint, frozen, on the device, and its vocabulary."""
     model, vocabulary = load_model(settings.model)
-    trains_head = settings.method == "imp" or (settings.method == "tamt" and "mlm" in settings.objective)
+    trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
         print(f"{settings.model} has no masked-LM head: a fresh one is trained, too; dev_mlm_loss is that of the "
-              "untrained head")
+              "untrained head")  # since of all that is trained the mask alone is the result
         torch.manual_seed(settings.seed)
         model.add_mlm_head()
     return model.requires_grad_(False).to(machine.device), vocabulary
@@ -155,8 +159,8 @@ def open_text(run, vocabulary, split: str):
 
 
 def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:
-    """Step 8: writes mask.pt, the same for humans as mask.json, and the export if one was asked for; prints the
-    result -> the content of mask.json."""
+    """Step 8: writes mask.pt, a report on it as mask.json, and the export if one was asked for; prints the result
+    -> the content of mask.json."""
     if run.machine.process_index > 0:
         return {}
 
@@ -226,7 +230,8 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)  # of the weight's shape; everything is kept
+        # Not a buffer, so that state_dict() has the names of the checkpoint. At first everything is kept.
+        self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)  # the class Scores sets it: a parameter of the weight's shape
         self.is_teacher = False
 
@@ -268,8 +273,8 @@ def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Modul
     """{name of the weight, as in checkpoints: layer} of the masked set, in model order: word embeddings (not with
     scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
-    for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # bert.encoder.layer.0...
-        is_linear = isinstance(module, (nn.Linear, MaskedLinear))  # the model may be masked already
+    for name, module in model.backbone.named_modules(prefix=model.config.model_type):
+        is_linear = isinstance(module, nn.Linear)
         is_embedding = name.endswith("word_embeddings")
         if is_linear or (is_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
@@ -322,8 +327,8 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
         values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
-    The radius has to be above 0. If it is too small, another attempt follows with one eight times as large; the
-    result is exact in any case."""
+    If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
+    is exact in any case."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high
@@ -339,30 +344,30 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
     mask[undecided] = undecided_mask
     if num_to_prune == 0:
         return low  # all pruned values are at or below it: near enough for the next guess
-    pruned_values = undecided_values.masked_fill(undecided_mask, -math.inf)
-    return float(pruned_values.max())
+    return float(undecided_values[~undecided_mask].max())
 
 
 def keep_largest_of_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (rows, columns) bool
     """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
     the `num_kept` largest stay, of equal ones the first.
 
-    An entry stays if fewer than num_kept entries of its group come before it. Counting them is four times as
-    fast as sorting so many small groups."""
+    An entry stays if fewer than num_kept entries of its group are larger, or equal and further left. Counting them
+    is four times as fast as sorting so many small groups."""
     groups = values.reshape(-1, group_size)
-    num_before = torch.zeros_like(groups, dtype=torch.int32)
+    num_ahead = torch.zeros_like(groups, dtype=torch.int32)
     for i in range(group_size):
         for j in range(group_size):
             if j < i:
-                num_before[:, i] += groups[:, j] >= groups[:, i]
+                num_ahead[:, i] += groups[:, j] >= groups[:, i]
             elif j > i:
-                num_before[:, i] += groups[:, j] > groups[:, i]
-    return (num_before < num_kept).view_as(values)
+                num_ahead[:, i] += groups[:, j] > groups[:, i]
+    return (num_ahead < num_kept).view_as(values)
 
 
 def make_masks(values: dict, sparsity: float, rule: str) -> dict:
-    """{name: values} -> {name: mask} by a rule, which is the value of --rank and says which entries compete: all of
-    them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
+    """{name: values} -> {name: mask}. The rule, here and below, is the value of --rank. It says which entries compete:
+    all of them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four
+    stay)."""
     if is_pattern(rule):
         num_kept, group_size = parse_pattern(rule)
         return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
@@ -433,7 +438,8 @@ def start_masks(layers: dict, run: "Run") -> dict:
 
 @dataclass
 class Pool:
-    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie above the threshold."""
+    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie above the threshold. (With N:M
+    a single pool has all scores, and the groups compete inside it: num_pruned and threshold are not used.)"""
     begin: int
     end: int
     num_pruned: int
@@ -461,8 +467,8 @@ class Scores:
         for name, layer in layers.items():
             end = begin + layer.weight.numel()
             shape = layer.weight.shape
-            learns = name not in without_gradient or not without_gradient[name].all()
-            layer.scores = nn.Parameter(self.vector[begin:end].view(shape), requires_grad=learns)
+            is_frozen = name in without_gradient and bool(without_gradient[name].all())  # the pooler
+            layer.scores = nn.Parameter(self.vector[begin:end].view(shape), requires_grad=not is_frozen)
             layer.mask = self.mask[begin:end].view(shape)
             if rule == "local":
                 self.pools.append(Pool(begin, end, round((end - begin) * sparsity)))
@@ -489,7 +495,8 @@ class Scores:
         """Lets a few entries change sides, so that the count is exact before the first update, too.
 
         The start mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each,
-        together 4, where round(10 s) = 5 are due. The ranking settles which entry goes; its score becomes 0."""
+        together 4, where round(10 s) = 5 are due. The ranking settles which entries change sides, and each gets the
+        start score of its new side."""
         self.update_masks()
         start_scores = 2 * PHI * self.mask
         self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
@@ -506,6 +513,7 @@ class Scores:
             mask = self.mask[pool.begin:pool.end]
             if is_pattern(self.rule):
                 num_kept, group_size = parse_pattern(self.rule)
+                # All rows behind each other: their widths are multiples of the group's size, so no group is torn.
                 mask.copy_(keep_largest_of_groups(scores[None], num_kept, group_size)[0])
             elif radius is not None:
                 pool.threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, radius, mask)
@@ -514,7 +522,7 @@ class Scores:
                 pool.threshold = largest(scores[~mask])
 
     @torch.no_grad()
-    def gate(self):
+    def apply_old_thresholds(self):
         """Between two refreshes, as released: the threshold stands still, S > threshold decides, and the sparsity
         drifts."""
         for pool in self.pools:
@@ -544,8 +552,8 @@ def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None
     """Eq. 6: 1 - cosine of the teacher's and the student's hidden states.
 
     teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
-    tokens (or their sum divided by num_tokens) and over layers 1 .. L, without the embedding output. It is 0
-    for equal states and 2 for opposite ones."""
+    the layers 1 .. L, without the embedding output, and over tokens; num_tokens, if given, takes the place of their
+    number. It is 0 for equal states and 2 for opposite ones."""
     total = 0.0
     for of_teacher, of_student in zip(teacher[1:], student[1:], strict=True):  # (B, T, D) each
         cosine = F.cosine_similarity(of_teacher.float(), of_student.float(), dim=-1)  # (B, T)
@@ -627,8 +635,8 @@ def micro_batch_loss(model, network, objective: str, inputs: MicroBatch, num_tok
 
 @contextmanager
 def dense_teacher(model):
-    """Within, the model is its own teacher: unmasked, without dropout and gradients. There is no second copy
-    of the weights, since training changes none of them."""
+    """Inside the with block the model is its own teacher: unmasked, without dropout and gradients. There is no second
+    copy of the weights, since training changes none of them."""
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     was_training = model.training
     for layer in layers:
@@ -686,7 +694,7 @@ class Training:
         self.dev_rows = dev_rows
 
         self.parameters = select_parameters(model, run)  # {name: what trains}
-        self.original = {}  # of the weights among them (with mlm the head's, with imp all) the values before training
+        self.original = {}  # start values of the weights that train: with mlm those of the head, with imp all
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
                 self.original[name] = parameter.detach().clone()
@@ -707,7 +715,7 @@ def select_parameters(model, run: "Run") -> dict[str, nn.Parameter]:
         if run.method == "imp":
             parameter.requires_grad_("pooler" not in name)
         else:
-            parameter.requires_grad_(is_head and "mlm" in run.objective)
+            parameter.requires_grad_(is_head and run.objective != "kd")
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -726,7 +734,7 @@ def train_scores(training: Training):
         elif is_refresh_due(run, training.step):  # --refresh-every, as in the released code
             training.scores.update_masks()
         else:
-            training.scores.gate()
+            training.scores.apply_old_thresholds()
 
         losses = {}
         if training.step % run.eval_every == 0 and training.step < run.num_updates:
@@ -739,8 +747,8 @@ def train_scores(training: Training):
 
 
 def next_batch(training: Training) -> Batch:
-    """The rows of the next update, corrupted; and a seed for its dropout. All of it follows from the seed of the run
-    and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
+    """The rows of the next update, corrupted. Also seeds torch's generator, for dropout. All of it follows from the
+    seed of the run and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
     run = training.run
     step = training.step
     # Dropout: a number of its own for each seed, update (up to a million) and process (up to a thousand).
@@ -752,13 +760,13 @@ def next_batch(training: Training) -> Batch:
 
 
 def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
-    """Step 6: one update of the scores (with imp, of the weights) -> the loss of the batch.
+    """Steps 5 and 6: one update of the scores (with imp, of the weights) -> the loss of the batch.
 
     t is the number of the update for the optimiser, from 1; with imp it restarts in each round."""
     run = training.run
-    loss = backward(training, batch)
+    loss = backpropagate(training, batch)
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
-    loss, norm = torch.stack([loss, norm]).tolist()  # a GPU is waited for once, not twice
+    loss, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss + norm):
         raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
@@ -771,8 +779,8 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
     return loss
 
 
-def backward(training: Training, batch: Batch) -> torch.Tensor:
-    """Step 5: the gradients of a batch -> its loss, a scalar on the device.
+def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
+    """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device.
 
     The batch is computed in micro-batches. Every process has the whole batch, and of each micro-batch it computes
     the rows that are its share: with 2 processes and micro-batches of 16 rows the first process computes the rows
@@ -780,7 +788,7 @@ def backward(training: Training, batch: Batch) -> torch.Tensor:
     run = training.run
     machine = run.machine
     share = run.batch_size // machine.num_processes  # rows
-    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)  # one a micro-batch
+    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)  # one per micro-batch
     total_loss = torch.zeros((), device=machine.device)
     for start in starts:
         inputs = make_micro_batch(batch, slice(start, start + share), machine.device)
@@ -804,8 +812,8 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 
 @contextmanager
 def original_weights(training: Training):
-    """Within, the model has its original weights; afterwards the trained ones are back. Nothing is copied: the
-    parameters exchange the memory that they point to."""
+    """Inside the with block the model has its original weights; afterwards the trained ones are back. Nothing is
+    copied: the parameters exchange the memory that they point to."""
     trained = {name: training.parameters[name].data for name in training.original}
     restore_original(training)
     try:
@@ -835,19 +843,19 @@ def train_imp(training: Training):
     levels = imp_levels(run.sparsity)
     training.model.train()
     if training.step == 0:
-        begin_round(training, levels[0])
+        prune_and_rewind(training, levels[0])
     while training.step < run.num_updates:
         step_in_round = training.step % run.prune_every
         learning_rate = run.lr * max(1 - step_in_round / run.horizon, 0)
         loss = update(training, next_batch(training), learning_rate, t=step_in_round + 1)
         training.step += 1
         if training.step % run.prune_every == 0:
-            begin_round(training, levels[training.step // run.prune_every])
+            prune_and_rewind(training, levels[training.step // run.prune_every])
         training.log.step(training.step, loss, learning_rate, {})
         save_state_if_due(training)
 
 
-def begin_round(training: Training, level: float):
+def prune_and_rewind(training: Training, level: float):
     """Prunes up to a sparsity of `level`, sets all weights but the head's back to the pre-trained ones, unless
     --no-rewind, and starts a fresh optimiser."""
     run = training.run
@@ -965,7 +973,7 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: the comparison of the ranking on a CPU
+# Appendix B: the comparison of the ranking, fast on a CPU, too
 # ---------------------------------------------------------------------------------------------------
 
 

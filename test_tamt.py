@@ -2492,7 +2492,7 @@ def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(model):
     assert equal(masks_of(layers), start)
     for group in scores.pools:
         group.threshold = tamt.PHI
-    scores.gate()
+    scores.apply_old_thresholds()
     assert equal(masks_of(layers), start)
 
 
@@ -2558,7 +2558,7 @@ def test_between_refreshes_the_threshold_stands_still_and_scores_above_it_are_ke
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "local", {})
     scores.vector.normal_()
     thresholds = [group.threshold for group in scores.pools]
-    scores.gate()
+    scores.apply_old_thresholds()
     assert [group.threshold for group in scores.pools] == thresholds == [tamt.PHI] * len(layers)
     assert torch.equal(scores.mask, scores.vector > tamt.PHI)
 
@@ -2603,7 +2603,7 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(world, o
         batch = tamt.next_batch(training)
         batch.is_token[3, 9:] = False
         batch.is_chosen[3, 9:] = False
-        losses.append(float(tamt.backward(training, batch)))
+        losses.append(float(tamt.backpropagate(training, batch)))
         gradients.append([parameter.grad for parameter in training.parameters.values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for a, b in zip(*gradients, strict=True):
@@ -2901,7 +2901,7 @@ def released_run(tmp_path, kind):
         if tamt.is_refresh_due(run, step + 1):
             scores.update_masks()
         else:
-            scores.gate()
+            scores.apply_old_thresholds()
 
     num_differing = 0
     similarities = []
@@ -3323,11 +3323,11 @@ def test_the_levels_of_imp_are_exact_and_nested(world, tmp_path, rank):
 @pytest.mark.parametrize("no_rewind", [False, True])
 def test_imp_rewinds_the_weights_but_not_the_head_at_each_pruning(world, tmp_path, monkeypatch, no_rewind):
     pretrained = dict(bert.load(world / "bert").named_parameters())
-    begin_round = tamt.begin_round
+    prune_and_rewind = tamt.prune_and_rewind
     is_rewound = []
 
     def look(training, level):
-        begin_round(training, level)
+        prune_and_rewind(training, level)
         backbone = [torch.equal(parameter, pretrained[name])
                     for name, parameter in training.parameters.items() if name.startswith("bert.")]
         is_rewound.append(all(backbone))
@@ -3335,23 +3335,23 @@ def test_imp_rewinds_the_weights_but_not_the_head_at_each_pruning(world, tmp_pat
                 for name, parameter in training.parameters.items() if name.startswith("cls.")]
         assert any(head) == (training.step == 0)
 
-    monkeypatch.setattr(tamt, "begin_round", look)
+    monkeypatch.setattr(tamt, "prune_and_rewind", look)
     tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3, no_rewind=no_rewind))
     assert is_rewound == [True, not no_rewind, not no_rewind]
 
 
 def test_imp_trains_every_weight_but_the_poolers_and_prunes_by_trained_magnitude(world, tmp_path, monkeypatch):
-    begin_round = tamt.begin_round
+    prune_and_rewind = tamt.prune_and_rewind
 
     def look(training, level):
         magnitudes = {name: layer.weight.detach().abs() * layer.mask for name, layer in training.layers.items()}
-        begin_round(training, level)
+        prune_and_rewind(training, level)
         for name, layer in training.layers.items():
             assert magnitudes[name][layer.mask].min() >= magnitudes[name][~layer.mask].max()
         names = {name for name, _ in training.model.named_parameters()}
         assert names - training.parameters.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
-    monkeypatch.setattr(tamt, "begin_round", look)
+    monkeypatch.setattr(tamt, "prune_and_rewind", look)
     tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", prune_every=3, sparsity=0.3))
     tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp", sparsity=0.3))
     assert not equal(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
@@ -3404,8 +3404,13 @@ def test_a_flag_without_effect_is_noted_and_the_run_goes_on(world, tmp_path, cap
 
 
 @pytest.fixture
-def masks(model):
-    return tamt.random_masks(tamt.mask_model(model), 0.6, "local", 3)
+def layers(model):
+    return tamt.mask_model(model)
+
+
+@pytest.fixture
+def masks(layers):
+    return tamt.random_masks(layers, 0.6, "local", 3)
 
 
 def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
@@ -3480,14 +3485,12 @@ def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
     assert equal(tamt.load_mask(tmp_path / "pruned.pt"), masks)
 
 
-def test_names_without_family_prefix_fit(model, masks):
-    layers = tamt.maskable_layers(model)
+def test_names_without_family_prefix_fit(layers, masks):
     bare = {name.split(".", 1)[1]: mask for name, mask in masks.items()}
     assert equal(tamt.fit_masks(layers, bare, "file"), masks)
 
 
-def test_pooler_and_word_embeddings_may_be_absent_on_either_side(model, masks):
-    layers = tamt.maskable_layers(model)
+def test_pooler_and_word_embeddings_may_be_absent_on_either_side(layers, masks):
     encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
     assert equal(tamt.fit_masks(layers, encoder, "file"), encoder)
     encoder_layers = {name: layer for name, layer in layers.items() if ".encoder." in name}
@@ -3498,8 +3501,7 @@ def test_pooler_and_word_embeddings_may_be_absent_on_either_side(model, masks):
 
 
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "wrong shape"])
-def test_a_mask_of_another_model_is_refused_by_name(model, masks, problem):
-    layers = tamt.maskable_layers(model)
+def test_a_mask_of_another_model_is_refused_by_name(layers, masks, problem):
     query = next(name for name in masks if "query" in name)
     words = f"file.*{problem}: {query}"
     if problem == "missing":

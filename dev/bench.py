@@ -243,7 +243,7 @@ def part_equal(args):
         copy_weights(training, released)
 
         batch = tamt.next_batch(training)
-        loss = tamt.backward(training, batch)
+        loss = tamt.backpropagate(training, batch)
         released_loss = released.loss(batch)
         released_loss.backward()
         differences = [abs(float(loss) / released_loss.item() - 1)]

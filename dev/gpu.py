@@ -312,9 +312,9 @@ def compare_with_cpu(device: str) -> dict[str, float]:
     in_bf16 = make_training(TOY, "mlm+kd", rounded)
     start = reference.scores.mask.clone()
 
-    loss = float(tamt.backward(reference, tamt.next_batch(reference)))
-    measured_loss = float(tamt.backward(measured, tamt.next_batch(measured)))
-    bf16_loss = float(tamt.backward(in_bf16, tamt.next_batch(in_bf16)))
+    loss = float(tamt.backpropagate(reference, tamt.next_batch(reference)))
+    measured_loss = float(tamt.backpropagate(measured, tamt.next_batch(measured)))
+    bf16_loss = float(tamt.backpropagate(in_bf16, tamt.next_batch(in_bf16)))
     gradient_differences = []
     for name, parameter in reference.parameters.items():
         expected = parameter.grad
