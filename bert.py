@@ -1,4 +1,4 @@
-"""BERT and RoBERTa as their papers draw them; their original checkpoint files, four formats read and one written.
+"""BERT and RoBERTa as in their papers. Reads four formats of their original checkpoints, and writes one.
 
 Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al. 2019), section 3.
 
@@ -68,7 +68,7 @@ class Config:
 
 
 class Embeddings(nn.Module):
-    """The sum of three embeddings for each token: its word, its position, its segment."""
+    """The sum of three embeddings of each token: its word, its token type (first or second text), its position."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -103,10 +103,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The H attention heads of a layer: the context vectors of each token, concatenated.
-
-    forward() takes H from the number of rows of the query matrix, not from the config, because finetune.py removes
-    heads: their rows here, and their columns in the dense layer that follows."""
+    """The H attention heads of a layer: the context vectors of each token, concatenated."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -123,13 +120,14 @@ class SelfAttention(nn.Module):
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
 
-        # softmax(query key^T / sqrt(head size)) value. This is torch's function of that name, except for dropout
-        # on a CPU, where appendix C has a faster form.
+        # softmax(query key^T / sqrt(head size)) value. The function in appendix C is torch's of the same name, with a
+        # faster form for dropout on a CPU.
         dropout_prob = self.dropout_prob if self.training else 0.0
         context = scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)  # (B, H, T, head size)
         return context.transpose(1, 2).flatten(start_dim=2)
 
     def split_heads(self, x):  # (B, T, H * head size) -> (B, H, T, head size)
+        # -1 is H, or less in a layer from which finetune.py has removed heads.
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
@@ -198,7 +196,7 @@ class Encoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    """The hidden state of [CLS], made ready for BERT's classifier."""
+    """The input of BERT's classifier: the last hidden state of [CLS] through a dense layer and tanh."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -209,8 +207,8 @@ class Pooler(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Everything below the heads, which checkpoints call `bert` or `roberta`. Checkpoints count BERT's pooler as part
-    of it, so it is made here, but only class_logits() calls it."""
+    """Embeddings and encoder; checkpoints call this part `bert` or `roberta`. They count BERT's pooler as part of it,
+    so it is made here, but only class_logits() calls it."""
 
     def __init__(self, config: Config, pooler: bool):
         super().__init__()
@@ -221,7 +219,7 @@ class Backbone(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         if attention_mask is not None:
-            # (B, T) -> (B, 1, 1, T): the same for all heads and queries
+            # (B, T) -> (B, 1, 1, T): the same for all heads and queries; True where a token may be attended to
             attention_mask = attention_mask.bool()[:, None, None, :]
         embedded = self.embeddings(input_ids, token_type_ids)
         return self.encoder(embedded, attention_mask)
@@ -254,8 +252,8 @@ class MaskedLMHead(nn.Module):
             x = self.layer_norm(F.gelu(self.dense(hidden_states)))
         else:
             x = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden_states)))
-        decoder = word_embeddings if self.decoder is None else self.decoder.weight
-        return F.linear(x, decoder, self.bias)
+        decoder_weight = word_embeddings if self.decoder is None else self.decoder.weight
+        return F.linear(x, decoder_weight, self.bias)
 
 
 class RobertaClassifier(nn.Module):
@@ -274,18 +272,19 @@ class RobertaClassifier(nn.Module):
 
 
 class Model(nn.Module):
-    """The backbone, and the heads that a checkpoint holds or a caller adds.
+    """The backbone and its heads. load() restores the pooler and the masked-LM head; a caller adds the others:
+    add_classifier() before class_logits(), add_span_head() before span_logits().
 
-    A new model has random weights, BERT's initialisation. load() below makes one with the weights of a file."""
+    A new model has random weights, BERT's initialisation. pooler: only BERT's class_logits() uses it."""
 
     def __init__(self, config: Config, pooler: bool = True, mlm_head: bool = True):
         super().__init__()
         self.config = config
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.add_module(config.model_type, Backbone(config, pooler))  # self.bert or self.roberta
+        self.apply(self.initialise)
         if mlm_head:
             self.add_mlm_head()
-        self.apply(self.initialise)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         """All hidden states: the embedding output, then the output of each layer.
@@ -374,7 +373,9 @@ def load(path) -> Model:
         fairseq's model.pt
 
     All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
-    FileNotFoundError, or ValueError with what is missing, of the wrong shape, or not finite."""
+    FileNotFoundError, or a ValueError that lists the tensors that are missing, misshapen or not finite.
+
+    Inside `with file_named_in_errors(file)` every error becomes a ValueError that begins with the name of the file."""
     # Read the weights and the settings. Most formats keep the settings in a config.json beside the weights; a fairseq
     # file holds its own, and a config.json beside it, if there is one, wins.
     weights_file = find_weights(Path(path))
@@ -386,8 +387,7 @@ def load(path) -> Model:
         raise FileNotFoundError(f"{weights_file.parent}: no config.json or bert_config.json beside "
                                 f"{weights_file.name}")
 
-    # Settle the names, the config, and whether the decoder is the embedding matrix. (A `with file_named_in_errors`
-    # adds the name of the file to whatever error is raised within it.)
+    # Settle the family, the names, the config, and whether the decoder is the embedding matrix.
     with file_named_in_errors(weights_file):
         family = find_family(tensors, settings)
         tensors = normalise_names(tensors, family)
@@ -397,9 +397,9 @@ def load(path) -> Model:
     config, tensors = settle_decoder(config, tensors)
 
     # Build the model without memory of its own ("meta") and compare it with the file.
-    head = MLM_HEADS[family]  # "cls.predictions" or "lm_head"
+    head_prefix = MLM_HEADS[family]  # "cls.predictions" or "lm_head"
     has_pooler = any(name.startswith(f"{family}.pooler.") for name in tensors)
-    has_mlm_head = any(name.startswith(f"{head}.") for name in tensors)
+    has_mlm_head = any(name.startswith(f"{head_prefix}.") for name in tensors)
     with torch.device("meta"):
         model = Model(config, has_pooler, has_mlm_head)
     expected = model.state_dict()
@@ -419,10 +419,10 @@ def load(path) -> Model:
 def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     """Writes config.json and model.safetensors, which transformers' from_pretrained loads.
 
-    tensors: {name: tensor}, a model's state_dict(), or one with masked weights in it.
-    architecture: the class of transformers that shall load them, without the family's name: "ForMaskedLM".
+    tensors: {name: tensor}, such as model.state_dict().
+    architecture: the class of transformers that should load them, without the family's name: "ForMaskedLM".
     extra: further fields of config.json, such as the names of the classes.
-    Raises OSError if the disk fails; the old files then stay."""
+    Raises OSError if the disk fails; each of the two files is then either the old or the new one, complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     class_name = config.model_type.title() + architecture  # BertForMaskedLM
@@ -462,7 +462,7 @@ def find_weights(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file or folder")
     if not path.name.endswith((*PICKLE_SUFFIXES, ".safetensors", ".index.json")):
-        raise ValueError(f"{path}: not a checkpoint: expected .safetensors, .bin, .pt, .ckpt or "
+        raise ValueError(f"{path}: not a checkpoint: expected .safetensors, .bin, .pt, .pth, .ckpt or "
                          "TensorFlow's .index")
     return path
 
@@ -567,8 +567,8 @@ def normalise_names(tensors: dict, family: str) -> dict:
 
 
 def read_config(settings: dict, family: str) -> Config:
-    """The fields of a config.json, checked. What old RoBERTa files (pad_token_id) and Google's (layer_norm_eps) leave
-    out gets the value that it had then."""
+    """The fields of a config.json, checked. Old RoBERTa files lack pad_token_id and Google's lack layer_norm_eps; they
+    get the values that applied at the time."""
     supported = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
     for name, value in supported.items():
         if settings.get(name) not in (None, value):
@@ -617,7 +617,7 @@ def check_setting(field, value):
 
 
 def check_number_of_layers(config: Config, tensors: dict):
-    """Before a model of that many layers is built, compare with the layers that the file has."""
+    """Raises ValueError if the file has fewer layers than the config says. (More are reported as not used.)"""
     numbers = [re.search(r"\.encoder\.layer\.(\d+)\.", name) for name in tensors]
     found = len({match[1] for match in numbers if match})
     if config.num_hidden_layers > found:
@@ -692,7 +692,7 @@ def shorten(names: list[str], limit: int = 4) -> str:
 
 @contextmanager
 def file_named_in_errors(file):
-    """Within, an error of a parser becomes a ValueError of one line that names the file."""
+    """Inside the with block an error of a parser becomes a ValueError of one line that begins with `file`."""
     try:
         yield
     except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -738,6 +738,9 @@ def atomic_write(path):
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+# Bytes to tensors.
 
 
 def read_bytes(path) -> np.ndarray:
@@ -1241,9 +1244,9 @@ def scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob
 
     query, key, value (B, H, T, head size); attention_mask (B, 1, 1, T) bool or None -> (B, H, T, head size).
 
-    On a CPU torch's own kernel is slow as soon as there is dropout: it draws a whole random number per
+    On a CPU torch's own kernel is slow as soon as there is dropout: it draws a random number of 32 bits per
     attention weight, and the weights of a batch do not fit the cache. So a few sequences are computed at a
-    time, and dropout takes 16 random bits per weight. A training step of 6 layers of 384 at 8 x 128 tokens
+    time, and dropout takes 16 random bits per weight. A training step of 6 layers of hidden size 384 at 8 x 128 tokens
     takes 0.89 of the time, at 8 x 512 tokens 0.66 (one thread, medians)."""
     if dropout_prob == 0 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)
