@@ -1,6 +1,7 @@
 """BERT and RoBERTa as in their papers. Reads four formats of their original checkpoints, and writes one.
 
-Read it beside "BERT: Pre-training of Deep Bidirectional Transformers" (Devlin et al. 2019), section 3.
+Read it beside "Attention Is All You Need" (Vaswani et al. 2017), section 3, and "BERT: Pre-training of Deep
+Bidirectional Transformers" (Devlin et al. 2019), section 3.
 
     1. The network      embeddings and L layers; heads for masked words, classes and answers
     2. Checkpoints      load() and save()
@@ -43,7 +44,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, under the names of config.json. Fields without a default must be in the file."""
+    """The sizes of a model, under the names of config.json. Fields without a default must be in the file. The defaults
+    are BERT's; for a RoBERTa file read_config() below puts in RoBERTa's."""
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -226,10 +228,10 @@ class Backbone(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """One logit for each word of the vocabulary: dense, GELU, LayerNorm, then the decoder.
+    """One logit for each word of the vocabulary: dense, GELU, LayerNorm, and a last matrix, which checkpoints call the
+    decoder. It is the matrix of the word embeddings, unless a checkpoint has one of its own.
 
-    The decoder is the matrix of the word embeddings, unless a checkpoint has one of its own. BERT and
-    RoBERTa have the same head under different names: cls.predictions.transform.dense, lm_head.dense."""
+    BERT and RoBERTa have the same head under different names: cls.predictions.transform.dense, lm_head.dense."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -280,7 +282,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, pooler: bool = True, mlm_head: bool = True):
         super().__init__()
         self.config = config
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)  # in front of BERT's classifier
         self.add_module(config.model_type, Backbone(config, pooler))  # self.bert or self.roberta
         self.apply(self.initialise)
         if mlm_head:
@@ -307,7 +309,7 @@ class Model(nn.Module):
         pooled = self.backbone.pooler(last_hidden_state)
         return self.classifier(self.dropout(pooled))
 
-    def span_logits(self, last_hidden_state):  # (B, T, D) -> (B, T, 2): start and end of an answer
+    def span_logits(self, last_hidden_state):  # (B, T, D) -> (B, T, 2): start and end of an answer in the text
         return self.qa_outputs(last_hidden_state)
 
     @property
@@ -352,7 +354,7 @@ class Model(nn.Module):
         return module.apply(self.initialise).train(self.training)
 
     def initialise(self, module):
-        """Weights from a normal distribution, biases 0. (torch makes a LayerNorm with weight 1 and bias 0.)"""
+        """Weights from a normal distribution (Google's code cuts off its tails), biases 0. (torch makes a LayerNorm with weight 1 and bias 0.)"""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
