@@ -354,7 +354,8 @@ class Model(nn.Module):
         return module.apply(self.initialise).train(self.training)
 
     def initialise(self, module):
-        """Weights from a normal distribution (Google's code cuts off its tails), biases 0. (torch makes a LayerNorm with weight 1 and bias 0.)"""
+        """Weights from a normal distribution (Google's code cuts off its tails), biases 0. A LayerNorm begins with
+        weight 1 and bias 0, as torch makes it."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
