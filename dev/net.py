@@ -154,7 +154,8 @@ def add_task(name, task, folder, vocab):
     found[f"{name}: segments"] = digest([segments for _, segments in pairs])
 
 def add_text(name, source, vocab, seq_len):
-    rows = data.corpus(source, vocab, seq_len, "dev")
+    read_corpus = getattr(data, "corpus_rows", None) or data.corpus
+    rows = read_corpus(source, vocab, seq_len, "dev")
     found[f"{name}: {len(rows)} rows"] = digest([rows])
 
 wordpiece = data.vocabulary(work / "models/tiny")
