@@ -1,9 +1,9 @@
-"""From plain text to batches of token ids, for training masks of BERT on plain text (tamt.py).
+"""From plain text to batches of token ids, for learning which weights of BERT to keep (tamt.py).
 
     1. Vocabulary      the tokenizer of a model folder
     2. Text            plain text to rows of T token ids, in a memory-mapped file
     3. Batches         the order of the rows, and masked-LM corruption
-    Appendix A         tokenizers: their settings, fairseq's dictionaries, export
+    Appendix A         tokenizers: the four kinds of files, their settings, export
     Appendix B         which tokens occur in a text; texts that are not as expected
     Appendix C         files: names, locks, hashes, progress
     Appendix D         download and unpack
@@ -11,11 +11,15 @@
 
     vocabulary = data.vocabulary("folder")                          # of a model: vocab.txt, tokenizer.json, ...
     rows = data.corpus_rows("text.txt", vocabulary, 128, "train")   # token ids (n, 128)
-    batch = rows[data.row_indices(len(rows), 1, 0, 16)]             # seed 1: the first 16 rows in random order
+    batch = rows[data.row_indices(len(rows), 1, 0, 16)]             # seed 1: the first 16 rows of a random order
     generator = data.random_stream(1, "corruption", 0)              # seed 1, update number 0
     corrupted_ids, is_chosen = data.corrupt(batch, vocabulary, generator)
 
-Functions called here and found in no chapter are in the appendices: check_... and refuse_... only warn or raise.
+    chunk    2 MB of a file                       block    T - 2 token ids that follow each other in the text
+    piece    2,000 characters or more, which      row      [CLS], a block or a line, [SEP], and padding after a line
+             are tokenised at once
+
+Functions that the chapters call but do not define are in the appendices; check_... and refuse_... only warn or raise.
 Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
 
@@ -82,7 +86,7 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> list[int]:
-        """The ids that corruption never chooses."""
+        """The ids that are never chosen to be predicted."""
         five_ids = [self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id]
         return five_ids + list(self.extra_special_ids)
 
@@ -98,24 +102,24 @@ def vocabulary(path) -> Vocabulary:
     if not folder.is_dir():
         folder = folder.parent
     settings = read_settings(folder)  # {"do_lower_case": True, "cls_token": "[CLS]", ...}, often empty
-    one_row_per_line = bool(settings.get("one_row_per_line"))  # save_vocabulary below writes this
+    one_row_per_line = bool(settings.get("one_row_per_line"))  # save_vocabulary, in appendix A, writes this
 
     if (folder / "tokenizer.json").is_file():
         file = folder / "tokenizer.json"
         tokenizer = read_tokenizer_json(file)
     elif (folder / "vocab.txt").is_file():
         file = folder / "vocab.txt"
-        refuse_unsupported(file, settings, "BertTokenizer")
+        refuse_unsupported(file, settings, expected="BertTokenizer")
         tokenizer = wordpiece(file, settings)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         file = folder / "vocab.json"
-        refuse_unsupported(file, settings, "RobertaTokenizer")
+        refuse_unsupported(file, settings, expected="RobertaTokenizer")
         tokenizer = byte_level_bpe(bert.read_json(file), folder / "merges.txt", file, settings)
     elif (folder / "dict.txt").is_file():
         file = folder / "dict.txt"
-        refuse_unsupported(file, settings, "RobertaTokenizer")
+        refuse_unsupported(file, settings, expected="RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # whole words, or amino acids, say
+        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # no pieces of words: proteins, say
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
@@ -147,37 +151,6 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
     )
 
 
-def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
-    """The names of the five special tokens in the order of SPECIAL_ROLES.
-
-    The settings may name them; otherwise they are BERT's ([PAD] ...) or RoBERTa's (<pad> ...). Raises
-    ValueError if one is not in the vocabulary."""
-    names = []
-    for role, bert_name, roberta_name in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
-        candidates = [bert_name, roberta_name]
-        if role in settings:
-            candidates = [token_content(settings[role])]
-        found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
-        if not found:
-            num_tokens = tokenizer.get_vocab_size()
-            raise ValueError(f"{file}: no {' or '.join(candidates)} among {num_tokens} tokens")
-        names.append(found[0])
-    return names
-
-
-def read_tokenizer_json(file: Path) -> Tokenizer:
-    """The tokenizers library's own format. The file may ask to cut and pad each text and to add [CLS] and [SEP].
-    That is switched off: rows and pairs of sentences are made here."""
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"{file}: the tokenizers library cannot read it ({str(error):.200})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.post_processor = None
-    return tokenizer
-
-
 def wordpiece(file: Path, settings: dict) -> Tokenizer:
     """BERT's tokenizer from vocab.txt, one token a line: "unaffable" -> un ##aff ##able."""
     words = read_lines(file)
@@ -187,59 +160,12 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
-        strip_accents=settings.get("strip_accents"),  # None: if the text is lower-cased
+        strip_accents=settings.get("strip_accents"),  # None: accents go where capitals go
         handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
-
-
-def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
-    """RoBERTa's tokenizer, from {token: id} and a file with the pairs of tokens to merge, one a line, in order.
-
-    Tokens are spelled in bytes, where Ġ stands for a space: " dog" -> Ġdog. `file`, where the ids come from, is
-    named in errors."""
-    ids = list(vocab.values())
-    if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
-        raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
-
-    merges = []
-    for line in read_lines(merges_file):
-        if line.strip() and not line.startswith("#version"):
-            merges.append(tuple(line.split(" ")))
-    try:
-        tokenizer = Tokenizer(models.BPE(vocab, merges))
-    except Exception as error:  # a line that is no pair of tokens
-        raise ValueError(f"{merges_file}: {str(error):.200}") from None
-
-    add_prefix_space = bool(settings.get("add_prefix_space", False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def ids_by_position(tokens: list[str], file: Path) -> dict[str, int]:
-    """{token: its position in the list}. Raises ValueError for an empty token and for one that occurs twice."""
-    vocab = {}
-    for number, token in enumerate(tokens):
-        if not token:
-            raise ValueError(f"{file}: token number {number} from 0 is empty")
-        if token in vocab:
-            raise ValueError(f"{file}: token {token!r} occurs twice, as number {vocab[token]} and "
-                             f"{number} from 0")
-        vocab[token] = number
-    return vocab
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change nothing.
-    (str.splitlines would split at rarer characters, too, which are tokens of some vocabularies.)"""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: byte {error.start} is no UTF-8 text") from None
-    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -253,7 +179,7 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
     source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
     wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
     between [CLS] and [SEP]; headings and the borders of documents are not treated specially, and the tail is
-    dropped (released code: data/datasets/language_modeling.py). With one_row_per_line, here or in the
+    dropped (as in TAMT's released code, data/datasets/language_modeling.py). With one_row_per_line, here or in the
     vocabulary, each line of the text is one row, cut or padded to T.
 
     The rows are kept in the cache. The name of the cache file is a digest of all that decides about them: the bytes
@@ -272,14 +198,14 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make_rows = padded_lines if one_row_per_line else packed_blocks
-        with bert.atomic_write(path) as out:
+        with bert.atomic_write(path) as out:  # the file appears if the block ends without an error
             for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
                 out.write(rows.astype(dtype).tobytes())
             if out.tell() == 0:
                 raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    # A warning if the vocabulary does not fit; the text is read again only for examples of unknown words.
+    # Warns if many tokens are unknown, and raises if all are; the text is read again only for examples.
     check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
     return rows
 
@@ -299,7 +225,7 @@ def find_text(source, split: str, one_row_per_line: bool) -> tuple[Path, int, in
 
     if not path.is_file():
         raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
-                                f"{', '.join(CORPORA)}, toy")
+                                f"{', '.join(CORPORA)}, toy")  # the toy's text is a folder that tamt.py names
     refuse_other_formats(path)
     size = path.stat().st_size
     if size == 0:
@@ -316,7 +242,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
 
     * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
     * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
-    * Any other file is cut at the last space in the first 95 % of its bytes."""
+    * Any other file is cut at the last space in the first 95 % of its bytes; if there is none, right there."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         # A newline at the very end of the file ends the last line and begins none, so it is not counted.
         num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, size - 1))
@@ -331,7 +257,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
         border = max(size * 95 // 100, 1)
         space = text.rfind(b" ", 0, border)
         if space > 0:
-            return space
+            return space  # the dev text begins with it, as pieces do below
         while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
             border += 1
         return border
@@ -378,7 +304,7 @@ def cut_pieces(chunks, tokenizer: Tokenizer):
     pattern = PIECE
     if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
         pattern = PIECE_BEFORE_SPACE
-    rest = ""  # of the chunks so far, what is in no piece
+    rest = ""  # text that is not in a piece yet
     for chunk in chunks:
         rest += chunk
         pieces = []
@@ -433,8 +359,12 @@ def padded_lines(chunks, vocabulary: Vocabulary, seq_len: int):
 # 3. Batches and masked-LM corruption
 # ---------------------------------------------------------------------------------------------------
 
-# What random numbers are drawn for: the order of the rows, their corruption, random masks, --limit, and random Super
-# Tickets. The position of a purpose is part of its seed, so this list may grow at its end only.
+# A batch is rows[row_indices(...)] and what corrupt() makes of it; tamt.py turns both into tensors, and masks the
+# padding for attention.
+
+# The uses of randomness in all modules: the order of the rows, their corruption, random masks (tamt.py), fewer training
+# examples and random Super Tickets (finetune.py). The position of a purpose is part of its seed, so this list may
+# grow at its end only.
 PURPOSES = ("order", "corruption", "masks", "limit", "tickets")
 
 
@@ -445,8 +375,8 @@ def random_stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
 
 
 def row_indices(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """The rows at the positions start .. start + count - 1 of an endless reading, epoch after epoch, each shuffled
-    anew -> (count,) int64.
+    """Row numbers start .. start + count - 1 of an endless list: epoch after epoch, all rows in a new random order
+    -> (count,) int64.
 
     In a run with batches of 16 the third update reads row_indices(num_rows, seed, 32, 16)."""
     indices = []
@@ -482,8 +412,150 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: tokenizers: their settings, fairseq's dictionaries, export. Skip it at a first reading.
+# Appendix A: tokenizers: the four kinds of files, their settings, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
+
+# The files, beside wordpiece() in chapter 1.
+
+
+def read_tokenizer_json(file: Path) -> Tokenizer:
+    """The tokenizers library's own format. The file may ask to cut and pad each text and to add [CLS] and [SEP].
+    That is switched off: rows and pairs of sentences are made here."""
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{file}: the tokenizers library cannot read it ({str(error):.200})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = None
+    return tokenizer
+
+
+def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
+    """Whether text is to be lower-cased.
+
+    1. The settings say it (do_lower_case).
+    2. No word of the vocabulary has a capital: yes.
+    3. There is a tokenizer_config.json that does not say: yes, as transformers does it.
+    4. There are no settings at all: no.
+
+    In the cases 2 to 4 a printed line says what was decided, and why."""
+    if "do_lower_case" in settings:
+        return bool(settings["do_lower_case"])
+
+    capitalised = None
+    for word in words:
+        is_special = word[:1] + word[-1:] in ("[]", "<>")  # [CLS], [unused7]
+        if word != word.lower() and not is_special:
+            capitalised = word
+            break
+
+    if capitalised is None:
+        print(f"{file}: no settings for its case; no word has a capital, so text is lower-cased")
+        return True
+    if (file.parent / "tokenizer_config.json").is_file():
+        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as "
+              f"transformers does it, and words such as {capitalised!r} never occur")
+        return True
+    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps "
+          "its case")
+    return False
+
+
+def byte_level_bpe(vocab: dict, merges_file: Path, file: Path, settings: dict) -> Tokenizer:
+    """RoBERTa's tokenizer, from {token: id} and a file with the pairs of tokens to merge, one a line, in order.
+
+    Tokens are spelled in bytes, where Ġ stands for a space: " dog" -> Ġdog. `file`, where the ids come from, is
+    named in errors."""
+    ids = list(vocab.values())
+    if any(type(token_id) is not int for token_id in ids) or sorted(ids) != list(range(len(ids))):
+        raise ValueError(f"{file}: ids are not 0 .. {len(ids) - 1}, each once")
+
+    merges = []
+    for line in read_lines(merges_file):
+        if line.strip() and not line.startswith("#version"):
+            merges.append(tuple(line.split(" ")))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab, merges))
+    except Exception as error:  # a line that is no pair of tokens
+        raise ValueError(f"{merges_file}: {str(error):.200}") from None
+
+    add_prefix_space = bool(settings.get("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def fairseq(file: Path, settings: dict) -> Tokenizer:
+    """The tokenizer of a fairseq model. Each line of dict.txt has a symbol and its count: "13 850314647".
+
+    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. (The last lines may be called
+    madeupword0000 and so on: they fill the matrix up.) Symbols are of one of three kinds; see below."""
+    symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
+    if "<mask>" not in symbols:
+        symbols.append("<mask>")
+
+    # Numbers, in the released RoBERTa: those that GPT-2's encoder.json gives to its tokens. Line 0 is 13, which
+    # stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside dict.txt or are fetched.
+    num_numbers = sum(symbol.isdecimal() for symbol in symbols)
+    are_numbers = num_numbers > len(symbols) / 2  # madeupword0000 is none
+    if are_numbers:
+        encoder_file, merges_file = gpt2_files(file.parent)
+        token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
+        tokens = [token_of.get(symbol, symbol) for symbol in symbols]
+        vocab = ids_by_position(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
+        return byte_level_bpe(vocab, merges_file, file, settings)
+
+    # Pieces of a sentencepiece model: only that model could split a text into them.
+    sentencepiece = sorted(file.parent.glob("*.model"))
+    if sentencepiece:
+        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece "
+                         "models are not supported; a tokenizer.json made by transformers is")
+
+    # Words, which stand between white space in the text; or, if all are one character long, such as amino acids,
+    # each character of the text, and white space means nothing.
+    vocab = ids_by_position(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    plain_symbols = [symbol for symbol in symbols if not symbol.startswith(("<", "madeupword"))]
+    if all(len(symbol) == 1 for symbol in plain_symbols):
+        characters = pre_tokenizers.Split(Regex("."), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
+    return tokenizer
+
+
+def gpt2_files(folder: Path) -> list[Path]:
+    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
+    beside = [folder / file.name for file in GPT2_BPE]
+    if all(path.is_file() for path in beside):
+        return beside
+    return [fetch(file.urls, cache() / "gpt2_bpe" / file.name, file.size, file.sha256) for file in GPT2_BPE]
+
+
+def ids_by_position(tokens: list[str], file: Path) -> dict[str, int]:
+    """{token: its position in the list}. Raises ValueError for an empty token and for one that occurs twice."""
+    vocab = {}
+    for number, token in enumerate(tokens):
+        if not token:
+            raise ValueError(f"{file}: token number {number} from 0 is empty")
+        if token in vocab:
+            raise ValueError(f"{file}: token {token!r} occurs twice, as number {vocab[token]} and "
+                             f"{number} from 0")
+        vocab[token] = number
+    return vocab
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 file without their ends. A byte order mark and Windows' line ends change nothing.
+    (str.splitlines would split at rarer characters, too, which are tokens of some vocabularies.)"""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: byte {error.start} is no UTF-8 text") from None
+    return text.replace("\r\n", "\n").rstrip("\n").split("\n")
+
+
+# The settings. A special token is spelled "[CLS]" or {"content": "[CLS]", ...} in them.
 
 
 def read_settings(folder: Path) -> dict:
@@ -595,81 +667,25 @@ def token_content(token: str | dict) -> str:
     return content
 
 
-def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
-    """Whether text is to be lower-cased.
+def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
+    """The names of the five special tokens in the order of SPECIAL_ROLES.
 
-    1. The settings say it (do_lower_case).
-    2. No word of the vocabulary has a capital: yes.
-    3. There is a tokenizer_config.json that does not say: yes, as transformers does it.
-    4. There are no settings at all: no.
-
-    In the cases 2 to 4 a printed line says what was decided, and why."""
-    if "do_lower_case" in settings:
-        return bool(settings["do_lower_case"])
-
-    capitalised = None
-    for word in words:
-        is_special = word[:1] + word[-1:] in ("[]", "<>")  # [CLS], [unused7]
-        if word != word.lower() and not is_special:
-            capitalised = word
-            break
-
-    if capitalised is None:
-        print(f"{file}: no settings for its case; no word has a capital, so text is lower-cased")
-        return True
-    if (file.parent / "tokenizer_config.json").is_file():
-        print(f"{file}: tokenizer_config.json does not say do_lower_case, so text is lower-cased, as "
-              f"transformers does it, and words such as {capitalised!r} never occur")
-        return True
-    print(f"{file}: no settings for its case; words such as {capitalised!r} have capitals, so text keeps "
-          "its case")
-    return False
+    The settings may name them; otherwise they are BERT's ([PAD] ...) or RoBERTa's (<pad> ...). Raises
+    ValueError if one is not in the vocabulary."""
+    names = []
+    for role, bert_name, roberta_name in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
+        candidates = [bert_name, roberta_name]
+        if role in settings:
+            candidates = [token_content(settings[role])]
+        found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
+        if not found:
+            num_tokens = tokenizer.get_vocab_size()
+            raise ValueError(f"{file}: no {' or '.join(candidates)} among {num_tokens} tokens")
+        names.append(found[0])
+    return names
 
 
-def fairseq(file: Path, settings: dict) -> Tokenizer:
-    """The tokenizer of a fairseq model. Each line of dict.txt has a symbol and its count: "13 850314647".
-
-    Ids 0 to 3 are <s> <pad> </s> <unk>, then come the lines, then <mask>. (The last lines may be called
-    madeupword0000 and so on: they fill the matrix up.) Symbols are of one of three kinds; see below."""
-    symbols = [line.split(" ")[0] for line in read_lines(file) if line.strip()]
-    if "<mask>" not in symbols:
-        symbols.append("<mask>")
-
-    # Numbers, in the released RoBERTa: those that GPT-2's encoder.json gives to its tokens. Line 0 is 13, which
-    # stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside dict.txt or are fetched.
-    num_numbers = sum(symbol.isdecimal() for symbol in symbols)
-    are_numbers = num_numbers > len(symbols) / 2  # madeupword0000 is none
-    if are_numbers:
-        encoder_file, merges_file = gpt2_files(file.parent)
-        token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
-        tokens = [token_of.get(symbol, symbol) for symbol in symbols]
-        vocab = ids_by_position(["<s>", "<pad>", "</s>", "<unk>", *tokens], file)
-        return byte_level_bpe(vocab, merges_file, file, settings)
-
-    # Pieces of a sentencepiece model: only that model could split a text into them.
-    sentencepiece = sorted(file.parent.glob("*.model"))
-    if sentencepiece:
-        raise ValueError(f"{file}: its symbols are pieces of {sentencepiece[0].name}, and sentencepiece "
-                         "models are not supported; a tokenizer.json made by transformers is")
-
-    # Words, which stand between white space in the text; or, if all are one character long, such as amino acids,
-    # each character of the text, and white space means nothing.
-    vocab = ids_by_position(["<s>", "<pad>", "</s>", "<unk>", *symbols], file)
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    plain_symbols = [symbol for symbol in symbols if not symbol.startswith(("<", "madeupword"))]
-    if all(len(symbol) == 1 for symbol in plain_symbols):
-        characters = pre_tokenizers.Split(Regex("."), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), characters])
-    return tokenizer
-
-
-def gpt2_files(folder: Path) -> list[Path]:
-    """GPT-2's encoder.json and vocab.bpe: both beside dict.txt, else from the cache."""
-    beside = [folder / file.name for file in GPT2_BPE]
-    if all(path.is_file() for path in beside):
-        return beside
-    return [fetch(file.urls, cache() / "gpt2_bpe" / file.name, file.size, file.sha256) for file in GPT2_BPE]
+# The export.
 
 
 def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens: int):
@@ -824,23 +840,23 @@ def environment_folder(variable: str, default) -> Path:
 
 
 def read_bytes(path, begin: int = 0, end: int | None = None):
-    """Yields the bytes between two positions of a file, 2 MB at a time."""
+    """Yields the bytes between two positions of a file in chunks of 2 MB."""
     with open(path, "rb") as file:
         position = file.seek(begin)
         if end is None:
             end = os.path.getsize(path)
         while position < end:
-            piece = file.read(min(end - position, CHUNK))
-            if not piece:
+            chunk = file.read(min(end - position, CHUNK))
+            if not chunk:
                 return  # the file has become shorter
-            position += len(piece)
-            yield piece
+            position += len(chunk)
+            yield chunk
 
 
 def file_sha256(path) -> str:
     digest = hashlib.sha256()
-    for piece in read_bytes(path):
-        digest.update(piece)
+    for chunk in read_bytes(path):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -22,11 +22,13 @@ train; without --mask all weights train. There are three ways to apply a ticket:
     one mask         every pruned weight is set to zero once, and its gradient before every update. So it stays
                      exactly zero, and AdamW does bit for bit what it does under torch's prune.custom_from_mask,
                      which the released code uses.
-    a Super Ticket   the rows and columns of removed heads and feed-forward networks (FFNs) are cut out.
+    a Super Ticket   the rows and columns of the units that it removes are cut out (chapter 7). A unit is an attention
+                     head, or the feed-forward network (FFN) of a layer.
     several tasks    each weight is multiplied by the mask of the task whose batch it is: switch_to() exchanges the
-                     masks before each batch.
+                     masks before each batch (chapter 8). For a single task it does nothing.
 
-settings: what the user asked for; run: the same with nothing left open.
+settings: what the user asked for; run: the same with all defaults filled in; search: the same for --find, which makes
+several runs.
 
 "Released code" is that of the three papers: TAMT's and BERT-Tickets' scripts (glue_trans.py, LT_glue.py), and for Super
 Tickets and shared encoders Liang et al.'s (mt_dnn). Appendix A says what differs from it.
@@ -108,11 +110,11 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     refuse_results_file(run)
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
-        return finished_experiment(run, tasks, result)
+        return finished_experiment(run, tasks, result)  # with the names of the tasks, but no model and no data
 
     # The network: the head of the task, and the ticket.
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
-    prunable = list(layers)  # taken now, because IMP never prunes a fresh pooler, which add_head may add
+    prunable = list(layers)  # by IMP, chapter 6; taken before a fresh pooler is added, which IMP never prunes
     masks = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
     if len(tasks) > 1:
@@ -185,7 +187,7 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
         return {}  # share_encoder applies the tickets of several tasks
 
     ticket = tickets[0]
-    if ticket.meta.get("method") == "super":
+    if ticket.meta.get("method") == "super":  # chapter 7
         removed_heads, removed_feed_forward = removed_units(model.config, ticket)
         remove_units(model, removed_heads, removed_feed_forward)
         return {}  # what is removed cannot train
@@ -225,7 +227,7 @@ def add_head(model, tasks: list[glue_squad.Task]):
 class TaskData:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order.
 
-    The last four fields are for tasks that share an encoder."""
+    The last four fields are for tasks that share an encoder; share_encoder sets them (chapter 8)."""
     task: glue_squad.Task
     train: list  # sequences
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
@@ -308,7 +310,7 @@ def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> 
         return model.class_logits(hidden_states[-1])
     logits = model.span_logits(hidden_states[-1]).float()
     if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # an answer never lies in the padding
+        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # the loss gives padding no probability
     return logits
 
 
@@ -332,7 +334,7 @@ def task_loss(task: glue_squad.Task, logits, targets):
 def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list:
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2)."""
     model = experiment.model
-    switch_to(model, task_data)
+    switch_to(model, task_data)  # chapter 8; does nothing for a single task
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
@@ -408,10 +410,10 @@ def train(experiment: Experiment):
         epoch, batch_index = divmod(step, updates_per_epoch)
         if batch_index == 0 or not batches:  # not batches: resumed in the middle of an epoch
             batches = epoch_batches(experiment.all_task_data, run, epoch)
-        task_data, rows = batches[batch_index]
+        task_data, indices = batches[batch_index]
         torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout differs with the seed and the update
         learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
-        total_loss += update(experiment, task_data, rows, parameters, optimizer, learning_rate, t=step + 1)
+        total_loss += update(experiment, task_data, indices, parameters, optimizer, learning_rate, t=step + 1)
         step += 1
 
         is_epoch_end = step % updates_per_epoch == 0
@@ -433,24 +435,24 @@ def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list
     batches = []
     for task_data in all_task_data:
         lengths = [len(input_ids) for input_ids, _ in task_data.train]
-        for rows in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
-            batches.append((task_data, rows))
+        for indices in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
+            batches.append((task_data, indices))
     if len(all_task_data) > 1:
         batches = [batches[index] for index in generator.permutation(len(batches))]
     return batches
 
 
-def update(experiment: Experiment, task_data: TaskData, rows, parameters: dict, optimizer, learning_rate: float,
+def update(experiment: Experiment, task_data: TaskData, indices, parameters: dict, optimizer, learning_rate: float,
            t: int) -> float:
-    """Update number t (from 1) of all weights under the masks -> the mean loss of the batch. rows: indices of the
-    batch's examples in task_data.train."""
+    """Update number t (from 1) of all weights under the masks -> the mean loss of the batch, which is those examples
+    of task_data.train that have the indices."""
     model = experiment.model
     machine = experiment.run.machine
     switch_to(model, task_data)
-    targets = tamt.to_device(task_data.targets[rows], machine.device)
+    targets = tamt.to_device(task_data.targets[indices], machine.device)
     with tamt.autocast(machine):
-        logits = task_logits(model, task_data, [task_data.train[row] for row in rows])
-    loss = task_loss(task_data.task, logits, targets) / len(rows)
+        logits = task_logits(model, task_data, [task_data.train[index] for index in indices])
+    loss = task_loss(task_data.task, logits, targets) / len(indices)
     loss.backward()
 
     # What is pruned gets no gradient, stays zero, and does not count in the norm that is clipped.
@@ -462,7 +464,8 @@ def update(experiment: Experiment, task_data: TaskData, rows, parameters: dict, 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # The released AdamW, without weight decay: tamt.py's appendix says how torch's AdamW computes it.
+    # The learning rate, no weight decay, and an eps that depends on t: so torch's AdamW computes the released one, as
+    # tamt.py's appendix A shows. (Only the objective "kd" has another optimiser.)
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -560,6 +563,8 @@ def find_imp(settings) -> dict:
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
         # As released, the schedule of a round is the first tenth of a decay over ten rounds.
+        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. In the first round there is
+        # no mask yet, so it trains the whole network.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
@@ -630,7 +635,7 @@ def find_super(settings) -> dict:
         finish(experiment)
     results["dense"] = experiment.result
 
-    # Fine-tune each ticket.
+    # Fine-tune each ticket of those orders that --orders asks for.
     for order in search.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -669,7 +674,7 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
     model = experiment.model
     run = experiment.run
     task_data = experiment.all_task_data[0]
-    layers = model.backbone.encoder.layer
+    layers = model.backbone.encoder.layer  # of each, attention.output and output are a bert.Residual
     contexts = []
     outputs = []
     hooks = []
@@ -686,12 +691,12 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
     feed_forward_importance = torch.zeros(len(layers))
     starts = range(0, len(task_data.train), run.batch_size)
     for start in starts:
-        rows = slice(start, start + run.batch_size)
-        targets = torch.from_numpy(task_data.targets[rows]).to(run.machine.device)
+        batch = slice(start, start + run.batch_size)
+        targets = torch.from_numpy(task_data.targets[batch]).to(run.machine.device)
         contexts.clear()
         outputs.clear()
         with tamt.autocast(run.machine):
-            logits = task_logits(model, task_data, task_data.train[rows])
+            logits = task_logits(model, task_data, task_data.train[batch])
         loss = task_loss(task_data.task, logits, targets) / len(targets)
         gradients = torch.autograd.grad(loss, contexts + outputs)  # 2 L times (B, T, D)
         context_gradients = gradients[:len(layers)]
@@ -789,25 +794,6 @@ def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
     return removed_heads, removed_feed_forward
 
 
-def remove_units(model, removed_heads, removed_feed_forward):
-    """Takes heads and feed-forward networks out of the network: matrices become smaller, and the logits are
-    what they would be if the units gave zeros."""
-    for index, layer in enumerate(model.backbone.encoder.layer):
-        attention = layer.attention.self
-        kept_rows = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
-        attention.kept_rows = kept_rows  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):
-            linear.weight = nn.Parameter(linear.weight.data[kept_rows])
-            linear.bias = nn.Parameter(linear.bias.data[kept_rows])
-        dense = layer.attention.output.dense
-        dense.weight = nn.Parameter(dense.weight.data[:, kept_rows])
-        if removed_feed_forward[index]:
-            layer.output = SkippableResidual(layer.output)
-            layer.output.is_skipped = True
-            layer.output.dense = None
-            layer.intermediate = nn.Identity()
-
-
 class SkippableResidual(nn.Module):
     """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone. (A
     mask cannot do that: it sets the weights to zero, and the biases remain.)"""
@@ -823,6 +809,25 @@ class SkippableResidual(nn.Module):
         if self.is_skipped:
             return self.LayerNorm(residual)
         return self.LayerNorm(residual + self.dropout(self.dense(x)))
+
+
+def remove_units(model, removed_heads, removed_feed_forward):
+    """Takes heads, (L, H), and feed-forward networks, (L,), out of the network: matrices become smaller, and the logits
+    are what they would be if the units gave zeros."""
+    for index, layer in enumerate(model.backbone.encoder.layer):
+        attention = layer.attention.self
+        kept_rows = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
+        attention.kept_rows = kept_rows  # the export fills zeros in where rows are gone
+        for linear in (attention.query, attention.key, attention.value):
+            linear.weight = nn.Parameter(linear.weight.data[kept_rows])
+            linear.bias = nn.Parameter(linear.bias.data[kept_rows])
+        dense = layer.attention.output.dense
+        dense.weight = nn.Parameter(dense.weight.data[:, kept_rows])
+        if removed_feed_forward[index]:
+            layer.output = SkippableResidual(layer.output)
+            layer.output.is_skipped = True
+            layer.output.dense = None
+            layer.intermediate = nn.Identity()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The method in eight steps. find_mask(), right below, takes them in this order; 5 to 7 are its training loop. The method
-ends where appendix A begins. What is called before and defined after it (folders and resuming, flags, processes) can
-be taken by its name at a first reading.
+The method in eight steps. find_mask() takes them in this order; 5 to 7 are its training loop.
 
     1  open_model      read an original checkpoint; its weights W are frozen
     2  open_text       cut plain text into rows of T token ids
@@ -16,6 +14,16 @@ be taken by its name at a first reading.
     6  update          gradients pass straight through M to the scores; the optimiser moves them     Eq. 4
     7  update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
+
+    1. The eight steps      find_mask; reading, and what is done at the end
+    2. Masked layers        W * M, and the straight-through estimator
+    3. The ranking          which entries stay: global, local, N:M; OMP and random masks
+    4. Scores               one for each weight, and the masks that follow from them
+    5. Losses               masked LM, distillation, dev losses
+    6. Training             the loop, and one update
+    7. IMP                  the baseline that trains W
+    Appendices              A as released: pins, optimiser, rates; B the fast ranking; C mask files; D the folder of a
+                            run; E settings; F devices. What is defined there can be taken by its name.
 
 The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
 afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
@@ -29,9 +37,10 @@ random mask instead, and `--method imp`, iterative magnitude pruning, trains W i
     batch        the rows of one update: --batch-size times --accumulate
     micro-batch  --batch-size of them, computed at once; several processes share them
     settings     what the user chose: the flags of the command line (settings.sparsity)
-    run          the settings with all defaults filled in, and run.num_updates, run.horizon (the update at which the
-                 learning rate, which falls linearly, would reach 0), run.family (bert or roberta), run.machine
-                 (device, type of the forward pass, and which of several processes this is)
+    run          the settings with all defaults filled in, and run.trains (whether there is training at all),
+                 run.num_updates, run.horizon (the update at which the learning rate, which falls linearly, would
+                 reach 0), run.family (bert or roberta), run.machine (device, type of the forward pass, and which of
+                 several processes this is)
     identity     the settings and checksums that --resume compares
 
 How the paper, the released code and this program differ. A first reading may skip the table: its terms are
@@ -92,7 +101,7 @@ import data
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 
 # ---------------------------------------------------------------------------------------------------
-# The eight steps
+# 1. The eight steps
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +129,7 @@ def find_mask(settings: "Settings") -> dict:
         masks = start_masks(layers, run)  # step 3
         set_masks(layers, masks)
     if run.method == "tamt":
+        # The pooler, which no loss reads, and rows of the word embeddings that the text does not use.
         without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
         scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
 
@@ -196,7 +206,7 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
 
 
 # ---------------------------------------------------------------------------------------------------
-# Masked layers
+# 2. Masked layers
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -254,8 +264,8 @@ class MaskedLinear(MaskedLayer):
 
 
 class MaskedEmbedding(MaskedLayer):
-    """Looks up rows of the weight, the scores and the mask, and masks only those. (A masked-LM decoder that shares
-    the weight uses it unmasked.)"""
+    """Looks up rows of the weight, the scores and the mask, and masks only those. (The masked-LM head reads the weight
+    itself, so a decoder that shares it is not masked.)"""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -300,7 +310,7 @@ def set_masks(layers: dict, masks: dict):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The ranking: which entries stay
+# 3. The ranking: which entries stay
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -432,7 +442,7 @@ def start_masks(layers: dict, run: "Run") -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Scores
+# 4. Scores
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -535,7 +545,7 @@ def largest(values) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Losses
+# 5. Losses
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -591,7 +601,7 @@ def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
 
 
 class MicroBatch(NamedTuple):
-    """The rows of a batch that one forward pass takes, as tensors: b rows."""
+    """A process's share of a micro-batch, as tensors: b rows, which one forward pass takes."""
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
@@ -676,7 +686,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training: the loop, and one update
+# 6. Training: the loop, and one update
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -710,7 +720,7 @@ def select_parameters(model, run: "Run") -> dict[str, nn.Parameter]:
     masking/maskers.py:524); with imp all weights but the pooler's, which get no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(".scores"):
-            continue  # Scores has decided that already
+            continue  # Scores has decided that already: all train but the pooler's
         is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
         if run.method == "imp":
             parameter.requires_grad_("pooler" not in name)
@@ -728,7 +738,8 @@ def train_scores(training: Training):
         loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
         training.step += 1
 
-        # Step 7. A score moves by about the learning rate, a threshold hardly ever by more than half of that.
+        # Step 7. A score moves by about the learning rate, a threshold hardly ever by more than half of that. So only
+        # scores within that radius of the old threshold need sorting.
         if run.refresh_every == 1:
             training.scores.update_masks(radius=learning_rate / 2)
         elif is_refresh_due(run, training.step):  # --refresh-every, as in the released code
@@ -829,14 +840,15 @@ def restore_original(training: Training):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Iterative magnitude pruning, the baseline that trains W
+# 7. Iterative magnitude pruning, the baseline that trains W
 # ---------------------------------------------------------------------------------------------------
 
 
 def train_imp(training: Training):
     """Iterative magnitude pruning (Chen et al. 2020): train W under the mask, prune 10 % more, rewind W, repeat.
 
-    The first 10 % are pruned before any training, so a run of k prunings has k - 1 rounds of training between them.
+    The first 10 % are pruned before any training, so a run of k prunings has k - 1 rounds of training between them,
+    each of run.prune_every updates: run.num_updates is the product. Dev losses are computed at the end only.
     In each round the optimiser and the schedule start anew. The schedule's horizon is that of ten rounds, so the
     learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
