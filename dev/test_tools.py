@@ -6,6 +6,7 @@
 import argparse
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,26 @@ def run_tool(*arguments, **environment) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | ONE_THREAD | environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
+
+
+# The README and RESULTS.md
+
+
+def rounds_to(text: str, value) -> bool:
+    """Whether a number of a table, such as .970 or 5.29, is this value, rounded."""
+    num_decimals = len(text.partition(".")[2])
+    return value is not None and f"{value:.{num_decimals}f}" == f"{float(text):.{num_decimals}f}"
+
+
+@pytest.mark.parametrize("file", ["README.md", "dev/RESULTS.md"])
+def test_every_pair_of_losses_in_a_table_is_in_the_results(file):
+    """Tables give them as masked-LM loss / KD loss."""
+    lines = sweep.read_lines(ROOT / "dev/results.jsonl")
+    pairs = re.findall(r"\| (\d*\.\d+) / (\d*\.\d+|0) ", (ROOT / file).read_text())
+    assert pairs
+    for mlm, kd in pairs:
+        assert any(rounds_to(mlm, line.get("dev_mlm_loss")) and rounds_to(kd, line.get("dev_kd_loss"))
+                   for line in lines), (mlm, kd)
 
 
 # The toy
