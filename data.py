@@ -11,13 +11,14 @@
 
     vocabulary = data.vocabulary("folder")                          # of a model: vocab.txt, tokenizer.json, ...
     rows = data.corpus_rows("text.txt", vocabulary, 128, "train")   # token ids (n, 128)
-    batch = rows[data.row_indices(len(rows), 1, 0, 16)]             # seed 1: the first 16 rows of a random order
+    indices = data.row_indices(len(rows), seed=1, start=0, count=16)  # the first 16 of a random order
     generator = data.random_stream(1, "corruption", 0)              # seed 1, update number 0
-    corrupted_ids, is_chosen = data.corrupt(batch, vocabulary, generator)
+    corrupted_ids, is_chosen = data.corrupt(rows[indices], vocabulary, generator)
 
-    chunk    2 MB of a file                       block    T - 2 token ids that follow each other in the text
-    piece    2,000 characters or more, which      row      [CLS], a block or a line, [SEP], and padding after a line
-             are tokenised at once
+    chunk    2 MB of a file, as bytes or as text
+    piece    a run of 2,000 characters or more (the last may be shorter), tokenised by itself
+    block    T - 2 token ids that follow each other in the text
+    row      [CLS], a block or a line, [SEP], and padding after a line
 
 Functions that the chapters call but do not define are in the appendices; check_... and refuse_... only warn or raise.
 Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
@@ -56,18 +57,9 @@ from tokenizers import (
 
 import bert
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows has no such locks: two processes must not write one file there at once
-
 # ---------------------------------------------------------------------------------------------------
 # 1. Vocabulary and tokenizer
 # ---------------------------------------------------------------------------------------------------
-
-WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
-SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")  # in the same order
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ def vocabulary(path) -> Vocabulary:
     (byte-level BPE); dict.txt (fairseq). Settings that change ids, such as do_lower_case, are honoured
     (appendix A). Raises ValueError for an unsupported setting and for a damaged file, FileNotFoundError if
     there is no vocabulary."""
-    folder = Path(path)  # not resolved: in a hub cache a checkpoint is a link to a blob without a vocabulary beside it
+    folder = Path(path)  # links are not followed: in a hub cache the vocabulary lies beside the link, not its target
     if not folder.is_dir():
         folder = folder.parent
     settings = read_settings(folder)  # {"do_lower_case": True, "cls_token": "[CLS]", ...}, often empty
@@ -119,7 +111,7 @@ def vocabulary(path) -> Vocabulary:
         file = folder / "dict.txt"
         refuse_unsupported(file, settings, expected="RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # no pieces of words: proteins, say
+        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # words or characters, as in protein models
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
@@ -131,6 +123,7 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
     """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text."""
     names = special_names(tokenizer, settings, file)
     add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
+    # The names come in this order.
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
 
     extra_ids = []
@@ -160,7 +153,7 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
-        strip_accents=settings.get("strip_accents"),  # None: accents go where capitals go
+        strip_accents=settings.get("strip_accents"),  # None: stripped if the text is lower-cased
         handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -176,14 +169,14 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
 def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per_line: bool = False) -> np.memmap:
     """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
 
-    source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
+    source: a name of CORPORA, a text file (its last 5 % are dev, see dev_border), or a folder with wiki.train.raw and
     wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
     between [CLS] and [SEP]; headings and the borders of documents are not treated specially, and the tail is
     dropped (as in TAMT's released code, data/datasets/language_modeling.py). With one_row_per_line, here or in the
     vocabulary, each line of the text is one row, cut or padded to T.
 
-    The rows are kept in the cache. The name of the cache file is a digest of all that decides about them: the bytes
-    of the text, the tokenizer, T, one_row_per_line. So an equal name means equal rows, wherever the text lay.
+    The rows are kept in the cache. The name of the cache file is a digest of all that they depend on: the bytes of
+    the text, the tokenizer, T, one_row_per_line. So equal names mean equal rows, wherever the text is stored.
 
     Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
     one_row_per_line = one_row_per_line or vocabulary.one_row_per_line
@@ -198,11 +191,11 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         make_rows = padded_lines if one_row_per_line else packed_blocks
-        with bert.atomic_write(path) as out:  # the file appears if the block ends without an error
+        with bert.atomic_write(path) as out:  # the file appears only if no error is raised here
             for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
                 out.write(rows.astype(dtype).tobytes())
             if out.tell() == 0:
-                raise ValueError(f"{file}: its {split} text is shorter than one row of {seq_len} tokens")
+                raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
     # Warns if many tokens are unknown, and raises if all are; the text is read again only for examples.
@@ -225,7 +218,7 @@ def find_text(source, split: str, one_row_per_line: bool) -> tuple[Path, int, in
 
     if not path.is_file():
         raise FileNotFoundError(f"corpus {source}: no such file or folder; known names: "
-                                f"{', '.join(CORPORA)}, toy")  # the toy's text is a folder that tamt.py names
+                                f"{', '.join(CORPORA)}, toy")  # tamt.py puts a folder in the place of "toy"
     refuse_other_formats(path)
     size = path.stat().st_size
     if size == 0:
@@ -242,7 +235,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
 
     * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
     * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
-    * Any other file is cut at the last space in the first 95 % of its bytes; if there is none, right there."""
+    * Any other file is cut at the last space in the first 95 % of its bytes; or, if there is none, at 95 % itself."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         # A newline at the very end of the file ends the last line and begins none, so it is not counted.
         num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, size - 1))
@@ -257,7 +250,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
         border = max(size * 95 // 100, 1)
         space = text.rfind(b" ", 0, border)
         if space > 0:
-            return space  # the dev text begins with it, as pieces do below
+            return space  # it goes with the word behind it
         while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
             border += 1
         return border
@@ -285,22 +278,22 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
         progress.add(len(chunk))
 
 
-# A long text is tokenised in pieces, many at once on all cores. The ids of the pieces, one after the other, have to
-# be those of the whole text. A word of BERT ends at white space, and a word of RoBERTa begins with its space, so it
-# is safe to cut between a word and the space after it:
+# A long text is tokenised in pieces, many of them at the same time on all cores. The ids of the pieces, one after the
+# other, have to be those of the whole text. A word of BERT ends at white space, and a word of RoBERTa begins with its
+# space, so it is safe to cut after a word, before the white space:
 #
 #   "one two three"   ->   "one two", " three"
 #
 # A piece has 2,000 characters or more, as few as possible. It ends with a letter or a digit, since after a special
-# token, such as [MASK], the space may belong to that token.
+# token, such as [MASK], the white space may belong to that token.
 PIECE = re.compile(r".{2000,}?\w(?=[ \t\n])", re.DOTALL)
-# With add_prefix_space a tokenizer puts a space in front of a text that does not begin with one. Then all pieces but
-# the first, which begins like the text, have to begin with a space.
+# With add_prefix_space a tokenizer puts a space before any text that lacks one, so a piece that began with a tab or a
+# newline would gain a space. Cut before spaces only.
 PIECE_BEFORE_SPACE = re.compile(r".{2000,}?\w(?= )", re.DOTALL)
 
 
 def cut_pieces(chunks, tokenizer: Tokenizer):
-    """Cuts a text, which comes in chunks of any size, into pieces: yields a list of them for each chunk."""
+    """Cuts a text that arrives in chunks into pieces: yields one list of pieces for each chunk, then the rest."""
     pattern = PIECE
     if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
         pattern = PIECE_BEFORE_SPACE
@@ -326,18 +319,18 @@ def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
 
 def packed_blocks(chunks, vocabulary: Vocabulary, seq_len: int):
     """Yields rows (n, T): the stream of tokens in blocks of T - 2 between [CLS] and [SEP]."""
-    length = seq_len - 2
+    block_size = seq_len - 2
     rest = np.empty(0, np.int32)  # ids that do not fill a block yet
     for pieces in cut_pieces(chunks, vocabulary.tokenizer):
         ids = [np.array(each, np.int32) for each in encode(pieces, vocabulary)]
         stream = np.concatenate([rest, *ids])
-        num_rows = len(stream) // length
+        num_rows = len(stream) // block_size
 
         rows = np.empty((num_rows, seq_len), np.int32)
         rows[:, 0] = vocabulary.cls_id
-        rows[:, 1:-1] = stream[:num_rows * length].reshape(num_rows, length)
+        rows[:, 1:-1] = stream[:num_rows * block_size].reshape(num_rows, block_size)
         rows[:, -1] = vocabulary.sep_id
-        rest = stream[num_rows * length:]
+        rest = stream[num_rows * block_size:]
         yield rows
 
 
@@ -351,7 +344,7 @@ def padded_lines(chunks, vocabulary: Vocabulary, seq_len: int):
         rows = np.full((len(lines), seq_len), vocabulary.pad_id, np.int32)
         for row, ids in zip(rows, encode(lines, vocabulary), strict=True):
             ids = [vocabulary.cls_id, *ids[:seq_len - 2], vocabulary.sep_id]
-            row[:len(ids)] = ids
+            row[:len(ids)] = ids  # row is a view: this fills rows
         yield rows
 
 
@@ -375,8 +368,8 @@ def random_stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
 
 
 def row_indices(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Row numbers start .. start + count - 1 of an endless list: epoch after epoch, all rows in a new random order
-    -> (count,) int64.
+    """The entries start .. start + count - 1 of an endless list of row numbers: epoch after epoch, each row once, in a
+    new random order -> (count,) int64.
 
     In a run with batches of 16 the third update reads row_indices(num_rows, seed, 32, 16)."""
     indices = []
@@ -414,6 +407,12 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -
 # ---------------------------------------------------------------------------------------------------
 # Appendix A: tokenizers: the four kinds of files, their settings, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
+
+# The special tokens of BERT's and of RoBERTa's tokenizers, and what settings call them, in the same order.
+WORDPIECE_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BPE_SPECIALS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+
 
 # The files, beside wordpiece() in chapter 1.
 
@@ -498,7 +497,7 @@ def fairseq(file: Path, settings: dict) -> Tokenizer:
     # Numbers, in the released RoBERTa: those that GPT-2's encoder.json gives to its tokens. Line 0 is 13, which
     # stands for ".", so "." has id 4. encoder.json and vocab.bpe lie beside dict.txt or are fetched.
     num_numbers = sum(symbol.isdecimal() for symbol in symbols)
-    are_numbers = num_numbers > len(symbols) / 2  # madeupword0000 is none
+    are_numbers = num_numbers > len(symbols) / 2  # madeupword0000 is not one
     if are_numbers:
         encoder_file, merges_file = gpt2_files(file.parent)
         token_of = {str(number): token for token, number in bert.read_json(encoder_file).items()}
@@ -825,6 +824,11 @@ def tokens_in(rows, vocabulary: Vocabulary) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------
 # Appendix C: files. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows has no such locks: two processes must not write one file there at once
 
 PART_FILES = "*.????????.part"  # what a killed program leaves of a file of bert.atomic_write
 CHUNK = 2**21  # bytes that are read at a time

@@ -1869,7 +1869,7 @@ def test_other_forms_of_text_are_refused_with_the_line_of_python_that_converts_t
 @pytest.mark.parametrize("text, words", [
     (None, "no such file or folder; known names: wikitext-103, "),
     (b"", "the file is empty"),
-    (b"one two", "its train text is shorter than one row of 18 tokens"),
+    (b"one two", "its train text gives no row of 18 tokens"),
     (b"a cat\n" * 99 + b"\xff\n" + b"a\n" * 99, "no UTF-8 text near byte 594")])
 def test_a_corpus_that_gives_no_rows_is_refused_and_leaves_nothing(plain, tmp_path, text, words):
     path = tmp_path / "text.txt"
