@@ -27,8 +27,9 @@ train; without --mask all weights train. There are three ways to apply a ticket:
     several tasks    each weight is multiplied by the mask of the task whose batch it is: switch_to() exchanges the
                      masks before each batch (chapter 8). For a single task it does nothing.
 
-settings: what the user asked for; run: the same with all defaults filled in; search: the same for --find, which makes
-several runs.
+Three names recur: `settings` is what the user asked for, `run` the same with every default filled in, and `search` the
+same for --find, which makes several runs. From the other modules come the network (bert.py), vocabularies and random
+streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
 
 "Released code" is that of the three papers: TAMT's and BERT-Tickets' scripts (glue_trans.py, LT_glue.py), and for Super
 Tickets and shared encoders Liang et al.'s (mt_dnn). Appendix A says what differs from it.
@@ -84,11 +85,11 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    horizon_rounds: the learning rate would reach 0 only after this many times the updates of the run (IMP: 10, so
-    that each round goes from lr to .9 lr).
+    horizon_rounds: the learning rate falls as if the run were this many times as long. IMP passes 10, so that each
+    round goes from lr to .9 lr.
 
-    What is called here and not defined in the next chapter (resolve, identify and the like) is bookkeeping; it stands
-    in the appendices."""
+    find_..., resolve, identify, default_folder, refuse_results_file and finished_experiment are bookkeeping, in the
+    appendices; encode_task and prepare_network are in chapter 2, share_encoder in chapter 8."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -97,7 +98,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
-        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # or an error: a ticket of another network
+        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
     # The texts. With them it is known what distinguishes this run from all others: its identity.
@@ -131,7 +132,7 @@ class Experiment:
     vocabulary: data.Vocabulary | None
     tickets: list["Ticket"]
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # of one mask; see prepare_network
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # whose gradients update() multiplies with
     prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
@@ -177,13 +178,11 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 
 def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
     """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
-    task -> the masks that training has to respect: those of an ordinary ticket, {} in all other cases."""
+    task. Returns the masks that training has to respect: those of an ordinary ticket, {} in all other cases."""
     torch.manual_seed(run.seed)
     add_head(model, tasks)
     change_weights(model, run.weights)  # nothing, but for the ablations of --weights
-    if not tickets:
-        return {}
-    if len(tasks) > 1:
+    if not tickets or len(tasks) > 1:
         return {}  # share_encoder applies the tickets of several tasks
 
     ticket = tickets[0]
@@ -225,7 +224,8 @@ def add_head(model, tasks: list[glue_squad.Task]):
 
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order.
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order. A window
+    of SQuAD is a sequence of a question and as much of its paragraph as fits.
 
     The last four fields are for tasks that share an encoder; share_encoder sets them (chapter 8)."""
     task: glue_squad.Task
@@ -297,6 +297,7 @@ def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: 
 
 
 def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
+    # Where tasks share the encoder, switch_to() has to come first.
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     input_ids, attention_mask, token_type_ids = batch  # (B, T) each
     is_padded = not attention_mask.all()
@@ -500,12 +501,13 @@ def finish(experiment: Experiment):
             export_model(experiment, task_data)
 
     best, final = best_and_final(experiment)
-    floor = {}  # what always answering the most frequent class would score; 0 for numbers and answers
+    floor = {}  # of all metrics: what always answering the most frequent class would score; 0 for numbers and answers
     for task_data in experiment.all_task_data:
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
                 floor[task_data.prefix + name] = value
-    names = list(floor)  # of all metrics
+    names = list(floor)  # an evaluation has step and loss, too
+    # "mask": the metadata of the ticket; of several tasks a list.
     metas = [ticket.meta for ticket in experiment.tickets]
     if len(experiment.all_task_data) == 1:
         metas = metas[0] if metas else None
@@ -547,8 +549,8 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 
 def find_imp(settings) -> dict:
     """Tickets of BERT-Tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of the entries by
-    magnitude, go back to the pre-trained weights, repeat. Encoder and pooler compete as one by default (--rank,
-    --scope). A round's score is that of the mask that it began with, so the last mask has none yet: the command that
+    magnitude, go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as
+    one (--rank global, --scope encoder); --scope all adds the word embeddings. A round's score is that of the mask that it began with, so the last mask has none yet: the command that
     is printed at the end fine-tunes it.
 
     A round that is finished is not repeated by --resume."""
@@ -571,7 +573,7 @@ def find_imp(settings) -> dict:
             masks = prune_trained(experiment, sparsity, search)
             save_ticket(folder / "mask.pt", experiment, masks, {
                 "method": "imp", "rank": search.rank, "scope": search.scope})
-            finish(experiment)
+            finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
         result = experiment.result
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
@@ -634,8 +636,9 @@ def find_super(settings) -> dict:
         save_super_tickets(experiment, head_importance, feed_forward_importance, search.out)
         finish(experiment)
     results["dense"] = experiment.result
+    first_metric = experiment.all_task_data[0].task.metrics[0]
 
-    # Fine-tune each ticket of those orders that --orders asks for.
+    # Fine-tune each ticket of the orders that --orders asks for. (All orders were written: --mask takes the others.)
     for order in search.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -647,7 +650,6 @@ def find_super(settings) -> dict:
             results[name] = experiment.result
 
     # The curve: how much of the model remains, and what it scores.
-    first_metric = experiment.all_task_data[0].task.metrics[0]
     curve = []
     for name, result in results.items():
         remaining = 1.0
@@ -668,9 +670,9 @@ def find_super(settings) -> dict:
 def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
     """How sensitive the loss is to each head and each feed-forward network, in eval mode over the training set.
 
-    o is the context vector of a head, or the output of a feed-forward network, at one position. Its importance
-    is |<dL/do, o>|, summed over the positions of a batch, the mean over batches. Those of a layer's heads are
-    divided by their l2 norm (mt_dnn/inference.py)."""
+    o is the context vector of a head, or the output of a feed-forward network, at one position. |<d loss / d o, o>|
+    is summed over all positions of a batch, and the importance is the mean over batches. In each layer the
+    importances of the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
     model = experiment.model
     run = experiment.run
     task_data = experiment.all_task_data[0]
@@ -795,8 +797,10 @@ def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
 
 
 class SkippableResidual(nn.Module):
-    """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone. (A
-    mask cannot do that: it sets the weights to zero, and the biases remain.)"""
+    """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone.
+
+    For a feed-forward network a mask is not enough, since its output bias would remain. For heads it is: their
+    columns of the output matrix become zero, so that nothing of them gets through."""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
