@@ -501,7 +501,7 @@ def finish(experiment: Experiment):
             export_model(experiment, task_data)
 
     best, final = best_and_final(experiment)
-    floor = {}  # of all metrics: what always answering the most frequent class would score; 0 for numbers and answers
+    floor = {}  # {metric: what always answering the most frequent class would score}, 0 for numbers and answers
     for task_data in experiment.all_task_data:
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
@@ -550,10 +550,10 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 def find_imp(settings) -> dict:
     """Tickets of BERT-Tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of the entries by
     magnitude, go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as
-    one (--rank global, --scope encoder); --scope all adds the word embeddings. A round's score is that of the mask that it began with, so the last mask has none yet: the command that
-    is printed at the end fine-tunes it.
+    one (--rank global, --scope encoder); --scope all adds the word embeddings.
 
-    A round that is finished is not repeated by --resume."""
+    A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
+    at the end fine-tunes it. A round that is finished is not repeated by --resume."""
     start_time = time.time()
     search = resolve_search(settings)
     sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
