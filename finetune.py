@@ -19,20 +19,20 @@
 A ticket is a mask of the pre-trained network, True where a weight is kept. It is fixed while the weights that it keeps
 train; without --mask all weights train. There are three ways to apply a ticket:
 
-    one mask         every pruned weight is set to zero once, and its gradient before every update. So it stays
+    ordinary ticket  every pruned weight is set to zero once, and its gradient before every update. So it stays
                      exactly zero, and AdamW does bit for bit what it does under torch's prune.custom_from_mask,
                      which the released code uses.
-    a Super Ticket   the rows and columns of the units that it removes are cut out (chapter 7). A unit is an attention
+    Super Ticket     the rows and columns of the units that it removes are cut out (chapter 7). A unit is an attention
                      head, or the feed-forward network (FFN) of a layer.
     several tasks    each weight is multiplied by the mask of the task whose batch it is: switch_to() exchanges the
-                     masks before each batch (chapter 8). For a single task it does nothing.
+                     masks before each batch (chapter 8).
 
 Three names recur: `settings` is what the user asked for, `run` the same with every default filled in, and `search` the
 same for --find, which makes several runs. From the other modules come the network (bert.py), vocabularies and random
 streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
 
-"Released code" is that of the three papers: TAMT's and BERT-Tickets' scripts (glue_trans.py, LT_glue.py), and for Super
-Tickets and shared encoders Liang et al.'s (mt_dnn). Appendix A says what differs from it.
+"Released code" is that of the three papers: TAMT (glue_trans.py), Chen et al. (BERT-Tickets, LT_glue.py) and, for Super
+Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what differs from it.
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H heads.
 """
@@ -85,11 +85,11 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    horizon_rounds: the learning rate falls as if the run were this many times as long. IMP passes 10, so that each
-    round goes from lr to .9 lr.
+    The learning rate falls linearly, as if the run were horizon_rounds times as long: with IMP's 10, each round goes
+    from lr to .9 lr.
 
-    find_..., resolve, identify, default_folder, refuse_results_file and finished_experiment are bookkeeping, in the
-    appendices; encode_task and prepare_network are in chapter 2, share_encoder in chapter 8."""
+    find_..., resolve, identify, open_run_folder and finished_experiment are bookkeeping, in the appendices;
+    read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -97,29 +97,26 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
+    prunable = list(layers)  # what IMP may prune: a fresh pooler, which may be added below, is not among them
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
-    # The texts. With them it is known what distinguishes this run from all others: its identity.
+    # The texts.
     texts = {task.name: read_texts(task, find_folder(task, run), run.predict) for task in tasks}
-    identity = identify(run, tickets, texts)
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
-    if run.out is None:
-        run = replace(run, out=default_folder(run, tickets, identity))
-    refuse_results_file(run)
-    result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
+    identity = identify(run, tickets, texts)  # what distinguishes this run from all others
+    run, result, state = open_run_folder(run, tickets, identity)
     if result is not None:
         return finished_experiment(run, tasks, result)  # with the names of the tasks, but no model and no data
 
     # The network: the head of the task, and the ticket.
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
-    prunable = list(layers)  # by IMP, chapter 6; taken before a fresh pooler is added, which IMP never prunes
     masks = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
     if len(tasks) > 1:
-        share_encoder(model, all_task_data, tickets, machine)
+        share_encoder(model, all_task_data, tickets, machine)  # and their tickets
     return Experiment(run, identity, model, vocabulary, tickets, all_task_data, masks, prunable, state, start_time)
 
 
@@ -132,7 +129,7 @@ class Experiment:
     vocabulary: data.Vocabulary | None
     tickets: list["Ticket"]
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # whose gradients update() multiplies with
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # of an ordinary ticket, applied to gradients
     prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
@@ -167,7 +164,7 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
     if settings.model:
         return settings.model
     if not tickets:
-        return "toy"
+        return "toy"  # the small model for a first try
     names = sorted({str(ticket.meta.get("model")) for ticket in tickets})
     if len(names) > 1:
         raise ValueError(f"--mask: tickets of different models, {', '.join(names)}: --model is needed")
@@ -181,7 +178,7 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
     task. Returns the masks that training has to respect: those of an ordinary ticket, {} in all other cases."""
     torch.manual_seed(run.seed)
     add_head(model, tasks)
-    change_weights(model, run.weights)  # nothing, but for the ablations of --weights
+    change_weights(model, run.weights)  # only if --weights asks for an ablation
     if not tickets or len(tasks) > 1:
         return {}  # share_encoder applies the tickets of several tasks
 
@@ -224,8 +221,8 @@ def add_head(model, tasks: list[glue_squad.Task]):
 
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order. A window
-    of SQuAD is a sequence of a question and as much of its paragraph as fits.
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order. A
+    window of SQuAD is a sequence of a question and as much of its paragraph as fits.
 
     The last four fields are for tasks that share an encoder; share_encoder sets them (chapter 8)."""
     task: glue_squad.Task
@@ -316,18 +313,18 @@ def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> 
 
 
 def task_loss(task: glue_squad.Task, logits, targets):
-    """The sum over a batch of the losses of its examples. Logits and targets are
+    """The mean loss of a batch. Logits and targets are
 
     (B, C) and (B,)          for classes: cross-entropy
     (B, 1) and (B,)          for numbers: squared error
     (B, T, 2) and (B, 2)     for answers: the mean of the cross-entropies of first and last position"""
     logits = logits.float()
     if task.predicts == "number":
-        return F.mse_loss(logits[:, 0], targets, reduction="sum")
+        return F.mse_loss(logits[:, 0], targets)
     if task.predicts == "class":
-        return F.cross_entropy(logits, targets, reduction="sum")
-    start_loss = F.cross_entropy(logits[..., 0], targets[:, 0], reduction="sum")
-    end_loss = F.cross_entropy(logits[..., 1], targets[:, 1], reduction="sum")
+        return F.cross_entropy(logits, targets)
+    start_loss = F.cross_entropy(logits[..., 0], targets[:, 0])
+    end_loss = F.cross_entropy(logits[..., 1], targets[:, 1])
     return (start_loss + end_loss) / 2
 
 
@@ -352,7 +349,7 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
 
 
 def to_predictions(task_data: TaskData, logits: list):
-    """Logits -> class ids (n,), numbers (n,), or {question id: text}."""
+    """Logits -> class ids (n,), numbers (n,), or, of SQuAD's dev questions, {question id: text}."""
     if task_data.task.predicts == "class":
         return np.array([row.argmax() for row in logits])
     if task_data.task.predicts == "number":
@@ -453,7 +450,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, parameters: dic
     targets = tamt.to_device(task_data.targets[indices], machine.device)
     with tamt.autocast(machine):
         logits = task_logits(model, task_data, [task_data.train[index] for index in indices])
-    loss = task_loss(task_data.task, logits, targets) / len(indices)
+    loss = task_loss(task_data.task, logits, targets)
     loss.backward()
 
     # What is pruned gets no gradient, stays zero, and does not count in the norm that is clipped.
@@ -465,8 +462,8 @@ def update(experiment: Experiment, task_data: TaskData, indices, parameters: dic
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # The learning rate, no weight decay, and an eps that depends on t: so torch's AdamW computes the released one, as
-    # tamt.py's appendix A shows. (Only the objective "kd" has another optimiser.)
+    # Sets the learning rate, no weight decay, and the eps with which torch's AdamW equals the released one at update t
+    # (tamt.py, appendix A).
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -491,8 +488,8 @@ def save_state(experiment: Experiment, parameters: dict, optimizer, step: int, t
 
 
 def finish(experiment: Experiment):
-    """Writes predictions and export, of the weights after the last update, if they were asked for; then result.json
-    and the line in --results."""
+    """Writes the predictions and the export, if asked for, with the weights after the last update (not the best ones);
+    then result.json, and the line in --results."""
     run = experiment.run
     for task_data in experiment.all_task_data:
         if run.predict:
@@ -548,7 +545,7 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 
 
 def find_imp(settings) -> dict:
-    """Tickets of BERT-Tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of the entries by
+    """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of the entries by
     magnitude, go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as
     one (--rank global, --scope encoder); --scope all adds the word embeddings.
 
@@ -604,6 +601,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
         "data": tamt.plain(run.data),
         "task": task_names(experiment.all_task_data),
         "sparsity": report["masked_set"],
+        # The fractions removed, of the masked set, the encoder and the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
     tamt.save_mask(path, masks, meta | more)
@@ -678,7 +676,7 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
     task_data = experiment.all_task_data[0]
     layers = model.backbone.encoder.layer  # of each, attention.output and output are a bert.Residual
     contexts = []
-    outputs = []
+    ffn_outputs = []
     hooks = []
     for layer in layers:
         # What goes into this matrix: the context vectors of all heads, side by side.
@@ -686,7 +684,7 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
             lambda module, inputs: contexts.append(inputs[0])))
         # What comes out of the feed-forward network.
         hooks.append(layer.output.dense.register_forward_hook(
-            lambda module, inputs, output: outputs.append(output)))
+            lambda module, inputs, output: ffn_outputs.append(output)))
 
     model.eval()
     head_importance = torch.zeros(len(layers), model.config.num_attention_heads)
@@ -696,11 +694,11 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
         batch = slice(start, start + run.batch_size)
         targets = torch.from_numpy(task_data.targets[batch]).to(run.machine.device)
         contexts.clear()
-        outputs.clear()
+        ffn_outputs.clear()
         with tamt.autocast(run.machine):
             logits = task_logits(model, task_data, task_data.train[batch])
-        loss = task_loss(task_data.task, logits, targets) / len(targets)
-        gradients = torch.autograd.grad(loss, contexts + outputs)  # 2 L times (B, T, D)
+        loss = task_loss(task_data.task, logits, targets)
+        gradients = torch.autograd.grad(loss, contexts + ffn_outputs)  # 2 L times (B, T, D)
         context_gradients = gradients[:len(layers)]
         output_gradients = gradients[len(layers):]
 
@@ -708,7 +706,7 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
             product = (context_gradients[index] * contexts[index]).detach().float()  # (B, T, D)
             per_head = product.unflatten(-1, (-1, layers[0].attention.self.head_size)).sum(-1)  # (B, T, H)
             head_importance[index] += per_head.abs().sum((0, 1)).cpu() / len(starts)
-            product = (output_gradients[index] * outputs[index]).detach().float()
+            product = (output_gradients[index] * ffn_outputs[index]).detach().float()
             feed_forward_importance[index] += product.sum(-1).abs().sum().cpu() / len(starts)
     for hook in hooks:
         hook.remove()
@@ -733,17 +731,19 @@ def choose_units(head_importance, feed_forward_importance, order: str, level: in
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_feed_forward (L,), bool.
 
     Of the L H heads int(L H level / 10) go, of the L feed-forward networks int(L level / 12). The order is the same on
-    all levels, so each removes what the one below removes, and more. The last head of a layer stays."""
+    all levels, so each removes what the one below removes, and more. Every layer keeps at least one head: the one
+    that would go last."""
     generator = data.random_stream(seed, "tickets")
     num_layers, num_heads = head_importance.shape
+    # Units with the smallest keys go first.
     if order == "random":
-        head_keys = generator.random(head_importance.shape)  # units with the smallest keys go first
+        head_keys = generator.random(head_importance.shape)
         feed_forward_keys = generator.random(feed_forward_importance.shape)
     elif order == "losing":
         head_keys = -head_importance.numpy()
         feed_forward_keys = -feed_forward_importance.numpy()
-    else:
-        head_keys = head_importance.numpy().copy()
+    else:  # "winning"
+        head_keys = head_importance.numpy().copy()  # changed below
         feed_forward_keys = feed_forward_importance.numpy()
 
     last_heads = head_keys.argmax(axis=1)  # the head of each layer that would go last
@@ -763,10 +763,10 @@ def unit_masks(config, removed_heads, removed_feed_forward) -> dict[str, torch.T
     masks = {}
     for index in range(config.num_hidden_layers):
         layer = f"{config.model_type}.encoder.layer.{index}"
-        kept_rows = torch.from_numpy(np.repeat(~removed_heads[index], head_size))  # (D,) of the context vectors
+        kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], head_size))  # (D,) of the context vectors
         for name in ("query", "key", "value"):
-            masks[f"{layer}.attention.self.{name}.weight"] = kept_rows[:, None].repeat(1, D)
-        masks[f"{layer}.attention.output.dense.weight"] = kept_rows.repeat(D, 1)
+            masks[f"{layer}.attention.self.{name}.weight"] = kept_dims[:, None].repeat(1, D)
+        masks[f"{layer}.attention.output.dense.weight"] = kept_dims.repeat(D, 1)
         is_kept = bool(~removed_feed_forward[index])
         masks[f"{layer}.intermediate.dense.weight"] = torch.full((config.intermediate_size, D), is_kept)
         masks[f"{layer}.output.dense.weight"] = torch.full((D, config.intermediate_size), is_kept)
@@ -820,13 +820,13 @@ def remove_units(model, removed_heads, removed_feed_forward):
     are what they would be if the units gave zeros."""
     for index, layer in enumerate(model.backbone.encoder.layer):
         attention = layer.attention.self
-        kept_rows = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
-        attention.kept_rows = kept_rows  # the export fills zeros in where rows are gone
+        kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
+        attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
         for linear in (attention.query, attention.key, attention.value):
-            linear.weight = nn.Parameter(linear.weight.data[kept_rows])
-            linear.bias = nn.Parameter(linear.bias.data[kept_rows])
+            linear.weight = nn.Parameter(linear.weight.data[kept_dims])
+            linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
-        dense.weight = nn.Parameter(dense.weight.data[:, kept_rows])
+        dense.weight = nn.Parameter(dense.weight.data[:, kept_dims])
         if removed_feed_forward[index]:
             layer.output = SkippableResidual(layer.output)
             layer.output.is_skipped = True
@@ -840,11 +840,11 @@ def remove_units(model, removed_heads, removed_feed_forward):
 
 
 def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], machine):
-    """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its own ticket.
+    """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients from those tasks alone that keep it. (AdamW's moments move it in the updates of the other
-    tasks, too.)"""
+    weight gets gradients from those tasks alone that keep it. (AdamW's momentum goes on moving it
+    while other tasks are trained.)"""
     layers = {}
     if tickets:
         layers = tamt.mask_model(model)
@@ -1027,11 +1027,11 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
         filled = torch.zeros(expected.shape)
         if name in tensors:  # a head is gone: its rows in query, key, value, its columns in the output
             layer = model.backbone.encoder.layer[int(name.split(".")[3])]
-            kept_rows = layer.attention.self.kept_rows
+            kept_dims = layer.attention.self.kept_dims
             if ".output." in name:
-                filled[:, kept_rows] = tensors[name].cpu()
+                filled[:, kept_dims] = tensors[name].cpu()
             else:
-                filled[kept_rows] = tensors[name].cpu()
+                filled[kept_dims] = tensors[name].cpu()
         tensors[name] = filled
     return tensors
 
@@ -1286,6 +1286,15 @@ def default_folder(run, tickets: list[Ticket], identity: dict) -> Path:
         name = file.name if file.is_dir() else file.absolute().parent.name
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest}"
+
+
+def open_run_folder(run, tickets: list[Ticket], identity: dict) -> tuple:
+    """The run with its folder, the result if --resume found it finished, and the state if --resume found one."""
+    if run.out is None:
+        run = replace(run, out=default_folder(run, tickets, identity))
+    refuse_results_file(run)
+    result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", run.machine)
+    return run, result, state
 
 
 def refuse_results_file(run):
