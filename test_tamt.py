@@ -1,7 +1,19 @@
 """The promises of the five modules, in their order: bert, data, tamt, glue_squad, finetune.
 
 Everything is made at run time; real weights, tables and text are used as well where they are at hand. Hostile files,
-killed programs and full disks are in dev/test_hostile_*.py."""
+killed programs and full disks are in dev/test_hostile_*.py.
+
+    the paper       Liu et al. 2022, task-agnostic mask training; "released code" is its authors'
+    phi             0.01: scores start at 2 phi where a weight is kept, at 0 where it is pruned (Eq. 5)
+    OMP, IMP        magnitude pruning, in one shot or in rounds; KD: distillation of hidden states
+    pinned          entries of the mask whose scores never get a gradient, and which keep their start mask
+
+    world           a fixture: a folder with tiny models of both families and a text
+    layers, masks   fixtures: the masked layers of a tiny model, and random masks for them
+    tasks           a fixture: a folder with tables of GLUE and SQuAD in the official layouts
+
+To read first: hidden states equal transformers', masked layers pass gradients straight through, the ranking settles
+ties, thirty updates equal a plain loop mask for mask, fine-tuning under a mask equals torch's prune."""
 
 import argparse
 import ast
@@ -1621,7 +1633,7 @@ def test_without_settings_the_words_decide_about_the_case_and_a_line_says_so(tmp
 
 @pytest.mark.parametrize("words, do_lower_case, tokens", [
     (["cat", "CAT"], True, ["cat"]), (["cat"], False, ["[UNK]"])])
-def test_a_setting_decides_about_the_case_without_a_word(tmp_path, capsys, words, do_lower_case, tokens):
+def test_a_setting_decides_about_the_case_and_nothing_is_printed(tmp_path, capsys, words, do_lower_case, tokens):
     assert tokens_and_output(tmp_path, words, {"do_lower_case": do_lower_case}, capsys) == (tokens, "")
 
 
@@ -1893,25 +1905,44 @@ def test_progress_says_how_far_how_fast_and_how_long(capsys):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_corruption_chooses_15_percent_and_hides_80_percent_of_them(world):
+@pytest.fixture
+def corrupted(world):
+    """200,000 random tokens -> vocabulary, input_ids, corrupted_ids, is_chosen."""
     vocabulary = data.vocabulary(world / "bert")
     input_ids = np.random.default_rng(0).integers(0, vocabulary.size, (400, 500))
-    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, np.random.default_rng([1, 2]))
+    return vocabulary, input_ids, *data.corrupt(input_ids, vocabulary, np.random.default_rng([1, 2]))
 
-    is_special = np.isin(input_ids, vocabulary.special_ids)
-    assert not is_chosen[is_special].any()
+
+def assert_share(count, of, share):
+    """A count of random events is within five standard deviations of what is expected."""
+    assert abs(count - share * of) < 5 * (share * (1 - share) * of) ** 0.5
+
+
+def test_corruption_never_chooses_a_special_token(corrupted):
+    vocabulary, input_ids, _, is_chosen = corrupted
+    assert not is_chosen[np.isin(input_ids, vocabulary.special_ids)].any()
+
+
+def test_corruption_leaves_tokens_that_are_not_chosen_alone(corrupted):
+    _, input_ids, corrupted_ids, is_chosen = corrupted
     assert np.array_equal(corrupted_ids[~is_chosen], input_ids[~is_chosen])
 
+
+def test_corruption_chooses_15_percent_hides_80_percent_of_them_and_keeps_10(corrupted):
+    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
     by_chance = 0.1 / vocabulary.size  # a random word may be the old one, or [MASK]
-    num_chosen = is_chosen.sum()
-    num_masked = (corrupted_ids == vocabulary.mask_id)[is_chosen].sum()
-    num_same = (corrupted_ids == input_ids)[is_chosen].sum()
-    for count, of, share in [
-            (num_chosen, (~is_special).sum(), 0.15),
-            (num_masked, num_chosen, 0.8 + by_chance),
-            (num_same, num_chosen, 0.1 + by_chance)]:
-        deviation = (share * (1 - share) * of) ** 0.5
-        assert abs(count - share * of) < 5 * deviation
+    assert_share(is_chosen.sum(), (~np.isin(input_ids, vocabulary.special_ids)).sum(), 0.15)
+    assert_share((corrupted_ids == vocabulary.mask_id)[is_chosen].sum(), is_chosen.sum(), 0.8 + by_chance)
+    assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1 + by_chance)
+
+
+def test_random_words_of_corruption_cover_the_vocabulary_evenly(corrupted):
+    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
+    is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
+    counts = np.bincount(corrupted_ids[is_random], minlength=vocabulary.size)
+    counts = np.delete(counts, vocabulary.mask_id)
+    for count in counts:
+        assert_share(count, counts.sum(), 1 / len(counts))
 
 
 def test_corruption_is_a_function_of_its_generator(world):
@@ -2384,7 +2415,7 @@ def random_case(generator):
     return torch.tensor(values), generator.randint(0, num_values)
 
 
-def test_prune_smallest_gives_the_example_of_its_docstring():
+def test_prune_smallest_prunes_the_last_of_equal_values():
     assert tamt.prune_smallest(torch.tensor([3.0, 1, 2, 2, 2]), 3).int().tolist() == [1, 0, 1, 0, 0]
 
 
@@ -2450,7 +2481,7 @@ def test_keep_largest_of_groups_keeps_n_of_every_m_in_a_row_as_brute_force_does(
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
-def test_make_masks_prunes_the_exact_count(model, sparsity):
+def test_magnitude_and_random_masks_prune_exactly_round_n_s_entries(model, sparsity):
     """round(n s) over everything, or round(n s) in each matrix; magnitudes and random draws alike."""
     layers = tamt.mask_model(model)
     local_masks = [tamt.magnitude_masks(layers, sparsity, "local"), tamt.random_masks(layers, sparsity, "local", 1)]
@@ -2470,7 +2501,7 @@ def test_more_than_127_entries_of_a_group_may_be_kept():
 
 
 @pytest.mark.parametrize("rule", ["1:2", "2:4", "1:4", "4:8"])
-def test_make_masks_keeps_n_of_m(model, rule):
+def test_magnitude_masks_of_a_pattern_keep_n_of_every_m(model, rule):
     n, m = (int(number) for number in rule.split(":"))
     for mask in tamt.magnitude_masks(tamt.mask_model(model), 1 - n / m, rule).values():
         assert (mask.view(-1, m).sum(dim=1) == n).all()
@@ -2503,10 +2534,11 @@ def test_levels_of_imp_are_tenths_and_then_the_rest():
     assert tamt.imp_levels(0.05) == [0.05]
 
 
-def test_random_masks_depend_on_the_seed_alone(model):
-    layers = tamt.mask_model(model)
+def test_random_masks_depend_on_the_seed_alone(layers):
     first = tamt.random_masks(layers, 0.6, "local", 3)
     torch.manual_seed(99)
+    for layer in layers.values():
+        layer.weight.data.normal_()
     assert equal(first, tamt.random_masks(layers, 0.6, "local", 3))
     assert not equal(first, tamt.random_masks(layers, 0.6, "local", 4))
 
@@ -2521,6 +2553,10 @@ def local_scores(layers):
     """Scores that start from OMP at 70 %, ranked inside each matrix -> the start mask, and the scores."""
     start = tamt.magnitude_masks(layers, 0.7, "local")
     return start, tamt.Scores(layers, start, 0.7, "local", {})
+
+
+def test_phi_is_a_hundredth():
+    assert tamt.PHI == 0.01  # Eq. 5
 
 
 def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(layers, local_scores):
@@ -2544,7 +2580,7 @@ def test_the_threshold_phi_gives_the_start_mask(layers, local_scores):
     assert equal(masks_of(layers), start)
 
 
-def test_under_a_global_rank_the_start_is_exact_and_omp_but_for_rounding(model):
+def test_a_global_start_is_exact_and_differs_from_omp_by_at_most_one_entry_a_matrix(model):
     layers = tamt.mask_model(model)
     start = tamt.magnitude_masks(layers, 0.7, "local")
     scores = tamt.Scores(layers, start, 0.7, "global", {})
@@ -2658,18 +2694,22 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(world, o
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
 
 
-def test_the_teacher_is_the_dense_model_without_a_copy(model):
+def test_the_teacher_is_the_dense_model(model):
     input_ids = torch.randint(6, model.config.vocab_size - 1, (4, 20))
     dense = model(input_ids)
     layers = tamt.mask_model(model)
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.5, "local"))
-    addresses = {name: layer.weight.data_ptr() for name, layer in layers.items()}
     model.train()
     with tamt.dense_teacher(model):
         teacher = model(input_ids)
     for expected, found in zip(dense, teacher, strict=True):
         assert torch.equal(expected, found) and not found.requires_grad
-    assert addresses == {name: layer.weight.data_ptr() for name, layer in layers.items()}
+
+
+def test_the_teacher_uses_the_weights_of_the_student_and_no_copy(model, layers):
+    addresses = {name: layer.weight.data_ptr() for name, layer in layers.items()}
+    with tamt.dense_teacher(model):
+        assert addresses == {name: layer.weight.data_ptr() for name, layer in layers.items()}
 
 
 def test_after_the_teacher_the_model_is_the_student_again(model):
@@ -3074,7 +3114,7 @@ def test_find_mask_returns_the_content_of_mask_json(world, tmp_path):
     assert {"settings", "sparsity", "dev_mlm_loss", "dev_kd_loss", "seconds", "device", "versions"} <= content.keys()
 
 
-def test_find_mask_and_the_command_line_are_one_program(world, tmp_path):
+def test_find_mask_and_the_command_line_learn_the_same_mask(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path / "a", objective="kd"))
     assert mask_shell(world, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
@@ -3119,13 +3159,16 @@ def test_the_report_counts_the_entries_of_the_mask(world, tmp_path):
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
 def test_the_weights_below_the_masks_stay_frozen(world, tmp_path, monkeypatch, objective):
     pretrained = dict(bert.load(world / "bert").named_parameters())
+    steps = []
 
     def check(layers, step):
+        steps.append(step)
         for name, layer in layers.items():
             assert torch.equal(layer.weight, pretrained[name])
 
     watch_updates(monkeypatch, check)
     tamt.find_mask(mask_settings(world, tmp_path, objective=objective, steps=3, lr=1e-2))
+    assert steps == [1, 2, 3]
 
 
 def test_a_run_logs_its_progress_and_saves_masks_on_the_way(world, tmp_path):
@@ -3323,10 +3366,12 @@ def test_mask_training_is_the_same_under_another_spelling_of_its_paths(world, tm
     stop_after_update(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, Path("run"), model="model", data="text.txt"))
-    monkeypatch.chdir(tmp_path)  # undone with the rest
-    content = tamt.find_mask(mask_settings(world, tmp_path / "run", model=f"{tmp_path}/./model",
-                                      data=f"{tmp_path}/model/../text.txt", resume=True))
-    assert content["settings"]["num_updates"] == 12
+    monkeypatch.chdir(tmp_path)  # stop_after_update has undone it
+    steps = []
+    watch_updates(monkeypatch, lambda layers, step: steps.append(step))
+    tamt.find_mask(mask_settings(world, tmp_path / "run", model=f"{tmp_path}/./model",
+                                 data=f"{tmp_path}/model/../text.txt", resume=True))
+    assert steps == list(range(steps[0], 13)) and steps[0] > 1  # resumed, not begun anew
 
 
 # Sharing the work out.
@@ -4403,7 +4448,7 @@ def test_the_mismatched_dev_set_of_mnli_has_its_own_accuracy():
     assert glue_squad.score(glue_squad.TASKS["mnli"], predictions, examples, "dev_mm") == {"accuracy_mm": 0.75}
 
 
-def test_predictions_without_labels_are_not_scored():
+def test_predictions_without_labels_are_an_error():
     examples = [glue_squad.Example("", "", 1), glue_squad.Example("", "")]
     with pytest.raises(ValueError, match="task rte: 2 predictions for 1 labels"):
         glue_squad.score(glue_squad.TASKS["rte"], [0, 0], examples)
