@@ -1858,6 +1858,14 @@ def first_process_first(machine: Machine):
             torch.distributed.barrier()
 
 
+def leave_together():
+    """Processes end at the same time: one that closed its connections earlier would break those of the others, which
+    may still be waiting for a message, and torchrun's agent on its host would leave the other agents alone."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
     """A model and its vocabulary, by name or path."""
     path = toy_folder("model") if name == "toy" else data.model_path(name)
@@ -1910,6 +1918,7 @@ def main(argv=None):
     else:
         note_flags_without_effect(settings)
         find_mask(settings)
+        leave_together()
 
 
 if __name__ == "__main__":
