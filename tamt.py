@@ -1859,11 +1859,14 @@ def first_process_first(machine: Machine):
 
 
 def leave_together():
-    """Processes end at the same time: one that closed its connections earlier would break those of the others, which
-    may still be waiting for a message, and torchrun's agent on its host would leave the other agents alone."""
+    """Ends several processes at the same time. One that closed its connections earlier would break those of the others,
+    which may still be waiting for a message. os._exit, because torch's threads for the connections are not always
+    stopped in time when Python ends, and then abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
@@ -1890,6 +1893,7 @@ def run_command(main):
     """Calls a program. What its user can fix becomes one line and exit status 2; Ctrl-C is 130."""
     try:
         main()
+        leave_together()
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last saved state", file=sys.stderr)
         sys.exit(130)
@@ -1918,7 +1922,6 @@ def main(argv=None):
     else:
         note_flags_without_effect(settings)
         find_mask(settings)
-        leave_together()
 
 
 if __name__ == "__main__":
