@@ -88,8 +88,8 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     The learning rate falls linearly, as if the run were horizon_rounds times as long: with IMP's 10, each round goes
     from lr to .9 lr.
 
-    find_..., resolve, identify, open_run_folder and finished_experiment are bookkeeping, in the appendices;
-    read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8."""
+    find_tasks, find_folder, resolve, identify, open_run_folder and finished_experiment are bookkeeping, in the
+    appendices; read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -107,7 +107,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identify(run, tickets, texts)  # what distinguishes this run from all others
-    run, result, state = open_run_folder(run, tickets, identity)
+    run, result, state = open_run_folder(run, tickets, identity)  # fills in run.out: its default name needs identity
     if result is not None:
         return finished_experiment(run, tasks, result)  # with the names of the tasks, but no model and no data
 
@@ -116,7 +116,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     masks = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
     if len(tasks) > 1:
-        share_encoder(model, all_task_data, tickets, machine)  # and their tickets
+        share_encoder(model, all_task_data, tickets, machine)  # applies their tickets, too
     return Experiment(run, identity, model, vocabulary, tickets, all_task_data, masks, prunable, state, start_time)
 
 
@@ -620,8 +620,8 @@ def find_super(settings) -> dict:
     network is, remove more and more of them from the pre-trained model, and fine-tune each ticket.
 
     Tickets come in three orders of removal (the least important units first, "winning"; the most important ones
-    first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score is
-    the super ticket."""
+    first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score
+    becomes mask.pt (the paper calls only this one the super ticket)."""
     start_time = time.time()
     search = resolve_search(settings)
 

@@ -495,7 +495,8 @@ class Scores:
 
         Their scores would stay at 0 or 2 phi forever, while the threshold drifts: once past one of the two, it would
         prune or keep all of them at once. So their score becomes plus infinity if they start as kept, and minus
-        infinity if they start as pruned. (The optimiser leaves it infinite.)"""
+        infinity if they start as pruned. (The optimiser leaves it infinite. With --rank local nothing is pinned, as
+        released: there the pooler, a matrix of its own without gradient, keeps its mask anyway.)"""
         for name, is_pinned in without_gradient.items():
             scores = layers[name].scores.data
             scores.masked_fill_(is_pinned & start[name], math.inf)
@@ -738,8 +739,8 @@ def train_scores(training: Training):
         loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
         training.step += 1
 
-        # Step 7. A score moves by about the learning rate, a threshold hardly ever by more than half of that. So only
-        # scores within that radius of the old threshold need sorting.
+        # Step 7. AdamW moves a score by about the learning rate, and a threshold hardly ever by more than half of that.
+        # So only scores within that radius of the old threshold need sorting (prune_smallest_near, chapter 3).
         if run.refresh_every == 1:
             training.scores.update_masks(radius=learning_rate / 2)
         elif is_refresh_due(run, training.step):  # --refresh-every, as in the released code
@@ -845,7 +846,8 @@ def restore_original(training: Training):
 
 
 def train_imp(training: Training):
-    """Iterative magnitude pruning (Chen et al. 2020): train W under the mask, prune 10 % more, rewind W, repeat.
+    """Iterative magnitude pruning (Chen et al. 2020): train W under the mask with the masked-LM loss, prune 10 % more,
+    rewind W, repeat.
 
     The first 10 % are pruned before any training, so a run of k prunings has k - 1 rounds of training between them,
     each of run.prune_every updates: run.num_updates is the product. Dev losses are computed at the end only.
