@@ -559,11 +559,10 @@ def find_imp(settings) -> dict:
     for number, sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {sparsity:.0%} are pruned")
         folder = search.out / f"round-{number}"
-        # A round is a step on the way, so it adds no line to --results.
+        # A round is a step on the way, so it adds no line to --results. The first one has no mask yet.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
-        # As released, the schedule of a round is the first tenth of a decay over ten rounds.
-        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. In the first round there is
-        # no mask yet, so it trains the whole network.
+
+        # Opening the experiment reads the pre-trained weights anew: that is the rewinding.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
@@ -590,7 +589,7 @@ def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, 
 
 
 def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
-    """Writes a mask file; its metadata say how it was made, with `more` that only the caller knows."""
+    """Writes a mask file; its metadata say how it was made. `more`: what the caller adds to them."""
     run = experiment.run
     report = tamt.sparsity_report(experiment.model, masks)
     meta = {

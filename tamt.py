@@ -1861,9 +1861,11 @@ def first_process_first(machine: Machine):
 
 
 def leave_together():
-    """Ends several processes at the same time. One that closed its connections earlier would break those of the others,
-    which may still be waiting for a message. os._exit, because torch's threads for the connections are not always
-    stopped in time when Python ends, and then abort the process."""
+    """Ends several processes at the same time, and does nothing for a single one. A process that closed its connections
+    earlier would break those of the others, which may still be waiting for a message.
+
+    It ends them by os._exit, because torch's threads for the connections are not always stopped in time when Python
+    ends, and then abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         sys.stdout.flush()
