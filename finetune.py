@@ -11,25 +11,25 @@
     4. The training loop
     5. The result
     6. IMP on a task           a loop around the experiment
-    7. Super Tickets           the importance of heads and feed-forward networks, taking them out, the curve
+    7. Super Tickets           how important each head and each FFN is; tickets that cut them out; the curve
     8. Several tasks           one encoder, and for each task a head and a ticket
     Appendix A                 what differs; ablations, progress, records, predictions, export
     Appendix B                 settings and the command line
 
-A ticket is a mask of the pre-trained network, True where a weight is kept. It is fixed while the weights that it keeps
-train; without --mask all weights train. There are three ways to apply a ticket:
+A ticket is a mask of the pre-trained network: True where a weight is kept. It stays as it is while the weights that it
+keeps are trained. Without --mask all weights are trained. There are three ways to apply a ticket:
 
-    ordinary ticket  every pruned weight is set to zero once, and its gradient before every update. So it stays
-                     exactly zero, and AdamW does bit for bit what it does under torch's prune.custom_from_mask,
-                     which the released code uses.
-    Super Ticket     the rows and columns of the units that it removes are cut out (chapter 7). A unit is an attention
-                     head, or the feed-forward network (FFN) of a layer.
-    several tasks    each weight is multiplied by the mask of the task whose batch it is: switch_to() exchanges the
-                     masks before each batch (chapter 8).
+    ordinary ticket  Pruned weights are set to zero once, and their gradients are set to zero before every update. So
+                     these weights stay exactly zero. AdamW does bit for bit what it does under torch's
+                     prune.custom_from_mask, which the released code uses.
+    Super Ticket     It removes whole units: attention heads, and the feed-forward networks (FFNs) of layers. Before
+                     training their rows and columns are cut out of the matrices (chapter 7).
+    several tasks    All weights keep their values. Each batch sees them multiplied by the ticket of its own task:
+                     switch_to() exchanges the tickets (chapter 8).
 
-Three names recur: `settings` is what the user asked for, `run` the same with every default filled in, and `search` the
-same for --find, which makes several runs. From the other modules come the network (bert.py), vocabularies and random
-streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
+Three names recur: `settings` is what the user asked for; `run` is the same with every default filled in; `search` is
+the same for --find, which makes several runs. From the other modules come the network (bert.py), vocabularies and
+random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
 
 "Released code" is that of the three papers: TAMT (glue_trans.py), Chen et al. (BERT-Tickets, LT_glue.py) and, for Super
 Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what differs from it.
@@ -88,8 +88,8 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     The learning rate falls linearly, as if the run were horizon_rounds times as long: with IMP's 10, each round goes
     from lr to .9 lr.
 
-    find_tasks, find_folder, resolve, identify, open_run_folder and finished_experiment are bookkeeping, in the
-    appendices; read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8."""
+    read_tickets, read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8; the rest is
+    bookkeeping, in the appendices."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -103,13 +103,12 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
     # The texts.
-    texts = {task.name: read_texts(task, find_folder(task, run), run.predict) for task in tasks}
+    texts = {task.name: read_texts(task, run) for task in tasks}
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
-    identity = identify(run, tickets, texts)  # what distinguishes this run from all others
-    run, result, state = open_run_folder(run, tickets, identity)  # fills in run.out: its default name needs identity
+    run, identity, result, state = open_run_folder(run, tickets, texts)
     if result is not None:
-        return finished_experiment(run, tasks, result)  # with the names of the tasks, but no model and no data
+        return finished_experiment(run, tasks, result)  # without model and data: nothing is left to do
 
     # The network: the head of the task, and the ticket.
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
@@ -124,7 +123,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 class Experiment:
     """A run in progress."""
     run: "Run"
-    identity: dict  # settings, checksums and sparsity: what --resume compares
+    identity: dict  # settings, checksums and sparsity: --resume compares them, and refuses any other run
     model: bert.Model | None  # None if --resume found the result
     vocabulary: data.Vocabulary | None
     tickets: list["Ticket"]
@@ -133,7 +132,7 @@ class Experiment:
     prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
-    history: list[dict] = field(default_factory=list)  # the evaluations
+    history: list[dict] = field(default_factory=list)  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
     result: dict | None = None
 
 
@@ -174,19 +173,19 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 
 
 def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
-    """Gives the model the head that the task needs, takes the others away, and applies the ticket of a single
-    task. Returns the masks that training has to respect: those of an ordinary ticket, {} in all other cases."""
+    """Exchanges the heads of pre-training for that of the task, and applies the ticket. Returns the masks that update()
+    has to respect: those of an ordinary ticket, {} in all other cases."""
     torch.manual_seed(run.seed)
-    add_head(model, tasks)
-    change_weights(model, run.weights)  # only if --weights asks for an ablation
+    exchange_heads(model, tasks)
+    ablate_weights(model, run.weights)  # appendix A; does nothing by default
     if not tickets or len(tasks) > 1:
         return {}  # share_encoder applies the tickets of several tasks
 
     ticket = tickets[0]
     if ticket.meta.get("method") == "super":  # chapter 7
-        removed_heads, removed_feed_forward = removed_units(model.config, ticket)
-        remove_units(model, removed_heads, removed_feed_forward)
-        return {}  # what is removed cannot train
+        removed_heads, removed_ffns = units_of_ticket(model.config, ticket)
+        cut_out_units(model, removed_heads, removed_ffns)
+        return {}  # what is cut out cannot train
 
     masks = {}
     parameters = dict(model.named_parameters())
@@ -197,10 +196,10 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
     return masks
 
 
-def add_head(model, tasks: list[glue_squad.Task]):
-    """Adds a fresh head for the task, and removes the modules that the task does not use. Only BERT's classifier reads
-    the pooler; RoBERTa's classifier and the head for answers do not."""
-    is_span = tasks[0].predicts == "span"
+def exchange_heads(model, tasks: list[glue_squad.Task]):
+    """Adds a fresh head for the task, and removes what only pre-training uses. The pooler stays where a classifier of
+    BERT reads it; RoBERTa's classifier and the head for answers do not."""
+    is_span = tasks[0].predicts == "span"  # SQuAD, which never shares an encoder
     is_roberta = model.config.model_type == "roberta"
     needs_pooler = not is_span and not is_roberta
     if needs_pooler and not model.has_pooler:
@@ -222,26 +221,27 @@ def add_head(model, tasks: list[glue_squad.Task]):
 @dataclass
 class TaskData:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order. A
-    window of SQuAD is a sequence of a question and as much of its paragraph as fits.
-
-    The last four fields are for tasks that share an encoder; share_encoder sets them (chapter 8)."""
+    window of SQuAD is a sequence of a question and as much of its paragraph as fits."""
     task: glue_squad.Task
     train: list  # sequences
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
     texts: dict[str, list]  # splits -> examples, or questions of SQuAD
     windows: list = field(default_factory=list)  # of SQuAD's dev questions: they turn logits into text
-    prefix: str = ""  # in front of the names of its metrics: "rte_"
-    head: nn.Module | None = None  # its classifier
-    masks: dict | None = None  # its ticket
-    skipped: list[bool] | None = None  # (L,) the layers whose feed-forward network its ticket takes out
+    own: "OwnParts | None" = None  # what this task has of its own where several share an encoder (chapter 8)
+
+    @property
+    def prefix(self) -> str:
+        """In front of the names of its metrics: "rte_" where tasks share an encoder."""
+        return f"{self.task.name}_" if self.own else ""
 
 
-def read_texts(task: glue_squad.Task, folder: Path, predict: bool) -> dict[str, list]:
+def read_texts(task: glue_squad.Task, run) -> dict[str, list]:
     """{split: examples, or questions of SQuAD}: train, dev, and the test files if they are to be predicted.
     MNLI's mismatched and diagnostic files may be missing."""
+    folder = find_folder(task, run)
     splits = ["train", "dev", "dev_mm"]
-    if predict and task.predicts != "span":
+    if run.predict and task.predicts != "span":
         if "test" not in task.files:
             raise ValueError(f"--predict: task {task.name} names no test file")
         splits += ["test", "test_mm", "ax"]
@@ -383,7 +383,7 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
 def train(experiment: Experiment):
     """Trains all weights under the fixed masks, and evaluates every --eval-every updates and after each epoch.
 
-    Order and dropout are functions of the seed and the number of the update alone, so that an interrupted run
+    Order and dropout depend on nothing but the seed and the number of the update, so that an interrupted run
     continues exactly."""
     run = experiment.run
     model = experiment.model
@@ -402,28 +402,27 @@ def train(experiment: Experiment):
     horizon = num_updates * run.horizon_rounds
     progress = Progress(step, num_updates)
     saved_at = time.time()
-    batches = []
     model.train()
-    while step < num_updates:
-        epoch, batch_index = divmod(step, updates_per_epoch)
-        if batch_index == 0 or not batches:  # not batches: resumed in the middle of an epoch
-            batches = epoch_batches(experiment.all_task_data, run, epoch)
-        task_data, indices = batches[batch_index]
-        torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout differs with the seed and the update
-        learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
-        total_loss += update(experiment, task_data, indices, parameters, optimizer, learning_rate, t=step + 1)
-        step += 1
+    for epoch in range(step // updates_per_epoch, run.epochs):
+        batches = epoch_batches(experiment.all_task_data, run, epoch)
+        first_batch = step % updates_per_epoch  # 0 unless the run was interrupted within this epoch
+        for task_data, indices in batches[first_batch:]:
+            torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout differs with the seed and the update
+            learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
+            total_loss += update(experiment, task_data, indices, parameters, optimizer, learning_rate, t=step + 1)
+            step += 1
 
-        is_epoch_end = step % updates_per_epoch == 0
-        if is_epoch_end or step % run.eval_every == 0:
-            evaluated_step = experiment.history[-1]["step"] if experiment.history else 0
-            line = {"step": step, "loss": total_loss / (step - evaluated_step), **evaluate(experiment)}
-            experiment.history.append(line)
-            progress.show(line)
-            total_loss = 0.0
-        if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
-            saved_at = time.time()
-            save_state(experiment, parameters, optimizer, step, total_loss)
+            is_epoch_end = step % updates_per_epoch == 0
+            if is_epoch_end or step % run.eval_every == 0:
+                evaluated_step = experiment.history[-1]["step"] if experiment.history else 0
+                mean_loss = total_loss / (step - evaluated_step)
+                evaluation = {"step": step, "loss": mean_loss, **evaluate(experiment)}
+                experiment.history.append(evaluation)
+                progress.show(evaluation)
+                total_loss = 0.0
+            if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
+                saved_at = time.time()
+                save_state(experiment, parameters, optimizer, step, total_loss)
     model.eval()
 
 
@@ -442,8 +441,8 @@ def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list
 
 def update(experiment: Experiment, task_data: TaskData, indices, parameters: dict, optimizer, learning_rate: float,
            t: int) -> float:
-    """Update number t (from 1) of all weights under the masks -> the mean loss of the batch, which is those examples
-    of task_data.train that have the indices."""
+    """Update number t (from 1) of all weights under the masks, on the examples task_data.train[indices]. Returns their
+    mean loss."""
     model = experiment.model
     machine = experiment.run.machine
     switch_to(model, task_data)
@@ -498,24 +497,22 @@ def finish(experiment: Experiment):
             export_model(experiment, task_data)
 
     best, final = best_and_final(experiment)
-    floor = {}  # {metric: what always answering the most frequent class would score}, 0 for numbers and answers
+    floor = {}  # {metric: the score of always answering the most frequent class}, 0 for numbers and answers
     for task_data in experiment.all_task_data:
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
                 floor[task_data.prefix + name] = value
-    names = list(floor)  # an evaluation has step and loss, too
-    # "mask": the metadata of the ticket; of several tasks a list.
-    metas = [ticket.meta for ticket in experiment.tickets]
+    ticket_meta = [ticket.meta for ticket in experiment.tickets]
     if len(experiment.all_task_data) == 1:
-        metas = metas[0] if metas else None
+        ticket_meta = ticket_meta[0] if ticket_meta else None
     experiment.result = {
         "task": task_names(experiment.all_task_data),
         "model": run.model,
-        "mask": metas,
+        "mask": ticket_meta,  # of several tasks a list
         "sparsity": experiment.identity["sparsity"],
         "seed": run.seed,
-        "best": {name: best[name] for name in names},
-        "final": {name: final[name] for name in names},
+        "best": {name: best[name] for name in floor},  # the metrics alone: an evaluation has step and loss, too
+        "final": {name: final[name] for name in floor},
         "best_step": best["step"],
         "steps": final["step"],
         "floor": floor,
@@ -535,7 +532,7 @@ def finish(experiment: Experiment):
 def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (the mean over several tasks), and the last."""
     names = [task_data.prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
-    best = max(experiment.history, key=lambda line: sum(line[name] for name in names))
+    best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
     return best, experiment.history[-1]
 
 
@@ -554,23 +551,23 @@ def find_imp(settings) -> dict:
     start_time = time.time()
     search = resolve_search(settings)
     sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
-    mask_file = None
+    mask_file = None  # the first round trains the whole network
     rounds = []
-    for number, sparsity in enumerate(sparsities, 1):
-        print(f"round {number} of {len(sparsities)}; after it {sparsity:.0%} are pruned")
+    for number, next_sparsity in enumerate(sparsities, 1):
+        print(f"round {number} of {len(sparsities)}; after it {next_sparsity:.0%} are pruned")
         folder = search.out / f"round-{number}"
-        # A round is a step on the way, so it adds no line to --results. The first one has no mask yet.
+        # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
 
         # Opening the experiment reads the pre-trained weights anew: that is the rewinding.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
-            masks = prune_trained(experiment, sparsity, search)
+            masks = prune_trained(experiment, next_sparsity, search)
             save_ticket(folder / "mask.pt", experiment, masks, {
                 "method": "imp", "rank": search.rank, "scope": search.scope})
             finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
-        result = experiment.result
+        result = experiment.result  # its sparsity is that of the mask that the round began with
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search, mask_file, {"rounds": rounds}, start_time)
@@ -600,23 +597,23 @@ def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
         "data": tamt.plain(run.data),
         "task": task_names(experiment.all_task_data),
         "sparsity": report["masked_set"],
-        # The fractions removed, of the masked set, the encoder and the whole model.
+        # The fractions that were found to be removed: of the masked set, the encoder and the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
     tamt.save_mask(path, masks, meta | more)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Super Tickets: whole heads and feed-forward networks
+# 7. Super Tickets: whole attention heads and feed-forward networks (FFNs)
 # ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)  # of the paper: level 8 removes 8/10 of the heads and 8/12 of the feed-forward networks
+LEVELS = range(1, 9)  # of the paper: level 8 removes 8/10 of the heads and 8/12 of the FFNs
 
 
 def find_super(settings) -> dict:
-    """Super Tickets (Liang et al. 2021): fine-tune once, measure how important each head and each feed-forward
-    network is, remove more and more of them from the pre-trained model, and fine-tune each ticket.
+    """Super Tickets (Liang et al. 2021): fine-tune once, measure how important each head and each FFN is, remove more
+    and more of them from the pre-trained model, and fine-tune each ticket.
 
     Tickets come in three orders of removal (the least important units first, "winning"; the most important ones
     first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score
@@ -629,8 +626,8 @@ def find_super(settings) -> dict:
     experiment = open_experiment(settings_of_one_run(search, out=search.out / "dense"))
     if experiment.result is None:
         train(experiment)
-        head_importance, feed_forward_importance = importance(experiment)
-        save_super_tickets(experiment, head_importance, feed_forward_importance, search.out)
+        head_importance, ffn_importance = importance(experiment)
+        save_super_tickets(experiment, head_importance, ffn_importance, search.out)
         finish(experiment)
     results["dense"] = experiment.result
     first_metric = experiment.all_task_data[0].task.metrics[0]
@@ -665,11 +662,11 @@ def find_super(settings) -> dict:
 
 
 def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
-    """How sensitive the loss is to each head and each feed-forward network, in eval mode over the training set.
+    """How sensitive the loss is to each head and each FFN, in eval mode over the training set.
 
-    o is the context vector of a head, or the output of a feed-forward network, at one position. |<d loss / d o, o>|
-    is summed over all positions of a batch, and the importance is the mean over batches. In each layer the
-    importances of the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
+    o is the context vector of a head, or the output of an FFN, at one position. |<d loss / d o, o>| is summed over all
+    positions of a batch, and the importance is the mean over batches. In each layer the importances of the heads are
+    then divided by their l2 norm (mt_dnn/inference.py)."""
     model = experiment.model
     run = experiment.run
     task_data = experiment.all_task_data[0]
@@ -681,13 +678,13 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
         # What goes into this matrix: the context vectors of all heads, side by side.
         hooks.append(layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs: contexts.append(inputs[0])))
-        # What comes out of the feed-forward network.
+        # What comes out of the FFN.
         hooks.append(layer.output.dense.register_forward_hook(
             lambda module, inputs, output: ffn_outputs.append(output)))
 
     model.eval()
     head_importance = torch.zeros(len(layers), model.config.num_attention_heads)
-    feed_forward_importance = torch.zeros(len(layers))
+    ffn_importance = torch.zeros(len(layers))
     starts = range(0, len(task_data.train), run.batch_size)
     for start in starts:
         batch = slice(start, start + run.batch_size)
@@ -706,57 +703,58 @@ def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # 
             per_head = product.unflatten(-1, (-1, layers[0].attention.self.head_size)).sum(-1)  # (B, T, H)
             head_importance[index] += per_head.abs().sum((0, 1)).cpu() / len(starts)
             product = (output_gradients[index] * ffn_outputs[index]).detach().float()
-            feed_forward_importance[index] += product.sum(-1).abs().sum().cpu() / len(starts)
+            ffn_importance[index] += product.sum(-1).abs().sum().cpu() / len(starts)
     for hook in hooks:
         hook.remove()
     norms = head_importance.norm(dim=1, keepdim=True)
-    return head_importance / (norms + 1e-20), feed_forward_importance
+    return head_importance / (norms + 1e-20), ffn_importance
 
 
-def save_super_tickets(experiment: Experiment, head_importance, feed_forward_importance, folder: Path):
+def save_super_tickets(experiment: Experiment, head_importance, ffn_importance, folder: Path):
     """Writes importance.json, and the tickets of all orders and levels. Importances: (L, H), (L,)."""
     tamt.write_json(folder / "importance.json", {
-        "heads": head_importance.tolist(), "ffn": feed_forward_importance.tolist()})
+        "heads": head_importance.tolist(), "ffn": ffn_importance.tolist()})
     for order in ORDERS:
         for level in LEVELS:
-            removed_heads, removed_feed_forward = choose_units(
-                head_importance, feed_forward_importance, order, level, experiment.run.seed)
-            masks = unit_masks(experiment.model.config, removed_heads, removed_feed_forward)
+            removed_heads, removed_ffns = choose_units(
+                head_importance, ffn_importance, order, level, experiment.run.seed)
+            masks = unit_masks(experiment.model.config, removed_heads, removed_ffns)
             save_ticket(folder / f"{order}-{level}.pt", experiment, masks, {
                 "method": "super", "order": order, "level": level})
 
 
-def choose_units(head_importance, feed_forward_importance, order: str, level: int, seed: int):
-    """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_feed_forward (L,), bool.
+def choose_units(head_importance, ffn_importance, order: str, level: int, seed: int):
+    """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
-    Of the L H heads int(L H level / 10) go, of the L feed-forward networks int(L level / 12). The order is the same on
-    all levels, so each removes what the one below removes, and more. Every layer keeps at least one head: the one
-    that would go last."""
+    Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
+    each removes what the one below removes, and more. Every layer keeps at least one head: the one that would go
+    last."""
     generator = data.random_stream(seed, "tickets")
     num_layers, num_heads = head_importance.shape
     # Units with the smallest keys go first.
     if order == "random":
         head_keys = generator.random(head_importance.shape)
-        feed_forward_keys = generator.random(feed_forward_importance.shape)
+        ffn_keys = generator.random(ffn_importance.shape)
     elif order == "losing":
         head_keys = -head_importance.numpy()
-        feed_forward_keys = -feed_forward_importance.numpy()
+        ffn_keys = -ffn_importance.numpy()
     else:  # "winning"
         head_keys = head_importance.numpy().copy()  # changed below
-        feed_forward_keys = feed_forward_importance.numpy()
+        ffn_keys = ffn_importance.numpy()
 
     last_heads = head_keys.argmax(axis=1)  # the head of each layer that would go last
     head_keys[np.arange(num_layers), last_heads] = np.inf
     num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     removed_heads = np.zeros(num_layers * num_heads, bool)
     removed_heads[np.argsort(head_keys.flatten(), kind="stable")[:num_removed]] = True
-    removed_feed_forward = np.zeros(num_layers, bool)
-    removed_feed_forward[np.argsort(feed_forward_keys, kind="stable")[:num_layers * level // 12]] = True
-    return removed_heads.reshape(num_layers, num_heads), removed_feed_forward
+    removed_ffns = np.zeros(num_layers, bool)
+    removed_ffns[np.argsort(ffn_keys, kind="stable")[:num_layers * level // 12]] = True
+    return removed_heads.reshape(num_layers, num_heads), removed_ffns
 
 
-def unit_masks(config, removed_heads, removed_feed_forward) -> dict[str, torch.Tensor]:
-    """The masks of the six matrices of each layer that remove whole units, (L, H) and (L,) bool."""
+def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
+    """The masks of the six matrices of each layer that remove whole units, (L, H) and (L,) bool. A head has rows in
+    query, key and value, and columns in the output matrix, which reads its context vector."""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -766,44 +764,44 @@ def unit_masks(config, removed_heads, removed_feed_forward) -> dict[str, torch.T
         for name in ("query", "key", "value"):
             masks[f"{layer}.attention.self.{name}.weight"] = kept_dims[:, None].repeat(1, D)
         masks[f"{layer}.attention.output.dense.weight"] = kept_dims.repeat(D, 1)
-        is_kept = bool(~removed_feed_forward[index])
+        is_kept = bool(~removed_ffns[index])
         masks[f"{layer}.intermediate.dense.weight"] = torch.full((config.intermediate_size, D), is_kept)
         masks[f"{layer}.output.dense.weight"] = torch.full((D, config.intermediate_size), is_kept)
     return masks
 
 
-def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
+def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
     """The units that the masks of a Super Ticket remove: unit_masks() the other way round. Raises ValueError if the
     masks are not made of whole units."""
     head_size = config.hidden_size // config.num_attention_heads
     removed_heads = []
-    removed_feed_forward = []
+    removed_ffns = []
     for index in range(config.num_hidden_layers):
         layer = f"{config.model_type}.encoder.layer.{index}"
         first_row = ticket.masks[f"{layer}.attention.output.dense.weight"][0]
         removed_heads.append(~first_row[::head_size].cpu().numpy())
-        removed_feed_forward.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
+        removed_ffns.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
     removed_heads = np.stack(removed_heads)
-    removed_feed_forward = np.array(removed_feed_forward)
+    removed_ffns = np.array(removed_ffns)
 
-    expected = unit_masks(config, removed_heads, removed_feed_forward)
+    expected = unit_masks(config, removed_heads, removed_ffns)
     is_whole = ticket.masks.keys() == expected.keys()
     is_whole = is_whole and all(torch.equal(ticket.masks[name].cpu(), expected[name]) for name in expected)
     if removed_heads.all(axis=1).any() or not is_whole:
         raise ValueError(f"{ticket.file}: a Super Ticket takes out whole heads, not all of a layer, and whole "
                          "feed-forward networks")
-    return removed_heads, removed_feed_forward
+    return removed_heads, removed_ffns
 
 
 class SkippableResidual(nn.Module):
-    """A bert.Residual whose feed-forward network can be left out. Then its LayerNorm acts on the residual alone.
+    """A bert.Residual whose FFN can be left out. Then its LayerNorm acts on the residual alone.
 
-    For a feed-forward network a mask is not enough, since its output bias would remain. For heads it is: their
-    columns of the output matrix become zero, so that nothing of them gets through."""
+    For an FFN a mask is not enough, since its output bias would remain. For heads it is: their columns of the output
+    matrix become zero, so that nothing of them gets through."""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
-        self.dense = residual.dense
+        self.dense = residual.dense  # the names of checkpoints stay
         self.LayerNorm = residual.LayerNorm
         self.dropout = residual.dropout
         self.is_skipped = False
@@ -814,9 +812,9 @@ class SkippableResidual(nn.Module):
         return self.LayerNorm(residual + self.dropout(self.dense(x)))
 
 
-def remove_units(model, removed_heads, removed_feed_forward):
-    """Takes heads, (L, H), and feed-forward networks, (L,), out of the network: matrices become smaller, and the logits
-    are what they would be if the units gave zeros."""
+def cut_out_units(model, removed_heads, removed_ffns):
+    """Cuts heads, (L, H), and FFNs, (L,), out of the network: matrices become smaller, and the logits are what they
+    would be if the units gave zeros."""
     for index, layer in enumerate(model.backbone.encoder.layer):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
@@ -826,7 +824,7 @@ def remove_units(model, removed_heads, removed_feed_forward):
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
         dense.weight = nn.Parameter(dense.weight.data[:, kept_dims])
-        if removed_feed_forward[index]:
+        if removed_ffns[index]:
             layer.output = SkippableResidual(layer.output)
             layer.output.is_skipped = True
             layer.output.dense = None
@@ -838,43 +836,52 @@ def remove_units(model, removed_heads, removed_feed_forward):
 # ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class OwnParts:
+    """What each of several tasks has of its own. Everything else of the model serves all of them."""
+    head: nn.Module
+    masks: dict[str, torch.Tensor]  # its ticket; {} without tickets
+    skipped: list[bool]  # (L,) the layers whose FFN its ticket takes out
+
+
 def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], machine):
     """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
     weight gets gradients from those tasks alone that keep it. (AdamW's momentum goes on moving it
     while other tasks are trained.)"""
-    layers = {}
+    model.masked_layers = {}  # {name of a weight: the layer that multiplies it by a mask}
     if tickets:
-        layers = tamt.mask_model(model)
+        model.masked_layers = tamt.mask_model(model)
         for layer in model.backbone.encoder.layer:
             layer.output = SkippableResidual(layer.output)
-    model.masked_layers = layers
-    model.heads = nn.ModuleDict()
+
+    model.heads = nn.ModuleDict()  # so that all heads are among the model's parameters
     for index, task_data in enumerate(all_task_data):
         task = task_data.task
         model.add_classifier(task.num_outputs)
         model.heads[task.name] = model.classifier
-        task_data.head = model.classifier
-        task_data.prefix = f"{task.name}_"
+        masks = {}
+        skipped = [False] * model.config.num_hidden_layers
         if tickets:
             ticket = tickets[index]
-            task_data.masks = {name: mask.to(machine.device) for name, mask in ticket.masks.items()}
-            task_data.skipped = [False] * model.config.num_hidden_layers
+            masks = {name: mask.to(machine.device) for name, mask in ticket.masks.items()}
             if ticket.meta.get("method") == "super":
-                _, removed_feed_forward = removed_units(model.config, ticket)
-                task_data.skipped = removed_feed_forward.tolist()
+                _, removed_ffns = units_of_ticket(model.config, ticket)
+                skipped = removed_ffns.tolist()
+        task_data.own = OwnParts(model.classifier, masks, skipped)
     del model.classifier  # switch_to() puts one of the heads in its place
 
 
 def switch_to(model, task_data: TaskData):
-    """From now on the encoder serves this task: its head, its masks, its feed-forward networks."""
-    if task_data.head is None:
+    """From now on the encoder serves this task: with its head, its masks, and the FFNs that its ticket keeps."""
+    own = task_data.own
+    if own is None:
         return  # the only task
-    model.classifier = task_data.head
-    if task_data.masks is not None:
-        tamt.set_masks(model.masked_layers, task_data.masks)
-        for layer, is_skipped in zip(model.backbone.encoder.layer, task_data.skipped, strict=True):
+    model.classifier = own.head
+    if own.masks:
+        tamt.set_masks(model.masked_layers, own.masks)
+        for layer, is_skipped in zip(model.backbone.encoder.layer, own.skipped, strict=True):
             layer.output.is_skipped = is_skipped
 
 
@@ -899,7 +906,7 @@ def switch_to(model, task_data: TaskData):
 #     | --weights        | shuffled: whole layers change places | the entries of each matrix do
 
 
-def change_weights(model, kind: str):
+def ablate_weights(model, kind: str):
     """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it?"""
     if kind == "random":
         fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
@@ -919,11 +926,11 @@ class Progress:
         self.num_updates = num_updates
         self.began = time.time()
 
-    def show(self, line: dict):
-        step = line["step"]
+    def show(self, evaluation: dict):
+        step = evaluation["step"]
         seconds_per_update = (time.time() - self.began) / max(step - self.first_step, 1)
         minutes, seconds = divmod(round(seconds_per_update * (self.num_updates - step)), 60)
-        values = "  ".join(f"{name} {value:.4f}" for name, value in line.items() if name != "step")
+        values = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items() if name != "step")
         print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
 
 
@@ -1287,13 +1294,15 @@ def default_folder(run, tickets: list[Ticket], identity: dict) -> Path:
     return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest}"
 
 
-def open_run_folder(run, tickets: list[Ticket], identity: dict) -> tuple:
-    """The run with its folder, the result if --resume found it finished, and the state if --resume found one."""
+def open_run_folder(run, tickets: list[Ticket], texts: dict) -> tuple:
+    """The run with its folder, its identity, the result if --resume found it finished, and the state if --resume found
+    one."""
+    identity = identify(run, tickets, texts)
     if run.out is None:
         run = replace(run, out=default_folder(run, tickets, identity))
     refuse_results_file(run)
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", run.machine)
-    return run, result, state
+    return run, identity, result, state
 
 
 def refuse_results_file(run):

@@ -5328,7 +5328,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
     shared = opened(settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         alone = opened(settings(tasks, tmp_path / task_data.task.name, task=task_data.task.name, mask=mask))
-        alone.model.classifier = task_data.head
+        alone.model.classifier = task_data.own.head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
@@ -5339,12 +5339,12 @@ def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_p
     rte, stsb = experiment.all_task_data
     finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
-    for name, mask in rte.masks.items():
+    for name, mask in rte.own.masks.items():
         gradient = experiment.model.get_parameter(name).grad
         assert not gradient[~mask].any()
         assert gradient[mask].any()
-    assert rte.head.weight.grad is not None
-    assert stsb.head.weight.grad is None
+    assert rte.own.head.weight.grad is not None
+    assert stsb.own.head.weight.grad is None
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
@@ -5361,7 +5361,7 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_p
     finetune.finish(experiment)
     for task_data in experiment.all_task_data:
         tensors = bert.read_safetensors(tmp_path / "x" / task_data.task.name / "model.safetensors")
-        for name, mask in task_data.masks.items():
+        for name, mask in task_data.own.masks.items():
             assert torch.equal(tensors[name], experiment.model.get_parameter(name).data * mask)
         sequences = task_data.train[:8]
         folder = tmp_path / "x" / task_data.task.name
