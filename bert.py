@@ -1145,7 +1145,7 @@ def from_tensorflow(tensors: dict) -> dict:
     for name, tensor in tensors.items():
         parent = name.rpartition("/")[0]
         if not name.startswith(("bert/", "cls/", "electra/")) or parent in tensors:
-            continue  # global_step, and the optimiser's bert/pooler/dense/bias/adam_m
+            continue  # global_step, and the optimizer's bert/pooler/dense/bias/adam_m
         if "/group_0/" in name or name.startswith("electra/"):
             raise ValueError(f"{name:.200} belongs to ALBERT or ELECTRA; only BERT is read from "
                              "TensorFlow checkpoints")

@@ -11,7 +11,7 @@ The method in eight steps. find_mask() takes them in this order; 5 to 7 are its 
     3  start_masks     one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
     4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
     5  backpropagate   run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
-    6  update          gradients pass straight through M to the scores; the optimiser moves them     Eq. 4
+    6  update          gradients pass straight through M to the scores; the optimizer moves them     Eq. 4
     7  update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
     8  finish          save the mask, and say what it is worth on held-out text
 
@@ -22,7 +22,7 @@ The method in eight steps. find_mask() takes them in this order; 5 to 7 are its 
     5. Losses               masked LM, distillation, dev losses
     6. Training             the loop, and one update
     7. IMP                  the baseline that trains W
-    Appendices              A as released: pins, optimiser, rates; B the fast ranking; C mask files; D the folder of a
+    Appendices              A as released: pins, optimizer, rates; B the fast ranking; C mask files; D the folder of a
                             run; E settings; F devices. What is defined there can be taken by its name.
 
 The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
@@ -59,7 +59,7 @@ explained below. An empty cell means "as in the released code", a dash that the 
     |                 |                      | not their mask                  |
     | entries without | -                    | compete like all others, though | --rank global: keep their start mask,
     | gradient        |                      | no gradient moves their scores  | inside the same count
-    | optimiser       | -                    | AdamW; kd: BertAdam             | the same: optimizer_settings
+    | optimizer       | -                    | AdamW; kd: BertAdam             | the same: optimizer_settings
     | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
     | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
     |                 |                      | each corrupted                  |
@@ -459,7 +459,7 @@ class Pool:
 class Scores:
     """One score for each masked weight, in one long vector, and the masks that follow from it.
 
-    layer.scores and layer.mask are views of a stretch of this vector and of its mask: what the optimiser writes
+    layer.scores and layer.mask are views of a stretch of this vector and of its mask: what the optimizer writes
     into layer.scores is what is ranked here, and what the ranking writes here is what the layer multiplies with.
     So the vector and the mask are only ever changed in place.
 
@@ -495,7 +495,7 @@ class Scores:
 
         Their scores would stay at 0 or 2 phi forever, while the threshold drifts: once past one of the two, it would
         prune or keep all of them at once. So their score becomes plus infinity if they start as kept, and minus
-        infinity if they start as pruned. (The optimiser leaves it infinite. With --rank local nothing is pinned, as
+        infinity if they start as pruned. (The optimizer leaves it infinite. With --rank local nothing is pinned, as
         released: there the pooler, a matrix of its own without gradient, keeps its mask anyway.)"""
         for name, is_pinned in without_gradient.items():
             scores = layers[name].scores.data
@@ -774,7 +774,7 @@ def next_batch(training: Training) -> Batch:
 def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
     """Steps 5 and 6: one update of the scores (with imp, of the weights) -> the loss of the batch.
 
-    t is the number of the update for the optimiser, from 1; with imp it restarts in each round."""
+    t is the number of the update for the optimizer, from 1; with imp it restarts in each round."""
     run = training.run
     loss = backpropagate(training, batch)
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
@@ -851,7 +851,7 @@ def train_imp(training: Training):
 
     The first 10 % are pruned before any training, so a run of k prunings has k - 1 rounds of training between them,
     each of run.prune_every updates: run.num_updates is the product. Dev losses are computed at the end only.
-    In each round the optimiser and the schedule start anew. The schedule's horizon is that of ten rounds, so the
+    In each round the optimizer and the schedule start anew. The schedule's horizon is that of ten rounds, so the
     learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)
@@ -871,7 +871,7 @@ def train_imp(training: Training):
 
 def prune_and_rewind(training: Training, level: float):
     """Prunes up to a sparsity of `level`, sets all weights but the head's back to the pre-trained ones, unless
-    --no-rewind, and starts a fresh optimiser."""
+    --no-rewind, and starts a fresh optimizer."""
     run = training.run
     set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
     if not run.no_rewind:
@@ -890,7 +890,7 @@ def imp_levels(sparsity: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: what follows the released code: pins, optimiser, learning rates, refreshes.
+# Appendix A: what follows the released code: pins, optimizer, learning rates, refreshes.
 # Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
@@ -926,7 +926,7 @@ def make_optimizer(parameters, device):
 
 
 def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """What makes torch's AdamW compute the released optimisers in update number t (from 1). m and v are the
+    """What makes torch's AdamW compute the released optimizers in update number t (from 1). m and v are the
     moving averages of the gradient and of its square, x is what trains.
 
         torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
@@ -934,7 +934,7 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
         released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
                              (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
         released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
-                             (kd: mask_training/train_kd.py with TinyBERT's optimiser)
+                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
 
     With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
     computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
@@ -1375,7 +1375,7 @@ def restore_state(training: Training, state: dict):
 
 
 def restore_parameters(parameters: dict, optimizer, state: dict, file):
-    """Puts parameters and the optimiser's moments back. ValueError if they are not those of this model."""
+    """Puts parameters and the optimizer's moments back. ValueError if they are not those of this model."""
     saved = state.get("parameters")
     if not isinstance(saved, dict) or saved.keys() != parameters.keys():
         raise ValueError(f"{file}: its parameters are not those of this run; remove it to start anew")

@@ -343,7 +343,7 @@ def test_more_tokens_than_positions_are_an_error(model):
 
 
 @both_families
-def test_a_fresh_model_has_berts_initialisation(family):
+def test_a_fresh_model_is_initialised_like_bert(family):
     """Matrices are drawn from N(0, 0.02): mean and deviation are within four standard errors."""
     torch.manual_seed(0)
     config = bert.Config(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -360,7 +360,7 @@ def test_a_fresh_model_has_berts_initialisation(family):
             assert (parameter == 0).all(), name
 
 
-def test_heads_added_later_are_drawn_from_torchs_generator(model):
+def test_the_seed_of_torch_decides_heads_that_are_added_later(model):
     model.add_classifier(3)
     torch.manual_seed(4)
     model.add_classifier(3)
@@ -411,7 +411,7 @@ def test_dropout_acts_in_training_only(model):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_without_dropout_is_torchs(padded):
+def test_attention_without_dropout_equals_that_of_torch(padded):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 5, 2, 16, 8).unbind()  # each (B, H, T, head size)
     attention_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
@@ -420,7 +420,7 @@ def test_attention_without_dropout_is_torchs(padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_in_pieces_is_torchs_with_the_same_random_mask(padded, monkeypatch):
+def test_attention_in_pieces_equals_that_of_torch_with_the_same_dropout_mask(padded, monkeypatch):
     """Five sequences in pieces of 2, 2 and 1; the gradients of query, key and value are compared as well."""
     masks = []
     draw = bert.random_mask
@@ -751,7 +751,7 @@ def test_the_weights_inside_a_training_checkpoint_are_read(world, tmp_path, key)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_the_product_of_torchs_prune_is_read(world, tmp_path, suffix):
+def test_a_state_dict_of_torch_prune_is_read(world, tmp_path, suffix):
     """torch.nn.utils.prune keeps weight_orig and weight_mask until prune.remove is called."""
     from torch.nn.utils import prune
 
@@ -875,7 +875,7 @@ def google_name(name):
 
 
 def write_google(folder, tensors, settings, **options):
-    """A folder as Google ships it, with two variables of the optimiser."""
+    """A folder as Google ships it, with two variables of the optimizer."""
     variables = {"global_step": torch.tensor(7), "bert/pooler/dense/bias/adam_m": torch.ones(32)}
     for name, tensor in tensors.items():
         new = google_name(name)
@@ -2274,7 +2274,7 @@ def watch_updates(monkeypatch, look):
     monkeypatch.setattr(tamt.Log, "step", look_and_write_line)
 
 
-def stop_after_update(monkeypatch, number):
+def stop_mask_training_after(monkeypatch, number):
     """Ctrl-C after an update, once."""
 
     def look(layers, step):
@@ -2591,7 +2591,7 @@ def test_a_global_start_is_exact_and_differs_from_omp_by_at_most_one_entry_a_mat
 
 
 def test_scores_and_masks_of_a_layer_are_views_of_the_long_vectors(model):
-    """What the optimiser writes into a layer is ranked, and what the ranking writes is multiplied with."""
+    """What the optimizer writes into a layer is ranked, and what the ranking writes is multiplied with."""
     layers = tamt.mask_model(model)
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", {})
     for layer in layers.values():
@@ -2602,28 +2602,35 @@ def test_scores_and_masks_of_a_layer_are_views_of_the_long_vectors(model):
     assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
 
 
-def test_entries_without_gradient_are_pooler_padding_and_words_that_kd_never_reads(world):
+def entries_without_gradient(training):
+    return tamt.entries_without_gradient(training.layers, training.run, training.vocabulary, training.rows)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd"])
+def test_the_pooler_is_pinned(world, objective):
+    training = begin(mask_settings(world, objective=objective))
+    assert entries_without_gradient(training)["bert.pooler.dense.weight"].all()
+
+
+def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
     training = begin(mask_settings(world, objective="kd"))
     vocabulary = training.vocabulary
-    without_gradient = tamt.entries_without_gradient(training.layers, training.run, vocabulary, training.rows)
-    assert without_gradient["bert.pooler.dense.weight"].all()
+    is_pinned = entries_without_gradient(training)["bert.embeddings.word_embeddings.weight"].flatten()
+    assert is_pinned[vocabulary.pad_id]
+    assert is_pinned[vocabulary.tokenizer.token_to_id("here")]  # no line of the text has this word
+    assert not is_pinned[vocabulary.tokenizer.token_to_id("the")]
 
-    is_unread = without_gradient["bert.embeddings.word_embeddings.weight"].flatten()
-    assert is_unread[vocabulary.pad_id]
-    assert is_unread[vocabulary.tokenizer.token_to_id("here")]  # a word that the text does not contain
-    assert not is_unread[vocabulary.tokenizer.token_to_id("the")]
 
-    run = dataclasses.replace(training.run, objective="mlm")  # corruption may put any word anywhere
-    is_unread = tamt.entries_without_gradient(training.layers, run, vocabulary, training.rows)[
-        "bert.embeddings.word_embeddings.weight"]
-    assert is_unread.sum() == 1 and is_unread[vocabulary.pad_id]
+def test_with_mlm_only_padding_is_pinned_since_corruption_may_put_any_word_anywhere(world):
+    training = begin(mask_settings(world, objective="mlm"))
+    is_pinned = entries_without_gradient(training)["bert.embeddings.word_embeddings.weight"].flatten()
+    assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_pinned_entries_keep_their_start_mask_while_the_total_stays_exact(world, objective):
     training = begin(mask_settings(world, objective=objective, steps=30, lr=1e-2))
-    without_gradient = tamt.entries_without_gradient(training.layers, training.run, training.vocabulary,
-                                                     training.rows)
+    pinned = entries_without_gradient(training)
     start = masks_of(training.layers)
     for step in range(30):
         tamt.update(training, tamt.next_batch(training), 1e-2, t=step + 1)
@@ -2632,7 +2639,7 @@ def test_pinned_entries_keep_their_start_mask_while_the_total_stays_exact(world,
         masks = masks_of(training.layers)
         assert num_pruned(masks) == round(num_entries(masks) * 0.7)
 
-    for name, is_pinned in without_gradient.items():
+    for name, is_pinned in pinned.items():
         assert not ((masks[name] ^ start[name]) & is_pinned).any()
     assert num_different(masks, start) > 100
 
@@ -2770,7 +2777,7 @@ class ReleasedAdamW:
 
 
 class ReleasedBertAdam:
-    """The optimiser of TinyBERT's code: no bias correction, and decay along with the step."""
+    """The optimizer of TinyBERT's code: no bias correction, and decay along with the step."""
 
     def __init__(self):
         self.m = 0.0
@@ -2787,7 +2794,7 @@ RELEASED_OPTIMIZERS = {"mlm": ReleasedAdamW, "kd": ReleasedBertAdam}
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_optimizer_settings_make_torchs_adamw_the_released_optimizer(objective, dtype, tolerance):
+def test_with_optimizer_settings_the_adamw_of_torch_equals_the_released_optimizer(objective, dtype, tolerance):
     """Gradients of all sizes down to 1e-9, where the eps decides."""
     torch.manual_seed(0)
     x = torch.randn(200, dtype=dtype)
@@ -2806,38 +2813,79 @@ def test_optimizer_settings_make_torchs_adamw_the_released_optimizer(objective, 
     torch.testing.assert_close(parameter.detach(), expected, atol=tolerance, rtol=tolerance)
 
 
+class PlainLoop:
+    """Mask training as one would write it down: real-valued masks that autograd differentiates, the released
+    optimizers as written out above, and prune_smallest() over all scores. It shares the network, the batches and
+    prune_smallest() with tamt, and nothing else."""
+
+    def __init__(self, model, objective, masks, pinned):
+        self.model = model
+        self.objective = objective
+        self.pretrained = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.masks = dict(masks)  # {name: bool matrix}
+        self.scores = {name: 0.02 * mask for name, mask in masks.items()}
+        # Added to the scores before they are ranked: pinned entries come first or last, as in the start mask.
+        self.pins = {name: torch.zeros(mask.shape) for name, mask in masks.items()}
+        for name, is_pinned in pinned.items():
+            start = torch.where(masks[name], math.inf, -math.inf)
+            self.pins[name][is_pinned] = start[is_pinned]
+        self.head = []  # trains along with the scores for masked LM
+        for name, parameter in model.named_parameters():
+            trains = objective == "mlm" and name.startswith("cls.")
+            parameter.requires_grad_(trains)
+            if trains:
+                self.head.append(parameter)
+        self.optimizers = {}
+
+    def update(self, batch, learning_rate) -> float:
+        """The loss under the masks; scores and masks are the next ones after it."""
+        real_masks = {name: mask.float().requires_grad_() for name, mask in self.masks.items()}
+        products = {name: self.pretrained[name] * mask for name, mask in real_masks.items()}
+        loss = self.mlm_loss(products, batch) if self.objective == "mlm" else self.kd_loss(products, batch)
+        loss.backward()
+
+        trained = [(self.scores[name], mask.grad) for name, mask in real_masks.items() if mask.grad is not None]
+        trained += [(parameter.data, parameter.grad) for parameter in self.head]
+        norm = math.sqrt(sum(float(gradient.square().sum()) for _, gradient in trained))
+        for number, (values, gradient) in enumerate(trained):
+            optimizer = self.optimizers.setdefault(number, RELEASED_OPTIMIZERS[self.objective]())
+            optimizer.step(values, gradient / max(norm, 1.0), learning_rate)
+        for parameter in self.head:
+            parameter.grad = None
+        self.rank(sparsity=0.7)
+        return loss.item()
+
+    def mlm_loss(self, products, batch):
+        is_chosen = torch.from_numpy(batch.is_chosen)
+        targets = torch.from_numpy(batch.input_ids)[is_chosen]
+        states = torch.func.functional_call(self.model, products, torch.from_numpy(batch.corrupted_ids))
+        return F.cross_entropy(self.model.mlm_logits(states[-1])[is_chosen], targets)
+
+    def kd_loss(self, products, batch):
+        input_ids = torch.from_numpy(batch.input_ids)
+        states = torch.func.functional_call(self.model, products, input_ids)
+        with torch.no_grad():
+            teacher_states = self.model(input_ids)
+        cosines = [F.cosine_similarity(teacher, student, dim=-1).mean()
+                   for teacher, student in zip(teacher_states[1:], states[1:], strict=True)]  # without the embeddings
+        return 1 - sum(cosines) / len(cosines)
+
+    def rank(self, sparsity):
+        vector = torch.cat([(self.scores[name] + self.pins[name]).flatten() for name in self.masks])
+        kept = tamt.prune_smallest(vector, round(len(vector) * sparsity))
+        pieces = kept.split([mask.numel() for mask in self.masks.values()])
+        for (name, mask), piece in zip(list(self.masks.items()), pieces, strict=True):
+            self.masks[name] = piece.view(mask.shape)
+
+
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, objective):
-    """The golden test. The plain loop has real-valued masks that autograd differentiates, the released optimiser
-    as written out above, and prune_smallest() over all scores; it shares the network, the losses and the batches
-    only."""
+    """The golden test."""
     training = begin(mask_settings(world, family="no-dropout", objective=objective, steps=30, lr=3e-3))
-    vocabulary = training.vocabulary
-
-    # The plain loop's own model, masks and scores.
+    start = masks_of(training.layers)
     model = bert.load(world / "no-dropout").train()
-    pretrained = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    head = []
-    for name, parameter in model.named_parameters():
-        trains = name.startswith("cls.") and objective == "mlm"
-        parameter.requires_grad_(trains)
-        if trains:
-            head.append(parameter)
-    masks = masks_of(training.layers)
-    scores = {name: 0.02 * mask for name, mask in masks.items()}
-    pins = {name: torch.zeros(mask.shape) for name, mask in masks.items()}  # infinite where no gradient comes
-    is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
-    if objective == "kd":
-        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
-    is_unread[vocabulary.pad_id] = True
-    for name, is_pinned in (("embeddings.word_embeddings", is_unread), ("pooler.dense", slice(None))):
-        start = masks[f"bert.{name}.weight"]
-        pins[f"bert.{name}.weight"][is_pinned] = torch.where(start, math.inf, -math.inf)[is_pinned]
-    total = num_entries(masks)
-    num_to_prune = round(total * 0.7)
-    optimizers = {}
+    plain = PlainLoop(model, objective, start, entries_that_no_gradient_reaches(training))
 
-    flips = 0
     for step in range(30):
         learning_rate = 3e-3 * (1 - step / 30)
         batch = tamt.next_batch(training)
@@ -2845,39 +2893,20 @@ def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, objective):
         training.step += 1
         training.scores.update_masks(radius=2 * learning_rate)
 
-        real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
-        products = {name: pretrained[name] * mask for name, mask in real_masks.items()}
-        if objective == "mlm":
-            states = torch.func.functional_call(model, products, torch.from_numpy(batch.corrupted_ids))
-            is_chosen = torch.from_numpy(batch.is_chosen)
-            logits = model.mlm_logits(states[-1])[is_chosen]
-            plain_loss = F.cross_entropy(logits, torch.from_numpy(batch.input_ids)[is_chosen])
-        else:
-            input_ids = torch.from_numpy(batch.input_ids)
-            states = torch.func.functional_call(model, products, input_ids)
-            with torch.no_grad():
-                teacher = model(input_ids)
-            cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, states, strict=True)]
-            plain_loss = 1 - sum(cosines[1:]) / 2
-        plain_loss.backward()
-        assert loss == pytest.approx(plain_loss.item(), abs=2e-6)
+        assert loss == pytest.approx(plain.update(batch, learning_rate), abs=2e-6)
+        assert equal(masks_of(training.layers), plain.masks), f"after update {step + 1}"
+    assert num_different(plain.masks, start) > 0.01 * num_entries(start)
 
-        trained = [(scores[name], mask.grad) for name, mask in real_masks.items() if mask.grad is not None]
-        trained += [(parameter.data, parameter.grad) for parameter in head]
-        norm = math.sqrt(sum(float(gradient.square().sum()) for _, gradient in trained))
-        for number, (x, gradient) in enumerate(trained):
-            optimizer = optimizers.setdefault(number, RELEASED_OPTIMIZERS[objective]())
-            optimizer.step(x, gradient / max(norm, 1.0), learning_rate)
-        for parameter in head:
-            parameter.grad = None
 
-        vector = torch.cat([(scores[name] + pins[name]).flatten() for name in masks])
-        mask_pieces = tamt.prune_smallest(vector, num_to_prune).split([mask.numel() for mask in masks.values()])
-        new_masks = {name: piece.view(masks[name].shape) for name, piece in zip(masks, mask_pieces, strict=True)}
-        flips += num_different(masks, new_masks)
-        masks = new_masks
-        assert num_different(masks, masks_of(training.layers)) == 0, f"after update {step + 1}"
-    assert flips > 0.01 * total
+def entries_that_no_gradient_reaches(training):
+    """The pooler, the row of [PAD], and with kd the rows of words that the text does not contain. With mlm,
+    corruption may put any word anywhere."""
+    vocabulary = training.vocabulary
+    is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
+    if training.run.objective == "kd":
+        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
+    is_unread[vocabulary.pad_id] = True
+    return {"bert.embeddings.word_embeddings.weight": is_unread, "bert.pooler.dense.weight": slice(None)}
 
 
 def test_the_pooler_has_no_gradient_so_it_is_not_trained(world):
@@ -2900,7 +2929,7 @@ PAPER_RATES = {"mlm": 5e-5, "kd": 2e-5}
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 @pytest.mark.parametrize("num_updates", [500, 3000, 10_000])
-def test_scores_travel_as_far_in_a_short_run_as_in_the_papers(objective, num_updates):
+def test_scores_travel_as_far_in_a_short_run_as_in_that_of_the_paper(objective, num_updates):
     """At 70 % the paper made 17,000 updates of a schedule of 27,920."""
 
     def travel(learning_rate, num_updates, horizon):
@@ -2918,12 +2947,12 @@ def test_scores_travel_as_far_in_a_short_run_as_in_the_papers(objective, num_upd
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_learning_rate_is_never_below_the_papers_nor_above_a_hundredth(objective):
+def test_the_learning_rate_is_never_below_that_of_the_paper_nor_above_a_hundredth(objective):
     assert tamt.learning_rate_of(objective, 0.7, 100_000) == PAPER_RATES[objective]
     assert tamt.learning_rate_of(objective, 0.7, 3) == 1e-2
 
 
-def test_the_papers_updates_are_interpolated_between_its_sparsities():
+def test_between_the_sparsities_of_the_paper_its_numbers_of_updates_are_interpolated():
     assert tamt.paper_updates(0.7) == 17_000
     assert tamt.paper_updates(0.75) == 18_500
     assert tamt.paper_updates(0.1) == 3000 and tamt.paper_updates(0.99) == 22_000
@@ -3212,7 +3241,7 @@ def test_on_the_toy_learned_masks_beat_magnitude_and_magnitude_beats_chance(worl
     assert kd_losses["omp"] < 0.8 * kd_losses["random"], kd_losses
 
 
-def test_a_short_run_at_the_papers_learning_rate_flips_nothing(world, tmp_path):
+def test_a_short_run_at_the_learning_rate_of_the_paper_flips_nothing(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path, objective="kd", lr=2e-5))
     assert share_of_flips(tmp_path) == 0
 
@@ -3229,12 +3258,16 @@ def test_with_refresh_every_the_sparsity_drifts_and_saved_masks_are_exact(world,
     assert num_pruned(masks) == num_pruned(tamt.load_mask(tmp_path / "step-5")) == exact
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.999])
-def test_the_extremes_of_sparsity_work(world, tmp_path, sparsity):
-    content = tamt.find_mask(mask_settings(world, tmp_path, objective="kd", steps=3, sparsity=sparsity))
-    assert content["sparsity"]["pruned"] == round(content["sparsity"]["entries"] * sparsity)
-    assert content["dev_kd_loss"] >= 0
-    assert (content["dev_kd_loss"] < 1e-6) == (sparsity == 0.0)
+def test_at_sparsity_0_nothing_is_pruned_and_the_distance_from_the_teacher_is_0(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path, objective="kd", steps=3, sparsity=0.0))
+    assert content["sparsity"]["pruned"] == 0
+    assert content["dev_kd_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_at_sparsity_0_999_one_entry_of_a_thousand_is_left(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path, objective="kd", steps=3, sparsity=0.999))
+    assert content["sparsity"]["pruned"] == round(content["sparsity"]["entries"] * 0.999)
+    assert content["dev_kd_loss"] > 0.1
 
 
 def test_scope_encoder_leaves_the_word_embeddings_dense(world, tmp_path):
@@ -3264,17 +3297,27 @@ def test_lines_become_padded_rows(world, tmp_path, monkeypatch):
     assert not np.array(rows).all(axis=1).any()  # a line has 8 tokens, a row 16
 
 
-def test_a_model_without_masked_lm_head_gets_a_fresh_one(world, tmp_path, capsys):
+@pytest.fixture
+def headless(world, tmp_path):
+    """A checkpoint without a masked-LM head."""
     tensors = {}
     for name, parameter in bert.load(world / "bert").named_parameters():
         if not name.startswith("cls."):
             tensors[name] = parameter
     shutil.copytree(world / "bert", tmp_path / "headless")
     bert.save(tmp_path / "headless", bert.load(world / "bert").config, tensors, "Model")
-    content = tamt.find_mask(mask_settings(world, tmp_path / "kd", model=str(tmp_path / "headless"), objective="kd"))
+    return str(tmp_path / "headless")
+
+
+def test_for_mlm_a_model_without_masked_lm_head_gets_a_fresh_one(world, tmp_path, headless, capsys):
+    content = tamt.find_mask(mask_settings(world, tmp_path / "run", model=headless, objective="mlm"))
+    assert "has no masked-LM head: a fresh one is trained" in capsys.readouterr().out
+    assert content["dev_mlm_loss"] < math.log(bert.load(headless).config.vocab_size)  # better than a guess
+
+
+def test_for_kd_a_model_without_masked_lm_head_needs_none_and_reports_no_mlm_loss(world, tmp_path, headless):
+    content = tamt.find_mask(mask_settings(world, tmp_path / "run", model=headless, objective="kd"))
     assert "dev_mlm_loss" not in content
-    content = tamt.find_mask(mask_settings(world, tmp_path / "mlm", model=str(tmp_path / "headless")))
-    assert "fresh" in capsys.readouterr().out and content["dev_mlm_loss"] > 0
 
 
 # Resuming: the same bytes as without an interruption.
@@ -3290,7 +3333,7 @@ RESUMED = {"kd": {"objective": "kd"}, "mlm+kd": {"objective": "mlm+kd"},
 def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(world, tmp_path, monkeypatch, case):
     tamt.find_mask(mask_settings(world, tmp_path / "whole", **RESUMED[case]))
     resumed = mask_settings(world, tmp_path / "resumed", resume=True, **RESUMED[case])  # no state yet: it starts
-    stop_after_update(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(resumed)
     assert not (tmp_path / "resumed" / "mask.pt").exists()
@@ -3310,7 +3353,7 @@ def folder_content(folder):
 
 
 def test_a_resumed_run_continues_at_its_last_saved_state(world, tmp_path, monkeypatch):
-    stop_after_update(monkeypatch, 9)
+    stop_mask_training_after(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, tmp_path))
     steps = []
@@ -3320,7 +3363,7 @@ def test_a_resumed_run_continues_at_its_last_saved_state(world, tmp_path, monkey
 
 
 def test_unfinished_mask_training_is_neither_overwritten_nor_continued_otherwise(world, tmp_path, monkeypatch):
-    stop_after_update(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, tmp_path))
     state = (tmp_path / "state.pt").read_bytes()
@@ -3343,7 +3386,7 @@ def test_resume_of_mask_training_is_refused_after_its_input_has_changed(world, t
     shutil.copytree(world / "bert", tmp_path / "model")
     shutil.copyfile(world / "text.txt", tmp_path / "text.txt")
     values = {"model": str(tmp_path / "model"), "data": str(tmp_path / "text.txt"), "resume": True}
-    stop_after_update(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, tmp_path / "run", **values))
 
@@ -3363,10 +3406,10 @@ def test_mask_training_is_the_same_under_another_spelling_of_its_paths(world, tm
     shutil.copytree(world / "bert", tmp_path / "model")
     shutil.copyfile(world / "text.txt", tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
-    stop_after_update(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, Path("run"), model="model", data="text.txt"))
-    monkeypatch.chdir(tmp_path)  # stop_after_update has undone it
+    monkeypatch.chdir(tmp_path)  # stop_mask_training_after has undone it
     steps = []
     watch_updates(monkeypatch, lambda layers, step: steps.append(step))
     tamt.find_mask(mask_settings(world, tmp_path / "run", model=f"{tmp_path}/./model",
@@ -3440,41 +3483,61 @@ def test_the_levels_of_imp_are_exact_and_nested(world, tmp_path, rank):
     assert equal(tamt.load_mask(tmp_path), before)
 
 
+def watch_prunings(monkeypatch, look):
+    """Calls look(training, before) at every pruning of IMP; before: {name: trained weight, with zeros where it was
+    pruned earlier}."""
+    prune_and_rewind = tamt.prune_and_rewind
+
+    def prune_and_look(training, level):
+        before = {name: layer.weight.detach() * layer.mask for name, layer in training.layers.items()}
+        prune_and_rewind(training, level)
+        look(training, before)
+
+    monkeypatch.setattr(tamt, "prune_and_rewind", prune_and_look)
+
+
+def parameters_that_are_pretrained(training, folder, prefix):
+    """[whether a parameter of the training is that of the checkpoint], of those with the prefix."""
+    pretrained = dict(bert.load(folder).named_parameters())
+    return [torch.equal(parameter, pretrained[name])
+            for name, parameter in training.parameters.items() if name.startswith(prefix)]
+
+
 @pytest.mark.parametrize("no_rewind", [False, True])
-def test_imp_rewinds_the_weights_but_not_the_head_at_each_pruning(world, tmp_path, monkeypatch, no_rewind):
-    pretrained = dict(bert.load(world / "bert").named_parameters())
-    prune_and_rewind = tamt.prune_and_rewind
+def test_imp_rewinds_the_encoder_at_each_pruning_unless_told_not_to(world, tmp_path, monkeypatch, no_rewind):
     is_rewound = []
-
-    def look(training, level):
-        prune_and_rewind(training, level)
-        backbone = [torch.equal(parameter, pretrained[name])
-                    for name, parameter in training.parameters.items() if name.startswith("bert.")]
-        is_rewound.append(all(backbone))
-        head = [torch.equal(parameter, pretrained[name])
-                for name, parameter in training.parameters.items() if name.startswith("cls.")]
-        assert any(head) == (training.step == 0)
-
-    monkeypatch.setattr(tamt, "prune_and_rewind", look)
+    watch_prunings(monkeypatch, lambda training, before: is_rewound.append(
+        all(parameters_that_are_pretrained(training, world / "bert", "bert."))))
     tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3, no_rewind=no_rewind))
-    assert is_rewound == [True, not no_rewind, not no_rewind]
+    assert is_rewound == [True, not no_rewind, not no_rewind]  # at the first pruning nothing has been trained yet
 
 
-def test_imp_trains_every_weight_but_the_poolers_and_prunes_by_trained_magnitude(world, tmp_path, monkeypatch):
-    prune_and_rewind = tamt.prune_and_rewind
+def test_imp_goes_on_training_the_head_where_it_stood(world, tmp_path, monkeypatch):
+    is_fresh = []
+    watch_prunings(monkeypatch, lambda training, before: is_fresh.append(
+        any(parameters_that_are_pretrained(training, world / "bert", "cls."))))
+    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
+    assert is_fresh == [True, False, False]
 
-    def look(training, level):
-        magnitudes = {name: layer.weight.detach().abs() * layer.mask for name, layer in training.layers.items()}
-        prune_and_rewind(training, level)
+
+def test_imp_trains_every_weight_but_those_of_the_pooler(world, tmp_path, monkeypatch):
+    untrained = []
+    watch_prunings(monkeypatch, lambda training, before: untrained.append(
+        {name for name, _ in training.model.named_parameters()} - training.parameters.keys()))
+    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
+    assert untrained == [{"bert.pooler.dense.weight", "bert.pooler.dense.bias"}] * 3
+
+
+def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(world, tmp_path, monkeypatch):
+    def look(training, before):
         for name, layer in training.layers.items():
-            assert magnitudes[name][layer.mask].min() >= magnitudes[name][~layer.mask].max()
-        names = {name for name, _ in training.model.named_parameters()}
-        assert names - training.parameters.keys() == {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+            magnitudes = before[name].abs()
+            assert magnitudes[layer.mask].min() >= magnitudes[~layer.mask].max()
 
-    monkeypatch.setattr(tamt, "prune_and_rewind", look)
+    watch_prunings(monkeypatch, look)
     tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", prune_every=3, sparsity=0.3))
     tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp", sparsity=0.3))
-    assert not equal(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
+    assert not equal(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))  # training did matter
 
 
 def test_after_imp_the_model_is_the_pretrained_one_again(world, tmp_path):
@@ -3849,7 +3912,7 @@ def shell_main(world, out):
 
 
 def test_ctrl_c_keeps_the_last_state_and_is_130(world, tmp_path, monkeypatch, capsys):
-    stop_after_update(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)
     assert mask_shell(world, tmp_path) == 130
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "state.pt").exists() and not (tmp_path / "mask.pt").exists()
@@ -4566,7 +4629,7 @@ def results(out):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def stop_at_update(monkeypatch, number):
+def stop_fine_tuning_at(monkeypatch, number):
     """Ctrl-C in update `number` (from 1); the state is saved after every update before it."""
     task_loss = finetune.task_loss
     num_calls = 0
@@ -4639,7 +4702,7 @@ def register_hook(function):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_training_equals_torchs_pruning_bit_for_bit(tasks, tmp_path, family):
+def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, family):
     values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
     ours = opened(settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
     theirs = opened(settings(tasks, tmp_path / "theirs", mask=None, **values))
@@ -4738,7 +4801,7 @@ def test_a_result_holds_the_metrics_of_its_task_and_how_to_repeat_it(finished):
     assert {"model", "mask", "seed", "best_step", "seconds", "command", "device", "versions"} <= result.keys()
 
 
-def test_predictions_of_answers_are_squads_json_and_score_what_the_run_reports(finished):
+def test_predicted_answers_are_written_as_squad_wants_them_and_score_what_the_run_reports(finished):
     experiment, _ = finished
     if experiment.all_task_data[0].task.predicts != "span":
         pytest.skip("not a task of answers")
@@ -4747,7 +4810,7 @@ def test_predictions_of_answers_are_squads_json_and_score_what_the_run_reports(f
     assert scores == pytest.approx(experiment.result["final"])
 
 
-def test_predictions_of_classes_and_numbers_are_glues_table_of_what_the_model_says(finished):
+def test_predicted_classes_and_numbers_are_written_as_glue_wants_them(finished):
     experiment, _ = finished
     task_data = experiment.all_task_data[0]
     task = task_data.task
@@ -4818,7 +4881,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(finished):
 def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp_path, monkeypatch, task):
     expected = finetune.fine_tune(settings(tasks, tmp_path / "a", task, export=tmp_path / "a/x"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at_update(patch, 6)
+        stop_fine_tuning_at(patch, 6)
         finetune.fine_tune(settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x"))
 
     resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x", resume=True))
@@ -4831,7 +4894,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp
 def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_settings(
         tasks, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        stop_at_update(patch, 6)
+        stop_fine_tuning_at(patch, 6)
         assert shell(tasks, tmp_path) == 130
     capsys.readouterr()
 
@@ -4866,7 +4929,7 @@ def copy(tasks, tmp_path):
 def test_resume_is_refused_after_its_input_has_changed(copy, monkeypatch, capsys, change, name):
     argv = (copy / "tasks", copy, "rte", "--model", copy / "bert")
     with monkeypatch.context() as patch:
-        stop_at_update(patch, 6)
+        stop_fine_tuning_at(patch, 6)
         assert shell(*argv) == 130
     if change == "text":
         table = copy / "tasks/RTE/train.tsv"
@@ -4887,7 +4950,7 @@ def test_a_run_is_the_same_under_another_spelling_of_its_paths(copy, monkeypatch
             "--results", copy / "results.jsonl")
     monkeypatch.chdir(copy)
     with monkeypatch.context() as patch:
-        stop_at_update(patch, 6)
+        stop_fine_tuning_at(patch, 6)
         assert exit_status(finetune.main, *argv, "--data", "tasks", "--mask", "tasks/bert.pt", "--model", "bert",
                    "--out", "run") == 130
     monkeypatch.chdir(copy / "tasks")
@@ -5079,7 +5142,7 @@ def test_imp_does_not_prune_the_pretrained_weights(tasks, imp_folder):
 
 def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monkeypatch, imp_folder):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at_update(patch, 8 + 6)  # in the second round
+        stop_fine_tuning_at(patch, 8 + 6)  # in the second round
         finetune.find_imp(dense(tasks, tmp_path, **IMP))
 
     updates = []
@@ -5164,7 +5227,7 @@ def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path)
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
-def test_the_eight_levels_are_the_papers_and_nested(order):
+def test_the_eight_levels_are_those_of_the_paper_and_nested(order):
     torch.manual_seed(0)
     heads = torch.rand(12, 12)
     feed_forward = torch.rand(12)
@@ -5376,7 +5439,7 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
     expected = finetune.fine_tune(settings(tasks, tmp_path / "a", export=tmp_path / "a/x", **values))
     values["export"] = tmp_path / "b/x"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at_update(patch, 6)
+        stop_fine_tuning_at(patch, 6)
         finetune.fine_tune(settings(tasks, tmp_path / "b", **values))
     resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", resume=True, **values))
     assert resumed["evaluations"] == expected["evaluations"]

@@ -18,7 +18,7 @@ measured yet.
     f  full_run     the minutes of a full run at 70 %, 17,000 updates, from what was measured
     g  processes    two processes on one card give the mask of one
 
-The share of the peak counts the matrix products of the model, nothing else (no masks, no optimiser). One product
+The share of the peak counts the matrix products of the model, nothing else (no masks, no optimizer). One product
 of (a, b) with (b, c) is 2 a b c operations; the backward pass computes two for each of the forward pass.
 P = L (4 D^2 + 2 D I) weights in the encoder's matrices, I = 4 D; N = B T tokens; n = 0.15 N predictions:
 
@@ -463,7 +463,7 @@ class Binarise(torch.autograd.Function):
 
 def make_released_step(size: Size, machine):
     """The cost of the released code's step: masks in each forward pass, attention in single products, logits at
-    all positions, an optimiser in Python. It ranks nothing: its threshold moves every 1000 updates."""
+    all positions, an optimizer in Python. It ranks nothing: its threshold moves every 1000 updates."""
     torch.manual_seed(0)
     model = bert.Model(bert.Config(**size.config())).requires_grad_(False).to(machine.device).train()
     parameters = []

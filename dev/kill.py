@@ -25,7 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  (the optimisers would import it in every run, at their first use)
+import torch._dynamo  # noqa: E402, F401  (the optimizers would import it in every run, at their first use)
 
 import bert  # noqa: E402
 import finetune  # noqa: E402

@@ -26,7 +26,7 @@ from test_tamt import (
     results,
     settings,
     shell,
-    stop_at_update,
+    stop_fine_tuning_at,
     tasks,
     tiny,
     world,
@@ -134,7 +134,7 @@ def test_a_result_json_without_its_figures_is_one_line(tasks, tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["cut", "empty", "format", "parameters"])
 def test_a_damaged_state_is_one_line(tasks, tmp_path, monkeypatch, capsys, damage):
     with monkeypatch.context() as patch:
-        stop_at_update(patch, 4)
+        stop_fine_tuning_at(patch, 4)
         assert shell(tasks, tmp_path) == 130
     file = tmp_path / "run/state.pt"
     state = torch.load(file, weights_only=True)
@@ -189,7 +189,7 @@ def test_a_clock_that_runs_backwards_does_no_harm(tasks, tmp_path, monkeypatch):
 
 def test_ctrl_c_before_the_first_state_leaves_a_folder_that_can_be_used(tasks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_at_update(patch, 1)
+        stop_fine_tuning_at(patch, 1)
         assert shell(tasks, tmp_path) == 130
     assert shell(tasks, tmp_path, "rte", "--resume") == 0
     assert len(results(tmp_path)) == 1
@@ -199,7 +199,7 @@ def test_ctrl_c_before_the_first_state_leaves_a_folder_that_can_be_used(tasks, t
 def test_stopped_anywhere_several_tasks_end_alike(tasks, tmp_path, monkeypatch, number):
     expected = finetune.fine_tune(dense(tasks, tmp_path / "a", task="rte,stsb"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at_update(patch, number)
+        stop_fine_tuning_at(patch, number)
         finetune.fine_tune(dense(tasks, tmp_path / "b", task="rte,stsb"))
     resumed = finetune.fine_tune(dense(tasks, tmp_path / "b", task="rte,stsb", resume=True))
     assert resumed["evaluations"] == expected["evaluations"]
@@ -290,7 +290,7 @@ def test_a_super_ticket_without_any_feed_forward_network_trains_resumes_and_expo
     file = super_file(tasks, tmp_path / "s.pt", [[True, True, True, False]] * 2, [True, True])
     assert shell(tasks, tmp_path / "a", "rte", "--mask", file, "--export", tmp_path / "a/x") == 0
     with monkeypatch.context() as patch:
-        stop_at_update(patch, 6)
+        stop_fine_tuning_at(patch, 6)
         assert shell(tasks, tmp_path / "b", "rte", "--mask", file) == 130
     assert shell(tasks, tmp_path / "b", "rte", "--mask", file, "--resume", "--export", tmp_path / "b/x") == 0
     a, b = ((tmp_path / name / "x/model.safetensors").read_bytes() for name in "ab")

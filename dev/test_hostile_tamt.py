@@ -29,7 +29,7 @@ from test_tamt import (
     folder_content,
     mask_settings,
     mask_shell,
-    stop_after_update,
+    stop_mask_training_after,
     tiny,
     watch_updates,
     world,
@@ -39,7 +39,7 @@ from test_tamt import (
 @pytest.fixture
 def interrupted(world, tmp_path, monkeypatch):
     """The folder of a run that was interrupted after the seventh of twelve updates; its state is of the fifth."""
-    stop_after_update(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, tmp_path / "run"))
     return tmp_path / "run"
