@@ -556,6 +556,18 @@ def read_lines(file: Path) -> list[str]:
 
 # The settings. A special token is spelled "[CLS]" or {"content": "[CLS]", ...} in them.
 
+SETTING_TYPES = {  # of the settings that are not themselves tokens; null counts as absent
+    "do_lower_case": bool,
+    "do_basic_tokenize": bool,
+    "strip_accents": bool,
+    "tokenize_chinese_chars": bool,
+    "add_prefix_space": bool,
+    "never_split": list,
+    "added_tokens_decoder": dict,
+    "additional_special_tokens": (list, dict),
+    "extra_special_tokens": (list, dict),
+}
+
 
 def read_settings(folder: Path) -> dict:
     """The settings of a tokenizer, from three files, merged as transformers merges them.
@@ -568,11 +580,10 @@ def read_settings(folder: Path) -> dict:
         settings["tokenizer_class"] = bert.read_json(folder / "config.json").get("tokenizer_class")
     if (folder / "tokenizer_config.json").is_file():
         settings |= bert.read_json(folder / "tokenizer_config.json")
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = without_nulls(settings, folder)
 
     if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in settings:
-        tokens = {key: value for key, value in bert.read_json(folder / "special_tokens_map.json").items()
-                  if value is not None}
+        tokens = without_nulls(bert.read_json(folder / "special_tokens_map.json"), folder)
         listed = []
         for key in ("extra_special_tokens", "additional_special_tokens"):
             listed += token_list(settings.get(key))
@@ -583,6 +594,16 @@ def read_settings(folder: Path) -> dict:
 
     if settings.get("split_special_tokens"):
         raise ValueError(f"{folder}: the tokenizer setting split_special_tokens is not supported")
+    return settings
+
+
+def without_nulls(settings: dict, folder: Path) -> dict:
+    """The settings that are there. Raises ValueError if one has a value that it cannot have: a text such as "false"
+    would count as true."""
+    settings = {key: value for key, value in settings.items() if value is not None}
+    for key, expected in SETTING_TYPES.items():
+        if key in settings and not isinstance(settings[key], expected):
+            raise ValueError(f"{folder}: the tokenizer setting {key} cannot be {settings[key]!r:.80}")
     return settings
 
 
@@ -627,13 +648,14 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
     numbered_tokens = {}
     if "added_tokens_decoder" in settings:
         for token_id, token in settings["added_tokens_decoder"].items():
-            is_special = token_content(token) in special_contents or token.get("special", False)
-            numbered_tokens[int(token_id)] = added_token(token, is_special)
+            is_marked = isinstance(token, dict) and bool(token.get("special"))
+            is_special = is_marked or token_content(token) in special_contents
+            numbered_tokens[token_number(token_id, folder)] = added_token(token, is_special)
     elif (folder / "added_tokens.json").is_file():
         for content, token_id in bert.read_json(folder / "added_tokens.json").items():
             is_special = content in special_contents
             token = AddedToken(content, special=is_special, normalized=not is_special)
-            numbered_tokens[int(token_id)] = token
+            numbered_tokens[token_number(token_id, folder)] = token
 
     tokens = [token for _, token in sorted(numbered_tokens.items())]
     tokens += [added_token(token, True) for token in special]
@@ -648,6 +670,12 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
         if found != token_id:
             raise ValueError(f"{folder}: added token {token.content!r} should have id {token_id}, but has "
                              f"{found}: the files do not belong together")
+
+
+def token_number(number: str | int, folder: Path) -> int:
+    if not str(number).isdecimal():
+        raise ValueError(f"{folder}: tokenizer settings: {number!r:.80} is no id of a token")
+    return int(number)
 
 
 def added_token(token: str | dict, special: bool) -> AddedToken:

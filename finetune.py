@@ -17,19 +17,21 @@
     Appendix B                 settings and the command line
 
 A ticket is a mask of the pre-trained network: True where a weight is kept. It stays as it is while the weights that it
-keeps are trained. Without --mask all weights are trained. There are three ways to apply a ticket:
+keeps are trained. Without --mask all weights are trained. There are two kinds of tickets:
 
-    ordinary ticket  Pruned weights are set to zero once, and their gradients are set to zero before every update. So
-                     these weights stay exactly zero. AdamW does bit for bit what it does under torch's
+    ordinary ticket  It removes single weights. They are set to zero once, and their gradients are set to zero before
+                     every update. So they stay exactly zero. AdamW does bit for bit what it does under torch's
                      prune.custom_from_mask, which the released code uses.
     Super Ticket     It removes whole units: attention heads, and the feed-forward networks (FFNs) of layers. Before
                      training their rows and columns are cut out of the matrices (chapter 7).
-    several tasks    All weights keep their values. Each batch sees them multiplied by the ticket of its own task:
-                     switch_to() exchanges the tickets (chapter 8).
 
-Three names recur: `settings` is what the user asked for; `run` is the same with every default filled in; `search` is
-the same for --find, which makes several runs. From the other modules come the network (bert.py), vocabularies and
-random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
+Where several tasks share an encoder, nothing is set to zero and nothing cut out, whatever the kind: each batch sees
+the weights multiplied by the ticket of its own task, and without the FFNs that a Super Ticket removes (chapter 8).
+
+Three names recur: `settings` (Settings) is what the user asked for; `run` (Run) is that with every default filled in;
+`search` (Settings again) is what --find works from: it makes several runs. From the other modules come the network
+(bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and
+folders (tamt.py).
 
 "Released code" is that of the three papers: TAMT (glue_trans.py), Chen et al. (BERT-Tickets, LT_glue.py) and, for Super
 Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what differs from it.
@@ -85,8 +87,7 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    The learning rate falls linearly, as if the run were horizon_rounds times as long: with IMP's 10, each round goes
-    from lr to .9 lr.
+    The learning rate falls linearly, as if the run were horizon_rounds times as long (find_imp says why).
 
     read_tickets, read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8; the rest is
     bookkeeping, in the appendices."""
@@ -97,7 +98,8 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
-    prunable = list(layers)  # what IMP may prune: a fresh pooler, which may be added below, is not among them
+    # What IMP may prune. A fresh pooler, which may be added below, has no pre-trained weights to go back to.
+    prunable = list(layers)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
@@ -106,17 +108,19 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     texts = {task.name: read_texts(task, run) for task in tasks}
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
+    # Only now can a default name be chosen for it, since the name depends on all inputs: run.out is set here.
     run, identity, result, state = open_run_folder(run, tickets, texts)
     if result is not None:
         return finished_experiment(run, tasks, result)  # without model and data: nothing is left to do
 
     # The network: the head of the task, and the ticket.
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
-    masks = prepare_network(model, tasks, tickets, run)
+    gradient_masks = prepare_network(model, tasks, tickets, run)
     model.to(machine.device)
     if len(tasks) > 1:
         share_encoder(model, all_task_data, tickets, machine)  # applies their tickets, too
-    return Experiment(run, identity, model, vocabulary, tickets, all_task_data, masks, prunable, state, start_time)
+    return Experiment(run, identity, model, vocabulary, tickets, all_task_data, gradient_masks, prunable, state,
+                      start_time)
 
 
 @dataclass
@@ -128,7 +132,7 @@ class Experiment:
     vocabulary: data.Vocabulary | None
     tickets: list["Ticket"]
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)  # of an ordinary ticket, applied to gradients
+    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
     prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
@@ -144,9 +148,13 @@ class Experiment:
 @dataclass
 class Ticket:
     """The content of a mask file."""
-    file: Path
+    file: Path  # or the folder of the run that found it
     masks: dict[str, torch.Tensor]  # {name of a weight: True where it is kept}
-    meta: dict  # how it was made: "model", "method" ("super" for a Super Ticket), "sparsity", ...
+    meta: dict  # how it was made: "model", "method", "sparsity", ...
+
+    @property
+    def is_super(self) -> bool:
+        return self.meta.get("method") == "super"
 
 
 def read_tickets(settings) -> list[Ticket]:
@@ -182,7 +190,7 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
         return {}  # share_encoder applies the tickets of several tasks
 
     ticket = tickets[0]
-    if ticket.meta.get("method") == "super":  # chapter 7
+    if ticket.is_super:  # chapter 7
         removed_heads, removed_ffns = units_of_ticket(model.config, ticket)
         cut_out_units(model, removed_heads, removed_ffns)
         return {}  # what is cut out cannot train
@@ -197,8 +205,8 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
 
 
 def exchange_heads(model, tasks: list[glue_squad.Task]):
-    """Adds a fresh head for the task, and removes what only pre-training uses. The pooler stays where a classifier of
-    BERT reads it; RoBERTa's classifier and the head for answers do not."""
+    """Adds a fresh head for the task, and removes what only pre-training uses. The pooler stays only for BERT's
+    classifier, which reads it; RoBERTa's classifier and the head for answers do not read it."""
     is_span = tasks[0].predicts == "span"  # SQuAD, which never shares an encoder
     is_roberta = model.config.model_type == "roberta"
     needs_pooler = not is_span and not is_roberta
@@ -228,7 +236,7 @@ class TaskData:
     dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
     texts: dict[str, list]  # splits -> examples, or questions of SQuAD
     windows: list = field(default_factory=list)  # of SQuAD's dev questions: they turn logits into text
-    own: "OwnParts | None" = None  # what this task has of its own where several share an encoder (chapter 8)
+    own: "OwnParts | None" = None  # its head and ticket, where several tasks share an encoder (chapter 8)
 
     @property
     def prefix(self) -> str:
@@ -271,6 +279,8 @@ def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: 
         windows = glue_squad.make_windows(texts["dev"], vocabulary, run.max_len)
         train = [(window.input_ids, window.token_type_ids) for window in train_windows]
         targets = np.array([(window.start_position, window.end_position) for window in train_windows], np.int64)
+        if not train:
+            raise ValueError(f"task {task.name}: no training question has its answer where the file says")
         dev = {"dev": [(window.input_ids, window.token_type_ids) for window in windows]}
     else:
         dtype = np.int64 if task.predicts == "class" else np.float32
@@ -279,8 +289,6 @@ def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: 
         dev = {split: glue_squad.encode(texts[split], vocabulary, run.max_len)
                for split in ("dev", "dev_mm") if split in texts}
 
-    if not train:
-        raise ValueError(f"task {task.name}: no training question has its answer where the file says")
     if run.limit and run.limit < len(train):
         chosen = data.random_stream(run.seed, "limit").permutation(len(train))[:run.limit]
         train = [train[index] for index in chosen]
@@ -407,7 +415,7 @@ def train(experiment: Experiment):
         batches = epoch_batches(experiment.all_task_data, run, epoch)
         first_batch = step % updates_per_epoch  # 0 unless the run was interrupted within this epoch
         for task_data, indices in batches[first_batch:]:
-            torch.manual_seed((run.seed * 1_000_003 + step) * 1021)  # dropout differs with the seed and the update
+            tamt.seed_dropout(run.seed, step)
             learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
             total_loss += update(experiment, task_data, indices, parameters, optimizer, learning_rate, t=step + 1)
             step += 1
@@ -453,7 +461,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, parameters: dic
     loss.backward()
 
     # What is pruned gets no gradient, stays zero, and does not count in the norm that is clipped.
-    for name, mask in experiment.masks.items():
+    for name, mask in experiment.gradient_masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
@@ -461,8 +469,8 @@ def update(experiment: Experiment, task_data: TaskData, indices, parameters: dic
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # Sets the learning rate, no weight decay, and the eps with which torch's AdamW equals the released one at update t
-    # (tamt.py, appendix A).
+    # Sets the learning rate, no weight decay, and the eps of update t: the released AdamW adds its eps before the bias
+    # correction of the second moment, torch's after it (tamt.py, appendix A).
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -502,17 +510,18 @@ def finish(experiment: Experiment):
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
                 floor[task_data.prefix + name] = value
+    metric_names = list(floor)  # an evaluation has a step and a loss, too
     ticket_meta = [ticket.meta for ticket in experiment.tickets]
     if len(experiment.all_task_data) == 1:
         ticket_meta = ticket_meta[0] if ticket_meta else None
     experiment.result = {
         "task": task_names(experiment.all_task_data),
         "model": run.model,
-        "mask": ticket_meta,  # of several tasks a list
+        "mask": ticket_meta,  # how the ticket was made; of several tasks a list
         "sparsity": experiment.identity["sparsity"],
         "seed": run.seed,
-        "best": {name: best[name] for name in floor},  # the metrics alone: an evaluation has step and loss, too
-        "final": {name: final[name] for name in floor},
+        "best": {name: best[name] for name in metric_names},
+        "final": {name: final[name] for name in metric_names},
         "best_step": best["step"],
         "steps": final["step"],
         "floor": floor,
@@ -530,7 +539,7 @@ def finish(experiment: Experiment):
 
 
 def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
-    """The evaluation that is best in the first metric of the task (the mean over several tasks), and the last."""
+    """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
     names = [task_data.prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
     best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
     return best, experiment.history[-1]
@@ -542,9 +551,9 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 
 
 def find_imp(settings) -> dict:
-    """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of the entries by
-    magnitude, go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as
-    one (--rank global, --scope encoder); --scope all adds the word embeddings.
+    """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune the smallest 10 % of all entries that are not pruned
+    yet, go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as one
+    (--rank global, --scope encoder); --scope all adds the word embeddings.
 
     A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
     at the end fine-tunes it. A round that is finished is not repeated by --resume."""
@@ -559,7 +568,8 @@ def find_imp(settings) -> dict:
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
 
-        # Opening the experiment reads the pre-trained weights anew: that is the rewinding.
+        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. The released schedule spans
+        # the epochs of all ten rounds and starts anew in each, so that a round goes from lr to .9 lr.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
@@ -580,8 +590,8 @@ def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, 
     for name in tamt.maskable_layers(experiment.model, search.scope):
         if name in experiment.prunable:
             magnitudes[name] = parameters[name].detach().abs()
-            if name in experiment.masks:
-                magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # below every magnitude
+            if name in experiment.gradient_masks:
+                magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
     return tamt.make_masks(magnitudes, sparsity, search.rank)
 
 
@@ -597,7 +607,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
         "data": tamt.plain(run.data),
         "task": task_names(experiment.all_task_data),
         "sparsity": report["masked_set"],
-        # The fractions that were found to be removed: of the masked set, the encoder and the whole model.
+        # The fractions removed: of the entries that have a mask, of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
     tamt.save_mask(path, masks, meta | more)
@@ -626,13 +636,13 @@ def find_super(settings) -> dict:
     experiment = open_experiment(settings_of_one_run(search, out=search.out / "dense"))
     if experiment.result is None:
         train(experiment)
-        head_importance, ffn_importance = importance(experiment)
+        head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search.out)
         finish(experiment)
     results["dense"] = experiment.result
     first_metric = experiment.all_task_data[0].task.metrics[0]
 
-    # Fine-tune each ticket of the orders that --orders asks for. (All orders were written: --mask takes the others.)
+    # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
     for order in search.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -647,8 +657,9 @@ def find_super(settings) -> dict:
     curve = []
     for name, result in results.items():
         remaining = 1.0
-        if result["mask"]:
-            remaining -= result["mask"]["found"]["whole_model"]  # the fraction of all parameters that it removes
+        ticket_meta = result["mask"]
+        if ticket_meta:
+            remaining -= ticket_meta["found"]["whole_model"]  # the fraction of all parameters that it removes
         curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
         print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
               f"{result['best'][first_metric]:.4f}")
@@ -661,16 +672,16 @@ def find_super(settings) -> dict:
     return finish_search(search, best_file, {"curve": curve}, start_time)
 
 
-def importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
+def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
     """How sensitive the loss is to each head and each FFN, in eval mode over the training set.
 
-    o is the context vector of a head, or the output of an FFN, at one position. |<d loss / d o, o>| is summed over all
-    positions of a batch, and the importance is the mean over batches. In each layer the importances of the heads are
-    then divided by their l2 norm (mt_dnn/inference.py)."""
+    o is the context vector of a head, or the output of an FFN, at one position of one sequence. |<d loss / d o, o>| is
+    summed over all positions of a batch, and the importance is the mean over batches. In each layer the importances of
+    the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
     model = experiment.model
     run = experiment.run
     task_data = experiment.all_task_data[0]
-    layers = model.backbone.encoder.layer  # of each, attention.output and output are a bert.Residual
+    layers = model.backbone.encoder.layer  # in each, attention.output and output are bert.Residuals
     contexts = []
     ffn_outputs = []
     hooks = []
@@ -779,7 +790,7 @@ def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
     for index in range(config.num_hidden_layers):
         layer = f"{config.model_type}.encoder.layer.{index}"
         first_row = ticket.masks[f"{layer}.attention.output.dense.weight"][0]
-        removed_heads.append(~first_row[::head_size].cpu().numpy())
+        removed_heads.append(~first_row[::head_size].cpu().numpy())  # the first entry of each head
         removed_ffns.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
     removed_heads = np.stack(removed_heads)
     removed_ffns = np.array(removed_ffns)
@@ -796,12 +807,12 @@ def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
 class SkippableResidual(nn.Module):
     """A bert.Residual whose FFN can be left out. Then its LayerNorm acts on the residual alone.
 
-    For an FFN a mask is not enough, since its output bias would remain. For heads it is: their columns of the output
-    matrix become zero, so that nothing of them gets through."""
+    For an FFN a mask is not enough, since its output bias would remain. For heads a mask suffices: their columns of the
+    output matrix become zero, so that nothing of them gets through."""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
-        self.dense = residual.dense  # the names of checkpoints stay
+        self.dense = residual.dense  # under the names that checkpoints use
         self.LayerNorm = residual.LayerNorm
         self.dropout = residual.dropout
         self.is_skipped = False
@@ -819,7 +830,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
         attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):
+        for linear in (attention.query, attention.key, attention.value):  # attention counts its heads by their width
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
@@ -848,8 +859,8 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], m
     """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients from those tasks alone that keep it. (AdamW's momentum goes on moving it
-    while other tasks are trained.)"""
+    weight gets gradients from those tasks alone that keep it. (AdamW's momentum goes on moving it while other tasks
+    are trained.) The model gets masked_layers and heads; its classifier is the head that switch_to() has chosen."""
     model.masked_layers = {}  # {name of a weight: the layer that multiplies it by a mask}
     if tickets:
         model.masked_layers = tamt.mask_model(model)
@@ -866,7 +877,7 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], m
         if tickets:
             ticket = tickets[index]
             masks = {name: mask.to(machine.device) for name, mask in ticket.masks.items()}
-            if ticket.meta.get("method") == "super":
+            if ticket.is_super:
                 _, removed_ffns = units_of_ticket(model.config, ticket)
                 skipped = removed_ffns.tolist()
         task_data.own = OwnParts(model.classifier, masks, skipped)
@@ -935,8 +946,9 @@ class Progress:
 
 
 def record(run, result: dict, is_resumed: bool = False):
-    """Adds the line of a finished run to --results, once, whenever a kill may come: a run that is resumed may have
-    added it already. The state goes at the end: it is three times the size of the model, and of no more use."""
+    """Adds the line of a finished run to --results exactly once, even if the program is killed in between: a run that
+    is resumed may have added it already. The state goes last: it is three times the size of the model, and of no more
+    use."""
     line = {name: value for name, value in result.items() if name != "evaluations"}
     is_there = False
     if is_resumed and run.results is not None and run.results.is_file():
@@ -1054,25 +1066,26 @@ def task_names(all_task_data: list[TaskData]) -> str:
     return ",".join(task_data.task.name for task_data in all_task_data)
 
 
-def finish_search(settings, ticket, story: dict, start_time: float) -> dict:
-    """mask.pt, an ordinary mask file, and mask.json with the story of the search. ticket: None if none is to win."""
-    content = {"settings": search_identity(settings), **story}
+def finish_search(search, mask_file, story: dict, start_time: float) -> dict:
+    """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
+    no ticket is to win."""
+    content = {"settings": search_identity(search), **story}
     print("---")
-    print(f"task: {settings.task}")
-    if ticket is not None:
-        masks, meta = tamt.read_mask(ticket)
-        tamt.save_mask(settings.out / "mask.pt", masks, meta)
+    print(f"task: {search.task}")
+    if mask_file is not None:
+        masks, meta = tamt.read_mask(mask_file)
+        tamt.save_mask(search.out / "mask.pt", masks, meta)
         content["meta"] = meta
-        print(f"mask: {settings.out / 'mask.pt'}")
+        print(f"mask: {search.out / 'mask.pt'}")
         print(f"sparsity: {meta['sparsity']:.4f}")
     else:
         print("no super ticket: it is one of the winning tickets, and --orders leaves them out")
-    tamt.write_json(settings.out / "mask.json", content)
+    tamt.write_json(search.out / "mask.json", content)
     print(f"seconds: {time.time() - start_time:.4f}")
-    if ticket is not None:
-        words = ["python", "finetune.py", "--task", settings.task, "--mask", str(settings.out / "mask.pt")]
-        if settings.data:
-            words += ["--data", str(settings.data)]
+    if mask_file is not None:
+        words = ["python", "finetune.py", "--task", search.task, "--mask", str(search.out / "mask.pt")]
+        if search.data:
+            words += ["--data", str(search.data)]
         print(f"next: {shlex.join(words)}")
     return content
 
@@ -1220,7 +1233,7 @@ def resolve_search(settings: Settings) -> Settings:
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
     tamt.check_folder(settings.out, search_identity(settings), "mask.json")
-    if not settings.resume or not (settings.out / "mask.json").exists():
+    if not settings.resume:
         (settings.out / "mask.json").unlink(missing_ok=True)
     settings.out.mkdir(parents=True, exist_ok=True)
     return settings

@@ -763,12 +763,17 @@ def next_batch(training: Training) -> Batch:
     seed of the run and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
     run = training.run
     step = training.step
-    # Dropout: a number of its own for each seed, update (up to a million) and process (up to a thousand).
-    torch.manual_seed((run.seed * 1_000_003 + step) * 1021 + run.machine.process_index)
+    seed_dropout(run.seed, step, run.machine.process_index)
     num_rows = run.batch_size * run.accumulate
     indices = data.row_indices(len(training.rows), run.seed, step * num_rows, num_rows)
     generator = data.random_stream(run.seed, "corruption", step)
     return make_batch(training.rows[indices], training.vocabulary, generator)
+
+
+def seed_dropout(seed: int, step: int, process_index: int = 0):
+    """Dropout depends on nothing else: one number for each seed, update (up to a million) and process (up to a
+    thousand)."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
 
 
 def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
@@ -1224,9 +1229,12 @@ def print_summary(mask, content: dict, run):
         if name in content:
             print(f"{name}: {content[name]:.4f}")
     if mask:
-        print(f"next: {shlex.join(['python', 'finetune.py', '--task', 'sst2', '--mask', str(mask)])}")
-    else:
-        print(f"next: {shlex.join(['python', 'tamt.py', '--model', run.model])}")
+        words = ["finetune.py", "--task", "sst2", "--mask", str(mask)]
+    else:  # --evaluate of the whole network
+        words = ["tamt.py", "--model", run.model, "--data", str(run.data)]
+        if run.lines:
+            words.append("--lines")
+    print(f"next: {shlex.join(['python', *words])}")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1615,6 +1615,21 @@ def test_a_setting_that_would_change_ids_is_refused_if_it_is_not_supported(tmp_p
         data.vocabulary(with_settings(bert_folder, tmp_path, [setting]))
 
 
+@pytest.mark.parametrize("setting, words", [
+    ({"do_lower_case": "false"}, "the tokenizer setting do_lower_case cannot be 'false'"),
+    ({"strip_accents": 1}, "the tokenizer setting strip_accents cannot be 1"),
+    ({"never_split": 5}, "the tokenizer setting never_split cannot be 5"),
+    ({"added_tokens_decoder": []}, r"the tokenizer setting added_tokens_decoder cannot be \[\]"),
+    ({"added_tokens_decoder": {"x": token("[E1]")}}, "'x' is no id of a token"),
+    ({"added_tokens_json": {"[E1]": [6]}}, r"\[6\] is no id of a token"),
+    ({"extra_special_tokens": "[E1]"}, "the tokenizer setting extra_special_tokens cannot be '\\[E1\\]'"),
+    ({"special_tokens_map_json": {"extra_special_tokens": "ab"}}, "extra_special_tokens cannot be 'ab'"),
+    ({"mask_token": 5}, "tokenizer settings: 5 is no token")])
+def test_a_setting_of_the_wrong_type_is_refused(tmp_path, setting, words):
+    with pytest.raises(ValueError, match=words):
+        data.vocabulary(with_settings(bert_folder, tmp_path, [setting]))
+
+
 def tokens_and_output(folder, words, settings, capsys):
     """What "CAT" becomes, and what was printed. The name of the folder means nothing."""
     files = {} if settings is None else {"tokenizer_config_json": settings}
@@ -3540,6 +3555,12 @@ def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(world, tmp_path,
     assert not equal(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))  # training did matter
 
 
+def test_next_after_evaluating_the_whole_network_is_mask_training_on_the_same_text(world, capsys):
+    tamt.evaluate_mask(mask_settings(world, evaluate=True, lines=True))
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line == f"next: python tamt.py --model {world}/bert --data {world}/text.txt --lines"
+
+
 def test_after_imp_the_model_is_the_pretrained_one_again(world, tmp_path):
     """The mask alone is the result: --evaluate finds the losses that the run reported."""
     content = tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3, lr=1e-2))
@@ -4695,12 +4716,12 @@ def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
     num_nonzero = []
 
     def count(*_):
-        pruned = [experiment.model.get_parameter(name)[~mask] for name, mask in experiment.masks.items()]
+        pruned = [experiment.model.get_parameter(name)[~mask] for name, mask in experiment.gradient_masks.items()]
         num_nonzero.append(int(torch.cat(pruned).count_nonzero()))
 
     with contextlib.closing(register_hook(count)):
         finetune.train(experiment)
-    assert len(experiment.masks) == 14  # word embeddings, six in each of two layers, the pooler
+    assert len(experiment.gradient_masks) == 14  # word embeddings, six in each of two layers, the pooler
     assert num_nonzero == [0] * 8
 
 
@@ -4718,7 +4739,7 @@ def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, fam
 
     # The same in plain torch, as the released code does it.
     model = theirs.model
-    for name, mask in ours.masks.items():
+    for name, mask in ours.gradient_masks.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         prune.custom_from_mask(module, "weight", mask)
         if "bias" in module._parameters:  # pruning put the weight last; norms depend on the order
@@ -4730,7 +4751,7 @@ def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, fam
     model.train()
     for step in range(12):
         rows = finetune.epoch_batches(theirs.all_task_data, theirs.run, epoch=step // 4)[step % 4][1]
-        torch.manual_seed((1_000_003 + step) * 1021)  # seed 1
+        tamt.seed_dropout(1, step)
         logits = finetune.task_logits(model, task_data, [task_data.train[row] for row in rows])
         targets = torch.from_numpy(task_data.targets[rows])
         (((logits[:, 0] - targets) ** 2).sum() / len(rows)).backward()
@@ -4997,7 +5018,7 @@ def test_weights_shuffled_permutes_each_matrix_and_random_draws_them(tasks, tmp_
 def test_weights_stay_zero_under_the_mask_whatever_they_are(tasks, tmp_path):
     for kind in ("shuffled", "random"):
         experiment = opened(settings(tasks, tmp_path / kind, weights=kind))
-        for name, mask in experiment.masks.items():
+        for name, mask in experiment.gradient_masks.items():
             assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
 
 
@@ -5033,7 +5054,7 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     experiment = opened(settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
-    assert not any("pooler" in name for name in [*experiment.masks, *experiment.prunable])
+    assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.prunable])
 
 
 def test_mnli_is_reported_without_its_mismatched_file(tasks, tmp_path, capsys):
@@ -5198,7 +5219,7 @@ def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folde
 
 def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path):
     experiment = opened(dense(tasks, tmp_path))
-    heads, feed_forward = finetune.importance(experiment)
+    heads, feed_forward = finetune.measure_importance(experiment)
 
     # A gate of 1 in front of every context vector and of every output; the l1 norm of their gradients.
     task_data = experiment.all_task_data[0]
