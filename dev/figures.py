@@ -13,7 +13,6 @@ task's first metric at its best evaluation on dev, times 100, as in the paper.
 import argparse
 import io
 import json
-import shlex
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -229,6 +228,10 @@ STYLES = {
 }
 DENSE_STYLE = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1))}
 LOSSES = {"dev_mlm_loss": "dev MLM loss (nats)", "dev_kd_loss": "dev KD loss (1 - cos)"}
+PRE_TRAINING = {  # titles: what is measured before any fine-tuning
+    "dev_mlm_loss": "not fine-tuned: masked LM",
+    "dev_kd_loss": "not fine-tuned: distance from the whole",
+}
 MATRICES = {
     "attention.self.query": "Q",
     "attention.self.key": "K",
@@ -268,7 +271,7 @@ def draw_line(ax, name: str, points: dict):
     ax.errorbar(list(points), means, deviations, capsize=2, linewidth=1.1, **style(name))
 
 
-def draw_level(ax, values, label="full model"):
+def draw_level(ax, values, label="whole network"):
     if len(values):
         ax.axhline(np.mean(values), label=label, **DENSE_STYLE)
 
@@ -311,9 +314,9 @@ def make_panels(num_panels: int, num_columns: int, width=3.0, height=2.4):
 def save(figure, path: Path, caption: str, used: list[dict]):
     """Writes the figure: the panels, one legend for all of them, and the caption.
 
-    used: the masks and tunings that were drawn; the caption says how many they are and how to make one."""
+    used: the masks and tunings that were drawn; the caption says how many they are."""
     width, height = figure.get_size_inches()
-    paragraphs = [caption, facts(figure, used), f"One of the runs: {command_of(used)}"]
+    paragraphs = [caption, facts(figure, used)]
     wrapped = [textwrap.fill(paragraph, int(width * 19.5), break_on_hyphens=False) for paragraph in paragraphs]
     text = "\n".join(wrapped)
 
@@ -366,15 +369,6 @@ def facts(figure, used: list[dict]) -> str:
     return f"{'; '.join(sentences)}."
 
 
-def command_of(used: list[dict]) -> str:
-    """The last command, absolute paths cut to their names."""
-    for item in reversed(used):
-        if item.get("command"):
-            words = shlex.split(item["command"])
-            return " ".join(Path(word).name if word.startswith("/") else word for word in words)
-    return "settings in each mask.json"
-
-
 # ---------------------------------------------------------------------------------------------------
 # 4. Figures of the paper
 # ---------------------------------------------------------------------------------------------------
@@ -384,7 +378,7 @@ def fig1(masks, tunings, args):
     panels = ["dev_mlm_loss"]
     if tunings:
         panels.insert(0, common_tasks(after_last_step(tunings)))
-    caption = "Fig. 1. Magnitude pruning (OMP) and random masks, no mask training."
+    caption = "Fig. 1 of the paper: magnitude pruning (OMP) and random masks, no mask training."
     draw_against_sparsity(masks, tunings, ["omp", "random"], panels, args.out / "fig1.png", caption)
 
 
@@ -395,7 +389,8 @@ def fig3(masks, tunings, args):
         panels.append(tasks)
     panels += LOSSES
     names = [name for name in names_in_order(masks + with_usual_limit(tunings)) if "-" not in name]
-    draw_against_sparsity(masks, tunings, names, panels, args.out / "fig3.png", "Fig. 3/4. Methods against sparsity.")
+    caption = "Fig. 3 and 4 of the paper: methods against sparsity."
+    draw_against_sparsity(masks, tunings, names, panels, args.out / "fig3.png", caption)
 
 
 def draw_against_sparsity(masks, tunings, names, panels, file, caption):
@@ -414,11 +409,11 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
     for ax, panel in zip(axes, panels, strict=True):
         if isinstance(panel, str):
             values = loss_values(masks, panel)
-            ax.set(ylabel=LOSSES[panel], title="before fine-tuning")
+            ax.set(ylabel=LOSSES[panel], title=PRE_TRAINING[panel])
         else:
             runs_of = group_by(tunings, "name", "s")
             values = {key: mean_scores(runs, panel) for key, runs in runs_of.items()}
-            ax.set(ylabel=score_label(tunings, panel), title=panel[0] if len(panel) == 1 else "")
+            ax.set(ylabel=score_label(tunings, panel), title=f"fine-tuned: {panel[0]}" if len(panel) == 1 else "")
         ax.set(xlabel="sparsity (%)")
         for name in names:
             points = {100 * key[1]: of_key for key, of_key in values.items() if key[0] == name}
@@ -463,8 +458,8 @@ def fig5(masks, tunings, args):
                     ax.plot(point[loss], point["score"], **look)
         title = textwrap.fill(f"rho at {correlations(shown, loss)}", 42)
         ax.set(title=title, xlabel=LOSSES[loss], ylabel=score_label(tunings, tasks))
-    caption = (f"Fig. 5. Score against pre-training loss, {len(points)} masks with checkpoints; small markers: high "
-               "sparsity; rho: Spearman's, at each sparsity and over all.")
+    caption = (f"Fig. 5 of the paper: score against pre-training loss, {len(points)} masks with checkpoints; small "
+               "markers: high sparsity; rho: Spearman's, at each sparsity and over all.")
     save(figure, args.out / "fig5.png", caption, tunings)
 
 
@@ -485,7 +480,7 @@ def correlations(points, loss: str) -> str:
 
 def fig6(masks, tunings, args):
     names = [name for name in names_in_order(masks) if name in STYLES and name != "random"]
-    caption = f"Fig. 6. What a mask costs, {args.sparsity:.0%} removed."
+    caption = f"Fig. 6 of the paper: what a mask costs, {args.sparsity:.0%} removed."
     draw_along_training(masks, tunings, names, args, "fig6.png", caption, ["updates", "seconds of training"])
 
 
@@ -496,7 +491,7 @@ def fig7(masks, tunings, args):
             names += [name.removesuffix("-random"), name]
     if not names:
         raise NoData("runs with --init random")
-    caption = f"Fig. 7. Training from the OMP mask (filled) or a random one (open), {args.sparsity:.0%}."
+    caption = f"Fig. 7 of the paper: training from the OMP mask (filled) or a random one (open), {args.sparsity:.0%}."
     draw_along_training(masks, tunings, names, args, "fig7.png", caption, ["updates"])
 
 
@@ -607,8 +602,8 @@ def fig8(masks, tunings, args):
     chance = density / (2 - density)
     draw_level(right, [1 - chance], "independent masks")
     right.set(title="distance from OMP", xlabel="updates", ylabel="1 - similarity")
-    caption = (f"Fig. 8. Masks at {args.sparsity:.0%}: Jaccard similarity of kept weights, mean over matrices; "
-               f"independent masks have {chance:.3f}.")
+    caption = (f"Fig. 8 of the paper: masks at {args.sparsity:.0%}: Jaccard similarity of kept weights, mean over "
+               f"matrices; independent masks have {chance:.3f}.")
     save(figure, args.out / "fig8.png", caption, shown)
 
 
@@ -638,7 +633,7 @@ def fig9(masks, tunings, args):
             for number, of_number in group(runs, "num_examples").items():
                 points[number] = [tuning["score"] for tuning in of_number]
             if name == "dense":
-                ax.plot(list(points), [np.mean(scores) for scores in points.values()], label="full model",
+                ax.plot(list(points), [np.mean(scores) for scores in points.values()], label="whole network",
                         **DENSE_STYLE)
             else:
                 draw_line(ax, name, points)
@@ -648,7 +643,7 @@ def fig9(masks, tunings, args):
         ticks = [tick for tick in ticks if low <= tick <= high]
         ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         ax.minorticks_off()
-    caption = f"Fig. 9. Fewer examples to fine-tune on; masks at {args.sparsity:.0%}."
+    caption = f"Fig. 9 of the paper: fewer examples to fine-tune on; masks at {args.sparsity:.0%}."
     save(figure, args.out / "fig9.png", caption, shown)
 
 
@@ -701,7 +696,7 @@ def transfer(masks, tunings, args):
     targets = sorted({tuning["task"] for tuning in tickets})
     dense = [tuning for tuning in shown if tuning["name"] == "dense"]
     if not {tuning["task"] for tuning in dense} & set(targets):
-        raise NoData("tickets found on tasks (metadata: task) and scores of the full model there")
+        raise NoData("tickets found on tasks (metadata: task) and scores of the whole network there")
 
     shown = [tuning for tuning in shown if tuning["s"] == tickets[0]["s"] and tuning["task"] in targets]
     rows = sorted({tuning["row"] for tuning in shown}, key=lambda row: (row not in targets, row))
@@ -715,7 +710,7 @@ def transfer(masks, tunings, args):
 
     figure, (ax,) = make_panels(1, 1, 0.8 * len(targets) + 1.6, 0.24 * len(rows) + 0.8)
     draw_table(ax, gains, rows, targets, "{:+.1f}")
-    ax.set(xlabel="target task", ylabel="where the mask is from", title="score minus full model")
+    ax.set(xlabel="target task", ylabel="where the mask is from", title="score minus whole network")
     caption = f"Does one task's ticket serve another? {tickets[0]['s']:.0%} removed."
     save(figure, args.out / "transfer.png", caption, shown)
 
