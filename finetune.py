@@ -29,7 +29,7 @@ Where several tasks share an encoder, nothing is set to zero and nothing cut out
 the weights multiplied by the ticket of its own task, and without the FFNs that a Super Ticket removes (chapter 8).
 
 Three names recur: `settings` (Settings) is what the user asked for; `run` (Run) is that with every default filled in;
-`search` (Settings again) is what --find works from: it makes several runs. From the other modules come the network
+`search` (Settings again) describes a --find, which makes several runs. From the other modules come the network
 (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and
 folders (tamt.py).
 
@@ -89,8 +89,8 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 
     The learning rate falls linearly, as if the run were horizon_rounds times as long (find_imp says why).
 
-    read_tickets, read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter 8; the rest is
-    bookkeeping, in the appendices."""
+    choose_model, read_tickets, read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter
+    8, what begins with tamt. in tamt.py; the rest is bookkeeping, in the appendices."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -98,8 +98,6 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
-    # What IMP may prune. A fresh pooler, which may be added below, has no pre-trained weights to go back to.
-    prunable = list(layers)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
@@ -113,14 +111,17 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     if result is not None:
         return finished_experiment(run, tasks, result)  # without model and data: nothing is left to do
 
-    # The network: the head of the task, and the ticket.
+    # The data, and the network with its head and its ticket, or with those of several tasks.
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
-    gradient_masks = prepare_network(model, tasks, tickets, run)
+    experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
+    experiment.prunable = list(layers)  # what the checkpoint has; the head, or a fresh pooler, is not among it
+    torch.manual_seed(run.seed)
+    if len(tasks) == 1:
+        experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)
+    else:
+        share_encoder(model, all_task_data, tickets, run)
     model.to(machine.device)
-    if len(tasks) > 1:
-        share_encoder(model, all_task_data, tickets, machine)  # applies their tickets, too
-    return Experiment(run, identity, model, vocabulary, tickets, all_task_data, gradient_masks, prunable, state,
-                      start_time)
+    return experiment
 
 
 @dataclass
@@ -128,14 +129,16 @@ class Experiment:
     """A run in progress."""
     run: "Run"
     identity: dict  # settings, checksums and sparsity: --resume compares them, and refuses any other run
-    model: bert.Model | None  # None if --resume found the result
-    vocabulary: data.Vocabulary | None
-    tickets: list["Ticket"]
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
-    prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
+    tickets: list["Ticket"] = field(default_factory=list)
+    model: bert.Model | None = None  # None if --resume found the result
+    vocabulary: data.Vocabulary | None = None
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
+    prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
+    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # all that trains
+    optimizer: torch.optim.Optimizer | None = None
     history: list[dict] = field(default_factory=list)  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
     result: dict | None = None
 
@@ -160,7 +163,7 @@ class Ticket:
 def read_tickets(settings) -> list[Ticket]:
     """The mask files of --mask: none, one, or one for each of several tasks."""
     tickets = []
-    for file in split_names(settings.mask or "", settings):  # at commas, if --task names several tasks
+    for file in split_per_task(settings.mask or "", settings):  # at commas, if --task names several tasks
         masks, meta = tamt.read_mask(file)
         tickets.append(Ticket(Path(file), masks, meta))
     return tickets
@@ -180,14 +183,17 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
-    """Exchanges the heads of pre-training for that of the task, and applies the ticket. Returns the masks that update()
-    has to respect: those of an ordinary ticket, {} in all other cases."""
-    torch.manual_seed(run.seed)
-    exchange_heads(model, tasks)
+def prepare_network(model, task: glue_squad.Task, tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
+    """Gives the model the head of its only task, and applies the ticket, if there is one. Returns the masks that
+    update() has to respect: those of an ordinary ticket, {} in all other cases."""
+    adapt_backbone(model, task)
+    if task.predicts == "span":
+        model.add_span_head()
+    else:
+        model.add_classifier(task.num_outputs)
     ablate_weights(model, run.weights)  # appendix A; does nothing by default
-    if not tickets or len(tasks) > 1:
-        return {}  # share_encoder applies the tickets of several tasks
+    if not tickets:
+        return {}
 
     ticket = tickets[0]
     if ticket.is_super:  # chapter 7
@@ -204,34 +210,26 @@ def prepare_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], 
     return masks
 
 
-def exchange_heads(model, tasks: list[glue_squad.Task]):
-    """Adds a fresh head for the task, and removes what only pre-training uses. The pooler stays only for BERT's
-    classifier, which reads it; RoBERTa's classifier and the head for answers do not read it."""
-    is_span = tasks[0].predicts == "span"  # SQuAD, which never shares an encoder
-    is_roberta = model.config.model_type == "roberta"
-    needs_pooler = not is_span and not is_roberta
-    if needs_pooler and not model.has_pooler:
-        model.add_pooler()
-        print("the checkpoint has no pooler: a fresh one is trained, dense")
-
-    if is_span:
-        model.add_span_head()
-    elif len(tasks) == 1:  # several tasks get theirs in share_encoder
-        model.add_classifier(tasks[0].num_outputs)
-
+def adapt_backbone(model, task: glue_squad.Task):
+    """Takes the heads of pre-training off. The pooler stays only for BERT's classifier, since nothing else reads it;
+    where the checkpoint has none, that classifier gets a fresh one."""
     for name in ("cls", "lm_head"):
         if hasattr(model, name):
             delattr(model, name)
-    if not needs_pooler and model.has_pooler:
+    is_read = task.predicts != "span" and model.config.model_type == "bert"
+    if is_read and not model.has_pooler:
+        model.add_pooler()
+        print("the checkpoint has no pooler: a fresh one is trained, dense")
+    if not is_read and model.has_pooler:
         del model.backbone.pooler
 
 
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); lists are in file order. A
-    window of SQuAD is a sequence of a question and as much of its paragraph as fits."""
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD, whose task predicts a
+    "span" of tokens, the answer, it is a window: a question and as much of its paragraph as fits."""
     task: glue_squad.Task
-    train: list  # sequences
+    train: list  # sequences, in file order; with --limit in random order
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
     texts: dict[str, list]  # splits -> examples, or questions of SQuAD
@@ -306,10 +304,11 @@ def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> 
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     input_ids, attention_mask, token_type_ids = batch  # (B, T) each
     is_padded = not attention_mask.all()
+    has_token_types = model.config.type_vocab_size > 1  # RoBERTa has none
     device = next(model.parameters()).device
     input_ids = tamt.to_device(input_ids, device)
     attention_mask = tamt.to_device(attention_mask, device) if is_padded else None
-    token_type_ids = tamt.to_device(token_type_ids, device) if model.config.type_vocab_size > 1 else None
+    token_type_ids = tamt.to_device(token_type_ids, device) if has_token_types else None
 
     hidden_states = model(input_ids, attention_mask, token_type_ids)
     if task_data.task.predicts != "span":
@@ -395,19 +394,19 @@ def train(experiment: Experiment):
     continues exactly."""
     run = experiment.run
     model = experiment.model
-    parameters = dict(model.named_parameters())
-    optimizer = tamt.make_optimizer(parameters.values(), run.machine.device)
+    experiment.parameters = dict(model.named_parameters())
+    experiment.optimizer = tamt.make_optimizer(experiment.parameters.values(), run.machine.device)
     step = 0
     total_loss = 0.0  # since the last evaluation
     if experiment.state is not None:
-        tamt.restore_parameters(parameters, optimizer, experiment.state, run.out / "state.pt")
+        tamt.restore_parameters(experiment.parameters, experiment.optimizer, experiment.state, run.out / "state.pt")
         experiment.history = list(experiment.state["history"])
         step = experiment.state["step"]
         total_loss = experiment.state["total_loss"]
 
     updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
-    horizon = num_updates * run.horizon_rounds
+    horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
     progress = Progress(step, num_updates)
     saved_at = time.time()
     model.train()
@@ -417,7 +416,7 @@ def train(experiment: Experiment):
         for task_data, indices in batches[first_batch:]:
             tamt.seed_dropout(run.seed, step)
             learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
-            total_loss += update(experiment, task_data, indices, parameters, optimizer, learning_rate, t=step + 1)
+            total_loss += update(experiment, task_data, indices, learning_rate, t=step + 1)
             step += 1
 
             is_epoch_end = step % updates_per_epoch == 0
@@ -430,7 +429,7 @@ def train(experiment: Experiment):
                 total_loss = 0.0
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
                 saved_at = time.time()
-                save_state(experiment, parameters, optimizer, step, total_loss)
+                save_state(experiment, step, total_loss)
     model.eval()
 
 
@@ -447,12 +446,13 @@ def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list
     return batches
 
 
-def update(experiment: Experiment, task_data: TaskData, indices, parameters: dict, optimizer, learning_rate: float,
-           t: int) -> float:
+def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: float, t: int) -> float:
     """Update number t (from 1) of all weights under the masks, on the examples task_data.train[indices]. Returns their
     mean loss."""
     model = experiment.model
     machine = experiment.run.machine
+    parameters = experiment.parameters
+    optimizer = experiment.optimizer
     switch_to(model, task_data)
     targets = tamt.to_device(task_data.targets[indices], machine.device)
     with tamt.autocast(machine):
@@ -477,15 +477,15 @@ def update(experiment: Experiment, task_data: TaskData, indices, parameters: dic
     return loss_value
 
 
-def save_state(experiment: Experiment, parameters: dict, optimizer, step: int, total_loss: float):
+def save_state(experiment: Experiment, step: int, total_loss: float):
     tamt.write_torch(experiment.run.out / "state.pt", {
         "format": 2,
-        "settings": experiment.identity,
+        "settings": experiment.identity,  # open_run_folder compares them
         "step": step,
         "history": experiment.history,
         "total_loss": total_loss,
-        "parameters": {name: parameter.data for name, parameter in parameters.items()},
-        "optimizer": optimizer.state_dict(),
+        "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},
+        "optimizer": experiment.optimizer.state_dict(),
     })
 
 
@@ -551,12 +551,12 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 
 
 def find_imp(settings) -> dict:
-    """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune the smallest 10 % of all entries that are not pruned
-    yet, go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as one
+    """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
+    left), go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as one
     (--rank global, --scope encoder); --scope all adds the word embeddings.
 
     A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
-    at the end fine-tunes it. A round that is finished is not repeated by --resume."""
+    at the end fine-tunes it. --resume does not repeat a finished round."""
     start_time = time.time()
     search = resolve_search(settings)
     sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -569,7 +569,7 @@ def find_imp(settings) -> dict:
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
 
         # Opening the experiment reads the pre-trained weights anew: that is the rewinding. The released schedule spans
-        # the epochs of all ten rounds and starts anew in each, so that a round goes from lr to .9 lr.
+        # the epochs of ten rounds, whatever the sparsity, and starts anew in each: a round goes from lr to .9 lr.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
@@ -585,11 +585,10 @@ def find_imp(settings) -> dict:
 
 def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, torch.Tensor]:
     """Masks that prune the smallest trained weights, up to this sparsity. What was pruned before stays pruned."""
-    parameters = dict(experiment.model.named_parameters())
     magnitudes = {}
     for name in tamt.maskable_layers(experiment.model, search.scope):
         if name in experiment.prunable:
-            magnitudes[name] = parameters[name].detach().abs()
+            magnitudes[name] = experiment.parameters[name].detach().abs()
             if name in experiment.gradient_masks:
                 magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
     return tamt.make_masks(magnitudes, sparsity, search.rank)
@@ -659,7 +658,8 @@ def find_super(settings) -> dict:
         remaining = 1.0
         ticket_meta = result["mask"]
         if ticket_meta:
-            remaining -= ticket_meta["found"]["whole_model"]  # the fraction of all parameters that it removes
+            removed = ticket_meta["found"]  # fractions
+            remaining -= removed["whole_model"]
         curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
         print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
               f"{result['best'][first_metric]:.4f}")
@@ -764,8 +764,8 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
 
 
 def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
-    """The masks of the six matrices of each layer that remove whole units, (L, H) and (L,) bool. A head has rows in
-    query, key and value, and columns in the output matrix, which reads its context vector."""
+    """removed_heads (L, H), removed_ffns (L,) -> the masks of the six matrices of each layer. A head has rows in query,
+    key and value, and columns in the output matrix, which reads its context vector."""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -805,7 +805,8 @@ def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
 
 
 class SkippableResidual(nn.Module):
-    """A bert.Residual whose FFN can be left out. Then its LayerNorm acts on the residual alone.
+    """A bert.Residual whose FFN can be left out: for good (cut_out_units), or for the batches of a task (switch_to).
+    Then its LayerNorm acts on the residual alone.
 
     For an FFN a mask is not enough, since its output bias would remain. For heads a mask suffices: their columns of the
     output matrix become zero, so that nothing of them gets through."""
@@ -830,7 +831,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
         attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):  # attention counts its heads by their width
+        for linear in (attention.query, attention.key, attention.value):  # bert.py infers the number of heads from it
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
@@ -850,38 +851,40 @@ def cut_out_units(model, removed_heads, removed_ffns):
 @dataclass
 class OwnParts:
     """What each of several tasks has of its own. Everything else of the model serves all of them."""
-    head: nn.Module
+    head: nn.Module  # its classifier
     masks: dict[str, torch.Tensor]  # its ticket; {} without tickets
     skipped: list[bool]  # (L,) the layers whose FFN its ticket takes out
 
 
-def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], machine):
+def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], run):
     """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
     weight gets gradients from those tasks alone that keep it. (AdamW's momentum goes on moving it while other tasks
-    are trained.) The model gets masked_layers and heads; its classifier is the head that switch_to() has chosen."""
+    are trained.) The model gets masked_layers and task_heads; switch_to() makes one of these the classifier."""
+    adapt_backbone(model, all_task_data[0].task)
+    ablate_weights(model, run.weights)
     model.masked_layers = {}  # {name of a weight: the layer that multiplies it by a mask}
     if tickets:
         model.masked_layers = tamt.mask_model(model)
         for layer in model.backbone.encoder.layer:
             layer.output = SkippableResidual(layer.output)
 
-    model.heads = nn.ModuleDict()  # so that all heads are among the model's parameters
+    model.task_heads = nn.ModuleDict()  # so that all of them are among the model's parameters
     for index, task_data in enumerate(all_task_data):
         task = task_data.task
         model.add_classifier(task.num_outputs)
-        model.heads[task.name] = model.classifier
+        model.task_heads[task.name] = model.classifier
         masks = {}
         skipped = [False] * model.config.num_hidden_layers
         if tickets:
             ticket = tickets[index]
-            masks = {name: mask.to(machine.device) for name, mask in ticket.masks.items()}
+            masks = {name: mask.to(run.machine.device) for name, mask in ticket.masks.items()}
             if ticket.is_super:
                 _, removed_ffns = units_of_ticket(model.config, ticket)
                 skipped = removed_ffns.tolist()
         task_data.own = OwnParts(model.classifier, masks, skipped)
-    del model.classifier  # switch_to() puts one of the heads in its place
+    del model.classifier  # switch_to() puts one of the task heads in its place
 
 
 def switch_to(model, task_data: TaskData):
@@ -970,7 +973,7 @@ def finished_experiment(run, tasks: list, result: dict) -> Experiment:
         raise ValueError(f"{run.out} is finished, its model gone: --predict and --export need it again, without "
                          "--resume")
     all_task_data = [TaskData(task, [], np.zeros(0), {}, {}) for task in tasks]
-    return Experiment(run, {}, None, None, [], all_task_data, result=result)
+    return Experiment(run, {}, all_task_data, result=result)
 
 
 def print_summary(result: dict):
@@ -1031,7 +1034,7 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
     not read pruned_heads from a config any more."""
     tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not name.startswith("heads."):
+        if not name.startswith("task_heads."):
             tensors[name] = parameter.data
     for name, layer in model.named_modules():
         if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
@@ -1133,15 +1136,15 @@ class Settings:
 
     def __post_init__(self):
         tamt.check_settings(self)
-        names = split_names(self.task, self)
+        names = split_per_task(self.task, self)
         tasks = find_tasks(self)
         if len(names) > 1:
             is_repeated = len({task.name for task in tasks}) < len(tasks)
             if is_repeated or any(task.predicts == "span" for task in tasks):
                 raise ValueError("--task: tasks that share an encoder are different ones, without squad")
-            if self.mask and len(split_names(self.mask, self)) != len(names):
-                raise ValueError(f"--mask: {len(split_names(self.mask, self))} files for {len(names)} tasks; expected "
-                                 "one for each")
+            num_masks = len(split_per_task(self.mask or "", self))
+            if self.mask and num_masks != len(names):
+                raise ValueError(f"--mask: {num_masks} files for {len(names)} tasks; expected one for each")
         if self.find and (len(names) > 1 or self.mask or self.predict or self.export):
             raise ValueError("--find goes with one --task and without --mask, --predict and --export")
         for name, find in (("sparsity", "imp"), ("rank", "imp"), ("scope", "imp"), ("orders", "super")):
@@ -1170,7 +1173,7 @@ class Run(Settings):
 TOY = {"epochs": 6, "lr": 1e-3, "max_len": 128}
 
 
-def split_names(text: str, settings) -> list[str]:
+def split_per_task(text: str, settings) -> list[str]:
     """Several tasks, or masks, are separated by commas."""
     if "," not in settings.task or Path(settings.task).is_file():
         return [text] if text else []
@@ -1181,7 +1184,7 @@ def split_names(text: str, settings) -> list[str]:
 
 
 def find_tasks(settings) -> list[glue_squad.Task]:
-    return [glue_squad.find_task(name) for name in split_names(settings.task, settings)]
+    return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
 def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], model, horizon_rounds: int) -> Run:
@@ -1325,7 +1328,7 @@ def refuse_results_file(run):
 
 
 def main(argv=None):
-    settings = tamt.parse_settings(Settings, "Fine-tune a subnetwork of a pre-trained BERT on one task.", argv)
+    settings = tamt.parse_settings(Settings, "Fine-tune a subnetwork of a pre-trained BERT.", argv)
     fine_tune(settings)
 
 

@@ -5192,7 +5192,7 @@ def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monke
 def test_a_round_of_imp_is_the_first_tenth_of_its_schedule(tasks, tmp_path, monkeypatch):
     learning_rates = []
 
-    def no_update(experiment, task_data, rows, parameters, optimizer, learning_rate, t):
+    def no_update(experiment, task_data, indices, learning_rate, t):
         learning_rates.append(learning_rate)
         return 0.0
 
