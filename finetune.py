@@ -28,10 +28,11 @@ keeps are trained. Without --mask all weights are trained. There are two kinds o
 Where several tasks share an encoder, nothing is set to zero and nothing cut out, whatever the kind: each batch sees
 the weights multiplied by the ticket of its own task, and without the FFNs that a Super Ticket removes (chapter 8).
 
-Three names recur: `settings` (Settings) is what the user asked for; `run` (Run) is that with every default filled in;
-`search` (Settings again) describes a --find, which makes several runs. From the other modules come the network
-(bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and
-folders (tamt.py).
+Four names recur: `settings` (Settings) is what the user asked for; `run` (Run) is that with every default filled in,
+lr, epochs, batch_size and so on, as the flags are called, and the machine; `experiment` (Experiment) is a run with all
+that belongs to it, from the data to the result; `search` (Settings again) describes a --find, which makes several
+experiments. From the other modules come the network (bert.py), vocabularies and random streams (data.py),
+tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
 
 "Released code" is that of the three papers: TAMT (glue_trans.py), Chen et al. (BERT-Tickets, LT_glue.py) and, for Super
 Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what differs from it.
@@ -87,7 +88,7 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    The learning rate falls linearly, as if the run were horizon_rounds times as long (find_imp says why).
+    horizon_rounds stretches the schedule of the learning rate (find_imp says why).
 
     choose_model, read_tickets, read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter
     8, what begins with tamt. in tamt.py; the rest is bookkeeping, in the appendices."""
@@ -115,7 +116,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
     experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
     experiment.prunable = list(layers)  # what the checkpoint has; the head, or a fresh pooler, is not among it
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # of what is drawn: heads, a fresh pooler, ablations
     if len(tasks) == 1:
         experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)
     else:
@@ -126,7 +127,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 
 @dataclass
 class Experiment:
-    """A run in progress."""
+    """A run, and all that it leads to."""
     run: "Run"
     identity: dict  # settings, checksums and sparsity: --resume compares them, and refuses any other run
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
@@ -191,7 +192,7 @@ def prepare_network(model, task: glue_squad.Task, tickets: list[Ticket], run) ->
         model.add_span_head()
     else:
         model.add_classifier(task.num_outputs)
-    ablate_weights(model, run.weights)  # appendix A; does nothing by default
+    ablate_weights(model, run.weights)  # --weights random or shuffled, appendix A; does nothing by default
     if not tickets:
         return {}
 
@@ -216,18 +217,19 @@ def adapt_backbone(model, task: glue_squad.Task):
     for name in ("cls", "lm_head"):
         if hasattr(model, name):
             delattr(model, name)
-    is_read = task.predicts != "span" and model.config.model_type == "bert"
-    if is_read and not model.has_pooler:
+    needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
+    if needs_pooler and not model.has_pooler:
         model.add_pooler()
         print("the checkpoint has no pooler: a fresh one is trained, dense")
-    if not is_read and model.has_pooler:
+    if not needs_pooler and model.has_pooler:
         del model.backbone.pooler
 
 
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD, whose task predicts a
-    "span" of tokens, the answer, it is a window: a question and as much of its paragraph as fits."""
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD it is a window: a
+    question and as much of its paragraph as fits. What SQuAD predicts is a "span", the first and the last token of the
+    answer."""
     task: glue_squad.Task
     train: list  # sequences, in file order; with --limit in random order
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
@@ -246,16 +248,11 @@ def read_texts(task: glue_squad.Task, run) -> dict[str, list]:
     """{split: examples, or questions of SQuAD}: train, dev, and the test files if they are to be predicted.
     MNLI's mismatched and diagnostic files may be missing."""
     folder = find_folder(task, run)
-    splits = ["train", "dev", "dev_mm"]
-    if run.predict and task.predicts != "span":
-        if "test" not in task.files:
-            raise ValueError(f"--predict: task {task.name} names no test file")
-        splits += ["test", "test_mm", "ax"]
+    if run.predict and task.predicts != "span" and "test" not in task.files:
+        raise ValueError(f"--predict: task {task.name} names no test file")
 
     texts = {}
-    for split in splits:
-        if split not in task.files:
-            continue
+    for split in wanted_splits(task, run.predict):
         try:
             if task.predicts == "span":
                 texts[split] = glue_squad.load_squad(glue_squad.find_file(task, split, folder))
@@ -337,7 +334,7 @@ def task_loss(task: glue_squad.Task, logits, targets):
 
 @torch.no_grad()
 def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list:
-    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2)."""
+    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T with the padding of its batch."""
     model = experiment.model
     switch_to(model, task_data)  # chapter 8; does nothing for a single task
     was_training = model.training
@@ -377,7 +374,7 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
                 scores = glue_squad.squad_scores(predictions, task_data.texts[split])
             else:
                 scores = glue_squad.score(task, predictions, task_data.texts[split], split)
-            for name, value in scores.items():
+            for name, value in scores.items():  # of dev_mm the names end in _mm
                 metrics[task_data.prefix + name] = value
     return metrics
 
@@ -434,7 +431,7 @@ def train(experiment: Experiment):
 
 
 def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
-    """The batches of an epoch, those of several tasks shuffled together: (task, indices of its examples)."""
+    """The batches of an epoch, those of several tasks shuffled together: (data of a task, indices into its train)."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
     for task_data in all_task_data:
@@ -469,7 +466,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # Sets the learning rate, no weight decay, and the eps of update t: the released AdamW adds its eps before the bias
+    # The learning rate and the eps of this update; weight decay is 0. The released AdamW adds its eps before the bias
     # correction of the second moment, torch's after it (tamt.py, appendix A).
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
@@ -511,13 +508,13 @@ def finish(experiment: Experiment):
             for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
                 floor[task_data.prefix + name] = value
     metric_names = list(floor)  # an evaluation has a step and a loss, too
-    ticket_meta = [ticket.meta for ticket in experiment.tickets]
-    if len(experiment.all_task_data) == 1:
-        ticket_meta = ticket_meta[0] if ticket_meta else None
+    metas = [ticket.meta for ticket in experiment.tickets]
+    only_meta = metas[0] if metas else None
     experiment.result = {
         "task": task_names(experiment.all_task_data),
         "model": run.model,
-        "mask": ticket_meta,  # how the ticket was made; of several tasks a list
+        # Not the mask itself, but how it was made.
+        "mask": metas if len(experiment.all_task_data) > 1 else only_meta,
         "sparsity": experiment.identity["sparsity"],
         "seed": run.seed,
         "best": {name: best[name] for name in metric_names},
@@ -568,8 +565,9 @@ def find_imp(settings) -> dict:
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
 
-        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. The released schedule spans
-        # the epochs of ten rounds, whatever the sparsity, and starts anew in each: a round goes from lr to .9 lr.
+        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. The released schedule is as
+        # long as ten rounds, whatever the sparsity, and every round starts it afresh. So within a round the learning
+        # rate falls from lr to .9 lr, and no further.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
             train(experiment)
@@ -587,15 +585,15 @@ def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, 
     """Masks that prune the smallest trained weights, up to this sparsity. What was pruned before stays pruned."""
     magnitudes = {}
     for name in tamt.maskable_layers(experiment.model, search.scope):
-        if name in experiment.prunable:
+        if name in experiment.prunable:  # not a fresh pooler: the next round draws another
             magnitudes[name] = experiment.parameters[name].detach().abs()
             if name in experiment.gradient_masks:
                 magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
     return tamt.make_masks(magnitudes, sparsity, search.rank)
 
 
-def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
-    """Writes a mask file; its metadata say how it was made. `more`: what the caller adds to them."""
+def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
+    """Writes a mask file. Its metadata say how it was made; provenance: what the caller adds to them."""
     run = experiment.run
     report = tamt.sparsity_report(experiment.model, masks)
     meta = {
@@ -606,10 +604,11 @@ def save_ticket(path, experiment: Experiment, masks: dict, more: dict):
         "data": tamt.plain(run.data),
         "task": task_names(experiment.all_task_data),
         "sparsity": report["masked_set"],
-        # The fractions removed: of the entries that have a mask, of the encoder, of the whole model.
+        # The fractions removed, as found by counting: of the entries that have a mask ("sparsity" again), of the
+        # encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
-    tamt.save_mask(path, masks, meta | more)
+    tamt.save_mask(path, masks, meta | provenance)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -637,7 +636,7 @@ def find_super(settings) -> dict:
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search.out)
-        finish(experiment)
+        finish(experiment)  # last: result.json tells --resume that the tickets are there
     results["dense"] = experiment.result
     first_metric = experiment.all_task_data[0].task.metrics[0]
 
@@ -656,9 +655,9 @@ def find_super(settings) -> dict:
     curve = []
     for name, result in results.items():
         remaining = 1.0
-        ticket_meta = result["mask"]
-        if ticket_meta:
-            removed = ticket_meta["found"]  # fractions
+        meta = result["mask"]  # None for "dense"
+        if meta:
+            removed = meta["found"]  # fractions
             remaining -= removed["whole_model"]
         curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
         print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
@@ -740,7 +739,7 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
     each removes what the one below removes, and more. Every layer keeps at least one head: the one that would go
     last."""
-    generator = data.random_stream(seed, "tickets")
+    generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
     # Units with the smallest keys go first.
     if order == "random":
@@ -805,8 +804,8 @@ def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
 
 
 class SkippableResidual(nn.Module):
-    """A bert.Residual whose FFN can be left out: for good (cut_out_units), or for the batches of a task (switch_to).
-    Then its LayerNorm acts on the residual alone.
+    """The end of an FFN that can be left out: for good (cut_out_units), or for the batches of a task (switch_to). Then
+    the LayerNorm is applied to the residual alone.
 
     For an FFN a mask is not enough, since its output bias would remain. For heads a mask suffices: their columns of the
     output matrix become zero, so that nothing of them gets through."""
@@ -831,7 +830,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
         attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):  # bert.py infers the number of heads from it
+        for linear in (attention.query, attention.key, attention.value):  # bert.py counts heads by these rows
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
@@ -860,9 +859,9 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients from those tasks alone that keep it. (AdamW's momentum goes on moving it while other tasks
-    are trained.) The model gets masked_layers and task_heads; switch_to() makes one of these the classifier."""
-    adapt_backbone(model, all_task_data[0].task)
+    weight gets gradients only from the tasks that keep it. (AdamW's momentum goes on moving it while other tasks are
+    trained.) The model gets masked_layers and task_heads; switch_to() makes one of the task_heads the classifier."""
+    adapt_backbone(model, all_task_data[0].task)  # the same for all of them: none predicts spans
     ablate_weights(model, run.weights)
     model.masked_layers = {}  # {name of a weight: the layer that multiplies it by a mask}
     if tickets:
@@ -953,10 +952,10 @@ def record(run, result: dict, is_resumed: bool = False):
     is resumed may have added it already. The state goes last: it is three times the size of the model, and of no more
     use."""
     line = {name: value for name, value in result.items() if name != "evaluations"}
-    is_there = False
+    is_recorded = False
     if is_resumed and run.results is not None and run.results.is_file():
-        is_there = json.dumps(line).encode() in run.results.read_bytes()
-    if run.results is not None and not is_there:
+        is_recorded = json.dumps(line).encode() in run.results.read_bytes()
+    if run.results is not None and not is_recorded:
         data.append_line(run.results, line)
     (run.out / "state.pt").unlink(missing_ok=True)
 
@@ -977,7 +976,7 @@ def finished_experiment(run, tasks: list, result: dict) -> Experiment:
 
 
 def print_summary(result: dict):
-    """The block of lines that grep reads."""
+    """Lines for people and for grep."""
     print("---")
     print(f"task: {result['task']}")
     print(f"sparsity: {result['sparsity']:.4f}")
