@@ -338,7 +338,8 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
     If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
-    is exact in any case."""
+    is exact in any case. Of values at minus infinity (pinned scores) there may be at most num_pruned, of values at plus
+    infinity at most as many as are kept."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high

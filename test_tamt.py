@@ -12,8 +12,14 @@ killed programs and full disks are in dev/test_hostile_*.py.
     layers, masks   fixtures: the masked layers of a tiny model, and random masks for them
     tasks           a fixture: a folder with tables of GLUE and SQuAD in the official layouts
 
-To read first: hidden states equal transformers', masked layers pass gradients straight through, the ranking settles
-ties, thirty updates equal a plain loop mask for mask, fine-tuning under a mask equals torch's prune."""
+To read first, by their names:
+
+    test_all_hidden_states_match_transformers
+    test_straight_through_gives_scores_the_gradient_of_the_mask
+    test_prune_smallest_equals_brute_force_with_ties
+    test_thirty_updates_equal_a_plain_loop_mask_for_mask
+    test_training_equals_that_under_torch_prune_bit_for_bit
+"""
 
 import argparse
 import ast
@@ -62,6 +68,13 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
 # Two workers share two cores, and so do the programs that they start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """What a test draws from torch without a seed of its own is the same each time."""
+    torch.manual_seed(0)
+
 
 WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
 
@@ -199,7 +212,7 @@ both_families = pytest.mark.parametrize("family", ["bert", "roberta"])
 @both_families
 @pytest.mark.parametrize("num_heads", [1, 4, 32])
 @torch.no_grad()
-def test_all_hidden_states_are_those_of_transformers(tmp_path, family, num_heads):
+def test_all_hidden_states_match_transformers(tmp_path, family, num_heads):
     theirs = transformers_model(family, num_attention_heads=num_heads)
     theirs.save_pretrained(tmp_path)
     input_ids, attention_mask = padded_batch(family)
@@ -214,7 +227,7 @@ def test_all_hidden_states_are_those_of_transformers(tmp_path, family, num_heads
 
 @both_families
 @torch.no_grad()
-def test_mlm_logits_are_those_of_transformers(tmp_path, family):
+def test_mlm_logits_match_transformers(tmp_path, family):
     theirs = transformers_model(family)
     theirs.save_pretrained(tmp_path)
     input_ids, attention_mask = padded_batch(family)
@@ -228,7 +241,7 @@ def test_mlm_logits_are_those_of_transformers(tmp_path, family):
 
 @both_families
 @torch.no_grad()
-def test_class_logits_are_those_of_transformers(tmp_path, family):
+def test_class_logits_match_transformers(tmp_path, family):
     theirs = transformers_model(family, "ForSequenceClassification", num_labels=3)
     theirs.save_pretrained(tmp_path)
     input_ids, attention_mask = padded_batch(family)
@@ -243,7 +256,7 @@ def test_class_logits_are_those_of_transformers(tmp_path, family):
 
 @both_families
 @torch.no_grad()
-def test_span_logits_are_those_of_transformers(tmp_path, family):
+def test_span_logits_match_transformers(tmp_path, family):
     theirs = transformers_model(family, "ForQuestionAnswering")
     theirs.save_pretrained(tmp_path)
     input_ids, attention_mask = padded_batch(family)
@@ -259,7 +272,7 @@ def test_span_logits_are_those_of_transformers(tmp_path, family):
 
 
 @torch.no_grad()
-def test_token_types_are_those_of_transformers(tmp_path):
+def test_token_types_match_transformers(tmp_path):
     theirs = transformers_model("bert")
     theirs.save_pretrained(tmp_path)
     input_ids, _ = padded_batch("bert")
@@ -273,7 +286,7 @@ def test_token_types_are_those_of_transformers(tmp_path):
 
 @real
 @torch.no_grad()
-def test_the_real_bert_tiny_is_that_of_transformers():
+def test_the_real_bert_tiny_matches_transformers():
     import transformers
 
     path = REAL / "models/bert-tiny-mlm"
@@ -299,7 +312,7 @@ def test_padding_changes_nothing_for_the_tokens(model):
 
 
 @torch.no_grad()
-def test_what_stands_under_the_padding_mask_is_never_read():
+def test_the_ids_of_padding_are_ignored():
     """For BERT: RoBERTa finds its positions by the pad token itself."""
     model = bert.Model(bert.Config(20, 32, 2, 4, 64, 64)).eval()
     input_ids, attention_mask = padded_batch("bert", vocab_size=20)
@@ -318,14 +331,14 @@ def test_an_attention_mask_may_hold_ones_and_zeros(model, dtype):
 
 
 def test_bert_counts_positions_from_0(world):
-    """They are the same for every row, so one row of them is enough."""
+    """The positions are the same for every row, so one row of them is enough."""
     model = bert.load(world / "bert")
     input_ids = torch.tensor([[2, 7, 8, 3, 0, 0]])  # [CLS] two words [SEP] [PAD] [PAD]
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_roberta_counts_positions_from_pad_plus_1_and_padding_stays_at_pad(world):
-    """They depend on the padding of each row."""
+    """The positions depend on the padding of each row."""
     model = bert.load(world / "roberta")
     input_ids = torch.tensor([[0, 7, 8, 2, 1, 1]])  # <s> two letters </s> <pad> <pad>
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [[2, 3, 4, 5, 1, 1]]
@@ -937,11 +950,11 @@ def test_what_tensorflow_itself_wrote_is_read(tmp_path):
 @torch.no_grad()
 def test_a_real_checkpoint_of_googles_run_pretraining_is_read(capsys):
     """Its next-sentence head has no use here, and its name is printed as Hugging Face spells it."""
-    assert_is_that_of_transformers(bert.load(REAL / "tf/tf_keras_bert_test_checkpoint"), num_heads=4)
+    assert_matches_transformers(bert.load(REAL / "tf/tf_keras_bert_test_checkpoint"), num_heads=4)
     assert "not used: cls.seq_relationship.bias, cls.seq_relationship.weight\n" in capsys.readouterr().out
 
 
-def assert_is_that_of_transformers(ours, num_heads):
+def assert_matches_transformers(ours, num_heads):
     """transformers has no reader for these files any more, so it gets the weights from here."""
     import transformers
 
@@ -1094,13 +1107,13 @@ def test_a_fairseq_file_with_layers_of_another_kind_is_refused(roberta_tensors, 
 @real
 @torch.no_grad()
 def test_a_real_fairseq_model_is_read():
-    assert_is_that_of_transformers(bert.load(REAL / "models/sapiens-fairseq"), num_heads=8)
+    assert_matches_transformers(bert.load(REAL / "models/sapiens-fairseq"), num_heads=8)
 
 
 @real
 @torch.no_grad()
 def test_a_real_legacy_pickle_of_a_12_layer_model_is_read():
-    assert_is_that_of_transformers(bert.load(REAL / "models/rxnfp"), num_heads=4)
+    assert_matches_transformers(bert.load(REAL / "models/rxnfp"), num_heads=4)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1585,7 +1598,7 @@ def test_a_tokenizer_json_neither_cuts_nor_pads_nor_adds_cls(tmp_path):
 
 @pytest.mark.parametrize("name, kind", [("bert-base-uncased", "Bert"), ("roberta-base", "Roberta")])
 @real
-def test_the_ids_of_the_real_vocabularies_are_those_of_transformers(name, kind):
+def test_the_ids_of_the_real_vocabularies_match_transformers(name, kind):
     transformers = pytest.importorskip("transformers", "5")  # in 4.45 <mask> ate the space before it
     folder = REAL / "tokenizers" / name
     theirs = getattr(transformers, f"{kind}Tokenizer").from_pretrained(folder)
@@ -2272,8 +2285,8 @@ def begin(settings):
     layers = tamt.mask_model(model, run.scope)
     masks = tamt.start_masks(layers, run)
     tamt.set_masks(layers, masks)
-    without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
-    scores = tamt.Scores(layers, masks, run.sparsity, run.rank, without_gradient)
+    pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
+    scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
     model.train()
     return tamt.Training(run, {}, model, vocabulary, layers, scores, rows, None)
 
@@ -2349,6 +2362,10 @@ def test_the_masked_set_is_word_embeddings_six_matrices_a_layer_and_the_pooler(m
     assert len(names) == 2 * 6 + 2
     assert names[0] == f"{family}.embeddings.word_embeddings.weight"
     assert names[-1] == f"{family}.pooler.dense.weight"
+
+
+def test_the_scope_encoder_leaves_out_the_word_embeddings(model):
+    names = list(tamt.maskable_layers(model))
     assert list(tamt.maskable_layers(model, "encoder")) == names[1:]
 
 
@@ -2434,7 +2451,7 @@ def test_prune_smallest_prunes_the_last_of_equal_values():
     assert tamt.prune_smallest(torch.tensor([3.0, 1, 2, 2, 2]), 3).int().tolist() == [1, 0, 1, 0, 0]
 
 
-def test_prune_smallest_is_brute_force_with_ties():
+def test_prune_smallest_equals_brute_force_with_ties():
     generator = random.Random(0)
     for _ in range(300):
         values, count = random_case(generator)
@@ -2478,11 +2495,13 @@ def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
 
 
 def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
+    """Pinned scores. There have to be at least as many to prune as are pinned so, and as many to keep."""
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
-    for num_pruned in range(2, 6):
+    for count in (2, 3, 4, 5):
         mask = torch.empty(7, dtype=torch.bool)
-        tamt.prune_smallest_near(values, num_pruned, 5.0, 0.001, mask)
-        assert torch.equal(mask, tamt.prune_smallest(values, num_pruned))
+        tamt.prune_smallest_near(values, count, 5.0, 0.001, mask)
+        assert mask[[0, 5]].all() and not mask[[2, 6]].any()
+        assert torch.equal(mask, tamt.prune_smallest(values, count))
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
@@ -2530,7 +2549,7 @@ def test_magnitude_masks_keep_the_largest_weights(model):
 
 
 @pytest.mark.parametrize("rule", ["local", "global"])
-def test_what_magnitude_pruning_pruned_stays_pruned(model, rule):
+def test_pruned_weights_stay_pruned_at_the_next_level(model, rule):
     """The levels of IMP are nested, even if a weight below the mask has grown since."""
     layers = tamt.mask_model(model)
     before = masks_of(layers)
@@ -2617,20 +2636,20 @@ def test_scores_and_masks_of_a_layer_are_views_of_the_long_vectors(model):
     assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
 
 
-def entries_without_gradient(training):
+def pinned_entries(training):
     return tamt.entries_without_gradient(training.layers, training.run, training.vocabulary, training.rows)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_the_pooler_is_pinned(world, objective):
     training = begin(mask_settings(world, objective=objective))
-    assert entries_without_gradient(training)["bert.pooler.dense.weight"].all()
+    assert pinned_entries(training)["bert.pooler.dense.weight"].all()
 
 
 def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
     training = begin(mask_settings(world, objective="kd"))
     vocabulary = training.vocabulary
-    is_pinned = entries_without_gradient(training)["bert.embeddings.word_embeddings.weight"].flatten()
+    is_pinned = pinned_entries(training)["bert.embeddings.word_embeddings.weight"].flatten()
     assert is_pinned[vocabulary.pad_id]
     assert is_pinned[vocabulary.tokenizer.token_to_id("here")]  # no line of the text has this word
     assert not is_pinned[vocabulary.tokenizer.token_to_id("the")]
@@ -2638,14 +2657,14 @@ def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
 
 def test_with_mlm_only_padding_is_pinned_since_corruption_may_put_any_word_anywhere(world):
     training = begin(mask_settings(world, objective="mlm"))
-    is_pinned = entries_without_gradient(training)["bert.embeddings.word_embeddings.weight"].flatten()
+    is_pinned = pinned_entries(training)["bert.embeddings.word_embeddings.weight"].flatten()
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_pinned_entries_keep_their_start_mask_while_the_total_stays_exact(world, objective):
     training = begin(mask_settings(world, objective=objective, steps=30, lr=1e-2))
-    pinned = entries_without_gradient(training)
+    pinned = pinned_entries(training)
     start = masks_of(training.layers)
     for step in range(30):
         tamt.update(training, tamt.next_batch(training), 1e-2, t=step + 1)
@@ -2809,7 +2828,7 @@ RELEASED_OPTIMIZERS = {"mlm": ReleasedAdamW, "kd": ReleasedBertAdam}
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_with_optimizer_settings_the_adamw_of_torch_equals_the_released_optimizer(objective, dtype, tolerance):
+def test_torch_adamw_with_our_settings_matches_the_released_optimizer(objective, dtype, tolerance):
     """Gradients of all sizes down to 1e-9, where the eps decides."""
     torch.manual_seed(0)
     x = torch.randn(200, dtype=dtype)
@@ -2852,7 +2871,7 @@ class PlainLoop:
                 self.head.append(parameter)
         self.optimizers = {}
 
-    def update(self, batch, learning_rate) -> float:
+    def update(self, batch, learning_rate, sparsity) -> float:
         """The loss under the masks; scores and masks are the next ones after it."""
         real_masks = {name: mask.float().requires_grad_() for name, mask in self.masks.items()}
         products = {name: self.pretrained[name] * mask for name, mask in real_masks.items()}
@@ -2867,7 +2886,7 @@ class PlainLoop:
             optimizer.step(values, gradient / max(norm, 1.0), learning_rate)
         for parameter in self.head:
             parameter.grad = None
-        self.rank(sparsity=0.7)
+        self.rank(sparsity)
         return loss.item()
 
     def mlm_loss(self, products, batch):
@@ -2894,26 +2913,26 @@ class PlainLoop:
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, objective):
-    """The golden test."""
-    training = begin(mask_settings(world, family="no-dropout", objective=objective, steps=30, lr=3e-3))
+def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkeypatch, objective):
+    """All of find_mask, its schedule and its shortcuts included, against PlainLoop."""
+    settings = mask_settings(world, tmp_path, "no-dropout", objective=objective, steps=30, lr=3e-3, log_every=1)
+    masks = []
+    watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
+    tamt.find_mask(settings)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+
+    training = begin(settings)  # for the start mask and the batches
     start = masks_of(training.layers)
-    model = bert.load(world / "no-dropout").train()
-    plain = PlainLoop(model, objective, start, entries_that_no_gradient_reaches(training))
-
+    plain = PlainLoop(bert.load(world / "no-dropout").train(), objective, start, pins_by_hand(training))
     for step in range(30):
-        learning_rate = 3e-3 * (1 - step / 30)
-        batch = tamt.next_batch(training)
-        loss = tamt.update(training, batch, learning_rate, t=step + 1)
+        loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30), sparsity=0.7)
         training.step += 1
-        training.scores.update_masks(radius=2 * learning_rate)
-
-        assert loss == pytest.approx(plain.update(batch, learning_rate), abs=2e-6)
-        assert equal(masks_of(training.layers), plain.masks), f"after update {step + 1}"
+        assert losses[step] == pytest.approx(loss, abs=2e-6)
+        assert equal(masks[step], plain.masks), f"after update {step + 1}"
     assert num_different(plain.masks, start) > 0.01 * num_entries(start)
 
 
-def entries_that_no_gradient_reaches(training):
+def pins_by_hand(training):
     """The pooler, the row of [PAD], and with kd the rows of words that the text does not contain. With mlm,
     corruption may put any word anywhere."""
     vocabulary = training.vocabulary
@@ -2929,14 +2948,16 @@ def test_the_pooler_has_no_gradient_so_it_is_not_trained(world):
     assert not any("pooler" in name for name in training.parameters)
 
 
-def test_masked_lm_trains_scores_and_head_and_kd_scores_alone(world):
-    for objective in ("mlm", "mlm+kd"):
-        trained = begin(mask_settings(world, objective=objective)).parameters
-        others = {name for name in trained if not name.endswith(".scores")}
-        assert others == {"cls.predictions.bias", "cls.predictions.transform.dense.weight",
-                          "cls.predictions.transform.dense.bias", "cls.predictions.transform.LayerNorm.weight",
-                          "cls.predictions.transform.LayerNorm.bias"}
-    assert all(name.endswith(".scores") for name in begin(mask_settings(world, objective="kd")).parameters)
+MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.bias",
+            "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
+
+
+@pytest.mark.parametrize("objective, expected", [("mlm", MLM_HEAD), ("mlm+kd", MLM_HEAD), ("kd", set())])
+def test_masked_lm_trains_its_head_beside_the_scores_and_kd_the_scores_alone(world, objective, expected):
+    trained = begin(mask_settings(world, objective=objective)).parameters
+    others = {name for name in trained if not name.endswith(".scores")}
+    assert others == expected
+    assert len(trained) - len(others) == 13  # word embeddings and six matrices in each of two layers
 
 
 PAPER_RATES = {"mlm": 5e-5, "kd": 2e-5}
@@ -3233,12 +3254,13 @@ def test_a_run_reports_what_evaluate_finds_for_its_mask_under_the_pretrained_hea
     assert found["dev_kd_loss"] == content["dev_kd_loss"]
 
 
-@pytest.mark.parametrize("objective,loss", [("mlm", "dev_mlm_loss"), ("kd", "dev_kd_loss")])
-def test_learning_beats_the_start_on_its_own_objective(world, tmp_path, objective, loss):
+@pytest.mark.parametrize("objective, loss, factor", [
+    ("mlm", "dev_mlm_loss", 1.0),  # the tiny BERT knows no language yet, so there is little to lose
+    ("kd", "dev_kd_loss", 0.9)])
+def test_learning_beats_the_start_on_its_own_objective(world, tmp_path, objective, loss, factor):
     start = tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp"))
     learned = tamt.find_mask(mask_settings(world, tmp_path / "tamt", objective=objective, steps=120, lr=5e-3))
-    assert learned[loss] < start[loss]
-    assert objective == "mlm" or learned[loss] < 0.9 * start[loss]
+    assert learned[loss] < factor * start[loss]
 
 
 @pytest.mark.slow
@@ -3256,12 +3278,13 @@ def test_on_the_toy_learned_masks_beat_magnitude_and_magnitude_beats_chance(worl
     assert kd_losses["omp"] < 0.8 * kd_losses["random"], kd_losses
 
 
-def test_a_short_run_at_the_learning_rate_of_the_paper_flips_nothing(world, tmp_path):
-    tamt.find_mask(mask_settings(world, tmp_path, objective="kd", lr=2e-5))
-    assert share_of_flips(tmp_path) == 0
+def test_a_short_run_flips_nothing_at_the_learning_rate_of_the_paper_but_does_at_a_higher_one(world, tmp_path):
+    for learning_rate, flips in ((2e-5, False), (5e-3, True)):
+        tamt.find_mask(mask_settings(world, tmp_path / str(learning_rate), objective="kd", lr=learning_rate))
+        assert (share_of_flips(tmp_path / str(learning_rate)) > 0) == flips
 
 
-def test_with_refresh_every_the_sparsity_drifts_and_saved_masks_are_exact(world, tmp_path, monkeypatch):
+def test_between_refreshes_the_sparsity_drifts_but_saved_masks_are_exact(world, tmp_path, monkeypatch):
     counts = {}
     watch_updates(monkeypatch, lambda layers, step: counts.update({step: num_pruned(masks_of(layers))}))
     tamt.find_mask(mask_settings(world, tmp_path, refresh_every=6, lr=4e-3))
@@ -3269,7 +3292,7 @@ def test_with_refresh_every_the_sparsity_drifts_and_saved_masks_are_exact(world,
     exact = round(num_entries(masks) * 0.7)
     refreshed = [5, 6, 10, 12]  # at 6 and 12 as asked, at 5 and 10 since they are saved, at 12 since it is the end
     assert [counts[step] for step in refreshed] == [exact] * 4
-    assert [counts[step] for step in (4, 9, 11)] != [exact] * 3
+    assert all(counts[step] != exact for step in (4, 9, 11))
     assert num_pruned(masks) == num_pruned(tamt.load_mask(tmp_path / "step-5")) == exact
 
 
@@ -3294,6 +3317,7 @@ def test_scope_encoder_leaves_the_word_embeddings_dense(world, tmp_path):
 
 def test_init_random_starts_from_a_random_mask(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path / "start", method="random"))
+    # The learning rate is too small to flip anything.
     tamt.find_mask(mask_settings(world, tmp_path / "run", init="random", lr=1e-6, rank="local"))
     assert equal(tamt.load_mask(tmp_path / "start"), tamt.load_mask(tmp_path / "run"))
 
@@ -3309,7 +3333,7 @@ def test_lines_become_padded_rows(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tamt, "next_batch", look)
     tamt.find_mask(mask_settings(world, tmp_path, lines=True, objective="mlm+kd", steps=3))
-    assert not np.array(rows).all(axis=1).any()  # a line has 8 tokens, a row 16
+    assert set(np.array(rows).sum(axis=1)) == {10}  # seven words, a full stop, [CLS], [SEP]; a row has 16 places
 
 
 @pytest.fixture
@@ -3353,11 +3377,13 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
         tamt.find_mask(resumed)
     assert not (tmp_path / "resumed" / "mask.pt").exists()
     tamt.find_mask(resumed)
-    assert folder_content(tmp_path / "resumed") == folder_content(tmp_path / "whole")
+    expected = folder_content(tmp_path / "whole")
+    assert {"mask.pt", "mask.json", "log.jsonl"} <= expected.keys()
+    assert folder_content(tmp_path / "resumed") == expected
 
 
 def folder_content(folder):
-    """{file: bytes} of a run, without times and without the name of the folder."""
+    """{file: bytes} of a run, but for times, the name of the folder and state.pt."""
     content = {}
     for file in folder.rglob("*"):
         if file.is_file():
@@ -3370,23 +3396,34 @@ def folder_content(folder):
 def test_a_resumed_run_continues_at_its_last_saved_state(world, tmp_path, monkeypatch):
     stop_mask_training_after(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(world, tmp_path))
+        tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
     steps = []
     watch_updates(monkeypatch, lambda layers, step: steps.append(step))
-    tamt.find_mask(mask_settings(world, tmp_path, resume=True))
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5, resume=True))
     assert steps == [6, 7, 8, 9, 10, 11, 12]
 
 
-def test_unfinished_mask_training_is_neither_overwritten_nor_continued_otherwise(world, tmp_path, monkeypatch):
+@pytest.fixture
+def unfinished(world, tmp_path, monkeypatch):
+    """The folder of a run that was interrupted after its state was saved at update 5."""
     stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(world, tmp_path))
-    state = (tmp_path / "state.pt").read_bytes()
+        tamt.find_mask(mask_settings(world, tmp_path / "unfinished", save_every=5))
+    return tmp_path / "unfinished"
+
+
+def test_unfinished_mask_training_is_not_overwritten(world, unfinished):
+    state = (unfinished / "state.pt").read_bytes()
     with pytest.raises(ValueError, match="unfinished at step 5.*--resume"):
-        tamt.find_mask(mask_settings(world, tmp_path))
+        tamt.find_mask(mask_settings(world, unfinished, save_every=5))
+    assert (unfinished / "state.pt").read_bytes() == state
+
+
+def test_unfinished_mask_training_is_not_resumed_with_other_settings(world, unfinished):
+    state = (unfinished / "state.pt").read_bytes()
     with pytest.raises(ValueError, match="another run.*clip 1.0 there, 0.5 here"):
-        tamt.find_mask(mask_settings(world, tmp_path, resume=True, clip=0.5))
-    assert (tmp_path / "state.pt").read_bytes() == state
+        tamt.find_mask(mask_settings(world, unfinished, save_every=5, resume=True, clip=0.5))
+    assert (unfinished / "state.pt").read_bytes() == state
 
 
 def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(world, tmp_path):
@@ -4679,23 +4716,30 @@ def weights(folder):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 1. One experiment
+# finetune: one experiment
 # ---------------------------------------------------------------------------------------------------
 
 
 def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
     result = finetune.fine_tune(settings(tasks, tmp_path))
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def test_a_result_names_its_task_its_updates_and_its_mask(tasks, tmp_path):
+    result = finetune.fine_tune(settings(tasks, tmp_path))
     assert result["task"] == "rte"
     assert result["steps"] == 8  # two epochs of 32 examples in batches of 8
     assert result["mask"]["method"] == "omp"
     assert result["sparsity"] == pytest.approx(0.6, abs=1e-3)
 
 
-def test_a_run_adds_one_line_to_the_results(tasks, tmp_path):
-    result = finetune.fine_tune(settings(tasks, tmp_path))
-    result.pop("evaluations")
-    assert results(tmp_path) == [result]
+def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
+    """Without the evaluations on the way, which are in result.json."""
+    file = tmp_path / "results.jsonl"
+    first = finetune.fine_tune(settings(tasks, tmp_path / "first", seed=1, results=file))
+    second = finetune.fine_tune(settings(tasks, tmp_path / "second", seed=2, results=file))
+    del first["evaluations"], second["evaluations"]
+    assert results(tmp_path) == [first, second]
 
 
 def test_python_and_the_command_line_are_one_program(tasks, tmp_path):
@@ -4707,27 +4751,27 @@ def test_python_and_the_command_line_are_one_program(tasks, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Training under a fixed mask
+# finetune: training under a fixed mask
 # ---------------------------------------------------------------------------------------------------
 
 
 def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
     experiment = opened(settings(tasks, tmp_path, task="stsb"))
+    masks = tamt.load_mask(tasks / "bert.pt")
     num_nonzero = []
 
     def count(*_):
-        pruned = [experiment.model.get_parameter(name)[~mask] for name, mask in experiment.gradient_masks.items()]
-        num_nonzero.append(int(torch.cat(pruned).count_nonzero()))
+        pruned = torch.cat([experiment.model.get_parameter(name)[~mask] for name, mask in masks.items()])
+        assert len(pruned) == num_pruned(masks) > 0
+        num_nonzero.append(int(pruned.count_nonzero()))
 
-    with contextlib.closing(register_hook(count)):
+    hook = register_optimizer_step_post_hook(count)
+    try:
         finetune.train(experiment)
-    assert len(experiment.gradient_masks) == 14  # word embeddings, six in each of two layers, the pooler
-    assert num_nonzero == [0] * 8
-
-
-def register_hook(function):
-    handle = register_optimizer_step_post_hook(function)
-    return SimpleNamespace(close=handle.remove)
+    finally:
+        hook.remove()
+    assert len(masks) == 14  # word embeddings, six in each of two layers, the pooler
+    assert num_nonzero == [0] * 8  # two epochs of 32 examples in batches of 8
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -4739,7 +4783,9 @@ def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, fam
 
     # The same in plain torch, as the released code does it.
     model = theirs.model
-    for name, mask in ours.gradient_masks.items():
+    names = {name for name, _ in model.named_parameters()}  # of RoBERTa the pooler is gone
+    masks = {name: mask for name, mask in tamt.load_mask(tasks / f"{family}.pt").items() if name in names}
+    for name, mask in masks.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         prune.custom_from_mask(module, "weight", mask)
         if "bias" in module._parameters:  # pruning put the weight last; norms depend on the order
@@ -4768,7 +4814,7 @@ def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, fam
         pruned = getattr(model.get_submodule(module), leaf + "_orig", None)
         expected = getattr(model.get_submodule(module), leaf)
         if pruned is not None:
-            expected = pruned.data * ours.gradient_masks[name]
+            expected = pruned.data * masks[name]
         assert torch.equal(parameter.data, expected.data), name
 
 
@@ -4789,10 +4835,10 @@ def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, 
 
 def test_a_loss_that_overflows_is_an_error(tasks, tmp_path, capsys):
     assert shell(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
-    assert "a lower --lr" in capsys.readouterr().err
+    assert re.search(r"the loss is (inf|nan) .* a lower --lr", capsys.readouterr().err)
 
 
-# What a run leaves
+# What a run leaves.
 
 RUNS = [("rte", "bert"), ("stsb", "roberta"), ("squad", "bert"), ("squad", "roberta"), ("mood", "bert")]
 
@@ -5110,7 +5156,7 @@ def test_a_kill_after_the_line_does_not_double_it(tasks, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. IMP on a task
+# finetune: IMP on a task
 # ---------------------------------------------------------------------------------------------------
 
 IMP = {"find": "imp", "sparsity": 0.25}
@@ -5213,7 +5259,7 @@ def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folde
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Super Tickets
+# finetune: Super Tickets
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -5390,7 +5436,7 @@ def test_losing_orders_alone_give_no_super_ticket(tasks, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Several tasks, one encoder
+# finetune: several tasks, one encoder
 # ---------------------------------------------------------------------------------------------------
 
 

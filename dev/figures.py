@@ -378,7 +378,7 @@ def fig1(masks, tunings, args):
     panels = ["dev_mlm_loss"]
     if tunings:
         panels.insert(0, common_tasks(after_last_step(tunings)))
-    caption = "Fig. 1 of the paper: magnitude pruning (OMP) and random masks, no mask training."
+    caption = "Like Fig. 1 of the paper: magnitude pruning (OMP) and random masks, no mask training."
     draw_against_sparsity(masks, tunings, ["omp", "random"], panels, args.out / "fig1.png", caption)
 
 
@@ -389,7 +389,7 @@ def fig3(masks, tunings, args):
         panels.append(tasks)
     panels += LOSSES
     names = [name for name in names_in_order(masks + with_usual_limit(tunings)) if "-" not in name]
-    caption = "Fig. 3 and 4 of the paper: methods against sparsity."
+    caption = "Our runs, drawn like Fig. 3 and 4 of the paper."
     draw_against_sparsity(masks, tunings, names, panels, args.out / "fig3.png", caption)
 
 
@@ -458,8 +458,8 @@ def fig5(masks, tunings, args):
                     ax.plot(point[loss], point["score"], **look)
         title = textwrap.fill(f"rho at {correlations(shown, loss)}", 42)
         ax.set(title=title, xlabel=LOSSES[loss], ylabel=score_label(tunings, tasks))
-    caption = (f"Fig. 5 of the paper: score against pre-training loss, {len(points)} masks with checkpoints; small "
-               "markers: high sparsity; rho: Spearman's, at each sparsity and over all.")
+    caption = (f"Like Fig. 5 of the paper: score against pre-training loss of {len(points)} masks and checkpoints; "
+               "small markers: high sparsity; rho: Spearman's, at each sparsity and over all.")
     save(figure, args.out / "fig5.png", caption, tunings)
 
 
@@ -480,7 +480,7 @@ def correlations(points, loss: str) -> str:
 
 def fig6(masks, tunings, args):
     names = [name for name in names_in_order(masks) if name in STYLES and name != "random"]
-    caption = f"Fig. 6 of the paper: what a mask costs, {args.sparsity:.0%} removed."
+    caption = f"Like Fig. 6 of the paper: what a mask costs, {args.sparsity:.0%} removed."
     draw_along_training(masks, tunings, names, args, "fig6.png", caption, ["updates", "seconds of training"])
 
 
@@ -491,7 +491,7 @@ def fig7(masks, tunings, args):
             names += [name.removesuffix("-random"), name]
     if not names:
         raise NoData("runs with --init random")
-    caption = f"Fig. 7 of the paper: training from the OMP mask (filled) or a random one (open), {args.sparsity:.0%}."
+    caption = f"Like Fig. 7 of the paper: from the OMP mask (filled) or a random one (open), {args.sparsity:.0%}."
     draw_along_training(masks, tunings, names, args, "fig7.png", caption, ["updates"])
 
 
@@ -602,7 +602,7 @@ def fig8(masks, tunings, args):
     chance = density / (2 - density)
     draw_level(right, [1 - chance], "independent masks")
     right.set(title="distance from OMP", xlabel="updates", ylabel="1 - similarity")
-    caption = (f"Fig. 8 of the paper: masks at {args.sparsity:.0%}: Jaccard similarity of kept weights, mean over "
+    caption = (f"Like Fig. 8 of the paper: masks at {args.sparsity:.0%}: Jaccard similarity of kept weights, mean over "
                f"matrices; independent masks have {chance:.3f}.")
     save(figure, args.out / "fig8.png", caption, shown)
 
@@ -643,7 +643,7 @@ def fig9(masks, tunings, args):
         ticks = [tick for tick in ticks if low <= tick <= high]
         ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         ax.minorticks_off()
-    caption = f"Fig. 9 of the paper: fewer examples to fine-tune on; masks at {args.sparsity:.0%}."
+    caption = f"Like Fig. 9 of the paper: fewer examples to fine-tune on; masks at {args.sparsity:.0%}."
     save(figure, args.out / "fig9.png", caption, shown)
 
 
