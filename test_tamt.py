@@ -7,6 +7,8 @@ killed programs and full disks are in dev/test_hostile_*.py.
     phi             0.01: scores start at 2 phi where a weight is kept, at 0 where it is pruned (Eq. 5)
     OMP, IMP        magnitude pruning, in one shot or in rounds; KD: distillation of hidden states
     pinned          entries of the mask whose scores never get a gradient, and which keep their start mask
+    mask            in tamt and finetune: which weights are kept. Elsewhere it has a word in front of it: attention
+                    mask, padding mask, dropout mask, or the [MASK] of masked LM
 
     world           a fixture: a folder with tiny models of both families and a text
     layers, masks   fixtures: the masked layers of a tiny model, and random masks for them
@@ -373,8 +375,7 @@ def test_a_fresh_model_is_initialised_like_bert(family):
             assert (parameter == 0).all(), name
 
 
-def test_the_seed_of_torch_decides_heads_that_are_added_later(model):
-    model.add_classifier(3)
+def test_a_head_that_is_added_later_depends_on_the_seed_alone(model):
     torch.manual_seed(4)
     model.add_classifier(3)
     first = [parameter.clone() for parameter in model.classifier.parameters()]
@@ -396,7 +397,7 @@ def test_a_new_head_inherits_train_or_eval_mode(model):
 
 
 @torch.no_grad()
-def test_a_layer_without_its_last_head_is_one_whose_last_head_says_nothing(world):
+def test_removing_a_head_equals_zeroing_its_output(world):
     """A structured ticket removes heads: the layer counts them from its query matrix."""
     input_ids, attention_mask = padded_batch("bert", vocab_size=20)
     silenced = bert.load(world / "bert")
@@ -424,12 +425,14 @@ def test_dropout_acts_in_training_only(model):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_without_dropout_equals_that_of_torch(padded):
-    torch.manual_seed(0)
+def test_attention_is_the_softmax_of_products_times_the_values(padded):
     query, key, value = torch.randn(3, 5, 2, 16, 8).unbind()  # each (B, H, T, head size)
     attention_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
+    products = query @ key.transpose(2, 3) / math.sqrt(8)
+    if padded:
+        products[..., 11:] = -math.inf
     found = bert.scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob=0.0)
-    assert torch.equal(found, F.scaled_dot_product_attention(query, key, value, attention_mask))
+    assert_close(found, products.softmax(dim=-1) @ value)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -1956,7 +1959,7 @@ def test_corruption_leaves_tokens_that_are_not_chosen_alone(corrupted):
     assert np.array_equal(corrupted_ids[~is_chosen], input_ids[~is_chosen])
 
 
-def test_corruption_chooses_15_percent_hides_80_percent_of_them_and_keeps_10(corrupted):
+def test_corruption_chooses_15_percent_of_the_tokens_and_of_these_hides_80_and_keeps_10_percent(corrupted):
     vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
     by_chance = 0.1 / vocabulary.size  # a random word may be the old one, or [MASK]
     assert_share(is_chosen.sum(), (~np.isin(input_ids, vocabulary.special_ids)).sum(), 0.15)
@@ -1992,19 +1995,25 @@ def test_corruption_spares_special_tokens_that_a_model_has_beyond_the_five(tmp_p
     assert not is_chosen.any()
 
 
-@pytest.mark.parametrize("num_rows, count", [(7, 3), (10, 4), (5, 12), (1, 1)])
-def test_the_order_of_rows_is_shuffled_each_epoch_and_continues_anywhere(num_rows, count):
+@pytest.mark.parametrize("num_rows", [1, 5, 7, 10])
+def test_each_epoch_visits_every_row_once(num_rows):
     order = data.row_indices(num_rows, 1, 0, 6 * num_rows).tolist()
     for begin in range(0, 6 * num_rows, num_rows):
         assert sorted(order[begin:begin + num_rows]) == list(range(num_rows))
+
+
+@pytest.mark.parametrize("num_rows, count", [(7, 3), (10, 4), (5, 12), (1, 1)])
+def test_the_order_of_rows_can_be_read_from_any_position_on(num_rows, count):
+    order = data.row_indices(num_rows, 1, 0, 6 * num_rows).tolist()
     for start in range(3 * num_rows):
         assert data.row_indices(num_rows, 1, start, count).tolist() == order[start:start + count]
 
 
-def test_another_seed_or_epoch_is_another_order():
-    starts = [(1, 0), (2, 0), (1, 99)]
-    orders = [data.row_indices(99, seed, start, 99).tolist() for seed, start in starts]
-    assert orders[0] != orders[1] and orders[0] != orders[2]
+def test_rows_come_shuffled_and_in_another_order_for_another_seed_or_epoch():
+    first = data.row_indices(99, 1, 0, 99).tolist()
+    assert first != sorted(first)
+    assert first != data.row_indices(99, 2, 0, 99).tolist()  # another seed
+    assert first != data.row_indices(99, 1, 99, 99).tolist()  # the next epoch: it begins at row 99
 
 
 def test_no_two_purposes_share_their_random_numbers():
@@ -2262,10 +2271,10 @@ def test_a_line_that_a_killed_program_left_unfinished_does_not_swallow_the_next(
 
 
 def mask_settings(world, out=None, family="bert", **changes):
-    """Settings of a short run; changes: objective="kd", steps=30 and so on."""
-    values = {"model": str(world / family), "data": str(world / "text.txt"), "steps": 12, "lr": 2e-3,
-              "seq_len": 16, "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out,
-              "device": "cpu"}
+    """Settings of a short run, which removes 70 % as long as nothing else is said; changes: objective="kd", steps=30
+    and so on."""
+    values = {"model": str(world / family), "data": str(world / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
+              "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out, "device": "cpu"}
     return tamt.Settings(**values | changes)
 
 
@@ -2304,13 +2313,18 @@ def watch_updates(monkeypatch, look):
 
 def stop_mask_training_after(monkeypatch, number):
     """Ctrl-C after an update, once."""
+    write_line = tamt.Log.step
 
     def look(layers, step):
         if step == number:
-            monkeypatch.undo()
+            monkeypatch.setattr(tamt.Log, "step", write_line)
             raise KeyboardInterrupt
 
     watch_updates(monkeypatch, look)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def num_pruned(masks):
@@ -2325,7 +2339,7 @@ def masks_of(layers):
     return {name: layer.mask.clone() for name, layer in layers.items()}
 
 
-def equal(a, b):
+def same_masks(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -2400,7 +2414,7 @@ def test_straight_through_gives_scores_the_gradient_of_the_mask(model):
 
 
 def toy_loss(model, states, dense_states, input_ids):
-    """Both losses; outside of functional_call the decoder is dense."""
+    """The sum of both losses. The decoder is dense here: functional_call has ended."""
     logits = model.mlm_logits(states[-1].flatten(0, 1))
     return tamt.mlm_loss(logits, input_ids.flatten()) + tamt.kd_loss(dense_states, states)
 
@@ -2573,8 +2587,8 @@ def test_random_masks_depend_on_the_seed_alone(layers):
     torch.manual_seed(99)
     for layer in layers.values():
         layer.weight.data.normal_()
-    assert equal(first, tamt.random_masks(layers, 0.6, "local", 3))
-    assert not equal(first, tamt.random_masks(layers, 0.6, "local", 4))
+    assert same_masks(first, tamt.random_masks(layers, 0.6, "local", 3))
+    assert not same_masks(first, tamt.random_masks(layers, 0.6, "local", 4))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2595,14 +2609,14 @@ def test_phi_is_a_hundredth():
 
 def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(layers, local_scores):
     start, scores = local_scores
-    assert equal(masks_of(layers), start)
+    assert same_masks(masks_of(layers), start)
     assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)  # Eq. 5
 
 
 def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
     start, scores = local_scores
     scores.update_masks()
-    assert equal(masks_of(layers), start)
+    assert same_masks(masks_of(layers), start)
 
 
 def test_the_threshold_phi_gives_the_start_mask(layers, local_scores):
@@ -2611,10 +2625,11 @@ def test_the_threshold_phi_gives_the_start_mask(layers, local_scores):
         assert pool.threshold == tamt.PHI
     scores.mask.fill_(False)
     scores.apply_old_thresholds()
-    assert equal(masks_of(layers), start)
+    assert same_masks(masks_of(layers), start)
 
 
-def test_a_global_start_is_exact_and_differs_from_omp_by_at_most_one_entry_a_matrix(model):
+def test_a_global_start_is_exact_since_it_moves_at_most_one_entry_of_each_matrix_of_omp(model):
+    """OMP rounds the number of pruned entries in each matrix, so in total it may be a few off."""
     layers = tamt.mask_model(model)
     start = tamt.magnitude_masks(layers, 0.7, "local")
     scores = tamt.Scores(layers, start, 0.7, "global", {})
@@ -2747,10 +2762,14 @@ def test_the_teacher_is_the_dense_model(model):
         assert torch.equal(expected, found) and not found.requires_grad
 
 
-def test_the_teacher_uses_the_weights_of_the_student_and_no_copy(model, layers):
-    addresses = {name: layer.weight.data_ptr() for name, layer in layers.items()}
+def test_the_teacher_shares_the_weights_of_the_student(model, layers):
+    """There is no copy: where a weight is changed, so is the teacher."""
+    input_ids = torch.randint(6, model.config.vocab_size - 1, (4, 20))
     with tamt.dense_teacher(model):
-        assert addresses == {name: layer.weight.data_ptr() for name, layer in layers.items()}
+        before = model(input_ids)[-1]
+    next(iter(layers.values())).weight.data.mul_(2)
+    with tamt.dense_teacher(model):
+        assert not torch.equal(model(input_ids)[-1], before)
 
 
 def test_after_the_teacher_the_model_is_the_student_again(model):
@@ -2766,21 +2785,36 @@ def test_after_the_teacher_the_model_is_the_student_again(model):
 
 
 def test_dev_losses_are_means_over_batches_on_one_fixed_corruption(world):
-    training = begin(mask_settings(world))
+    """The corruption is drawn with the seed 42, whatever the seed of the run, in batches of 16 rows."""
+    training = begin(mask_settings(world, seed=7))
+    model = training.model
     rows = training.rows[:40]
-    found = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine)
-    assert training.model.training
+    found = tamt.dev_losses(model, rows, training.vocabulary, training.run.machine)
 
-    training.model.eval()
+    model.eval()
     generator = np.random.default_rng(42)
-    losses = []
+    mlm_losses = []
+    kd_losses = []
     for start in (0, 16, 32):
         batch = tamt.make_batch(rows[start:start + 16], training.vocabulary, generator)
-        states = training.model(torch.from_numpy(batch.corrupted_ids))
         is_chosen = torch.from_numpy(batch.is_chosen)
-        logits = training.model.mlm_logits(states[-1])[is_chosen]
-        losses.append(F.cross_entropy(logits, torch.from_numpy(batch.input_ids)[is_chosen]).item())
-    assert found["dev_mlm_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+        states = model(torch.from_numpy(batch.corrupted_ids))
+        logits = model.mlm_logits(states[-1])[is_chosen]
+        mlm_losses.append(F.cross_entropy(logits, torch.from_numpy(batch.input_ids)[is_chosen]).item())
+
+        input_ids = torch.from_numpy(batch.input_ids)
+        student = model(input_ids)
+        with tamt.dense_teacher(model):
+            teacher = model(input_ids)
+        kd_losses.append(tamt.kd_loss(teacher, student).item())
+    assert found["dev_mlm_loss"] == pytest.approx(np.mean(mlm_losses), abs=1e-5)
+    assert found["dev_kd_loss"] == pytest.approx(np.mean(kd_losses), abs=1e-5)
+
+
+def test_after_the_dev_losses_training_goes_on_with_dropout(world):
+    training = begin(mask_settings(world))
+    tamt.dev_losses(training.model, training.rows[:16], training.vocabulary, training.run.machine)
+    assert training.model.training
 
 
 def test_the_dense_model_has_no_distance_to_itself(world):
@@ -2919,7 +2953,7 @@ def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkey
     masks = []
     watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
     tamt.find_mask(settings)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in read_log(tmp_path)]
 
     training = begin(settings)  # for the start mask and the batches
     start = masks_of(training.layers)
@@ -2928,7 +2962,7 @@ def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkey
         loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30), sparsity=0.7)
         training.step += 1
         assert losses[step] == pytest.approx(loss, abs=2e-6)
-        assert equal(masks[step], plain.masks), f"after update {step + 1}"
+        assert same_masks(masks[step], plain.masks), f"after update {step + 1}"
     assert num_different(plain.masks, start) > 0.01 * num_entries(start)
 
 
@@ -2965,7 +2999,7 @@ PAPER_RATES = {"mlm": 5e-5, "kd": 2e-5}
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 @pytest.mark.parametrize("num_updates", [500, 3000, 10_000])
-def test_scores_travel_as_far_in_a_short_run_as_in_that_of_the_paper(objective, num_updates):
+def test_scores_can_travel_as_far_in_a_short_run_as_in_the_full_one(objective, num_updates):
     """At 70 % the paper made 17,000 updates of a schedule of 27,920."""
 
     def travel(learning_rate, num_updates, horizon):
@@ -3006,14 +3040,16 @@ def test_thresholds_move_when_the_released_code_moves_them(objective, expected):
     assert found == sorted({*expected, 600, 1200, 1800, 2400, 700, 1400, 2100})
 
 
-def test_order_and_corruption_depend_on_seed_and_step_alone(world):
-    training = begin(mask_settings(world))
-    batches = []
-    for step in (3, 0, 3):
+def test_a_batch_depends_on_seed_and_step_alone(world):
+    def corrupted_ids(seed, step):
+        torch.manual_seed(step + 99)  # what was drawn before does not matter
+        training = begin(mask_settings(world, seed=seed))
         training.step = step
-        batches.append(tamt.next_batch(training))
-    assert np.array_equal(batches[0].corrupted_ids, batches[2].corrupted_ids)
-    assert not np.array_equal(batches[0].input_ids, batches[1].input_ids)
+        return tamt.next_batch(training).corrupted_ids
+
+    assert np.array_equal(corrupted_ids(1, 3), corrupted_ids(1, 3))
+    assert not np.array_equal(corrupted_ids(1, 3), corrupted_ids(1, 0))
+    assert not np.array_equal(corrupted_ids(1, 3), corrupted_ids(2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3187,8 +3223,7 @@ def test_find_mask_and_the_command_line_learn_the_same_mask(world, tmp_path):
 
 def share_of_flips(folder):
     """How many entries changed sides along a run, as a share of all, summed over the lines of its log."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return sum(line["flips"] for line in lines)
+    return sum(line["flips"] for line in read_log(folder))
 
 
 @pytest.mark.parametrize("rank", ["global", "local", "2:4"])
@@ -3236,13 +3271,22 @@ def test_the_weights_below_the_masks_stay_frozen(world, tmp_path, monkeypatch, o
     assert steps == [1, 2, 3]
 
 
-def test_a_run_logs_its_progress_and_saves_masks_on_the_way(world, tmp_path):
-    tamt.find_mask(mask_settings(world, tmp_path, eval_every=6))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+def test_the_log_has_a_line_every_few_updates_and_for_each_evaluation(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, log_every=4, eval_every=6))
+    lines = read_log(tmp_path)
     assert [line["step"] for line in lines] == [4, 6, 8, 12]
     assert "dev_mlm_loss" in lines[1] and "dev_kd_loss" in lines[1]
-    assert lines[-1]["flips"] > 0
-    assert lines[-1]["kept"] == pytest.approx(0.3, abs=1e-4)
+
+
+def test_the_log_says_how_much_is_kept_and_how_much_changed_sides(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, lr=1e-2))
+    last_line = read_log(tmp_path)[-1]
+    assert last_line["kept"] == pytest.approx(0.3, abs=1e-4)
+    assert last_line["flips"] > 0
+
+
+def test_masks_are_saved_on_the_way(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-5"]
 
 
@@ -3319,7 +3363,7 @@ def test_init_random_starts_from_a_random_mask(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path / "start", method="random"))
     # The learning rate is too small to flip anything.
     tamt.find_mask(mask_settings(world, tmp_path / "run", init="random", lr=1e-6, rank="local"))
-    assert equal(tamt.load_mask(tmp_path / "start"), tamt.load_mask(tmp_path / "run"))
+    assert same_masks(tamt.load_mask(tmp_path / "start"), tamt.load_mask(tmp_path / "run"))
 
 
 def test_lines_become_padded_rows(world, tmp_path, monkeypatch):
@@ -3461,7 +3505,6 @@ def test_mask_training_is_the_same_under_another_spelling_of_its_paths(world, tm
     stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, Path("run"), model="model", data="text.txt"))
-    monkeypatch.chdir(tmp_path)  # stop_mask_training_after has undone it
     steps = []
     watch_updates(monkeypatch, lambda layers, step: steps.append(step))
     tamt.find_mask(mask_settings(world, tmp_path / "run", model=f"{tmp_path}/./model",
@@ -3532,7 +3575,7 @@ def test_the_levels_of_imp_are_exact_and_nested(world, tmp_path, rank):
         assert num_pruned(masks) == exact
         assert before is None or is_within(masks, before)
         before = masks
-    assert equal(tamt.load_mask(tmp_path), before)
+    assert same_masks(tamt.load_mask(tmp_path), before)
 
 
 def watch_prunings(monkeypatch, look):
@@ -3589,7 +3632,7 @@ def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(world, tmp_path,
     watch_prunings(monkeypatch, look)
     tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", prune_every=3, sparsity=0.3))
     tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp", sparsity=0.3))
-    assert not equal(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))  # training did matter
+    assert not same_masks(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))  # training did matter
 
 
 def test_next_after_evaluating_the_whole_network_is_mask_training_on_the_same_text(world, capsys):
@@ -3652,8 +3695,8 @@ def masks(layers):
 def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
     tamt.save_mask(tmp_path / "mask.pt", masks, {"model": "x", "seed": 3})
     found, meta = tamt.read_mask(tmp_path / "mask.pt")
-    assert equal(found, masks) and meta == {"model": "x", "seed": 3}
-    assert equal(tamt.load_mask(tmp_path), masks)  # the folder of a run
+    assert same_masks(found, masks) and meta == {"model": "x", "seed": 3}
+    assert same_masks(tamt.load_mask(tmp_path), masks)  # the folder of a run
 
 
 def test_a_mask_file_is_documented_and_holds_plain_types(tmp_path, masks):
@@ -3679,7 +3722,7 @@ def test_equal_runs_give_equal_bytes(world, tmp_path):
         tamt.find_mask(mask_settings(world, tmp_path / name))
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
     tamt.find_mask(mask_settings(world, tmp_path / "c", seed=2))
-    assert not equal(tamt.load_mask(tmp_path / "a"), tamt.load_mask(tmp_path / "c"))
+    assert not same_masks(tamt.load_mask(tmp_path / "a"), tamt.load_mask(tmp_path / "c"))
 
 
 def test_a_mask_says_how_it_was_found(world, tmp_path):
@@ -3705,7 +3748,7 @@ def test_masks_of_the_released_code_are_read(tmp_path, masks, spelling):
     if spelling == "nested":
         content = {"state_dict": masks}
     torch.save(content, tmp_path / "theirs.pt")
-    assert equal(tamt.load_mask(tmp_path / "theirs.pt"), masks)
+    assert same_masks(tamt.load_mask(tmp_path / "theirs.pt"), masks)
 
 
 def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
@@ -3718,19 +3761,19 @@ def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
         for key, tensor in layer.state_dict().items():
             pruned[f"{name.removesuffix('weight')}{key}"] = tensor
     torch.save(pruned, tmp_path / "pruned.pt")
-    assert equal(tamt.load_mask(tmp_path / "pruned.pt"), masks)
+    assert same_masks(tamt.load_mask(tmp_path / "pruned.pt"), masks)
 
 
 def test_names_without_family_prefix_fit(layers, masks):
     bare = {name.split(".", 1)[1]: mask for name, mask in masks.items()}
-    assert equal(tamt.fit_masks(layers, bare, "file"), masks)
+    assert same_masks(tamt.fit_masks(layers, bare, "file"), masks)
 
 
 def test_pooler_and_word_embeddings_may_be_absent_on_either_side(layers, masks):
     encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
-    assert equal(tamt.fit_masks(layers, encoder, "file"), encoder)
+    assert same_masks(tamt.fit_masks(layers, encoder, "file"), encoder)
     encoder_layers = {name: layer for name, layer in layers.items() if ".encoder." in name}
-    assert equal(tamt.fit_masks(encoder_layers, masks, "file"), encoder)
+    assert same_masks(tamt.fit_masks(encoder_layers, masks, "file"), encoder)
     tamt.set_masks(layers, encoder)
     for name, layer in layers.items():
         assert layer.mask.all() or name in encoder  # absent means dense
@@ -4013,7 +4056,7 @@ def test_cuda_agrees_with_the_cpu(world, tmp_path):
         tamt.find_mask(mask_settings(world, tmp_path / f"omp-{device}", method="omp", device=device))
         tamt.find_mask(mask_settings(world, tmp_path / f"tamt-{device}", "no-dropout", objective="mlm+kd",
                                      device=device, dtype="fp32"))
-    assert equal(tamt.load_mask(tmp_path / "omp-cpu"), tamt.load_mask(tmp_path / "omp-cuda"))
+    assert same_masks(tamt.load_mask(tmp_path / "omp-cpu"), tamt.load_mask(tmp_path / "omp-cuda"))
     assert tamt.similarity(tamt.load_mask(tmp_path / "tamt-cpu"), tamt.load_mask(tmp_path / "tamt-cuda")) > 0.98
 
 
@@ -4658,7 +4701,7 @@ def write_json(path, content):
     write_lines(path, [json.dumps(content)])
 
 
-def settings(tasks, out, task="rte", **changes):
+def finetune_settings(tasks, out, task="rte", **changes):
     """Settings of a short run of the tiny BERT's ticket; changes: mask=None, model=... and so on."""
     out.mkdir(parents=True, exist_ok=True)
     values = {"task": task, "mask": str(tasks / "bert.pt"), "data": tasks, "max_len": 48, "lr": 1e-3,
@@ -4666,14 +4709,14 @@ def settings(tasks, out, task="rte", **changes):
     return finetune.Settings(**values | changes)
 
 
-def dense(tasks, out, task="rte", **changes):
+def dense_settings(tasks, out, task="rte", **changes):
     """The same for the dense tiny BERT."""
     values = {"mask": None, "model": str(tasks.parent / "bert")} | changes
-    return settings(tasks, out, task, **values)
+    return finetune_settings(tasks, out, task, **values)
 
 
-def shell(tasks, out, task="rte", *more, mask="bert.pt"):
-    """The same as settings(), from the command line -> exit status."""
+def finetune_shell(tasks, out, task="rte", *more, mask="bert.pt"):
+    """The same as finetune_settings(), from the command line -> exit status."""
     out.mkdir(parents=True, exist_ok=True)
     argv = ["--task", task, "--data", tasks, "--max-len", 48, "--lr", 1e-3, "--batch-size", 8, "--epochs", 2,
             "--out", out / "run", "--results", out / "results.jsonl"]
@@ -4689,7 +4732,7 @@ def opened(settings):
     return experiment
 
 
-def results(out):
+def lines_of_results(out):
     """The lines of a results file."""
     file = out / "results.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -4711,7 +4754,7 @@ def stop_fine_tuning_at(monkeypatch, number):
     monkeypatch.setattr(finetune, "task_loss", interrupted)
 
 
-def weights(folder):
+def weight_bytes(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -4721,12 +4764,12 @@ def weights(folder):
 
 
 def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
-    result = finetune.fine_tune(settings(tasks, tmp_path))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
 def test_a_result_names_its_task_its_updates_and_its_mask(tasks, tmp_path):
-    result = finetune.fine_tune(settings(tasks, tmp_path))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     assert result["task"] == "rte"
     assert result["steps"] == 8  # two epochs of 32 examples in batches of 8
     assert result["mask"]["method"] == "omp"
@@ -4736,16 +4779,16 @@ def test_a_result_names_its_task_its_updates_and_its_mask(tasks, tmp_path):
 def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
     """Without the evaluations on the way, which are in result.json."""
     file = tmp_path / "results.jsonl"
-    first = finetune.fine_tune(settings(tasks, tmp_path / "first", seed=1, results=file))
-    second = finetune.fine_tune(settings(tasks, tmp_path / "second", seed=2, results=file))
+    first = finetune.fine_tune(finetune_settings(tasks, tmp_path / "first", seed=1, results=file))
+    second = finetune.fine_tune(finetune_settings(tasks, tmp_path / "second", seed=2, results=file))
     del first["evaluations"], second["evaluations"]
-    assert results(tmp_path) == [first, second]
+    assert lines_of_results(tmp_path) == [first, second]
 
 
-def test_python_and_the_command_line_are_one_program(tasks, tmp_path):
-    result = finetune.fine_tune(settings(tasks, tmp_path / "python", results=None))
-    assert shell(tasks, tmp_path / "shell") == 0
-    line = results(tmp_path / "shell")[0]
+def test_python_and_the_command_line_reach_the_same_scores(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path / "python", results=None))
+    assert finetune_shell(tasks, tmp_path / "shell") == 0
+    line = lines_of_results(tmp_path / "shell")[0]
     assert line["best"] == result["best"]
     assert line["settings"] == result["settings"]
 
@@ -4756,7 +4799,7 @@ def test_python_and_the_command_line_are_one_program(tasks, tmp_path):
 
 
 def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
-    experiment = opened(settings(tasks, tmp_path, task="stsb"))
+    experiment = opened(finetune_settings(tasks, tmp_path, task="stsb"))
     masks = tamt.load_mask(tasks / "bert.pt")
     num_nonzero = []
 
@@ -4777,8 +4820,8 @@ def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, family):
     values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
-    ours = opened(settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
-    theirs = opened(settings(tasks, tmp_path / "theirs", mask=None, **values))
+    ours = opened(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
+    theirs = opened(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
     finetune.train(ours)
 
     # The same in plain torch, as the released code does it.
@@ -4829,12 +4872,12 @@ def test_best_is_the_highest_in_the_first_metric_and_final_is_the_last():
 
 
 def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, tmp_path):
-    result = finetune.fine_tune(settings(tasks, tmp_path, eval_every=3))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, eval_every=3))
     assert [line["step"] for line in result["evaluations"]] == [3, 4, 6, 8]
 
 
 def test_a_loss_that_overflows_is_an_error(tasks, tmp_path, capsys):
-    assert shell(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
+    assert finetune_shell(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
     assert re.search(r"the loss is (inf|nan) .* a lower --lr", capsys.readouterr().err)
 
 
@@ -4849,7 +4892,7 @@ def finished(request, tasks, tmp_path_factory):
     name, family = request.param
     out = tmp_path_factory.mktemp("finished")
     task = str(tasks / "mood.json") if name == "mood" else name
-    experiment = finetune.open_experiment(settings(
+    experiment = finetune.open_experiment(finetune_settings(
         tasks, out, task=task, mask=str(tasks / f"{family}.pt"), predict=True, export=out / "export"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         finetune.train(experiment)
@@ -4879,7 +4922,7 @@ def test_a_result_holds_the_metrics_of_its_task_and_how_to_repeat_it(finished):
 def test_predicted_answers_are_written_as_squad_wants_them_and_score_what_the_run_reports(finished):
     experiment, _ = finished
     if experiment.all_task_data[0].task.predicts != "span":
-        pytest.skip("not a task of answers")
+        pytest.skip("its predictions are no answers")
     predictions = json.loads((experiment.run.out / "predictions.json").read_text())
     scores = glue_squad.squad_scores(predictions, experiment.all_task_data[0].texts["dev"])
     assert scores == pytest.approx(experiment.result["final"])
@@ -4890,7 +4933,7 @@ def test_predicted_classes_and_numbers_are_written_as_glue_wants_them(finished):
     task_data = experiment.all_task_data[0]
     task = task_data.task
     if task.predicts == "span":
-        pytest.skip("a task of answers")
+        pytest.skip("its predictions are answers")
     header, *rows = (experiment.run.out / f"{task.folder}.tsv").read_text().splitlines()
     assert header == "index\tprediction"
 
@@ -4954,46 +4997,46 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(finished):
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
 def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp_path, monkeypatch, task):
-    expected = finetune.fine_tune(settings(tasks, tmp_path / "a", task, export=tmp_path / "a/x"))
+    expected = finetune.fine_tune(finetune_settings(tasks, tmp_path / "a", task, export=tmp_path / "a/x"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_fine_tuning_at(patch, 6)
-        finetune.fine_tune(settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x"))
+        finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x"))
 
-    resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x", resume=True))
+    resumed = finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x", resume=True))
     for each in (expected, resumed):
         del each["seconds"]
     assert resumed == expected
-    assert weights(tmp_path / "b/x") == weights(tmp_path / "a/x")
+    assert weight_bytes(tmp_path / "b/x") == weight_bytes(tmp_path / "a/x")
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_settings(
         tasks, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
-        assert shell(tasks, tmp_path) == 130
+        assert finetune_shell(tasks, tmp_path) == 130
     capsys.readouterr()
 
-    assert shell(tasks, tmp_path) == 2
+    assert finetune_shell(tasks, tmp_path) == 2
     assert "unfinished at step 5: continue with --resume" in capsys.readouterr().err
-    assert shell(tasks, tmp_path, "rte", "--resume", "--eval-every", 3) == 2
+    assert finetune_shell(tasks, tmp_path, "rte", "--resume", "--eval-every", 3) == 2
     assert "holds another run (eval_every 50 there, 3 here)" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_changes_nothing(tasks, tmp_path):
-    assert shell(tasks, tmp_path) == 0
+    assert finetune_shell(tasks, tmp_path) == 0
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert shell(tasks, tmp_path, "rte", "--resume") == 0
+    assert finetune_shell(tasks, tmp_path, "rte", "--resume") == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
 
 
-def test_a_finished_run_has_no_model_left_to_export(tasks, tmp_path, capsys):
-    assert shell(tasks, tmp_path) == 0
-    assert shell(tasks, tmp_path, "rte", "--resume", "--export", tmp_path / "x") == 2
+def test_resume_refuses_to_export_a_finished_run_since_its_model_is_gone(tasks, tmp_path, capsys):
+    assert finetune_shell(tasks, tmp_path) == 0
+    assert finetune_shell(tasks, tmp_path, "rte", "--resume", "--export", tmp_path / "x") == 2
     assert "--predict and --export need it again, without --resume" in capsys.readouterr().err
 
 
 @pytest.fixture
-def copy(tasks, tmp_path):
+def copied(tasks, tmp_path):
     """Copies of the model, the tables and the mask, to be changed."""
     shutil.copytree(tasks.parent / "bert", tmp_path / "bert")
     shutil.copytree(tasks, tmp_path / "tasks")
@@ -5001,37 +5044,37 @@ def copy(tasks, tmp_path):
 
 
 @pytest.mark.parametrize("change, name", [("text", "texts"), ("mask", "masks"), ("weights", "checkpoint")])
-def test_resume_is_refused_after_its_input_has_changed(copy, monkeypatch, capsys, change, name):
-    argv = (copy / "tasks", copy, "rte", "--model", copy / "bert")
+def test_resume_is_refused_after_its_input_has_changed(copied, monkeypatch, capsys, change, name):
+    argv = (copied / "tasks", copied, "rte", "--model", copied / "bert")
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
-        assert shell(*argv) == 130
+        assert finetune_shell(*argv) == 130
     if change == "text":
-        table = copy / "tasks/RTE/train.tsv"
+        table = copied / "tasks/RTE/train.tsv"
         table.write_text(table.read_text().replace("cat", "dog", 1))
     elif change == "mask":
-        masks, meta = tamt.read_mask(copy / "tasks/bert.pt")
+        masks, meta = tamt.read_mask(copied / "tasks/bert.pt")
         masks["bert.encoder.layer.0.output.dense.weight"][3, 5] ^= True
-        tamt.save_mask(copy / "tasks/bert.pt", masks, meta)
+        tamt.save_mask(copied / "tasks/bert.pt", masks, meta)
     else:
-        tiny(copy / "bert", seed=1)
+        tiny(copied / "bert", seed=1)
     capsys.readouterr()
-    assert shell(*argv, "--resume") == 2
+    assert finetune_shell(*argv, "--resume") == 2
     assert f"holds another run ({name} " in capsys.readouterr().err
 
 
-def test_a_run_is_the_same_under_another_spelling_of_its_paths(copy, monkeypatch):
+def test_a_run_is_the_same_under_another_spelling_of_its_paths(copied, monkeypatch):
     argv = ("--task", "rte", "--max-len", 48, "--batch-size", 8, "--epochs", 2,
-            "--results", copy / "results.jsonl")
-    monkeypatch.chdir(copy)
+            "--results", copied / "results.jsonl")
+    monkeypatch.chdir(copied)
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
         assert exit_status(finetune.main, *argv, "--data", "tasks", "--mask", "tasks/bert.pt", "--model", "bert",
                    "--out", "run") == 130
-    monkeypatch.chdir(copy / "tasks")
-    assert exit_status(finetune.main, *argv, "--data", copy / "tasks", "--mask", "bert.pt", "--model",
-               "../tasks/../bert/", "--out", copy / "run", "--resume") == 0
-    assert len(results(copy)) == 1
+    monkeypatch.chdir(copied / "tasks")
+    assert exit_status(finetune.main, *argv, "--data", copied / "tasks", "--mask", "bert.pt", "--model",
+               "../tasks/../bert/", "--out", copied / "run", "--resume") == 0
+    assert len(lines_of_results(copied)) == 1
 
 
 def test_runs_with_other_settings_get_other_folders_by_default(tasks, tmp_path, monkeypatch):
@@ -5048,7 +5091,7 @@ def test_runs_with_other_settings_get_other_folders_by_default(tasks, tmp_path, 
 def test_weights_shuffled_permutes_each_matrix_and_random_draws_them(tasks, tmp_path):
     experiments = {}
     for kind in ("pretrained", "shuffled", "random"):
-        experiments[kind] = opened(dense(tasks, tmp_path / kind, weights=kind))
+        experiments[kind] = opened(dense_settings(tasks, tmp_path / kind, weights=kind))
     name = "bert.encoder.layer.0.output.dense.weight"
     pretrained, shuffled, fresh = (each.model.get_parameter(name).detach() for each in experiments.values())
 
@@ -5063,7 +5106,7 @@ def test_weights_shuffled_permutes_each_matrix_and_random_draws_them(tasks, tmp_
 
 def test_weights_stay_zero_under_the_mask_whatever_they_are(tasks, tmp_path):
     for kind in ("shuffled", "random"):
-        experiment = opened(settings(tasks, tmp_path / kind, weights=kind))
+        experiment = opened(finetune_settings(tasks, tmp_path / kind, weights=kind))
         for name, mask in experiment.gradient_masks.items():
             assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
 
@@ -5071,7 +5114,8 @@ def test_weights_stay_zero_under_the_mask_whatever_they_are(tasks, tmp_path):
 @pytest.mark.parametrize("task", ["rte", "squad"])
 def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
     def train_data(**changes):
-        task_data = opened(dense(tasks, tmp_path / str(changes), task=task, max_len=24, **changes)).all_task_data[0]
+        values = {"task": task, "max_len": 24} | changes
+        task_data = opened(dense_settings(tasks, tmp_path / str(changes), **values)).all_task_data[0]
         assert len(task_data.targets) == len(task_data.train)
         return [(tuple(input_ids), tuple(np.ravel(target)))
                 for (input_ids, _), target in zip(task_data.train, task_data.targets, strict=True)]
@@ -5085,10 +5129,10 @@ def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
 
 
 def test_limit_counts_the_windows_of_squad(tasks, tmp_path):
-    task_data = opened(dense(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
+    task_data = opened(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
     num_questions = len(task_data.texts["train"])
     assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
-    task_data = opened(dense(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)).all_task_data[0]
+    task_data = opened(dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)).all_task_data[0]
     assert len(task_data.train) == 30
 
 
@@ -5097,7 +5141,7 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
     shutil.copytree(tasks.parent / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
-    experiment = opened(settings(tasks, tmp_path, model=str(tmp_path / "bert")))
+    experiment = opened(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
     assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.prunable])
@@ -5107,7 +5151,7 @@ def test_mnli_is_reported_without_its_mismatched_file(tasks, tmp_path, capsys):
     rows = ["the cat\tthe dog\tneutral", "a cat\ta cat\tentailment"] * 8
     for name in ("train", "dev_matched"):
         write_lines(tmp_path / "MNLI" / f"{name}.tsv", ["sentence1\tsentence2\tgold_label", *rows])
-    result = finetune.fine_tune(settings(tasks, tmp_path, task="mnli", data=tmp_path, epochs=1))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="mnli", data=tmp_path, epochs=1))
     assert list(result["best"]) == ["accuracy"]
     assert "nothing is reported for dev_mm" in capsys.readouterr().out
 
@@ -5124,18 +5168,18 @@ def test_a_kill_before_the_end_neither_loses_nor_doubles_the_line(
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(module, function, kill)
-        finetune.fine_tune(settings(tasks, tmp_path))
+        finetune.fine_tune(finetune_settings(tasks, tmp_path))
     for _ in range(2):
-        finetune.fine_tune(settings(tasks, tmp_path, resume=True))
-        assert len(results(tmp_path)) == 1
+        finetune.fine_tune(finetune_settings(tasks, tmp_path, resume=True))
+        assert len(lines_of_results(tmp_path)) == 1
     assert not (tmp_path / "run/state.pt").exists()
 
 
 def test_the_same_run_once_more_is_one_line_more(tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune.time, "time", lambda: 0.0)  # even if both take equally long
-    finetune.fine_tune(settings(tasks, tmp_path))
-    finetune.fine_tune(settings(tasks, tmp_path))
-    assert len(results(tmp_path)) == 2
+    finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    assert len(lines_of_results(tmp_path)) == 2
 
 
 def test_a_kill_after_the_line_does_not_double_it(tasks, tmp_path, monkeypatch):
@@ -5150,9 +5194,9 @@ def test_a_kill_after_the_line_does_not_double_it(tasks, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(data, "append_line", kill_afterwards)
-        finetune.fine_tune(settings(tasks, tmp_path))
-    finetune.fine_tune(settings(tasks, tmp_path, resume=True))
-    assert len(results(tmp_path)) == 1
+        finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    finetune.fine_tune(finetune_settings(tasks, tmp_path, resume=True))
+    assert len(lines_of_results(tmp_path)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5166,7 +5210,7 @@ IMP = {"find": "imp", "sparsity": 0.25}
 def imp_folder(tasks, tmp_path_factory):
     """The folder of a finished --find imp: rounds at 10 %, 20 % and 25 %, eight updates each."""
     out = tmp_path_factory.mktemp("imp")
-    content = finetune.find_imp(dense(tasks, out, **IMP))
+    content = finetune.find_imp(dense_settings(tasks, out, **IMP))
     assert [entry["sparsity"] for entry in content["rounds"]] == pytest.approx([0, 0.1, 0.2], abs=1e-3)
     return out / "run"
 
@@ -5191,7 +5235,7 @@ def test_imp_equals_doing_the_rounds_by_hand(tasks, tmp_path, imp_folder):
     names = tamt.load_mask(imp_folder).keys()  # encoder and pooler
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
-        round_settings = dense(tasks, tmp_path / str(number), mask=mask_file)
+        round_settings = dense_settings(tasks, tmp_path / str(number), mask=mask_file)
         experiment = finetune.open_experiment(round_settings, horizon_rounds=10)
         finetune.train(experiment)
         trained = {}
@@ -5218,7 +5262,7 @@ def test_imp_does_not_prune_the_pretrained_weights(tasks, imp_folder):
 def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monkeypatch, imp_folder):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_fine_tuning_at(patch, 8 + 6)  # in the second round
-        finetune.find_imp(dense(tasks, tmp_path, **IMP))
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
 
     updates = []
     update = finetune.update
@@ -5228,10 +5272,10 @@ def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monke
         return update(*arguments, **more)
 
     monkeypatch.setattr(finetune, "update", counted)
-    finetune.find_imp(dense(tasks, tmp_path, resume=True, **IMP))
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
     assert updates == [6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]  # the rest of the second round, and the third
     assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
-    finetune.find_imp(dense(tasks, tmp_path, resume=True, **IMP))
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
     assert len(updates) == 11
 
 
@@ -5243,17 +5287,17 @@ def test_a_round_of_imp_is_the_first_tenth_of_its_schedule(tasks, tmp_path, monk
         return 0.0
 
     monkeypatch.setattr(finetune, "update", no_update)
-    finetune.find_imp(dense(tasks, tmp_path, find="imp", sparsity=0.1))
+    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1))
     assert learning_rates == pytest.approx([1e-3 * (1 - step / 80) for step in range(8)])
 
 
 def test_another_search_does_not_resume_in_the_same_folder(tasks, imp_folder):
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
-        finetune.find_imp(dense(tasks, imp_folder.parent, resume=True, rank="local", **IMP))
+        finetune.find_imp(dense_settings(tasks, imp_folder.parent, resume=True, rank="local", **IMP))
 
 
 def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folder):
-    result = finetune.fine_tune(settings(tasks, tmp_path, task="stsb", mask=str(imp_folder)))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder)))
     assert result["mask"]["task"] == "rte"
     assert result["sparsity"] == pytest.approx(0.25, abs=1e-3)
 
@@ -5264,7 +5308,7 @@ def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folde
 
 
 def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path):
-    experiment = opened(dense(tasks, tmp_path))
+    experiment = opened(dense_settings(tasks, tmp_path))
     heads, feed_forward = finetune.measure_importance(experiment)
 
     # A gate of 1 in front of every context vector and of every output; the l1 norm of their gradients.
@@ -5360,7 +5404,7 @@ def super_ticket(request, tasks, tmp_path):
 
 
 def test_a_super_ticket_makes_the_model_smaller(tasks, tmp_path, super_ticket):
-    experiment = opened(settings(tasks, tmp_path, mask=str(super_ticket)))
+    experiment = opened(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
     first, second = experiment.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (16, 32)  # two of four heads of size 8
     assert second.attention.output.dense.weight.shape == (32, 24)
@@ -5369,8 +5413,8 @@ def test_a_super_ticket_makes_the_model_smaller(tasks, tmp_path, super_ticket):
 
 
 def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, super_ticket):
-    small = opened(settings(tasks, tmp_path / "small", mask=str(super_ticket)))
-    full = opened(dense(tasks, tmp_path / "full", model=small.run.model))
+    small = opened(finetune_settings(tasks, tmp_path / "small", mask=str(super_ticket)))
+    full = opened(dense_settings(tasks, tmp_path / "full", model=small.run.model))
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], 8)).float()  # (D,)
         output_gate = float(not REMOVED_FEED_FORWARD[index])
@@ -5386,7 +5430,7 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
 
 
 def test_the_export_of_a_super_ticket_has_full_sizes_and_equal_logits(tasks, tmp_path, super_ticket):
-    experiment = opened(settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export"))
+    experiment = opened(finetune_settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export"))
     finetune.export_model(experiment, experiment.all_task_data[0])
     tensors = bert.read_safetensors(tmp_path / "export/model.safetensors")
     family = experiment.model.config.model_type
@@ -5408,14 +5452,14 @@ def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super
     next(iter(masks.values()))[0, 0] ^= True
     tamt.save_mask(super_ticket, masks, meta)
     with pytest.raises(ValueError, match="a Super Ticket takes out whole heads"):
-        opened(settings(tasks, tmp_path, mask=str(super_ticket)))
+        opened(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
 def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_path):
     orders = ("winning", "random")
-    content = finetune.find_super(dense(tasks, tmp_path, find="super", orders=orders, epochs=1))
+    content = finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, epochs=1))
     curve = {entry["ticket"]: entry for entry in content["curve"]}
-    assert len(curve) == len(results(tmp_path)) == 17  # the dense model, and eight levels of each order
+    assert len(curve) == len(lines_of_results(tmp_path)) == 17  # the dense model, and eight levels of each order
     assert curve["dense"]["remaining"] == 1
     assert curve["dense"]["remaining"] > curve["random-4"]["remaining"] > curve["random-8"]["remaining"]
 
@@ -5427,7 +5471,7 @@ def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_p
 
 
 def test_losing_orders_alone_give_no_super_ticket(tasks, tmp_path, capsys):
-    finetune.find_super(dense(tasks, tmp_path, find="super", orders=("losing",), epochs=1, limit=8))
+    finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=("losing",), epochs=1, limit=8))
     printed = capsys.readouterr().out
     assert "no super ticket" in printed
     assert "next:" not in printed
@@ -5463,9 +5507,9 @@ def two_super_tickets(tasks, tmp_path):
 @pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
 def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_path, request, tickets):
     masks = request.getfixturevalue(tickets)
-    shared = opened(settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
+    shared = opened(finetune_settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
-        alone = opened(settings(tasks, tmp_path / task_data.task.name, task=task_data.task.name, mask=mask))
+        alone = opened(finetune_settings(tasks, tmp_path / task_data.task.name, task=task_data.task.name, mask=mask))
         alone.model.classifier = task_data.own.head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
@@ -5473,7 +5517,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
 
 
 def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
-    experiment = opened(settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    experiment = opened(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
     finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
@@ -5486,7 +5530,7 @@ def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_p
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
-    result = finetune.fine_tune(settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     assert list(result["best"]) == ["rte_accuracy", "stsb_pearson", "stsb_spearman"]
     assert result["steps"] == 16
     assert len(result["mask"]) == 2
@@ -5494,7 +5538,7 @@ def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, t
 
 
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_path, two_masks):
-    experiment = opened(settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x"))
+    experiment = opened(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x"))
     finetune.train(experiment)
     finetune.finish(experiment)
     for task_data in experiment.all_task_data:
@@ -5511,15 +5555,15 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_p
 @pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
 def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request, tickets):
     values = {"task": "rte,stsb", "mask": request.getfixturevalue(tickets), "results": None}
-    expected = finetune.fine_tune(settings(tasks, tmp_path / "a", export=tmp_path / "a/x", **values))
+    expected = finetune.fine_tune(finetune_settings(tasks, tmp_path / "a", export=tmp_path / "a/x", **values))
     values["export"] = tmp_path / "b/x"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_fine_tuning_at(patch, 6)
-        finetune.fine_tune(settings(tasks, tmp_path / "b", **values))
-    resumed = finetune.fine_tune(settings(tasks, tmp_path / "b", resume=True, **values))
+        finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", **values))
+    resumed = finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", resume=True, **values))
     assert resumed["evaluations"] == expected["evaluations"]
     for task in ("rte", "stsb"):
-        assert weights(tmp_path / "b/x" / task) == weights(tmp_path / "a/x" / task)
+        assert weight_bytes(tmp_path / "b/x" / task) == weight_bytes(tmp_path / "a/x" / task)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5566,7 +5610,7 @@ def test_wrong_input_is_one_line_with_exit_status_2(tasks, tmp_path, capsys, arg
     files = set(tmp_path.rglob("*"))
 
     words = [word.format(tasks=tasks, tmp=tmp_path) for word in argv.split()]
-    assert shell(tasks, tmp_path, "rte", *words) == 2
+    assert finetune_shell(tasks, tmp_path, "rte", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

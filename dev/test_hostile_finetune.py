@@ -22,10 +22,10 @@ import data
 import finetune
 import tamt
 from test_tamt import (
-    dense,
-    results,
-    settings,
-    shell,
+    dense_settings,
+    finetune_settings,
+    finetune_shell,
+    lines_of_results,
     stop_fine_tuning_at,
     tasks,
     tiny,
@@ -38,7 +38,7 @@ from test_tamt import (
 def refused(capsys, tasks, out, *argv, **more):
     """Runs a command that must fail with one line -> that line."""
     capsys.readouterr()
-    assert shell(tasks, out, *argv, **more) == 2
+    assert finetune_shell(tasks, out, *argv, **more) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -52,7 +52,7 @@ def refused(capsys, tasks, out, *argv, **more):
 def test_files_of_others_stay_in_the_folder_of_a_run(tasks, tmp_path):
     write_lines(tmp_path / "run/film.part", ["x"])
     write_lines(tmp_path / "run/b/c.part", ["x"])
-    assert shell(tasks, tmp_path) == 0
+    assert finetune_shell(tasks, tmp_path) == 0
     assert len(list(tmp_path.rglob("*.part"))) == 2
 
 
@@ -79,7 +79,7 @@ def test_an_export_never_overwrites_its_model(tasks, tmp_path, capsys):
 
 
 def test_the_results_file_is_not_a_file_of_the_run(tasks, tmp_path, capsys):
-    assert shell(tasks, tmp_path) == 0
+    assert finetune_shell(tasks, tmp_path) == 0
     for name in ("result.json", "state.pt"):
         error = refused(capsys, tasks, tmp_path, "rte", "--results", tmp_path / "run" / name)
         assert "a file that the run itself writes" in error
@@ -88,8 +88,8 @@ def test_the_results_file_is_not_a_file_of_the_run(tasks, tmp_path, capsys):
 
 def test_a_results_file_without_a_last_newline_keeps_its_lines(tasks, tmp_path):
     (tmp_path / "results.jsonl").write_text('{"a": 1}')
-    assert shell(tasks, tmp_path) == 0
-    lines = results(tmp_path)
+    assert finetune_shell(tasks, tmp_path) == 0
+    lines = lines_of_results(tmp_path)
     assert len(lines) == 2
     assert lines[0] == {"a": 1}
 
@@ -123,7 +123,7 @@ def test_a_damaged_result_json_is_one_line(tasks, tmp_path, capsys, content):
 
 
 def test_a_result_json_without_its_figures_is_one_line(tasks, tmp_path, capsys):
-    assert shell(tasks, tmp_path) == 0
+    assert finetune_shell(tasks, tmp_path) == 0
     file = tmp_path / "run/result.json"
     result = json.loads(file.read_text())
     for name in ("best", "final", "sparsity", "mask", "evaluations"):
@@ -135,7 +135,7 @@ def test_a_result_json_without_its_figures_is_one_line(tasks, tmp_path, capsys):
 def test_a_damaged_state_is_one_line(tasks, tmp_path, monkeypatch, capsys, damage):
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 4)
-        assert shell(tasks, tmp_path) == 130
+        assert finetune_shell(tasks, tmp_path) == 130
     file = tmp_path / "run/state.pt"
     state = torch.load(file, weights_only=True)
     if damage == "cut":
@@ -156,7 +156,7 @@ def test_a_damaged_state_is_one_line(tasks, tmp_path, monkeypatch, capsys, damag
 
 @pytest.mark.parametrize("function", ["write_torch", "write_json"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tasks, tmp_path, monkeypatch, capsys, function):
-    assert shell(tasks, tmp_path / "a") == 0
+    assert finetune_shell(tasks, tmp_path / "a") == 0
 
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -164,8 +164,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tasks, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(tamt, function, full)
         assert "No space left" in refused(capsys, tasks, tmp_path / "b")
-    assert shell(tasks, tmp_path / "b", "rte", "--resume") == 0
-    a, b = (results(tmp_path / name) for name in "ab")
+    assert finetune_shell(tasks, tmp_path / "b", "rte", "--resume") == 0
+    a, b = (lines_of_results(tmp_path / name) for name in "ab")
     assert len(b) == 1
     assert a[0]["final"] == b[0]["final"]
 
@@ -175,33 +175,33 @@ def test_a_full_disk_under_the_results_does_not_lose_the_run(tasks, tmp_path, ca
         pytest.skip("needs /dev/full")
     (tmp_path / "results.jsonl").symlink_to("/dev/full")
     capsys.readouterr()
-    assert shell(tasks, tmp_path) == 2
+    assert finetune_shell(tasks, tmp_path) == 2
     assert not capsys.readouterr().err.count("\n") > 1
     (tmp_path / "results.jsonl").unlink()
-    assert shell(tasks, tmp_path, "rte", "--resume") == 0
+    assert finetune_shell(tasks, tmp_path, "rte", "--resume") == 0
 
 
 def test_a_clock_that_runs_backwards_does_no_harm(tasks, tmp_path, monkeypatch):
     ticks = itertools.count(0, -100)
     monkeypatch.setattr(finetune.time, "time", lambda: float(next(ticks)))
-    assert shell(tasks, tmp_path, "rte", "--eval-every", 1) == 0
+    assert finetune_shell(tasks, tmp_path, "rte", "--eval-every", 1) == 0
 
 
 def test_ctrl_c_before_the_first_state_leaves_a_folder_that_can_be_used(tasks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 1)
-        assert shell(tasks, tmp_path) == 130
-    assert shell(tasks, tmp_path, "rte", "--resume") == 0
-    assert len(results(tmp_path)) == 1
+        assert finetune_shell(tasks, tmp_path) == 130
+    assert finetune_shell(tasks, tmp_path, "rte", "--resume") == 0
+    assert len(lines_of_results(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("number", range(1, 17, 3))
 def test_stopped_anywhere_several_tasks_end_alike(tasks, tmp_path, monkeypatch, number):
-    expected = finetune.fine_tune(dense(tasks, tmp_path / "a", task="rte,stsb"))
+    expected = finetune.fine_tune(dense_settings(tasks, tmp_path / "a", task="rte,stsb"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_fine_tuning_at(patch, number)
-        finetune.fine_tune(dense(tasks, tmp_path / "b", task="rte,stsb"))
-    resumed = finetune.fine_tune(dense(tasks, tmp_path / "b", task="rte,stsb", resume=True))
+        finetune.fine_tune(dense_settings(tasks, tmp_path / "b", task="rte,stsb"))
+    resumed = finetune.fine_tune(dense_settings(tasks, tmp_path / "b", task="rte,stsb", resume=True))
     assert resumed["evaluations"] == expected["evaluations"]
 
 
@@ -224,7 +224,7 @@ def test_one_example_is_enough(tasks, tmp_path, task):
         for split in ("train", "dev"):
             rows = [f"sentence1\tsentence2\t{label}", f"\U0001f600\t\t{word}"]
             write_lines(tmp_path / folder / f"{split}.tsv", rows)
-    result = finetune.fine_tune(settings(tasks, tmp_path, task=task, data=tmp_path))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, data=tmp_path))
     assert all(np.isfinite(value) for value in result["final"].values())
 
 
@@ -233,7 +233,7 @@ def test_one_example_is_enough(tasks, tmp_path, task):
 def test_a_squad_without_answers_is_one_line(tasks, tmp_path, capsys, paragraphs):
     for split in ("train", "dev"):
         write_json(tmp_path / f"squad/{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
-    assert shell(tasks, tmp_path, "squad", "--data", tmp_path) == 2
+    assert finetune_shell(tasks, tmp_path, "squad", "--data", tmp_path) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]  # before it, how many questions were left out
     assert last_line.startswith("error: ")
     assert "question" in last_line
@@ -251,15 +251,15 @@ def test_a_question_that_leaves_no_room_is_one_line(tasks, tmp_path, capsys):
 
 
 def test_a_limit_above_the_number_of_examples_is_all_of_them(tasks, tmp_path):
-    a = finetune.fine_tune(settings(tasks, tmp_path / "a"))
-    b = finetune.fine_tune(settings(tasks, tmp_path / "b", limit=10**6))
+    a = finetune.fine_tune(finetune_settings(tasks, tmp_path / "a"))
+    b = finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", limit=10**6))
     assert a["evaluations"] == b["evaluations"]
 
 
 def test_a_task_file_with_a_comma_in_its_path_is_one_task(tasks, tmp_path):
     shutil.copy(tasks / "mood.tsv", tmp_path / "mood.tsv")
     shutil.copy(tasks / "mood.json", tmp_path / "mood,glad.json")
-    assert shell(tasks, tmp_path, str(tmp_path / "mood,glad.json")) == 0
+    assert finetune_shell(tasks, tmp_path, str(tmp_path / "mood,glad.json")) == 0
 
 
 # Tickets
@@ -288,11 +288,11 @@ def test_a_super_ticket_with_a_pooler_mask_is_refused(tasks, tmp_path, capsys):
 def test_a_super_ticket_without_any_feed_forward_network_trains_resumes_and_exports(
         tasks, tmp_path, monkeypatch):
     file = super_file(tasks, tmp_path / "s.pt", [[True, True, True, False]] * 2, [True, True])
-    assert shell(tasks, tmp_path / "a", "rte", "--mask", file, "--export", tmp_path / "a/x") == 0
+    assert finetune_shell(tasks, tmp_path / "a", "rte", "--mask", file, "--export", tmp_path / "a/x") == 0
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
-        assert shell(tasks, tmp_path / "b", "rte", "--mask", file) == 130
-    assert shell(tasks, tmp_path / "b", "rte", "--mask", file, "--resume", "--export", tmp_path / "b/x") == 0
+        assert finetune_shell(tasks, tmp_path / "b", "rte", "--mask", file) == 130
+    assert finetune_shell(tasks, tmp_path / "b", "rte", "--mask", file, "--resume", "--export", tmp_path / "b/x") == 0
     a, b = ((tmp_path / name / "x/model.safetensors").read_bytes() for name in "ab")
     assert a == b
 
@@ -300,7 +300,7 @@ def test_a_super_ticket_without_any_feed_forward_network_trains_resumes_and_expo
 def test_a_mask_that_prunes_everything_still_trains(tasks, tmp_path):
     masks = {name: torch.zeros_like(mask) for name, mask in tamt.load_mask(tasks / "bert.pt").items()}
     tamt.save_mask(tmp_path / "none.pt", masks, {"model": str(tasks.parent / "bert")})
-    result = finetune.fine_tune(settings(tasks, tmp_path, mask=str(tmp_path / "none.pt")))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, mask=str(tmp_path / "none.pt")))
     assert result["sparsity"] == 1
     assert np.isfinite(result["evaluations"][-1]["loss"])
 
@@ -308,19 +308,19 @@ def test_a_mask_that_prunes_everything_still_trains(tasks, tmp_path):
 def test_a_super_ticket_and_a_mask_share_an_encoder(tasks, tmp_path):
     file = super_file(tasks, tmp_path / "s.pt", [[True, False, False, False]] * 2, [True, False])
     masks = f"{file},{tasks / 'bert.pt'}"
-    result = finetune.fine_tune(settings(tasks, tmp_path, task="rte,stsb", mask=masks))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=masks))
     assert [meta.get("method") for meta in result["mask"]] == ["super", "omp"]
 
 
 def test_no_search_without_find_from_python(tasks, tmp_path):
     for name, value in (("sparsity", 0.5), ("rank", "local"), ("scope", "all"), ("orders", ("losing",))):
         with pytest.raises(ValueError, match=f"--{name} goes with --find"):
-            settings(tasks, tmp_path, **{name: value})
+            finetune_settings(tasks, tmp_path, **{name: value})
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.1, 0.05, 0.9999])
 def test_imp_reaches_any_sparsity_exactly(tasks, tmp_path, sparsity):
-    finetune.find_imp(dense(tasks, tmp_path, find="imp", sparsity=sparsity, scope="all", rank="local",
+    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=sparsity, scope="all", rank="local",
                             epochs=1, limit=8))
     for mask in tamt.load_mask(tmp_path / "run").values():
         assert int((~mask).sum()) == round(mask.numel() * sparsity)
@@ -328,7 +328,7 @@ def test_imp_reaches_any_sparsity_exactly(tasks, tmp_path, sparsity):
 
 def test_imp_on_squad_and_on_roberta_has_no_pooler_to_prune(tasks, tmp_path):
     model = str(tasks.parent / "roberta")
-    finetune.find_imp(dense(tasks, tmp_path, model=model, find="imp", sparsity=0.1, epochs=1))
+    finetune.find_imp(dense_settings(tasks, tmp_path, model=model, find="imp", sparsity=0.1, epochs=1))
     names = tamt.load_mask(tmp_path / "run").keys()
     assert len(names) == 12
     assert not any("pooler" in name for name in names)

@@ -24,11 +24,11 @@ import data
 import tamt
 from test_tamt import (
     ends_with_one_line,
-    equal,
     exit_status,
     folder_content,
     mask_settings,
     mask_shell,
+    same_masks,
     stop_mask_training_after,
     tiny,
     watch_updates,
@@ -140,7 +140,7 @@ def test_any_damage_to_a_mask_file_is_an_error_that_names_it(tmp_path):
             content[position:position + 50] = generator.randbytes(50)
         (tmp_path / "bad.pt").write_bytes(content)
         try:
-            assert equal(tamt.load_mask(tmp_path / "bad.pt"), masks)
+            assert same_masks(tamt.load_mask(tmp_path / "bad.pt"), masks)
         except ValueError as error:
             assert "bad.pt" in str(error) and "\n" not in str(error)
             num_refused += 1
