@@ -19,7 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bert  # noqa: E402
+import tamt  # noqa: E402
 from dev import bench, sweep, toy  # noqa: E402
+from test_tamt import tiny  # noqa: E402
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -131,3 +134,16 @@ def test_figures_are_drawn_from_the_results(tmp_path):
     output = run_tool("dev/figures.py", "--runs", tmp_path, "--out", tmp_path, "--only", "fig3,fig5,fig8")
     assert "fig8: skipped, it needs folders" in output
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["fig3.png", "fig5.png"]
+
+
+def test_the_distance_of_a_mask_that_keeps_everything_is_0_and_of_another_above(tmp_path):
+    model = tiny(tmp_path / "model", max_position_embeddings=128)
+    (tmp_path / "text.txt").write_text("the cat sees a dog .\n" * 100)
+    layers = tamt.mask_model(bert.load(model))
+    for sparsity in (0.0, 0.7):
+        tamt.save_mask(tmp_path / f"{sparsity}.pt", tamt.magnitude_masks(layers, sparsity, "local"), {})
+    run_tool("dev/distance.py", model, tmp_path / "text.txt", tmp_path / "0.0.pt", tmp_path / "0.7.pt",
+             "--results", tmp_path / "results.jsonl", TAMT_CACHE=str(tmp_path))
+    whole, pruned = sweep.read_lines(tmp_path / "results.jsonl")
+    assert whole["cls_distance"] == pytest.approx(0, abs=1e-6)
+    assert pruned["cls_distance"] > 0.01
