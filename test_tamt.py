@@ -27,6 +27,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import http.server
@@ -43,7 +44,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import types
 import zipfile
 import zlib
 from pathlib import Path
@@ -375,7 +375,7 @@ def test_a_fresh_model_is_initialised_like_bert(family):
             assert (parameter == 0).all(), name
 
 
-def test_a_head_that_is_added_later_depends_on_the_seed_alone(model):
+def test_a_head_that_is_added_later_is_reproducible_from_the_seed(model):
     torch.manual_seed(4)
     model.add_classifier(3)
     first = [parameter.clone() for parameter in model.classifier.parameters()]
@@ -1986,7 +1986,7 @@ def test_corruption_is_a_function_of_its_generator(world):
     assert results[0] == results[1] != results[2]
 
 
-def test_corruption_spares_special_tokens_that_a_model_has_beyond_the_five(tmp_path):
+def test_corruption_never_chooses_additional_special_tokens(tmp_path):
     settings = {"additional_special_tokens": ["[E1]"]}
     vocabulary = data.vocabulary(with_settings(bert_folder, tmp_path, [settings]))
     marker = vocabulary.tokenizer.token_to_id("[E1]")
@@ -2009,11 +2009,19 @@ def test_the_order_of_rows_can_be_read_from_any_position_on(num_rows, count):
         assert data.row_indices(num_rows, 1, start, count).tolist() == order[start:start + count]
 
 
-def test_rows_come_shuffled_and_in_another_order_for_another_seed_or_epoch():
-    first = data.row_indices(99, 1, 0, 99).tolist()
-    assert first != sorted(first)
-    assert first != data.row_indices(99, 2, 0, 99).tolist()  # another seed
-    assert first != data.row_indices(99, 1, 99, 99).tolist()  # the next epoch: it begins at row 99
+def test_rows_come_shuffled():
+    order = data.row_indices(99, seed=1, start=0, count=99).tolist()
+    assert order != sorted(order)
+
+
+def test_another_seed_is_another_order_of_rows():
+    first = data.row_indices(99, seed=1, start=0, count=99).tolist()
+    assert first != data.row_indices(99, seed=2, start=0, count=99).tolist()
+
+
+def test_the_next_epoch_is_another_order_of_rows():
+    first = data.row_indices(99, seed=1, start=0, count=99).tolist()
+    assert first != data.row_indices(99, seed=1, start=99, count=99).tolist()
 
 
 def test_no_two_purposes_share_their_random_numbers():
@@ -2278,7 +2286,7 @@ def mask_settings(world, out=None, family="bert", **changes):
     return tamt.Settings(**values | changes)
 
 
-def mask_shell(world, out, *more):
+def run_tamt(world, out, *more):
     """The same from the command line, without the learning rate -> exit status."""
     return exit_status(
         tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--steps", 12, "--seq-len", 16,
@@ -2367,7 +2375,7 @@ def ends_with_one_line(capsys, words, main, *argv):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_the_masked_set_is_word_embeddings_six_matrices_a_layer_and_the_pooler(model):
+def test_maskable_weights_are_the_embeddings_six_per_layer_and_the_pooler(model):
     family = model.config.model_type
     names = list(tamt.maskable_layers(model))
     in_layer = [name.removeprefix(f"{family}.encoder.layer.1.") for name in names if ".layer.1." in name]
@@ -2472,6 +2480,10 @@ def test_prune_smallest_equals_brute_force_with_ties():
         assert tamt.prune_smallest(values, count).tolist() == brute_force(values.tolist(), count)
 
 
+# prune_smallest_near() is the fast way: it guesses that the threshold has moved by no more than a radius since the
+# last update, and sorts only the values within that radius.
+
+
 def test_prune_smallest_near_equals_prune_smallest_whatever_the_guess():
     """The guess may lie anywhere, and the radius may be a millionth of what is needed."""
     generator = random.Random(1)
@@ -2484,24 +2496,33 @@ def test_prune_smallest_near_equals_prune_smallest_whatever_the_guess():
         assert torch.equal(mask, tamt.prune_smallest(values, count))
 
 
+def near(values, count):
+    """prune_smallest_near with any guess -> mask, threshold."""
+    mask = torch.zeros(len(values), dtype=torch.bool)
+    threshold = tamt.prune_smallest_near(values, count, 0.5, 0.1, mask)
+    assert torch.equal(mask, tamt.prune_smallest(values, count))
+    return mask, threshold
+
+
 def test_the_threshold_of_prune_smallest_near_lies_between_pruned_and_kept_values():
-    """With ties it may equal both. Without ties the values above it are the kept ones."""
+    """Of tied values some may be kept and some pruned; then all of them equal the threshold."""
     generator = random.Random(2)
     for _ in range(300):
         values, count = random_case(generator)
-        mask = torch.zeros(len(values), dtype=torch.bool)
-        threshold = tamt.prune_smallest_near(values, count, generator.uniform(-4, 4), 0.1, mask)
+        mask, threshold = near(values, count)
         assert (values[~mask] <= threshold).all() and (values[mask] >= threshold).all()
 
+
+def test_without_ties_the_values_above_the_threshold_are_those_that_are_kept():
+    generator = random.Random(3)
     for _ in range(50):
         values = torch.randn(1000)
-        mask = torch.zeros(1000, dtype=torch.bool)
-        threshold = tamt.prune_smallest_near(values, generator.randint(0, 1000), 0.0, 0.1, mask)
+        mask, threshold = near(values, generator.randint(0, 1000))
         assert torch.equal(values > threshold, mask)
 
 
 def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
-    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])  # more than two pieces of numpy's comparison
+    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])  # numpy compares 2^18 at a time
     mask = torch.empty(600_000, dtype=torch.bool)
     for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
         tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)  # no value is near .5
@@ -2509,7 +2530,7 @@ def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
 
 
 def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
-    """Pinned scores. There have to be at least as many to prune as are pinned so, and as many to keep."""
+    """So are scores pinned. (The number to prune leaves room for them.)"""
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
     for count in (2, 3, 4, 5):
         mask = torch.empty(7, dtype=torch.bool)
@@ -2528,17 +2549,26 @@ def test_keep_largest_of_groups_keeps_n_of_every_m_in_a_row_as_brute_force_does(
             assert mask_group == brute_force(group, m - n)
 
 
+def magnitude(layers, sparsity, rank):
+    return tamt.magnitude_masks(layers, sparsity, rank)
+
+
+def at_random(layers, sparsity, rank):
+    return tamt.random_masks(layers, sparsity, rank, seed=1)
+
+
+@pytest.mark.parametrize("make_masks", [magnitude, at_random])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
-def test_magnitude_and_random_masks_prune_exactly_round_n_s_entries(model, sparsity):
-    """round(n s) over everything, or round(n s) in each matrix; magnitudes and random draws alike."""
-    layers = tamt.mask_model(model)
-    local_masks = [tamt.magnitude_masks(layers, sparsity, "local"), tamt.random_masks(layers, sparsity, "local", 1)]
-    for masks in local_masks:
-        for mask in masks.values():
-            assert int((~mask).sum()) == round(mask.numel() * sparsity)
-    global_masks = [tamt.magnitude_masks(layers, sparsity, "global"), tamt.random_masks(layers, sparsity, "global", 1)]
-    for masks in global_masks:
-        assert num_pruned(masks) == round(num_entries(masks) * sparsity)
+def test_local_masks_prune_the_requested_share_of_each_matrix_exactly(layers, sparsity, make_masks):
+    for mask in make_masks(layers, sparsity, "local").values():
+        assert int((~mask).sum()) == round(mask.numel() * sparsity)
+
+
+@pytest.mark.parametrize("make_masks", [magnitude, at_random])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
+def test_global_masks_prune_the_requested_share_of_all_entries_exactly(layers, sparsity, make_masks):
+    masks = make_masks(layers, sparsity, "global")
+    assert num_pruned(masks) == round(num_entries(masks) * sparsity)
 
 
 def test_more_than_127_entries_of_a_group_may_be_kept():
@@ -2555,11 +2585,22 @@ def test_magnitude_masks_of_a_pattern_keep_n_of_every_m(model, rule):
         assert (mask.view(-1, m).sum(dim=1) == n).all()
 
 
-def test_magnitude_masks_keep_the_largest_weights(model):
+@pytest.mark.parametrize("rule, sparsity", [("local", 0.6), ("global", 0.6), ("2:4", 0.5)])
+def test_magnitude_masks_keep_the_largest_weights(model, rule, sparsity):
+    """Of each matrix, of all matrices together, or of each group of four."""
     layers = tamt.mask_model(model)
-    for name, mask in tamt.magnitude_masks(layers, 0.6, "local").items():
-        magnitudes = layers[name].weight.detach().abs()
-        assert magnitudes[mask].min() >= magnitudes[~mask].max()
+    masks = list(tamt.magnitude_masks(layers, sparsity, rule).values())
+    magnitudes = [layer.weight.detach().abs() for layer in layers.values()]
+    if rule == "global":
+        masks = [torch.cat([mask.flatten() for mask in masks])]
+        magnitudes = [torch.cat([magnitude.flatten() for magnitude in magnitudes])]
+    for magnitude, mask in zip(magnitudes, masks, strict=True):
+        group_size = 4 if rule == "2:4" else mask.numel()
+        mask = mask.reshape(-1, group_size)  # (groups, group size)
+        magnitude = magnitude.reshape(-1, group_size)
+        smallest_kept = magnitude.masked_fill(~mask, math.inf).min(dim=1).values
+        largest_pruned = magnitude.masked_fill(mask, -math.inf).max(dim=1).values
+        assert (smallest_kept >= largest_pruned).all()
 
 
 @pytest.mark.parametrize("rule", ["local", "global"])
@@ -2715,14 +2756,25 @@ def test_kd_loss_is_0_for_equal_states_and_2_for_opposite_ones():
     assert tamt.kd_loss(states, opposite).item() == pytest.approx(2, abs=1e-6)
 
 
-def test_kd_loss_is_the_mean_over_tokens_and_layers_without_embeddings_and_padding():
-    a = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # (1, 2, 2): of two tokens ...
-    b = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])  # ... the first is orthogonal, the second equal
-    embedded = torch.randn(1, 2, 2)
-    assert tamt.kd_loss([embedded, a], [-embedded, b]).item() == 0.5
-    assert tamt.kd_loss([embedded, a, a], [-embedded, b, a]).item() == 0.25
-    assert tamt.kd_loss([embedded, a], [-embedded, b], torch.tensor([[False, True]])).item() == 0.0
-    assert tamt.kd_loss([embedded, a], [-embedded, b], torch.tensor([[True, False]])).item() == 1.0
+EMBEDDED = torch.ones(1, 2, 2)  # not compared: opposite ones cost nothing
+TWO_TOKENS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # (1, 2, 2)
+FIRST_IS_ORTHOGONAL = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])  # to the first of TWO_TOKENS; the second is equal
+
+
+def test_kd_loss_is_a_mean_over_tokens():
+    assert tamt.kd_loss([EMBEDDED, TWO_TOKENS], [-EMBEDDED, FIRST_IS_ORTHOGONAL]).item() == 0.5
+
+
+def test_kd_loss_is_a_mean_over_layers_without_the_embeddings():
+    teacher = [EMBEDDED, TWO_TOKENS, TWO_TOKENS]
+    student = [-EMBEDDED, FIRST_IS_ORTHOGONAL, TWO_TOKENS]
+    assert tamt.kd_loss(teacher, student).item() == 0.25
+
+
+@pytest.mark.parametrize("is_token, expected", [([True, False], 1.0), ([False, True], 0.0)])
+def test_kd_loss_leaves_padding_out(is_token, expected):
+    loss = tamt.kd_loss([EMBEDDED, TWO_TOKENS], [-EMBEDDED, FIRST_IS_ORTHOGONAL], torch.tensor([is_token]))
+    assert loss.item() == expected
 
 
 def test_mlm_loss_is_the_mean_cross_entropy():
@@ -2734,7 +2786,7 @@ def test_mlm_loss_is_the_mean_cross_entropy():
 
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
 def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(world, objective):
-    """Also if they hold different numbers of predictions and of padding."""
+    """Row 3 is cut to nine tokens, so that the micro-batches hold different numbers of tokens and predictions."""
     gradients = []
     losses = []
     for batch_size, accumulate in ((8, 1), (2, 4)):
@@ -2747,6 +2799,7 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(world, o
         gradients.append([parameter.grad for parameter in training.parameters.values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for a, b in zip(*gradients, strict=True):
+        assert a.any()
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
 
 
@@ -2762,26 +2815,43 @@ def test_the_teacher_is_the_dense_model(model):
         assert torch.equal(expected, found) and not found.requires_grad
 
 
-def test_the_teacher_shares_the_weights_of_the_student(model, layers):
+def test_the_teacher_shares_the_weights_of_the_student(model):
     """There is no copy: where a weight is changed, so is the teacher."""
     input_ids = torch.randint(6, model.config.vocab_size - 1, (4, 20))
-    with tamt.dense_teacher(model):
-        before = model(input_ids)[-1]
-    next(iter(layers.values())).weight.data.mul_(2)
-    with tamt.dense_teacher(model):
-        assert not torch.equal(model(input_ids)[-1], before)
+    name = next(iter(tamt.maskable_layers(model)))
+    changed = copy.deepcopy(model)
+    changed.get_parameter(name).data.mul_(2)
 
-
-def test_after_the_teacher_the_model_is_the_student_again(model):
     layers = tamt.mask_model(model)
-    for is_training in (True, False):
-        model.train(is_training)
-        with tamt.dense_teacher(model):
-            assert not model.training and all(layer.is_teacher for layer in layers.values())
-        assert model.training == is_training and not any(layer.is_teacher for layer in layers.values())
-        with pytest.raises(RuntimeError), tamt.dense_teacher(model):
-            raise RuntimeError
-        assert model.training == is_training and not any(layer.is_teacher for layer in layers.values())
+    tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.5, "local"))
+    layers[name].weight.data.mul_(2)
+    with tamt.dense_teacher(model):
+        assert torch.equal(model(input_ids)[-1], changed(input_ids)[-1])
+
+
+def is_student(model, layers):
+    return not any(layer.is_teacher for layer in layers.values())
+
+
+def test_the_teacher_has_no_dropout(model, layers):
+    model.train()
+    with tamt.dense_teacher(model):
+        assert not model.training
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_after_the_teacher_the_model_is_the_student_again(model, layers, is_training):
+    model.train(is_training)
+    with tamt.dense_teacher(model):
+        assert not is_student(model, layers)
+    assert is_student(model, layers) and model.training == is_training
+
+
+def test_after_an_error_in_the_teacher_the_model_is_the_student_again(model, layers):
+    model.train()
+    with pytest.raises(ZeroDivisionError), tamt.dense_teacher(model):
+        raise ZeroDivisionError
+    assert is_student(model, layers) and model.training
 
 
 def test_dev_losses_are_means_over_batches_on_one_fixed_corruption(world):
@@ -2949,7 +3019,8 @@ class PlainLoop:
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkeypatch, objective):
     """All of find_mask, its schedule and its shortcuts included, against PlainLoop."""
-    settings = mask_settings(world, tmp_path, "no-dropout", objective=objective, steps=30, lr=3e-3, log_every=1)
+    settings = mask_settings(world, tmp_path, "no-dropout", objective=objective, sparsity=0.7, refresh_every=1,
+                             steps=30, lr=3e-3, log_every=1)
     masks = []
     watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
     tamt.find_mask(settings)
@@ -3012,8 +3083,10 @@ def test_scores_can_travel_as_far_in_a_short_run_as_in_the_full_one(objective, n
         return distance
 
     rate = tamt.learning_rate_of(objective, 0.7, num_updates)
-    papers = travel(PAPER_RATES[objective], 17_000, 27_920)
-    assert travel(rate, num_updates, num_updates) == pytest.approx(papers)
+    distance_of_the_paper = travel(PAPER_RATES[objective], 17_000, 27_920)
+    if objective == "mlm":
+        assert distance_of_the_paper == pytest.approx(0.591, abs=1e-3)  # a score needs about .01 to change sides
+    assert travel(rate, num_updates, num_updates) == pytest.approx(distance_of_the_paper)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
@@ -3025,31 +3098,44 @@ def test_the_learning_rate_is_never_below_that_of_the_paper_nor_above_a_hundredt
 def test_between_the_sparsities_of_the_paper_its_numbers_of_updates_are_interpolated():
     assert tamt.paper_updates(0.7) == 17_000
     assert tamt.paper_updates(0.75) == 18_500
-    assert tamt.paper_updates(0.1) == 3000 and tamt.paper_updates(0.99) == 22_000
+    assert tamt.paper_updates(0.8) == 20_000
 
 
-@pytest.mark.parametrize("objective,expected", [("mlm", [1000, 2000, 2500]), ("kd", [1, 999, 1999, 2500])])
-def test_thresholds_move_when_the_released_code_moves_them(objective, expected):
-    """Its loop for kd counts from 0: hence 1, 999 and 1999."""
-    run = types.SimpleNamespace(objective=objective, refresh_every=1000, eval_every=10**6, save_every=10**6,
-                                num_updates=2500)
-    assert [step for step in range(1, 2501) if tamt.is_refresh_due(run, step)] == expected
-    run.eval_every = 600
-    run.save_every = 700
-    found = [step for step in range(1, 2501) if tamt.is_refresh_due(run, step)]
-    assert found == sorted({*expected, 600, 1200, 1800, 2400, 700, 1400, 2100})
+def test_outside_of_the_sparsities_of_the_paper_the_nearest_number_of_updates_is_taken():
+    assert tamt.paper_updates(0.1) == tamt.paper_updates(0.2) == 3000
+    assert tamt.paper_updates(0.99) == tamt.paper_updates(0.9) == 22_000
+
+
+def refreshes(objective, **changes):
+    """The updates of 2,500 after which --refresh-every 1000 moves the thresholds."""
+    values = {"objective": objective, "refresh_every": 1000, "eval_every": 10**6, "save_every": 10**6,
+              "num_updates": 2500}
+    run = SimpleNamespace(**values | changes)
+    return [step for step in range(1, 2501) if tamt.is_refresh_due(run, step)]
+
+
+@pytest.mark.parametrize("objective, expected", [("mlm", [1000, 2000, 2500]), ("kd", [1, 999, 1999, 2500])])
+def test_thresholds_move_when_the_released_code_moves_them_and_at_the_end(objective, expected):
+    """Its loop for kd is one update ahead, and moves them after the first update, too."""
+    assert refreshes(objective) == expected
+
+
+def test_thresholds_move_before_a_mask_is_evaluated_or_saved():
+    found = refreshes("mlm", eval_every=600, save_every=700)
+    assert found == sorted([1000, 2000, 2500, 600, 1200, 1800, 2400, 700, 1400, 2100])
 
 
 def test_a_batch_depends_on_seed_and_step_alone(world):
-    def corrupted_ids(seed, step):
-        torch.manual_seed(step + 99)  # what was drawn before does not matter
+    def batch(seed, step, torch_seed):
         training = begin(mask_settings(world, seed=seed))
         training.step = step
-        return tamt.next_batch(training).corrupted_ids
+        torch.manual_seed(torch_seed)  # what was drawn before does not matter
+        found = tamt.next_batch(training)
+        return [found.input_ids.tolist(), found.corrupted_ids.tolist(), found.is_chosen.tolist()]
 
-    assert np.array_equal(corrupted_ids(1, 3), corrupted_ids(1, 3))
-    assert not np.array_equal(corrupted_ids(1, 3), corrupted_ids(1, 0))
-    assert not np.array_equal(corrupted_ids(1, 3), corrupted_ids(2, 3))
+    assert batch(seed=1, step=3, torch_seed=10) == batch(seed=1, step=3, torch_seed=20)
+    assert batch(seed=1, step=3, torch_seed=10) != batch(seed=1, step=0, torch_seed=10)
+    assert batch(seed=1, step=3, torch_seed=10) != batch(seed=2, step=3, torch_seed=10)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3217,7 +3303,7 @@ def test_find_mask_returns_the_content_of_mask_json(world, tmp_path):
 
 def test_find_mask_and_the_command_line_learn_the_same_mask(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path / "a", objective="kd"))
-    assert mask_shell(world, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
+    assert run_tamt(world, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
 
 
@@ -3902,7 +3988,7 @@ def test_evaluate_of_the_dense_model_needs_no_mask_and_the_dev_text_only(world, 
 
 
 def test_mask_training_ends_with_lines_that_grep_reads(world, tmp_path, capsys):
-    assert mask_shell(world, tmp_path / "run") == 0
+    assert run_tamt(world, tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
     block = dict(line.split(": ", 1) for line in lines[lines.index("---") + 1:])
     assert list(block) == ["mask", "sparsity", "dev_mlm_loss", "dev_kd_loss", "seconds", "next"]
@@ -4020,10 +4106,10 @@ def shell_main(world, out):
 
 def test_ctrl_c_keeps_the_last_state_and_is_130(world, tmp_path, monkeypatch, capsys):
     stop_mask_training_after(monkeypatch, 7)
-    assert mask_shell(world, tmp_path) == 130
+    assert run_tamt(world, tmp_path) == 130
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "state.pt").exists() and not (tmp_path / "mask.pt").exists()
-    assert mask_shell(world, tmp_path, "--resume") == 0
+    assert run_tamt(world, tmp_path, "--resume") == 0
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback():
@@ -4715,7 +4801,7 @@ def dense_settings(tasks, out, task="rte", **changes):
     return finetune_settings(tasks, out, task, **values)
 
 
-def finetune_shell(tasks, out, task="rte", *more, mask="bert.pt"):
+def run_finetune(tasks, out, task="rte", *more, mask="bert.pt"):
     """The same as finetune_settings(), from the command line -> exit status."""
     out.mkdir(parents=True, exist_ok=True)
     argv = ["--task", task, "--data", tasks, "--max-len", 48, "--lr", 1e-3, "--batch-size", 8, "--epochs", 2,
@@ -4777,7 +4863,7 @@ def test_a_result_names_its_task_its_updates_and_its_mask(tasks, tmp_path):
 
 
 def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
-    """Without the evaluations on the way, which are in result.json."""
+    """A line leaves out the evaluations on the way; result.json has them."""
     file = tmp_path / "results.jsonl"
     first = finetune.fine_tune(finetune_settings(tasks, tmp_path / "first", seed=1, results=file))
     second = finetune.fine_tune(finetune_settings(tasks, tmp_path / "second", seed=2, results=file))
@@ -4785,9 +4871,9 @@ def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
     assert lines_of_results(tmp_path) == [first, second]
 
 
-def test_python_and_the_command_line_reach_the_same_scores(tasks, tmp_path):
+def test_python_and_the_command_line_give_the_same_best_result_and_settings(tasks, tmp_path):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path / "python", results=None))
-    assert finetune_shell(tasks, tmp_path / "shell") == 0
+    assert run_finetune(tasks, tmp_path / "shell") == 0
     line = lines_of_results(tmp_path / "shell")[0]
     assert line["best"] == result["best"]
     assert line["settings"] == result["settings"]
@@ -4877,7 +4963,7 @@ def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, 
 
 
 def test_a_loss_that_overflows_is_an_error(tasks, tmp_path, capsys):
-    assert finetune_shell(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
+    assert run_finetune(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
     assert re.search(r"the loss is (inf|nan) .* a lower --lr", capsys.readouterr().err)
 
 
@@ -5013,25 +5099,25 @@ def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_setti
         tasks, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
-        assert finetune_shell(tasks, tmp_path) == 130
+        assert run_finetune(tasks, tmp_path) == 130
     capsys.readouterr()
 
-    assert finetune_shell(tasks, tmp_path) == 2
+    assert run_finetune(tasks, tmp_path) == 2
     assert "unfinished at step 5: continue with --resume" in capsys.readouterr().err
-    assert finetune_shell(tasks, tmp_path, "rte", "--resume", "--eval-every", 3) == 2
+    assert run_finetune(tasks, tmp_path, "rte", "--resume", "--eval-every", 3) == 2
     assert "holds another run (eval_every 50 there, 3 here)" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_changes_nothing(tasks, tmp_path):
-    assert finetune_shell(tasks, tmp_path) == 0
+    assert run_finetune(tasks, tmp_path) == 0
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert finetune_shell(tasks, tmp_path, "rte", "--resume") == 0
+    assert run_finetune(tasks, tmp_path, "rte", "--resume") == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
 
 
 def test_resume_refuses_to_export_a_finished_run_since_its_model_is_gone(tasks, tmp_path, capsys):
-    assert finetune_shell(tasks, tmp_path) == 0
-    assert finetune_shell(tasks, tmp_path, "rte", "--resume", "--export", tmp_path / "x") == 2
+    assert run_finetune(tasks, tmp_path) == 0
+    assert run_finetune(tasks, tmp_path, "rte", "--resume", "--export", tmp_path / "x") == 2
     assert "--predict and --export need it again, without --resume" in capsys.readouterr().err
 
 
@@ -5048,7 +5134,7 @@ def test_resume_is_refused_after_its_input_has_changed(copied, monkeypatch, caps
     argv = (copied / "tasks", copied, "rte", "--model", copied / "bert")
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
-        assert finetune_shell(*argv) == 130
+        assert run_finetune(*argv) == 130
     if change == "text":
         table = copied / "tasks/RTE/train.tsv"
         table.write_text(table.read_text().replace("cat", "dog", 1))
@@ -5059,7 +5145,7 @@ def test_resume_is_refused_after_its_input_has_changed(copied, monkeypatch, caps
     else:
         tiny(copied / "bert", seed=1)
     capsys.readouterr()
-    assert finetune_shell(*argv, "--resume") == 2
+    assert run_finetune(*argv, "--resume") == 2
     assert f"holds another run ({name} " in capsys.readouterr().err
 
 
@@ -5610,7 +5696,7 @@ def test_wrong_input_is_one_line_with_exit_status_2(tasks, tmp_path, capsys, arg
     files = set(tmp_path.rglob("*"))
 
     words = [word.format(tasks=tasks, tmp=tmp_path) for word in argv.split()]
-    assert finetune_shell(tasks, tmp_path, "rte", *words) == 2
+    assert run_finetune(tasks, tmp_path, "rte", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1

@@ -24,8 +24,8 @@ import tamt
 from test_tamt import (
     dense_settings,
     finetune_settings,
-    finetune_shell,
     lines_of_results,
+    run_finetune,
     stop_fine_tuning_at,
     tasks,
     tiny,
@@ -38,7 +38,7 @@ from test_tamt import (
 def refused(capsys, tasks, out, *argv, **more):
     """Runs a command that must fail with one line -> that line."""
     capsys.readouterr()
-    assert finetune_shell(tasks, out, *argv, **more) == 2
+    assert run_finetune(tasks, out, *argv, **more) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -52,7 +52,7 @@ def refused(capsys, tasks, out, *argv, **more):
 def test_files_of_others_stay_in_the_folder_of_a_run(tasks, tmp_path):
     write_lines(tmp_path / "run/film.part", ["x"])
     write_lines(tmp_path / "run/b/c.part", ["x"])
-    assert finetune_shell(tasks, tmp_path) == 0
+    assert run_finetune(tasks, tmp_path) == 0
     assert len(list(tmp_path.rglob("*.part"))) == 2
 
 
@@ -79,7 +79,7 @@ def test_an_export_never_overwrites_its_model(tasks, tmp_path, capsys):
 
 
 def test_the_results_file_is_not_a_file_of_the_run(tasks, tmp_path, capsys):
-    assert finetune_shell(tasks, tmp_path) == 0
+    assert run_finetune(tasks, tmp_path) == 0
     for name in ("result.json", "state.pt"):
         error = refused(capsys, tasks, tmp_path, "rte", "--results", tmp_path / "run" / name)
         assert "a file that the run itself writes" in error
@@ -88,7 +88,7 @@ def test_the_results_file_is_not_a_file_of_the_run(tasks, tmp_path, capsys):
 
 def test_a_results_file_without_a_last_newline_keeps_its_lines(tasks, tmp_path):
     (tmp_path / "results.jsonl").write_text('{"a": 1}')
-    assert finetune_shell(tasks, tmp_path) == 0
+    assert run_finetune(tasks, tmp_path) == 0
     lines = lines_of_results(tmp_path)
     assert len(lines) == 2
     assert lines[0] == {"a": 1}
@@ -123,7 +123,7 @@ def test_a_damaged_result_json_is_one_line(tasks, tmp_path, capsys, content):
 
 
 def test_a_result_json_without_its_figures_is_one_line(tasks, tmp_path, capsys):
-    assert finetune_shell(tasks, tmp_path) == 0
+    assert run_finetune(tasks, tmp_path) == 0
     file = tmp_path / "run/result.json"
     result = json.loads(file.read_text())
     for name in ("best", "final", "sparsity", "mask", "evaluations"):
@@ -135,7 +135,7 @@ def test_a_result_json_without_its_figures_is_one_line(tasks, tmp_path, capsys):
 def test_a_damaged_state_is_one_line(tasks, tmp_path, monkeypatch, capsys, damage):
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 4)
-        assert finetune_shell(tasks, tmp_path) == 130
+        assert run_finetune(tasks, tmp_path) == 130
     file = tmp_path / "run/state.pt"
     state = torch.load(file, weights_only=True)
     if damage == "cut":
@@ -156,7 +156,7 @@ def test_a_damaged_state_is_one_line(tasks, tmp_path, monkeypatch, capsys, damag
 
 @pytest.mark.parametrize("function", ["write_torch", "write_json"])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tasks, tmp_path, monkeypatch, capsys, function):
-    assert finetune_shell(tasks, tmp_path / "a") == 0
+    assert run_finetune(tasks, tmp_path / "a") == 0
 
     def full(path, *_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tasks, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(tamt, function, full)
         assert "No space left" in refused(capsys, tasks, tmp_path / "b")
-    assert finetune_shell(tasks, tmp_path / "b", "rte", "--resume") == 0
+    assert run_finetune(tasks, tmp_path / "b", "rte", "--resume") == 0
     a, b = (lines_of_results(tmp_path / name) for name in "ab")
     assert len(b) == 1
     assert a[0]["final"] == b[0]["final"]
@@ -175,23 +175,23 @@ def test_a_full_disk_under_the_results_does_not_lose_the_run(tasks, tmp_path, ca
         pytest.skip("needs /dev/full")
     (tmp_path / "results.jsonl").symlink_to("/dev/full")
     capsys.readouterr()
-    assert finetune_shell(tasks, tmp_path) == 2
+    assert run_finetune(tasks, tmp_path) == 2
     assert not capsys.readouterr().err.count("\n") > 1
     (tmp_path / "results.jsonl").unlink()
-    assert finetune_shell(tasks, tmp_path, "rte", "--resume") == 0
+    assert run_finetune(tasks, tmp_path, "rte", "--resume") == 0
 
 
 def test_a_clock_that_runs_backwards_does_no_harm(tasks, tmp_path, monkeypatch):
     ticks = itertools.count(0, -100)
     monkeypatch.setattr(finetune.time, "time", lambda: float(next(ticks)))
-    assert finetune_shell(tasks, tmp_path, "rte", "--eval-every", 1) == 0
+    assert run_finetune(tasks, tmp_path, "rte", "--eval-every", 1) == 0
 
 
 def test_ctrl_c_before_the_first_state_leaves_a_folder_that_can_be_used(tasks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 1)
-        assert finetune_shell(tasks, tmp_path) == 130
-    assert finetune_shell(tasks, tmp_path, "rte", "--resume") == 0
+        assert run_finetune(tasks, tmp_path) == 130
+    assert run_finetune(tasks, tmp_path, "rte", "--resume") == 0
     assert len(lines_of_results(tmp_path)) == 1
 
 
@@ -233,7 +233,7 @@ def test_one_example_is_enough(tasks, tmp_path, task):
 def test_a_squad_without_answers_is_one_line(tasks, tmp_path, capsys, paragraphs):
     for split in ("train", "dev"):
         write_json(tmp_path / f"squad/{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
-    assert finetune_shell(tasks, tmp_path, "squad", "--data", tmp_path) == 2
+    assert run_finetune(tasks, tmp_path, "squad", "--data", tmp_path) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]  # before it, how many questions were left out
     assert last_line.startswith("error: ")
     assert "question" in last_line
@@ -259,7 +259,7 @@ def test_a_limit_above_the_number_of_examples_is_all_of_them(tasks, tmp_path):
 def test_a_task_file_with_a_comma_in_its_path_is_one_task(tasks, tmp_path):
     shutil.copy(tasks / "mood.tsv", tmp_path / "mood.tsv")
     shutil.copy(tasks / "mood.json", tmp_path / "mood,glad.json")
-    assert finetune_shell(tasks, tmp_path, str(tmp_path / "mood,glad.json")) == 0
+    assert run_finetune(tasks, tmp_path, str(tmp_path / "mood,glad.json")) == 0
 
 
 # Tickets
@@ -288,11 +288,11 @@ def test_a_super_ticket_with_a_pooler_mask_is_refused(tasks, tmp_path, capsys):
 def test_a_super_ticket_without_any_feed_forward_network_trains_resumes_and_exports(
         tasks, tmp_path, monkeypatch):
     file = super_file(tasks, tmp_path / "s.pt", [[True, True, True, False]] * 2, [True, True])
-    assert finetune_shell(tasks, tmp_path / "a", "rte", "--mask", file, "--export", tmp_path / "a/x") == 0
+    assert run_finetune(tasks, tmp_path / "a", "rte", "--mask", file, "--export", tmp_path / "a/x") == 0
     with monkeypatch.context() as patch:
         stop_fine_tuning_at(patch, 6)
-        assert finetune_shell(tasks, tmp_path / "b", "rte", "--mask", file) == 130
-    assert finetune_shell(tasks, tmp_path / "b", "rte", "--mask", file, "--resume", "--export", tmp_path / "b/x") == 0
+        assert run_finetune(tasks, tmp_path / "b", "rte", "--mask", file) == 130
+    assert run_finetune(tasks, tmp_path / "b", "rte", "--mask", file, "--resume", "--export", tmp_path / "b/x") == 0
     a, b = ((tmp_path / name / "x/model.safetensors").read_bytes() for name in "ab")
     assert a == b
 

@@ -27,7 +27,7 @@ from test_tamt import (
     exit_status,
     folder_content,
     mask_settings,
-    mask_shell,
+    run_tamt,
     same_masks,
     stop_mask_training_after,
     tiny,
@@ -83,14 +83,14 @@ def test_a_folder_that_vanishes_during_a_run_is_one_line(world, tmp_path, monkey
             shutil.rmtree(tmp_path / "run")
 
     watch_updates(monkeypatch, remove)
-    assert mask_shell(world, tmp_path / "run") == 2
+    assert run_tamt(world, tmp_path / "run") == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "run" in error and "\n" not in error
 
 
 def test_out_is_a_file(world, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
-    assert mask_shell(world, tmp_path / "run") == 2
+    assert run_tamt(world, tmp_path / "run") == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert (tmp_path / "run").read_text() == "mine"
 
@@ -105,7 +105,7 @@ def test_export_is_a_file(world, tmp_path, capsys):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_the_right_to_write_is_one_line(world, tmp_path, capsys):
     (tmp_path / "run").mkdir(mode=0o500)
-    assert mask_shell(world, tmp_path / "run") == 2
+    assert run_tamt(world, tmp_path / "run") == 2
     assert "Permission denied" in capsys.readouterr().err
 
 
@@ -255,7 +255,7 @@ def test_a_mask_that_was_put_into_the_folder_is_not_overwritten(world, tmp_path,
     masks = {"bert.encoder.layer.0.output.dense.weight": torch.ones(3, 3, dtype=torch.bool)}
     torch.save(masks, tmp_path / "run" / "mask.pt")
     before = (tmp_path / "run" / "mask.pt").read_bytes()
-    assert mask_shell(world, tmp_path / "run") == 2
+    assert run_tamt(world, tmp_path / "run") == 2
     assert "another mask.pt" in capsys.readouterr().err
     assert (tmp_path / "run" / "mask.pt").read_bytes() == before
 
@@ -299,5 +299,5 @@ def test_an_error_is_cut_to_a_readable_length(capsys):
 
 
 def test_a_seed_of_any_size_gives_a_run_or_one_line(world, tmp_path, capsys):
-    assert mask_shell(world, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
+    assert run_tamt(world, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
     ends_with_one_line(capsys, "--seed", tamt.main, "--seed", 2**31)
