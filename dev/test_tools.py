@@ -46,9 +46,9 @@ def rounds_to(text: str, value) -> bool:
 
 @pytest.mark.parametrize("file", ["README.md", "dev/RESULTS.md"])
 def test_every_pair_of_losses_in_a_table_is_in_the_results(file):
-    """Tables give them as masked-LM loss / KD loss, or in two columns."""
+    """Tables give them as masked-LM loss / KD loss, or in two columns, with at least two decimals."""
     lines = sweep.read_lines(ROOT / "dev/results.jsonl")
-    pairs = re.findall(r"\| (\d?\.\d+) [/|] (\d?\.\d+|0) ", (ROOT / file).read_text())
+    pairs = re.findall(r"\| (\d?\.\d\d+) [/|] (\d?\.\d\d+|0) ", (ROOT / file).read_text())
     assert pairs
     for mlm, kd in pairs:
         assert any(rounds_to(mlm, line.get("dev_mlm_loss")) and rounds_to(kd, line.get("dev_kd_loss"))
