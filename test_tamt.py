@@ -2011,7 +2011,8 @@ def test_the_order_of_rows_can_be_read_from_any_position_on(num_rows, count):
 
 def test_rows_come_shuffled():
     order = data.row_indices(99, seed=1, start=0, count=99).tolist()
-    assert order != sorted(order)
+    num_consecutive = sum(b == a + 1 for a, b in zip(order, order[1:], strict=False))
+    assert num_consecutive < 10  # of 98 pairs; one is expected by chance
 
 
 def test_another_seed_is_another_order_of_rows():
@@ -2591,6 +2592,7 @@ def test_magnitude_masks_keep_the_largest_weights(model, rule, sparsity):
     layers = tamt.mask_model(model)
     masks = list(tamt.magnitude_masks(layers, sparsity, rule).values())
     magnitudes = [layer.weight.detach().abs() for layer in layers.values()]
+    assert sum(int((~mask).sum()) for mask in masks) > 0.4 * sum(mask.numel() for mask in masks)
     if rule == "global":
         masks = [torch.cat([mask.flatten() for mask in masks])]
         magnitudes = [torch.cat([magnitude.flatten() for magnitude in magnitudes])]
@@ -2610,7 +2612,7 @@ def test_pruned_weights_stay_pruned_at_the_next_level(model, rule):
     before = masks_of(layers)
     for level in tamt.imp_levels(0.65):
         masks = tamt.magnitude_masks(layers, level, rule)
-        assert is_within(masks, before)
+        assert is_within(masks, before) and num_pruned(masks) > num_pruned(before)
         tamt.set_masks(layers, masks)
         before = masks
         for layer in layers.values():
@@ -2754,6 +2756,15 @@ def test_kd_loss_is_0_for_equal_states_and_2_for_opposite_ones():
     opposite = [-state for state in states]
     assert tamt.kd_loss(states, states).item() == pytest.approx(0, abs=1e-6)
     assert tamt.kd_loss(states, opposite).item() == pytest.approx(2, abs=1e-6)
+
+
+def test_kd_loss_counts_every_token_once_however_long_its_sequence():
+    """Three tokens in one sequence and one in the other; the last one alone is orthogonal."""
+    is_token = torch.tensor([[True, True, True], [True, False, False]])
+    teacher = torch.tensor([1.0, 0.0]).expand(2, 3, 2)
+    student = teacher.clone()
+    student[1, 0] = torch.tensor([0.0, 1.0])
+    assert tamt.kd_loss([teacher, teacher], [teacher, student], is_token).item() == pytest.approx(1 / 4)
 
 
 EMBEDDED = torch.ones(1, 2, 2)  # not compared: opposite ones cost nothing
