@@ -580,10 +580,10 @@ def read_settings(folder: Path) -> dict:
         settings["tokenizer_class"] = bert.read_json(folder / "config.json").get("tokenizer_class")
     if (folder / "tokenizer_config.json").is_file():
         settings |= bert.read_json(folder / "tokenizer_config.json")
-    settings = without_nulls(settings, folder)
+    settings = checked_settings(settings, folder)
 
     if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in settings:
-        tokens = without_nulls(bert.read_json(folder / "special_tokens_map.json"), folder)
+        tokens = checked_settings(bert.read_json(folder / "special_tokens_map.json"), folder)
         listed = []
         for key in ("extra_special_tokens", "additional_special_tokens"):
             listed += token_list(settings.get(key))
@@ -597,7 +597,7 @@ def read_settings(folder: Path) -> dict:
     return settings
 
 
-def without_nulls(settings: dict, folder: Path) -> dict:
+def checked_settings(settings: dict, folder: Path) -> dict:
     """The settings that are there. Raises ValueError if one has a value that it cannot have: a text such as "false"
     would count as true."""
     settings = {key: value for key, value in settings.items() if value is not None}
