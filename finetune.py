@@ -26,13 +26,18 @@ keeps are trained. Without --mask all weights are trained. There are two kinds o
                      training their rows and columns are cut out of the matrices (chapter 7).
 
 Where several tasks share an encoder, nothing is set to zero and nothing cut out, whatever the kind: each batch sees
-the weights multiplied by the ticket of its own task, and without the FFNs that a Super Ticket removes (chapter 8).
+the weights multiplied by the ticket of its own task. For heads that is enough; an FFN that a Super Ticket removes is
+skipped as well, since its last bias would survive a mask (chapter 8).
 
-Four names recur: `settings` (Settings) is what the user asked for; `run` (Run) is that with every default filled in,
-lr, epochs, batch_size and so on, as the flags are called, and the machine; `experiment` (Experiment) is a run with all
-that belongs to it, from the data to the result; `search` (Settings again) describes a --find, which makes several
-experiments. From the other modules come the network (bert.py), vocabularies and random streams (data.py),
-tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
+Four names recur:
+
+    settings    what the user asked for (Settings); its fields are named like the flags
+    run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
+    experiment  a run with all that belongs to it, from the data to the result (Experiment)
+    search      the Settings of a --find, which makes several experiments
+
+From the other modules come the network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics
+(glue_squad.py), and masks, devices and folders (tamt.py).
 
 "Released code" is that of the three papers: TAMT (glue_trans.py), Chen et al. (BERT-Tickets, LT_glue.py) and, for Super
 Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what differs from it.
@@ -88,39 +93,35 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    horizon_rounds stretches the schedule of the learning rate (find_imp says why).
-
-    choose_model, read_tickets, read_texts, encode_task and prepare_network are in chapter 2, share_encoder in chapter
-    8, what begins with tamt. in tamt.py; the rest is bookkeeping, in the appendices."""
+    The learning rate falls as if the run were the first of horizon_rounds (1; in IMP 10, chapter 6)."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
-    tasks = find_tasks(settings)
-    tickets = read_tickets(settings)
+    tasks = named_tasks(settings)
+    tickets = read_tickets(settings)  # chapter 2, like all that follows; resolve and open_run_folder: appendix B
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
-    # The texts.
-    texts = {task.name: read_texts(task, run) for task in tasks}
+    examples = {task.name: read_examples(task, run) for task in tasks}
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
     # Only now can a default name be chosen for it, since the name depends on all inputs: run.out is set here.
-    run, identity, result, state = open_run_folder(run, tickets, texts)
+    run, identity, result, state = open_run_folder(run, tickets, examples)
     if result is not None:
         return finished_experiment(run, tasks, result)  # without model and data: nothing is left to do
 
     # The data, and the network with its head and its ticket, or with those of several tasks.
-    all_task_data = [encode_task(task, texts[task.name], vocabulary, run) for task in tasks]
+    all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
     experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
-    experiment.prunable = list(layers)  # what the checkpoint has; the head, or a fresh pooler, is not among it
-    torch.manual_seed(run.seed)  # of what is drawn: heads, a fresh pooler, ablations
+    experiment.prunable = list(layers)  # not a head or a fresh pooler, which each run draws anew
+    torch.manual_seed(run.seed)  # before the first draw: heads, a fresh pooler, --weights random or shuffled
     if len(tasks) == 1:
         experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)
     else:
-        share_encoder(model, all_task_data, tickets, run)
+        share_encoder(model, all_task_data, tickets, run)  # chapter 8: each task_data.own_parts gets head and masks
     model.to(machine.device)
     return experiment
 
@@ -129,7 +130,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 class Experiment:
     """A run, and all that it leads to."""
     run: "Run"
-    identity: dict  # settings, checksums and sparsity: --resume compares them, and refuses any other run
+    identity: dict  # resolved settings, checksums of the inputs, sparsity of the masks: --resume compares them
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
     tickets: list["Ticket"] = field(default_factory=list)
     model: bert.Model | None = None  # None if --resume found the result
@@ -176,11 +177,12 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
         return settings.model
     if not tickets:
         return "toy"  # the small model for a first try
-    names = sorted({str(ticket.meta.get("model")) for ticket in tickets})
+    for ticket in tickets:
+        if not ticket.meta.get("model"):
+            raise ValueError(f"{ticket.file} does not say which model it belongs to: --model is needed")
+    names = sorted({str(ticket.meta["model"]) for ticket in tickets})
     if len(names) > 1:
         raise ValueError(f"--mask: tickets of different models, {', '.join(names)}: --model is needed")
-    if not tickets[0].meta.get("model"):
-        raise ValueError(f"{tickets[0].file} does not say which model it belongs to: --model is needed")
     return names[0]
 
 
@@ -228,50 +230,50 @@ def adapt_backbone(model, task: glue_squad.Task):
 @dataclass
 class TaskData:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD it is a window: a
-    question and as much of its paragraph as fits. What SQuAD predicts is a "span", the first and the last token of the
-    answer."""
+    question and as much of its paragraph as fits. task.predicts says what the network's answer is: a "class", a
+    "number" (STS-B), or a "span" (SQuAD), the first and the last token of the answer."""
     task: glue_squad.Task
     train: list  # sequences, in file order; with --limit in random order
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
-    texts: dict[str, list]  # splits -> examples, or questions of SQuAD
+    examples: dict[str, list]  # splits -> examples, or questions of SQuAD
     windows: list = field(default_factory=list)  # of SQuAD's dev questions: they turn logits into text
-    own: "OwnParts | None" = None  # its head and ticket, where several tasks share an encoder (chapter 8)
+    own_parts: "OwnParts | None" = None  # its head and ticket, where several tasks share an encoder (chapter 8)
 
     @property
     def prefix(self) -> str:
         """In front of the names of its metrics: "rte_" where tasks share an encoder."""
-        return f"{self.task.name}_" if self.own else ""
+        return f"{self.task.name}_" if self.own_parts else ""
 
 
-def read_texts(task: glue_squad.Task, run) -> dict[str, list]:
+def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
     """{split: examples, or questions of SQuAD}: train, dev, and the test files if they are to be predicted.
     MNLI's mismatched and diagnostic files may be missing."""
-    folder = find_folder(task, run)
+    folder = task_folder(task, run)
     if run.predict and task.predicts != "span" and "test" not in task.files:
         raise ValueError(f"--predict: task {task.name} names no test file")
 
-    texts = {}
+    examples = {}
     for split in wanted_splits(task, run.predict):
         try:
             if task.predicts == "span":
-                texts[split] = glue_squad.load_squad(glue_squad.find_file(task, split, folder))
+                examples[split] = glue_squad.load_squad(glue_squad.find_file(task, split, folder))
             else:
-                texts[split] = glue_squad.load_glue(task, split, folder)
+                examples[split] = glue_squad.load_glue(task, split, folder)
         except FileNotFoundError as error:
             if split in ("train", "dev", "test"):
                 raise
             print(f"nothing is reported for {split}: {error}")
-    return texts
+    return examples
 
 
-def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: "Run") -> TaskData:
+def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: "Run") -> TaskData:
     """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as for the
     low-data curves of TAMT's paper."""
     windows = []
     if task.predicts == "span":
-        train_windows = glue_squad.make_windows(texts["train"], vocabulary, run.max_len, training=True)
-        windows = glue_squad.make_windows(texts["dev"], vocabulary, run.max_len)
+        train_windows = glue_squad.make_windows(examples["train"], vocabulary, run.max_len, training=True)
+        windows = glue_squad.make_windows(examples["dev"], vocabulary, run.max_len)
         train = [(window.input_ids, window.token_type_ids) for window in train_windows]
         targets = np.array([(window.start_position, window.end_position) for window in train_windows], np.int64)
         if not train:
@@ -279,16 +281,16 @@ def encode_task(task: glue_squad.Task, texts: dict[str, list], vocabulary, run: 
         dev = {"dev": [(window.input_ids, window.token_type_ids) for window in windows]}
     else:
         dtype = np.int64 if task.predicts == "class" else np.float32
-        train = glue_squad.encode(texts["train"], vocabulary, run.max_len)
-        targets = np.array([example.label for example in texts["train"]], dtype)
-        dev = {split: glue_squad.encode(texts[split], vocabulary, run.max_len)
-               for split in ("dev", "dev_mm") if split in texts}
+        train = glue_squad.encode(examples["train"], vocabulary, run.max_len)
+        targets = np.array([example.label for example in examples["train"]], dtype)
+        dev = {split: glue_squad.encode(examples[split], vocabulary, run.max_len)
+               for split in ("dev", "dev_mm") if split in examples}
 
     if run.limit and run.limit < len(train):
         chosen = data.random_stream(run.seed, "limit").permutation(len(train))[:run.limit]
         train = [train[index] for index in chosen]
         targets = targets[chosen]
-    return TaskData(task, train, targets, dev, texts, windows)
+    return TaskData(task, train, targets, dev, examples, windows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -360,7 +362,7 @@ def to_predictions(task_data: TaskData, logits: list):
         return np.array([row[0] for row in logits])
     start_logits = [row[:, 0] for row in logits]
     end_logits = [row[:, 1] for row in logits]
-    return glue_squad.best_answers(task_data.texts["dev"], task_data.windows, start_logits, end_logits)
+    return glue_squad.best_answers(task_data.examples["dev"], task_data.windows, start_logits, end_logits)
 
 
 def evaluate(experiment: Experiment) -> dict[str, float]:
@@ -371,9 +373,9 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
         for split, sequences in task_data.dev.items():
             predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
             if task.predicts == "span":
-                scores = glue_squad.squad_scores(predictions, task_data.texts[split])
+                scores = glue_squad.squad_scores(predictions, task_data.examples[split])
             else:
-                scores = glue_squad.score(task, predictions, task_data.texts[split], split)
+                scores = glue_squad.score(task, predictions, task_data.examples[split], split)
             for name, value in scores.items():  # of dev_mm the names end in _mm
                 metrics[task_data.prefix + name] = value
     return metrics
@@ -401,6 +403,7 @@ def train(experiment: Experiment):
         step = experiment.state["step"]
         total_loss = experiment.state["total_loss"]
 
+    # As many as epoch_batches() makes.
     updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
@@ -466,8 +469,8 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # The learning rate and the eps of this update; weight decay is 0. The released AdamW adds its eps before the bias
-    # correction of the second moment, torch's after it (tamt.py, appendix A).
+    # The released AdamW divides by sqrt(v) + eps and then corrects the bias of v; torch's AdamW corrects it first. To
+    # get the released update from torch, eps changes with t (tamt.py, appendix A). There is no weight decay.
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -505,9 +508,9 @@ def finish(experiment: Experiment):
     floor = {}  # {metric: the score of always answering the most frequent class}, 0 for numbers and answers
     for task_data in experiment.all_task_data:
         for split in task_data.dev:
-            for name, value in glue_squad.majority_scores(task_data.task, task_data.texts[split], split).items():
+            for name, value in glue_squad.majority_scores(task_data.task, task_data.examples[split], split).items():
                 floor[task_data.prefix + name] = value
-    metric_names = list(floor)  # an evaluation has a step and a loss, too
+    metric_names = list(floor)  # of an evaluation, which also holds "step" and "loss", these are the scores
     metas = [ticket.meta for ticket in experiment.tickets]
     only_meta = metas[0] if metas else None
     experiment.result = {
@@ -863,9 +866,8 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     trained.) The model gets masked_layers and task_heads; switch_to() makes one of the task_heads the classifier."""
     adapt_backbone(model, all_task_data[0].task)  # the same for all of them: none predicts spans
     ablate_weights(model, run.weights)
-    model.masked_layers = {}  # {name of a weight: the layer that multiplies it by a mask}
     if tickets:
-        model.masked_layers = tamt.mask_model(model)
+        model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
             layer.output = SkippableResidual(layer.output)
 
@@ -882,19 +884,19 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
             if ticket.is_super:
                 _, removed_ffns = units_of_ticket(model.config, ticket)
                 skipped = removed_ffns.tolist()
-        task_data.own = OwnParts(model.classifier, masks, skipped)
+        task_data.own_parts = OwnParts(model.classifier, masks, skipped)
     del model.classifier  # switch_to() puts one of the task heads in its place
 
 
 def switch_to(model, task_data: TaskData):
     """From now on the encoder serves this task: with its head, its masks, and the FFNs that its ticket keeps."""
-    own = task_data.own
-    if own is None:
+    parts = task_data.own_parts
+    if parts is None:
         return  # the only task
-    model.classifier = own.head
-    if own.masks:
-        tamt.set_masks(model.masked_layers, own.masks)
-        for layer, is_skipped in zip(model.backbone.encoder.layer, own.skipped, strict=True):
+    model.classifier = parts.head
+    if parts.masks:
+        tamt.set_masks(model.masked_layers, parts.masks)
+        for layer, is_skipped in zip(model.backbone.encoder.layer, parts.skipped, strict=True):
             layer.output.is_skipped = is_skipped
 
 
@@ -993,7 +995,7 @@ def write_predictions(experiment: Experiment, task_data: TaskData):
     if task.predicts == "span":
         files = {"dev": "predictions.json"}
     else:
-        test_splits = [split for split in task_data.texts if split in ("test", "test_mm", "ax")]
+        test_splits = [split for split in task_data.examples if split in ("test", "test_mm", "ax")]
         files = {split: f"{task.folder}.tsv" for split in test_splits}
         if task.name == "mnli":
             files = {split: glue_squad.SUBMISSION_FILES[split] for split in test_splits}
@@ -1001,7 +1003,7 @@ def write_predictions(experiment: Experiment, task_data: TaskData):
     for split, name in files.items():
         sequences = task_data.dev.get(split)
         if sequences is None:
-            sequences = glue_squad.encode(task_data.texts[split], experiment.vocabulary, run.max_len)
+            sequences = glue_squad.encode(task_data.examples[split], experiment.vocabulary, run.max_len)
         predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
         glue_squad.write_submission(task, predictions, run.out / name)
         print(f"{run.out / name}: {len(predictions):,} predictions")
@@ -1136,7 +1138,7 @@ class Settings:
     def __post_init__(self):
         tamt.check_settings(self)
         names = split_per_task(self.task, self)
-        tasks = find_tasks(self)
+        tasks = named_tasks(self)
         if len(names) > 1:
             is_repeated = len({task.name for task in tasks}) < len(tasks)
             if is_repeated or any(task.predicts == "span" for task in tasks):
@@ -1182,7 +1184,7 @@ def split_per_task(text: str, settings) -> list[str]:
     return names
 
 
-def find_tasks(settings) -> list[glue_squad.Task]:
+def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
@@ -1229,7 +1231,7 @@ def resolve_search(settings: Settings) -> Settings:
         kind = "super"
     if settings.data is not None:
         values["data"] = Path(os.path.abspath(settings.data))
-    task = find_tasks(settings)[0]
+    task = named_tasks(settings)[0]
     values["model"] = tamt.absolute_model(values["model"])
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
@@ -1252,7 +1254,7 @@ def search_identity(settings) -> dict:
     return {name: tamt.plain(getattr(settings, name)) for name in names}
 
 
-def find_folder(task, run) -> Path:
+def task_folder(task, run) -> Path:
     """Where the files of a task are: --data, the toy's tasks, or the cache, after a download."""
     if run.data is not None and not run.data.is_dir():
         raise FileNotFoundError(f"--data {run.data}: no such folder")
@@ -1309,10 +1311,10 @@ def default_folder(run, tickets: list[Ticket], identity: dict) -> Path:
     return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest}"
 
 
-def open_run_folder(run, tickets: list[Ticket], texts: dict) -> tuple:
+def open_run_folder(run, tickets: list[Ticket], examples: dict) -> tuple:
     """The run with its folder, its identity, the result if --resume found it finished, and the state if --resume found
     one."""
-    identity = identify(run, tickets, texts)
+    identity = identify(run, tickets, examples)
     if run.out is None:
         run = replace(run, out=default_folder(run, tickets, identity))
     refuse_results_file(run)

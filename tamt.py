@@ -23,7 +23,7 @@ The method in eight steps. find_mask() takes them in this order; 5 to 7 are its 
     6. Training             the loop, and one update
     7. IMP                  the baseline that trains W
     Appendices              A as released: pins, optimizer, rates; B the fast ranking; C mask files; D the folder of a
-                            run; E settings; F devices. What is defined there can be taken by its name.
+                            run; E settings; F devices. At a first reading, trust the names of what they define.
 
 The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
 afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
@@ -58,8 +58,8 @@ explained below. An empty cell means "as in the released code", a dash that the 
     | decoder         | -                    | shares W of the embeddings, but |
     |                 |                      | not their mask                  |
     | entries without | -                    | compete like all others, though | --rank global: keep their start mask,
-    | gradient        |                      | no gradient moves their scores  | inside the same count
-    | optimizer       | -                    | AdamW; kd: BertAdam             | the same: optimizer_settings
+    | gradient        |                      | no gradient moves their scores  | and count like all others
+    | optimizer       | -                    | AdamW; kd: BertAdam             |
     | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
     | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
     |                 |                      | each corrupted                  |
@@ -115,21 +115,22 @@ def find_mask(settings: "Settings") -> dict:
         model, vocabulary = open_model(settings, machine)  # step 1
         run = resolve(settings, machine, model)
         rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
-        dev_rows = open_text(run, vocabulary, "dev") if run.data else None
+        dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # omp and random need no text
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
-    identity = identify(run, rows, dev_rows)
+    identity = identity_of_run(run, rows, dev_rows)
     result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
     if result is not None:
         return result
 
     layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
     scores = None
-    if run.method != "imp":
+    if run.method != "imp":  # IMP makes its masks as it goes, in train_imp
         masks = start_masks(layers, run)  # step 3
         set_masks(layers, masks)
     if run.method == "tamt":
-        # The pooler, which no loss reads, and rows of the word embeddings that the text does not use.
+        # No gradient reaches the pooler, which no loss reads, and the embeddings of words that the text does not use.
+        # Scores freezes their part of the mask: a score that cannot move must not change sides with the threshold.
         without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
         scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
 
@@ -155,8 +156,9 @@ def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
+        # Dev losses are those of the head as it was before training, so a fresh head is evaluated untrained.
         print(f"{settings.model} has no masked-LM head: a fresh one is trained, too; dev_mlm_loss is that of the "
-              "untrained head")  # since of all that is trained the mask alone is the result
+              "untrained head")
         torch.manual_seed(settings.seed)
         model.add_mlm_head()
     return model.requires_grad_(False).to(machine.device), vocabulary
@@ -186,8 +188,8 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
         losses = dev_losses(model, dev_rows, vocabulary, run.machine)
 
     # mask.pt has no times in it, so that equal runs give equal files.
-    found = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
-    save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": found} | losses)
+    measured = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
+    save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": measured} | losses)
     if run.export:
         export_model(model, masks, vocabulary, run.export)
 
@@ -338,8 +340,8 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
     If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
-    is exact in any case. Of values at minus infinity (pinned scores) there may be at most num_pruned, of values at plus
-    infinity at most as many as are kept."""
+    is exact in any case. Values may be infinite (chapter 4 pins scores that way), as long as no more than num_pruned
+    are minus infinity, and no more are plus infinity than are kept."""
     low = threshold - radius
     high = threshold + radius
     # mask = values > high; undecided: the positions where low < value <= high
@@ -375,15 +377,14 @@ def keep_largest_of_groups(values, num_kept: int, group_size: int):  # (rows, co
     return (num_ahead < num_kept).view_as(values)
 
 
-def make_masks(values: dict, sparsity: float, rule: str) -> dict:
-    """{name: values} -> {name: mask}. The rule, here and below, is the value of --rank. It says which entries compete:
-    all of them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four
-    stay)."""
-    if is_pattern(rule):
-        num_kept, group_size = parse_pattern(rule)
+def make_masks(values: dict, sparsity: float, rank: str) -> dict:
+    """{name: values} -> {name: mask}. rank, as in --rank, says which entries compete: all of them ("global"), those of
+    each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
+    if is_pattern(rank):
+        num_kept, group_size = parse_pattern(rank)
         return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
-    if rule == "local":
+    if rank == "local":
         masks = {}
         for name, matrix in values.items():
             num_pruned = round(matrix.numel() * sparsity)
@@ -396,50 +397,50 @@ def make_masks(values: dict, sparsity: float, rule: str) -> dict:
     return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
 
-def is_pattern(rule: str) -> bool:
-    return ":" in rule
+def is_pattern(rank: str) -> bool:
+    return ":" in rank
 
 
-def parse_pattern(rule: str) -> tuple[int, int]:
-    """The rule "2:4" gives 2 and 4. ValueError if it is not N:M with 0 < N < M."""
+def parse_pattern(rank: str) -> tuple[int, int]:
+    """Of "2:4" the numbers 2 and 4. ValueError if it is not N:M with 0 < N < M."""
     try:
-        num_kept, group_size = (int(number) for number in rule.split(":"))
+        num_kept, group_size = (int(number) for number in rank.split(":"))
     except ValueError:
         num_kept, group_size = 0, 0
     if not 0 < num_kept < group_size:
-        raise ValueError(f"--rank {rule}: expected global, local, or N:M with 0 < N < M, such as 2:4")
+        raise ValueError(f"--rank {rank}: expected global, local, or N:M with 0 < N < M, such as 2:4")
     return num_kept, group_size
 
 
-def magnitude_masks(layers: dict, sparsity: float, rule: str) -> dict:
+def magnitude_masks(layers: dict, sparsity: float, rank: str) -> dict:
     """Masks by |W|. On fresh layers this is OMP; on layers that are masked already, the next level of IMP."""
     magnitudes = {}
     for name, layer in layers.items():
         # What is pruned stays pruned: -1 is below every magnitude.
         magnitudes[name] = layer.weight.detach().abs().masked_fill(~layer.mask, -1.0)
-    return make_masks(magnitudes, sparsity, rule)
+    return make_masks(magnitudes, sparsity, rank)
 
 
-def random_masks(layers: dict, sparsity: float, rule: str, seed: int) -> dict:
+def random_masks(layers: dict, sparsity: float, rank: str, seed: int) -> dict:
     generator = data.random_stream(seed, "masks")
     values = {}
     for name, layer in layers.items():
         draws = generator.random(layer.weight.shape, np.float32)
         values[name] = torch.from_numpy(draws).to(layer.weight.device)
-    return make_masks(values, sparsity, rule)
+    return make_masks(values, sparsity, rank)
 
 
 def start_masks(layers: dict, run: "Run") -> dict:
-    """The OMP mask or the random mask.
+    """Step 3: the OMP mask or the random mask.
 
-    As the start of scores it is made inside each matrix, as in the paper (and inside each group with N:M), even
-    if the scores then compete globally."""
-    rule = run.rank
-    if run.method == "tamt" and rule == "global":
-        rule = "local"
+    A mask that scores start from is made matrix by matrix, as in the paper (or group by group with N:M), even if the
+    scores then compete globally."""
+    rank = run.rank
+    if run.method == "tamt" and rank == "global":
+        rank = "local"
     if run.method == "random" or run.init == "random":
-        return random_masks(layers, run.sparsity, rule, run.seed)
-    return magnitude_masks(layers, run.sparsity, rule)
+        return random_masks(layers, run.sparsity, rank, run.seed)
+    return magnitude_masks(layers, run.sparsity, rank)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -449,8 +450,9 @@ def start_masks(layers: dict, run: "Run") -> dict:
 
 @dataclass
 class Pool:
-    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie above the threshold. (With N:M
-    a single pool has all scores, and the groups compete inside it: num_pruned and threshold are not used.)"""
+    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie at or above the threshold, pruned
+    ones at or below it. (With N:M a single pool has all scores, and the groups compete inside it: num_pruned and
+    threshold are not used.)"""
     begin: int
     end: int
     num_pruned: int
@@ -466,10 +468,10 @@ class Scores:
 
     The scores that compete form a pool: all of them (global), or those of one matrix (local)."""
 
-    def __init__(self, layers: dict, start: dict, sparsity: float, rule: str, without_gradient: dict):
-        """start {name: mask}; rule: the value of --rank; without_gradient {name: bool tensor that broadcasts to the
+    def __init__(self, layers: dict, start: dict, sparsity: float, rank: str, without_gradient: dict):
+        """start {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
         mask}, from entries_without_gradient."""
-        self.rule = rule
+        self.rank = rank
         self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([start[name].flatten() for name in layers])
         self.pools = []
@@ -481,23 +483,24 @@ class Scores:
             is_frozen = name in without_gradient and bool(without_gradient[name].all())  # the pooler
             layer.scores = nn.Parameter(self.vector[begin:end].view(shape), requires_grad=not is_frozen)
             layer.mask = self.mask[begin:end].view(shape)
-            if rule == "local":
+            if rank == "local":
                 self.pools.append(Pool(begin, end, round((end - begin) * sparsity)))
             begin = end
 
-        if rule != "local":  # with N:M all groups of all matrices are ranked at once
+        if rank != "local":  # with N:M all groups of all matrices are ranked at once
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
-        if rule == "global":
+        if rank == "global":
             self.pin(layers, start, without_gradient)
             self.make_start_exact()
 
     def pin(self, layers: dict, start: dict, without_gradient: dict):
         """Entries that never get a gradient keep their start mask, and still count among the round(n s).
 
-        Their scores would stay at 0 or 2 phi forever, while the threshold drifts: once past one of the two, it would
+        Their scores would stay near 0 or 2 phi forever, while the threshold drifts: once past one of the two, it would
         prune or keep all of them at once. So their score becomes plus infinity if they start as kept, and minus
         infinity if they start as pruned. (The optimizer leaves it infinite. With --rank local nothing is pinned, as
-        released: there the pooler, a matrix of its own without gradient, keeps its mask anyway.)"""
+        released: there the pooler, a matrix of its own without gradient, keeps its mask anyway. With N:M whole rows
+        lack a gradient, so the order inside their groups never changes.)"""
         for name, is_pinned in without_gradient.items():
             scores = layers[name].scores.data
             scores.masked_fill_(is_pinned & start[name], math.inf)
@@ -523,8 +526,8 @@ class Scores:
         for pool in self.pools:
             scores = self.vector[pool.begin:pool.end]
             mask = self.mask[pool.begin:pool.end]
-            if is_pattern(self.rule):
-                num_kept, group_size = parse_pattern(self.rule)
+            if is_pattern(self.rank):
+                num_kept, group_size = parse_pattern(self.rank)
                 # All rows behind each other: their widths are multiples of the group's size, so no group is torn.
                 mask.copy_(keep_largest_of_groups(scores[None], num_kept, group_size)[0])
             elif radius is not None:
@@ -564,8 +567,8 @@ def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None
     """Eq. 6: 1 - cosine of the teacher's and the student's hidden states.
 
     teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
-    the layers 1 .. L, without the embedding output, and over tokens; num_tokens, if given, takes the place of their
-    number. It is 0 for equal states and 2 for opposite ones."""
+    the layers 1 .. L, without the embedding output, and over tokens: 0 for equal states, 2 for opposite ones. With
+    num_tokens the sum over tokens is divided by that number instead, as in mlm_loss."""
     total = 0.0
     for of_teacher, of_student in zip(teacher[1:], student[1:], strict=True):  # (B, T, D) each
         cosine = F.cosine_similarity(of_teacher.float(), of_student.float(), dim=-1)  # (B, T)
@@ -574,7 +577,7 @@ def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None
             distance = distance * attention_mask
         total = total + distance.sum()
     if num_tokens is None:
-        num_tokens = teacher[0][..., 0].numel() if attention_mask is None else attention_mask.sum()
+        num_tokens = teacher[0].shape[:2].numel() if attention_mask is None else attention_mask.sum()
     num_layers = len(teacher) - 1
     return total / (num_layers * num_tokens)
 
@@ -705,7 +708,7 @@ class Training:
         self.rows = rows
         self.dev_rows = dev_rows
 
-        self.parameters = select_parameters(model, run)  # {name: what trains}
+        self.parameters = choose_what_trains(model, run)  # {name: what trains}
         self.original = {}  # start values of the weights that train: with mlm those of the head, with imp all
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -717,9 +720,10 @@ class Training:
         self.saved_at = time.time()
 
 
-def select_parameters(model, run: "Run") -> dict[str, nn.Parameter]:
-    """What trains. With tamt the scores, and for masked LM its head without the decoder (TAMT
-    masking/maskers.py:524); with imp all weights but the pooler's, which get no gradient."""
+def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
+    """Freezes all other parameters, and returns those that train. With tamt the scores, and for masked LM its head
+    without the decoder, whose matrix is W of the embeddings (TAMT masking/maskers.py:524); with imp all weights but the
+    pooler's, which get no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(".scores"):
             continue  # Scores has decided that already: all train but the pooler's
@@ -736,7 +740,7 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.step < run.num_updates:
-        learning_rate = run.lr * max(1 - training.step / run.horizon, 0)  # linear decay, no warm-up
+        learning_rate = run.lr * (1 - training.step / run.horizon)  # linear decay, no warm-up; above 0 to the end
         loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
         training.step += 1
 
@@ -791,7 +795,7 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
                          "state")
 
     # AdamW, or for kd BertAdam, as in the released code: appendix A says how torch's AdamW computes both.
-    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, t))
+    training.optimizer.param_groups[0] |= optimizer_settings(run.objective, learning_rate, t)
     training.optimizer.step()
     training.optimizer.zero_grad()
     return loss
@@ -883,7 +887,7 @@ def prune_and_rewind(training: Training, level: float):
     if not run.no_rewind:
         for name, weight in training.original.items():
             is_backbone = name.startswith(f"{run.family}.")
-            if is_backbone:
+            if is_backbone:  # copied, since training goes on from here and must not change the original
                 training.parameters[name].data.copy_(weight)
     training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
     save_mask_of_step(training, level)
@@ -1245,7 +1249,7 @@ def print_summary(mask, content: dict, run):
 SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no more work than that
 
 
-def identify(run, rows, dev_rows) -> dict:
+def identity_of_run(run, rows, dev_rows) -> dict:
     """What makes this run this run; --resume refuses any other. The text and the weights count by their
     content, so it does not matter how their paths are spelled, and a changed file is noticed."""
     names = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "lines", "num_updates",
@@ -1668,12 +1672,12 @@ def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, 
                   f"its {paper_updates(values['sparsity']):,} updates")
 
 
-def check_widths(model: bert.Model, scope: str, rule: str):
-    _, m = parse_pattern(rule)
+def check_widths(model: bert.Model, scope: str, rank: str):
+    _, m = parse_pattern(rank)
     for name, layer in maskable_layers(model, scope).items():
         width = layer.weight.shape[1]
         if width % m:
-            raise ValueError(f"--rank {rule}: the rows of {name} have {width} entries, not a multiple of {m}")
+            raise ValueError(f"--rank {rank}: the rows of {name} have {width} entries, not a multiple of {m}")
 
 
 def default_name(values: dict) -> str:

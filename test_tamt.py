@@ -2589,25 +2589,25 @@ def test_more_than_127_entries_of_a_group_may_be_kept():
     assert torch.equal(mask, expected.expand(2, 400))
 
 
-@pytest.mark.parametrize("rule", ["1:2", "2:4", "1:4", "4:8"])
-def test_magnitude_masks_of_a_pattern_keep_n_of_every_m(model, rule):
-    n, m = (int(number) for number in rule.split(":"))
-    for mask in tamt.magnitude_masks(tamt.mask_model(model), 1 - n / m, rule).values():
+@pytest.mark.parametrize("rank", ["1:2", "2:4", "1:4", "4:8"])
+def test_magnitude_masks_of_a_pattern_keep_n_of_every_m(model, rank):
+    n, m = (int(number) for number in rank.split(":"))
+    for mask in tamt.magnitude_masks(tamt.mask_model(model), 1 - n / m, rank).values():
         assert (mask.view(-1, m).sum(dim=1) == n).all()
 
 
-@pytest.mark.parametrize("rule, sparsity", [("local", 0.6), ("global", 0.6), ("2:4", 0.5)])
-def test_magnitude_masks_keep_the_largest_weights(model, rule, sparsity):
+@pytest.mark.parametrize("rank, sparsity", [("local", 0.6), ("global", 0.6), ("2:4", 0.5)])
+def test_magnitude_masks_keep_the_largest_weights(model, rank, sparsity):
     """Of each matrix, of all matrices together, or of each group of four."""
     layers = tamt.mask_model(model)
-    masks = list(tamt.magnitude_masks(layers, sparsity, rule).values())
+    masks = list(tamt.magnitude_masks(layers, sparsity, rank).values())
     sizes = [layer.weight.detach().abs() for layer in layers.values()]
     assert sum(int((~mask).sum()) for mask in masks) > 0.4 * sum(mask.numel() for mask in masks)
-    if rule == "global":
+    if rank == "global":
         masks = [torch.cat([mask.flatten() for mask in masks])]
         sizes = [torch.cat([size.flatten() for size in sizes])]
     for size, mask in zip(sizes, masks, strict=True):
-        group_size = 4 if rule == "2:4" else mask.numel()
+        group_size = 4 if rank == "2:4" else mask.numel()
         mask = mask.reshape(-1, group_size)  # (groups, group size)
         size = size.reshape(-1, group_size)
         smallest_kept = size.masked_fill(~mask, math.inf).min(dim=1).values
@@ -2615,13 +2615,13 @@ def test_magnitude_masks_keep_the_largest_weights(model, rule, sparsity):
         assert (smallest_kept >= largest_pruned).all()
 
 
-@pytest.mark.parametrize("rule", ["local", "global"])
-def test_pruned_weights_stay_pruned_at_the_next_level(model, rule):
+@pytest.mark.parametrize("rank", ["local", "global"])
+def test_pruned_weights_stay_pruned_at_the_next_level(model, rank):
     """The levels of IMP are nested, even if a weight below the mask has grown since."""
     layers = tamt.mask_model(model)
     before = masks_of(layers)
     for level in tamt.imp_levels(0.65):
-        masks = tamt.magnitude_masks(layers, level, rule)
+        masks = tamt.magnitude_masks(layers, level, rank)
         assert is_within(masks, before) and num_pruned(masks) > num_pruned(before)
         tamt.set_masks(layers, masks)
         before = masks
@@ -5047,7 +5047,7 @@ def test_predicted_answers_are_written_as_squad_wants_them_and_score_what_the_ru
     if experiment.all_task_data[0].task.predicts != "span":
         pytest.skip("its predictions are no answers")
     predictions = json.loads((experiment.run.out / "predictions.json").read_text())
-    scores = glue_squad.squad_scores(predictions, experiment.all_task_data[0].texts["dev"])
+    scores = glue_squad.squad_scores(predictions, experiment.all_task_data[0].examples["dev"])
     assert scores == pytest.approx(experiment.result["final"])
 
 
@@ -5060,7 +5060,7 @@ def test_predicted_classes_and_numbers_are_written_as_glue_wants_them(finished):
     header, *rows = (experiment.run.out / f"{task.folder}.tsv").read_text().splitlines()
     assert header == "index\tprediction"
 
-    sequences = glue_squad.encode(task_data.texts["test"], experiment.vocabulary, experiment.run.max_len)
+    sequences = glue_squad.encode(task_data.examples["test"], experiment.vocabulary, experiment.run.max_len)
     expected = finetune.to_predictions(task_data, finetune.predict_logits(experiment, task_data, sequences))
     assert len(rows) == len(expected) == 48
     for index, row in enumerate(rows):
@@ -5110,7 +5110,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(finished):
     if task_data.task.predicts == "span":
         pytest.skip("windows of paragraphs are ours")
     tokenizer = transformers.AutoTokenizer.from_pretrained(experiment.run.export)
-    for example, (input_ids, _) in zip(task_data.texts["train"][:8], task_data.train, strict=False):
+    for example, (input_ids, _) in zip(task_data.examples["train"][:8], task_data.train, strict=False):
         encoded = tokenizer(example.text_a, example.text_b, truncation=True, max_length=48)
         assert encoded["input_ids"] == list(input_ids)
 
@@ -5253,7 +5253,7 @@ def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
 
 def test_limit_counts_the_windows_of_squad(tasks, tmp_path):
     task_data = open_for_evaluation(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
-    num_questions = len(task_data.texts["train"])
+    num_questions = len(task_data.examples["train"])
     assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
     settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
     assert len(open_for_evaluation(settings).all_task_data[0].train) == 30
@@ -5636,7 +5636,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         name = task_data.task.name
         alone = open_for_evaluation(finetune_settings(tasks, tmp_path / name, task=name, mask=mask))
-        alone.model.classifier = task_data.own.head
+        alone.model.classifier = task_data.own_parts.head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
@@ -5647,12 +5647,12 @@ def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_p
     rte, stsb = experiment.all_task_data
     finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
-    for name, mask in rte.own.masks.items():
+    for name, mask in rte.own_parts.masks.items():
         gradient = experiment.model.get_parameter(name).grad
         assert not gradient[~mask].any()
         assert gradient[mask].any()
-    assert rte.own.head.weight.grad is not None
-    assert stsb.own.head.weight.grad is None
+    assert rte.own_parts.head.weight.grad is not None
+    assert stsb.own_parts.head.weight.grad is None
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
@@ -5670,7 +5670,7 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_p
     finetune.finish(experiment)
     for task_data in experiment.all_task_data:
         tensors = bert.read_safetensors(tmp_path / "x" / task_data.task.name / "model.safetensors")
-        for name, mask in task_data.own.masks.items():
+        for name, mask in task_data.own_parts.masks.items():
             assert torch.equal(tensors[name], experiment.model.get_parameter(name).data * mask)
         sequences = task_data.train[:8]
         folder = tmp_path / "x" / task_data.task.name

@@ -209,14 +209,14 @@ def free_memory(device: str):
         torch.cuda.reset_peak_memory_stats()
 
 
-def make_training(size: Size, objective: str, machine, rule: str = "global", compiled: bool = False) -> tamt.Training:
+def make_training(size: Size, objective: str, machine, rank: str = "global", compiled: bool = False) -> tamt.Training:
     """tamt.py's own Training, as find_mask() makes it, on random weights and random rows of tokens."""
     torch.manual_seed(0)
     model = bert.Model(bert.Config(**size.config())).requires_grad_(False).to(machine.device)
     vocabulary = data.Vocabulary(None, size.V, 0, 1, 2, 3, 4)
     rows = np.random.default_rng(0).integers(5, size.V, (64, size.T))
 
-    settings = tamt.Settings(model="random", objective=objective, rank=rule, batch_size=size.B, lr=LEARNING_RATE,
+    settings = tamt.Settings(model="random", objective=objective, rank=rank, batch_size=size.B, lr=LEARNING_RATE,
                              compile=compiled)
     run = tamt.resolve(settings, machine, model)
     layers = tamt.mask_model(model, run.scope)
@@ -540,9 +540,9 @@ def part_ranking(bench: Bench):
     """d: the ranking alone, after moves of the scores as large as an update's; then the waits of an update."""
     machine = bench.machine()
     step = bench.step_seconds.get(("mlm", False))
-    for rule in ("global", "local", "2:4"):
+    for rank in ("global", "local", "2:4"):
         free_memory(bench.device)
-        training = make_training(bench.size, "mlm", machine, rule)
+        training = make_training(bench.size, "mlm", machine, rank)
         scores = training.scores
         move = LEARNING_RATE * torch.randn_like(scores.vector).clamp_(-1, 1)
         seconds = []
@@ -555,11 +555,11 @@ def part_ranking(bench: Bench):
             synchronize(bench.device)
             seconds.append(time.perf_counter() - began)
         median = float(np.median(seconds[3:]))
-        bench.add("d", f"ranking, {rule}", median * 1e3, "ms")
+        bench.add("d", f"ranking, {rank}", median * 1e3, "ms")
         if step is not None:
-            bench.add("d", f"ranking, {rule}: of an mlm update", 100 * median / step, "%",
-                      "<= 5" if rule == "global" else "")
-        if rule == "global":
+            bench.add("d", f"ranking, {rank}: of an mlm update", 100 * median / step, "%",
+                      "<= 5" if rank == "global" else "")
+        if rank == "global":
             count_waits(bench, training)
             scores.update_masks()
             full = median_seconds(scores.update_masks, bench.device, 1, num_warm_up=0)
