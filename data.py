@@ -37,9 +37,10 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,10 @@ def vocabulary(path) -> Vocabulary:
     """The tokenizer of a model folder, or of the folder in which a checkpoint file lies.
 
     Reads the first of these that exists: tokenizer.json; vocab.txt (WordPiece); vocab.json + merges.txt
-    (byte-level BPE); dict.txt (fairseq). Settings that change ids, such as do_lower_case, are honoured
-    (appendix A). Raises ValueError for an unsupported setting and for a damaged file, FileNotFoundError if
-    there is no vocabulary."""
-    folder = Path(path)  # links are not followed: in a hub cache the vocabulary lies beside the link, not its target
+    (byte-level BPE); dict.txt (fairseq). A tokenizer.json has its rules in it; for the other files settings that
+    change ids, such as do_lower_case, are honoured (appendix A). Raises ValueError for an unsupported setting and for
+    a damaged file, FileNotFoundError if there is no vocabulary."""
+    folder = Path(path)  # not resolved: in a hub cache the vocabulary lies beside a link, not beside its target
     if not folder.is_dir():
         folder = folder.parent
     settings = read_settings(folder)  # {"do_lower_case": True, "cls_token": "[CLS]", ...}, often empty
@@ -121,9 +122,8 @@ def vocabulary(path) -> Vocabulary:
 
 def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
     """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text."""
-    names = special_names(tokenizer, settings, file)
+    names = special_names(tokenizer, settings, file)  # of five tokens, in the order of the line after next
     add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
-    # The names come in this order.
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
 
     extra_ids = []
@@ -198,7 +198,8 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
                 raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    # Warns if many tokens are unknown, and raises if all are; the text is read again only for examples.
+    # Warns if many tokens are unknown, and raises if all are. Only for examples is the text read again: read_text()
+    # reads nothing before it is asked for a chunk.
     check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
     return rows
 
@@ -250,7 +251,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
         border = max(size * 95 // 100, 1)
         space = text.rfind(b" ", 0, border)
         if space > 0:
-            return space  # it goes with the word behind it
+            return space  # the dev text begins with it
         while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
             border += 1
         return border
@@ -280,36 +281,46 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
 
 # A long text is tokenised in pieces, many of them at the same time on all cores. The ids of the pieces, one after the
 # other, have to be those of the whole text. A word of BERT ends at white space, and a word of RoBERTa begins with its
-# space, so it is safe to cut after a word, before the white space:
+# space, so it is safe to cut after a word or a punctuation mark, before the white space:
 #
 #   "one two three"   ->   "one two", " three"
-#
-# A piece has 2,000 characters or more, as few as possible. It ends with a letter or a digit, since after a special
-# token, such as [MASK], the white space may belong to that token.
-PIECE = re.compile(r".{2000,}?\w(?=[ \t\n])", re.DOTALL)
-# With add_prefix_space a tokenizer puts a space before any text that lacks one, so a piece that began with a tab or a
-# newline would gain a space. Cut before spaces only.
-PIECE_BEFORE_SPACE = re.compile(r".{2000,}?\w(?= )", re.DOTALL)
 
 
-def cut_pieces(chunks, tokenizer: Tokenizer):
-    """Cuts a text that arrives in chunks into pieces: yields one list of pieces for each chunk, then the rest."""
-    pattern = PIECE
-    if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
-        pattern = PIECE_BEFORE_SPACE
+def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """Cuts a text that arrives in chunks into pieces: yields one list of pieces for each chunk, then the rest. Where a
+    text has no place to cut, a piece is as long as it needs to be."""
+    pattern = piece_pattern(tokenizer)
     rest = ""  # text that is not in a piece yet
     for chunk in chunks:
         rest += chunk
         pieces = []
         begin = 0
-        match = pattern.match(rest)
-        while match:
+        while match := pattern.match(rest, begin):
             pieces.append(match[0])
             begin = match.end()
-            match = pattern.match(rest, begin)
         rest = rest[begin:]
         yield pieces
     yield [rest]
+
+
+def piece_pattern(tokenizer: Tokenizer) -> re.Pattern:
+    """Matches a piece: 2,000 characters or more, as few as possible, up to a place where white space follows.
+
+    A piece must not end at the last character of an added token, such as the ] of [MASK], or within an added token of
+    several words: the white space may belong to that token. And if a tokenizer puts a space before a text that lacks
+    one, no piece may begin with a tab or a newline: then cuts are made before spaces only."""
+    rules = tokenizer.to_str()  # its tokenizer.json
+    if '"type":"Prepend"' in rules:
+        return re.compile("(?!)")  # matches nothing: every piece would get something in front of it
+    adds_space = '"add_prefix_space":true' in rules or '"type":"Metaspace"' in rules
+    white_space = " " if adds_space else " \\t\\n"
+
+    not_last = set()
+    for token in tokenizer.get_added_tokens_decoder().values():
+        not_last.add(token.content[-1])
+        not_last.update(character for character, following in pairwise(token.content) if following.isspace())
+    not_last = re.escape("".join(sorted(not_last)))
+    return re.compile(rf".{{2000,}}?[^\s{not_last}](?=[{white_space}])", re.DOTALL)
 
 
 def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
@@ -355,10 +366,15 @@ def padded_lines(chunks, vocabulary: Vocabulary, seq_len: int):
 # A batch is rows[row_indices(...)] and what corrupt() makes of it; tamt.py turns both into tensors, and masks the
 # padding for attention.
 
-# The uses of randomness in all modules: the order of the rows, their corruption, random masks (tamt.py), fewer training
-# examples and random Super Tickets (finetune.py). The position of a purpose is part of its seed, so this list may
-# grow at its end only.
-PURPOSES = ("order", "corruption", "masks", "limit", "tickets")
+# The uses of randomness in all modules. The position of a purpose is part of its seed, so this list may grow at its
+# end only.
+PURPOSES = (
+    "order",  # of the rows, or of the examples of a task
+    "corruption",  # of the rows, for masked LM
+    "masks",  # random ones (tamt.py)
+    "limit",  # which training examples --limit leaves (finetune.py)
+    "tickets",  # random Super Tickets (finetune.py)
+)
 
 
 def random_stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
@@ -1087,7 +1103,7 @@ def request(url: str, part: Path, size: int | None, sha256: str | None):
 
 
 def receive(answer, part: Path, num_bytes: int, size: int | None) -> int:
-    """Writes what comes behind the first num_bytes of the file `part` -> its bytes then."""
+    """Writes the answer into the file `part`, after its first num_bytes -> how many bytes it then has."""
     progress = Progress(part.stem, size or 0, num_bytes)
     with open(part, "ab" if num_bytes > 0 else "wb") as file:
         for chunk in answer.iter_content(2**16):

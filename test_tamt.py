@@ -3,10 +3,15 @@
 Everything is made at run time; real weights, tables and text are used as well where they are at hand. Hostile files,
 killed programs and full disks are in dev/test_hostile_*.py.
 
-    the paper       Liu et al. 2022, task-agnostic mask training; "released code" is its authors'
+    the paper       Liu et al. 2022, task-agnostic mask training; "released code" is its authors'. In the chapter on
+                    Super Tickets: Liang et al. 2021
     phi             0.01: scores start at 2 phi where a weight is kept, at 0 where it is pruned (Eq. 5)
     OMP, IMP        magnitude pruning, in one shot or in rounds; KD: distillation of hidden states
     pinned          entries of the mask whose scores never get a gradient, and which keep their start mask
+    local, global   which scores compete: those of one matrix, or all. Those that compete are a pool, and the
+                    threshold of a pool lies between its pruned and its kept scores
+    refresh         a new ranking; between two of them the thresholds stand still (--refresh-every)
+    ticket          a mask that fine-tuning keeps fixed
     mask            in tamt and finetune: which weights are kept. Elsewhere it has a word in front of it: attention
                     mask, padding mask, dropout mask, or the [MASK] of masked LM
 
@@ -55,6 +60,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import AddedToken, normalizers
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -474,7 +480,7 @@ def test_attention_in_pieces_equals_that_of_torch_with_the_same_dropout_mask(pad
 
 
 @pytest.mark.parametrize("dropout_prob", [0.1, 0.25, 0.5, 0.9])
-def test_a_random_mask_is_0_as_often_as_asked(dropout_prob):
+def test_a_dropout_mask_is_0_as_often_as_asked(dropout_prob):
     """Four entries are made from one random number, so each of the four is counted on its own."""
     torch.manual_seed(0)
     is_dropped = bert.random_mask((1000, 1000), dropout_prob).view(-1, 4) == 0
@@ -494,7 +500,7 @@ def test_the_four_entries_of_one_random_number_are_independent(dropout_prob):
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 3, 5), (4, 4)])
-def test_a_random_mask_holds_zeros_and_ones_of_the_shape_asked(shape):
+def test_a_dropout_mask_holds_zeros_and_ones_of_the_shape_asked(shape):
     torch.manual_seed(0)
     mask = bert.random_mask(shape, 0.5)
     assert mask.shape == shape
@@ -502,7 +508,7 @@ def test_a_random_mask_holds_zeros_and_ones_of_the_shape_asked(shape):
     assert mask.max() <= 1
 
 
-def test_random_masks_follow_manual_seed():
+def test_dropout_masks_follow_manual_seed():
     torch.manual_seed(7)
     first = bert.random_mask((100,), 0.5)
     assert not torch.equal(bert.random_mask((100,), 0.5), first)
@@ -1822,7 +1828,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, kind, separato
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     vocabulary = data.vocabulary(folder)
     rng = random.Random(3)
-    words = "the cat, Don't <mask> x-1 é 中国 [MASK] newline</s>".split()
+    words = "the cat, Don't <mask> x-1 é 中国。 [MASK] newline</s> end. ...".split()
     text = "".join(rng.choice(words) + rng.choice(SEPARATORS[separators]) for _ in range(20_000))
     texts = [text[begin:begin + 50_000] for begin in range(0, len(text), 50_000)]
     ids = []
@@ -1830,6 +1836,33 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, kind, separato
         for piece_ids in data.encode(pieces, vocabulary):
             ids += piece_ids
     assert ids == vocabulary.tokenizer.encode(text).ids
+
+
+def test_a_text_is_cut_after_punctuation_too(vocabulary):
+    """Lines of Chinese end with a full stop, and have no space."""
+    line = "中" * 60 + "。\n"
+    *pieces, rest = itertools.chain(*data.cut_pieces([line * 500], vocabulary.tokenizer))
+    assert len(pieces) > 10
+    assert all(2000 <= len(piece) <= 2000 + len(line) for piece in pieces)
+    assert "".join([*pieces, rest]) == line * 500
+
+
+def test_a_text_is_not_cut_inside_an_added_token(vocabulary):
+    """New York is a token here, and takes the white space after it."""
+    tokenizer = copy.deepcopy(vocabulary.tokenizer)
+    tokenizer.add_special_tokens([AddedToken("New York", rstrip=True)])
+    text = "New York\n" * 1000 + "one "  # the only place to cut is before the last space
+    ids = tokenizer.encode(text).ids
+    pieces = list(itertools.chain(*data.cut_pieces([text], tokenizer)))
+    assert pieces == [text[:-1], " "]
+    assert sum((tokenizer.encode(piece).ids for piece in pieces), []) == ids
+
+
+def test_a_text_stays_whole_if_the_tokenizer_puts_something_in_front_of_it(vocabulary):
+    tokenizer = copy.deepcopy(vocabulary.tokenizer)
+    tokenizer.normalizer = normalizers.Prepend("nine ")
+    text = "one two\n" * 1000
+    assert list(itertools.chain(*data.cut_pieces([text], tokenizer))) == [text]
 
 
 @pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
@@ -2012,7 +2045,7 @@ def test_corruption_never_chooses_additional_special_tokens(tmp_path):
 
 @pytest.mark.parametrize("num_rows", [1, 5, 7, 10])
 def test_each_epoch_visits_every_row_once(num_rows):
-    order = data.row_indices(num_rows, 1, 0, 6 * num_rows).tolist()
+    order = data.row_indices(num_rows, seed=1, start=0, count=6 * num_rows).tolist()
     for begin in range(0, 6 * num_rows, num_rows):
         assert sorted(order[begin:begin + num_rows]) == list(range(num_rows))
 
@@ -2404,7 +2437,7 @@ def test_the_scope_encoder_leaves_out_the_word_embeddings(model):
 
 
 def toy_loss(model, states, dense_states, input_ids):
-    """The sum of both losses. The decoder is dense here: functional_call has ended."""
+    """The sum of both losses. Outside of functional_call the decoder is dense again."""
     logits = model.mlm_logits(states[-1].flatten(0, 1))
     return tamt.mlm_loss(logits, input_ids.flatten()) + tamt.kd_loss(dense_states, states)
 
@@ -2541,7 +2574,7 @@ def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
 
 
 def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
-    """So are scores pinned. (The number to prune leaves room for them.)"""
+    """This is how scores are pinned. (The number to prune leaves room for them.)"""
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
     for count in (2, 3, 4, 5):
         mask = torch.empty(7, dtype=torch.bool)
@@ -2551,7 +2584,7 @@ def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
-def test_keep_largest_of_groups_keeps_n_of_every_m_in_a_row_as_brute_force_does(n, m):
+def test_keep_largest_of_groups_keeps_n_of_every_m_consecutive_entries_as_brute_force_does(n, m):
     torch.manual_seed(n)
     values = torch.randint(-2, 3, (30, 2 * m)).float()
     mask = tamt.keep_largest_of_groups(values, n, m)
@@ -2635,7 +2668,7 @@ def test_levels_of_imp_are_tenths_and_then_the_rest():
     assert tamt.imp_levels(0.05) == [0.05]
 
 
-def test_random_masks_depend_on_the_seed_and_not_on_the_weights_or_on_torchs_generator(layers):
+def test_random_masks_depend_on_the_seed_and_not_on_the_weights_or_on_what_torch_draws(layers):
     first = tamt.random_masks(layers, 0.6, "local", 3)
     torch.manual_seed(99)
     for layer in layers.values():
@@ -2668,6 +2701,7 @@ def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(layers, l
 
 def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
     start, scores = local_scores
+    scores.mask.fill_(False)
     scores.update_masks()
     assert same_masks(masks_of(layers), start)
 
@@ -2681,14 +2715,25 @@ def test_the_threshold_phi_gives_the_start_mask(layers, local_scores):
     assert same_masks(masks_of(layers), start)
 
 
-def test_a_global_start_is_exact_since_it_moves_at_most_one_entry_of_each_matrix_of_omp(model):
-    """OMP rounds the number of pruned entries in each matrix, so in total it may be a few off."""
-    layers = tamt.mask_model(model)
+@pytest.fixture
+def global_scores(layers):
+    """The same, ranked over all matrices. OMP rounds in each matrix, so its total may be a few entries off."""
     start = tamt.magnitude_masks(layers, 0.7, "local")
-    scores = tamt.Scores(layers, start, 0.7, "global", without_gradient={})
+    return start, tamt.Scores(layers, start, 0.7, "global", without_gradient={})
+
+
+def test_the_first_global_mask_prunes_the_exact_total(layers, global_scores):
     masks = masks_of(layers)
     assert num_pruned(masks) == round(num_entries(masks) * 0.7)
-    assert num_different(masks, start) <= len(layers)
+
+
+def test_the_first_global_mask_differs_from_omp_by_no_more_entries_than_there_are_matrices(layers, global_scores):
+    start, _ = global_scores
+    assert num_different(masks_of(layers), start) <= len(layers)
+
+
+def test_global_scores_start_on_the_side_of_their_first_mask(global_scores):
+    _, scores = global_scores
     assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)
 
 
@@ -2729,10 +2774,21 @@ def test_with_mlm_only_padding_is_pinned_since_corruption_may_put_any_word_anywh
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
 
+def pins_by_hand(training):
+    """The pooler, the row of [PAD], and with kd the rows of words that the text does not contain. With mlm,
+    corruption may put any word anywhere."""
+    vocabulary = training.vocabulary
+    is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
+    if training.run.objective == "kd":
+        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
+    is_unread[vocabulary.pad_id] = True
+    return {"bert.embeddings.word_embeddings.weight": is_unread, "bert.pooler.dense.weight": slice(None)}
+
+
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_pinned_entries_keep_their_start_mask_while_the_total_stays_exact(world, objective):
     training = begin(mask_settings(world, objective=objective, steps=30, lr=1e-2))
-    pinned = pinned_entries(training)
+    pinned = pins_by_hand(training)
     start = masks_of(training.layers)
     for step in range(30):
         tamt.update(training, tamt.next_batch(training), 1e-2, t=step + 1)
@@ -2741,18 +2797,17 @@ def test_pinned_entries_keep_their_start_mask_while_the_total_stays_exact(world,
         masks = masks_of(training.layers)
         assert num_pruned(masks) == round(num_entries(masks) * 0.7)
 
-    for name, is_pinned in pinned.items():
-        assert not ((masks[name] ^ start[name]) & is_pinned).any()
-    assert num_different(masks, start) > 100
+    for name, rows in pinned.items():
+        assert torch.equal(masks[name][rows], start[name][rows])
+    assert num_different(masks, start) > 0.01 * num_entries(start)
 
 
 def test_between_refreshes_the_threshold_stands_still_and_scores_above_it_are_kept(model):
     layers = tamt.mask_model(model)
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "local", without_gradient={})
     scores.vector.normal_()
-    thresholds = [group.threshold for group in scores.pools]
     scores.apply_old_thresholds()
-    assert [group.threshold for group in scores.pools] == thresholds == [tamt.PHI] * len(layers)
+    assert [pool.threshold for pool in scores.pools] == [tamt.PHI] * len(layers)
     assert torch.equal(scores.mask, scores.vector > tamt.PHI)
 
 
@@ -2817,7 +2872,7 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(world, o
     losses = []
     for batch_size, accumulate in ((8, 1), (2, 4)):
         training = begin(mask_settings(world, family="no-dropout", objective=objective, batch_size=batch_size,
-                                  accumulate=accumulate))
+                                       accumulate=accumulate))
         batch = tamt.next_batch(training)
         batch.is_token[3, 9:] = False
         batch.is_chosen[3, 9:] = False
@@ -2853,12 +2908,6 @@ def test_the_teacher_shares_the_weights_of_the_student(model):
     layers[name].weight.data.mul_(2)
     with tamt.dense_teacher(model):
         assert torch.equal(model(input_ids)[-1], changed(input_ids)[-1])
-
-
-def test_the_teacher_has_no_dropout(model, layers):
-    model.train()
-    with tamt.dense_teacher(model):
-        assert not model.training
 
 
 @pytest.mark.parametrize("is_training", [True, False])
@@ -2984,15 +3033,15 @@ def test_torch_adamw_with_our_settings_matches_the_released_optimizer(objective,
 
 class PlainLoop:
     """Mask training as one would write it down: real-valued masks that autograd differentiates, the released
-    optimizers as written out above, and prune_smallest() over all scores. It shares the network, the batches and
-    prune_smallest() with tamt, and nothing else."""
+    optimizers as written out above, and prune_smallest() over all scores. It shares the network, the start mask, the
+    batches and prune_smallest() with tamt, and nothing else."""
 
     def __init__(self, model, objective, masks, pinned):
         self.model = model
         self.objective = objective
         self.pretrained = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.masks = dict(masks)  # {name: bool matrix}
-        self.scores = {name: 0.02 * mask for name, mask in masks.items()}
+        self.scores = {name: 0.02 * mask for name, mask in masks.items()}  # Eq. 5
         # Added to the scores before they are ranked: pinned entries come first or last, as in the start mask.
         self.pins = {name: torch.zeros(mask.shape) for name, mask in masks.items()}
         for name, is_pinned in pinned.items():
@@ -3068,17 +3117,6 @@ def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkey
     assert num_different(plain.masks, start) > 0.01 * num_entries(start)
 
 
-def pins_by_hand(training):
-    """The pooler, the row of [PAD], and with kd the rows of words that the text does not contain. With mlm,
-    corruption may put any word anywhere."""
-    vocabulary = training.vocabulary
-    is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
-    if training.run.objective == "kd":
-        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
-    is_unread[vocabulary.pad_id] = True
-    return {"bert.embeddings.word_embeddings.weight": is_unread, "bert.pooler.dense.weight": slice(None)}
-
-
 def test_the_pooler_has_no_gradient_so_it_is_not_trained(world):
     training = begin(mask_settings(world))
     assert not any("pooler" in name for name in training.parameters)
@@ -3099,29 +3137,28 @@ def test_masked_lm_trains_its_head_beside_the_scores_and_kd_the_scores_alone(wor
 PAPER_RATES = {"mlm": 5e-5, "kd": 2e-5}
 
 
+def sum_of_steps(objective, learning_rate, num_updates, horizon):
+    """How far a score moves whose gradient is the same at every update."""
+    distance = 0.0
+    for t in range(1, num_updates + 1):
+        step = learning_rate * (1 - (t - 1) / horizon)
+        if objective == "kd":  # BertAdam's missing bias correction
+            step *= (1 - 0.9**t) / math.sqrt(1 - 0.999**t)
+        distance += step
+    return distance
+
+
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 @pytest.mark.parametrize("num_updates", [500, 3000, 10_000])
-def test_scores_can_travel_as_far_in_a_short_run_as_in_the_full_one(objective, num_updates):
-    """At 70 % the paper made 17,000 updates of a schedule of 27,920."""
-
-    def travel(learning_rate, num_updates, horizon):
-        distance = 0.0
-        for t in range(1, num_updates + 1):
-            step = learning_rate * (1 - (t - 1) / horizon)
-            if objective == "kd":  # BertAdam's missing bias correction
-                step *= (1 - 0.9**t) / math.sqrt(1 - 0.999**t)
-            distance += step
-        return distance
-
+def test_the_steps_of_a_short_run_add_up_to_those_of_the_full_one(objective, num_updates):
+    """So scores can travel as far. At 70 % the paper made 17,000 updates of a schedule of 27,920."""
     rate = tamt.learning_rate_of(objective, 0.7, num_updates)
-    distance_of_the_paper = travel(PAPER_RATES[objective], 17_000, 27_920)
-    if objective == "mlm":
-        assert distance_of_the_paper == pytest.approx(0.591, abs=1e-3)  # a score needs about .01 to change sides
-    assert travel(rate, num_updates, num_updates) == pytest.approx(distance_of_the_paper)
+    of_the_paper = sum_of_steps(objective, PAPER_RATES[objective], 17_000, horizon=27_920)
+    assert sum_of_steps(objective, rate, num_updates, horizon=num_updates) == pytest.approx(of_the_paper)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_learning_rate_is_never_below_that_of_the_paper_nor_above_a_hundredth(objective):
+def test_the_learning_rate_is_that_of_the_paper_for_a_long_run_and_a_hundredth_for_a_very_short_one(objective):
     assert tamt.learning_rate_of(objective, 0.7, 100_000) == PAPER_RATES[objective]
     assert tamt.learning_rate_of(objective, 0.7, 3) == 1e-2
 
@@ -3174,9 +3211,9 @@ def test_a_batch_depends_on_seed_and_step_alone(world):
 # ---------------------------------------------------------------------------------------------------
 
 
-def released_run(tmp_path, kind):
-    """The updates of data/released/mlm.npz or kd.npz -> differing mask entries, encoder similarity, differences of
-    the losses, and how many scores lay within rounding of a threshold (see the test of mlm)."""
+def released_run(tmp_path, kind, settle_after=None):
+    """The updates of data/released/mlm.npz or kd.npz, made here, and how the result differs from what is in that file.
+    After update number settle_after scores are settled that lie within rounding of a threshold."""
     expected = np.load(REAL / "released" / f"{kind}.npz")
     folder = tmp_path / "model"
     if not folder.exists():
@@ -3210,30 +3247,22 @@ def released_run(tmp_path, kind):
     for step in range(num_updates):
         batch = tamt.Batch(input_ids[step], corrupted_ids[step], is_chosen[step], np.ones((8, 64), bool))
         losses.append(tamt.update(training, batch, rate * (1 - step / num_updates), step + 1))
-        if kind == "mlm" and step + 1 == 24:
+        if step + 1 == settle_after:
             num_tied = settle_ties(scores)
         if tamt.is_refresh_due(run, step + 1):
             scores.update_masks()
         else:
             scores.apply_old_thresholds()
 
-    num_differing = 0
-    similarities = []
+    released = {}
     for name, layer in layers.items():
         bits = np.unpackbits(expected[f"bits:{name}"], count=layer.mask.numel()).astype(bool)
-        mask = layer.mask.numpy().flatten()
-        num_differing += int((bits != mask).sum())
-        if ".encoder." in name:
-            similarities.append((bits & mask).sum() / (bits | mask).sum())
-    return num_differing, np.mean(similarities), np.abs(np.array(losses) - expected["losses"]), num_tied
-
-
-@pytest.fixture
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+        released[name] = torch.from_numpy(bits).view(layer.mask.shape)
+    return SimpleNamespace(
+        num_changed=num_different(released, start),  # by the released code, from the start to the end
+        num_differing=num_different(released, masks_of(layers)),
+        loss_differences=np.abs(np.array(losses) - expected["losses"]),
+        num_tied=num_tied)
 
 
 def settle_ties(scores) -> int:
@@ -3248,29 +3277,31 @@ def settle_ties(scores) -> int:
 
 
 @real
-def test_the_mlm_mask_is_the_released_codes_entry_for_entry(tmp_path, one_thread):
-    """After update 24 one score of 4,300,032 lies within rounding of its threshold. On which side of it decides 12
-    entries of the mask in the end, and depends on the order in which a processor adds up; so it is put onto the
-    threshold, where the released run had it, at or below."""
-    num_differing, _, loss_differences, num_tied = released_run(tmp_path, "mlm")
-    assert num_tied == 1
-    assert num_differing == 0
-    # Scores that cross a threshold one update earlier or later than in the released run show in two of the losses.
-    assert loss_differences[:20].max() < 1e-5
-    assert np.sort(loss_differences)[-3] < 1e-5
-    assert loss_differences.max() < 1e-3
+def test_the_mlm_mask_equals_that_of_the_released_code_entry_for_entry(tmp_path):
+    """After update 24 one score of 4,300,032 lies within rounding of its threshold. On which side it falls depends on
+    the order in which a processor adds up, and decides 12 entries of the final mask. So it is put onto the threshold,
+    where the released run had it, at or below."""
+    run = released_run(tmp_path, "mlm", settle_after=24)
+    assert run.num_tied == 1
+    assert run.num_changed > 8000
+    assert run.num_differing == 0
+    # All losses agree but two: scores that cross a threshold one update earlier or later than in the released run.
+    assert (run.loss_differences > 1e-5).sum() <= 2
+    assert run.loss_differences[:20].max() < 1e-5
+    assert run.loss_differences.max() < 1e-3
 
 
 @real
-def test_the_kd_mask_is_the_released_codes_to_within_rounding_noise(tmp_path, one_thread):
-    num_differing, similarity, loss_differences, _ = released_run(tmp_path, "kd")
-    assert similarity >= 0.99
-    assert num_differing < 1000
-    assert loss_differences.max() < 2e-3
+def test_the_kd_mask_is_that_of_the_released_code_but_for_rounding(tmp_path):
+    """Its scores move less, so more of them lie within rounding of a threshold."""
+    run = released_run(tmp_path, "kd")
+    assert run.num_changed > 13_000
+    assert run.num_differing < 1000
+    assert run.loss_differences.max() < 2e-3
 
 
 @real
-def test_fine_tuning_under_a_mask_is_that_of_the_released_code(tmp_path, one_thread):
+def test_fine_tuning_under_a_mask_is_that_of_the_released_code(tmp_path):
     expected = np.load(REAL / "released" / "finetune_rte.npz")
     model = bert.load(REAL / "models" / "bert-tiny-mlm")
     model.add_pooler()
@@ -3306,7 +3337,7 @@ def test_fine_tuning_under_a_mask_is_that_of_the_released_code(tmp_path, one_thr
         labels = torch.from_numpy(expected["labels"][rows])
         logits = model.class_logits(model(input_ids, attention_mask, token_type_ids)[-1])
         loss = F.cross_entropy(logits, labels)
-        assert float(loss) == pytest.approx(float(expected["losses"][step]), abs=2e-6)
+        assert loss.item() == pytest.approx(float(expected["losses"][step]), abs=2e-6)
         loss.backward()
         for name, mask in masks.items():
             parameters[name].grad.mul_(mask)
@@ -3336,6 +3367,7 @@ def test_find_mask_and_the_command_line_learn_the_same_mask(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path / "a", objective="kd"))
     assert run_tamt(world, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
+    assert share_of_flips(tmp_path / "a") > 0.01  # it is not the start mask
 
 
 def share_of_flips(folder):
@@ -5340,11 +5372,10 @@ def imp_folder(tasks, tmp_path_factory):
 
 def test_rounds_of_imp_are_exact_and_nested(imp_folder):
     rounds = [tamt.load_mask(imp_folder / f"round-{number}") for number in (1, 2, 3)]
-    num_entries = sum(mask.numel() for mask in rounds[0].values())
     for masks, level in zip(rounds, (0.1, 0.2, 0.25), strict=True):
-        assert sum(int((~mask).sum()) for mask in masks.values()) == round(num_entries * level)
+        assert num_pruned(masks) == round(num_entries(masks) * level)
     for earlier, later in zip(rounds, rounds[1:], strict=False):
-        assert all((earlier[name] >= later[name]).all() for name in earlier)  # what is pruned stays pruned
+        assert is_within(later, earlier)  # what is pruned stays pruned
 
 
 def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
@@ -5372,14 +5403,14 @@ def test_imp_equals_doing_the_rounds_by_hand(tasks, tmp_path, imp_folder):
         tamt.save_mask(mask_file, masks, {})
 
         expected = tamt.load_mask(imp_folder / f"round-{number}")
-        assert masks.keys() == expected.keys()
-        assert all(torch.equal(masks[name], expected[name]) for name in masks)
+        assert same_masks(masks, expected)
 
 
-def test_imp_does_not_prune_the_pretrained_weights(tasks, imp_folder):
+def test_imp_ranks_the_weights_as_trained_and_not_as_pretrained(tasks, imp_folder):
     layers = tamt.mask_model(bert.load(tasks.parent / "bert"), "encoder")
     one_shot = tamt.magnitude_masks(layers, 0.1, "global")
-    assert tamt.similarity(tamt.load_mask(imp_folder / "round-1"), one_shot) < 1
+    first_round = tamt.load_mask(imp_folder / "round-1")
+    assert num_different(first_round, one_shot) > 0.01 * num_entries(one_shot)
 
 
 def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monkeypatch, imp_folder):
@@ -5468,31 +5499,40 @@ def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path)
     assert torch.allclose(feed_forward, expected_feed_forward, rtol=1e-4)
 
 
-@pytest.mark.parametrize("order", finetune.ORDERS)
-def test_the_eight_levels_are_those_of_the_paper_and_nested(order):
-    torch.manual_seed(0)
-    heads = torch.rand(12, 12)
-    feed_forward = torch.rand(12)
-    levels = [finetune.choose_units(heads, feed_forward, order, level, seed=1) for level in range(1, 9)]
-    assert [int(removed_heads.sum()) for removed_heads, _ in levels] == [14, 28, 43, 57, 72, 86, 100, 115]
-    assert [int(removed_ffns.sum()) for _, removed_ffns in levels] == [1, 2, 3, 4, 5, 6, 7, 8]
+def eight_levels(order):
+    """Tickets of a model of BERT-base's shape: (removed heads (12, 12), removed FFNs (12,)) for the levels 1 to 8."""
+    importance = torch.rand(12, 12), torch.rand(12)
+    return [finetune.choose_units(*importance, order, level, seed=1) for level in range(1, 9)]
 
+
+@pytest.mark.parametrize("order", finetune.ORDERS)
+def test_level_n_removes_n_tenths_of_the_heads_and_n_twelfths_of_the_feed_forward_networks(order):
+    levels = eight_levels(order)
+    assert [int(heads.sum()) for heads, _ in levels] == [144 * level // 10 for level in range(1, 9)]
+    assert [int(ffns.sum()) for _, ffns in levels] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("order", finetune.ORDERS)
+def test_what_one_level_removes_the_next_one_removes_as_well(order):
+    levels = eight_levels(order)
     for (heads_before, ffns_before), (heads_after, ffns_after) in zip(levels, levels[1:], strict=False):
         assert (heads_before <= heads_after).all()
         assert (ffns_before <= ffns_after).all()
 
 
-def test_winning_tickets_lose_the_least_important_units_and_losing_ones_the_most():
+@pytest.mark.parametrize("order, removed_ones", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
+def test_winning_tickets_lose_the_least_important_heads_and_losing_ones_the_most(order, removed_ones):
+    """Level 3 of 8 heads: int(8 * 3 / 10) = 2 of them go."""
     heads = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
-    feed_forward = torch.arange(12.0)
-    removed, _ = finetune.choose_units(heads, feed_forward[:2], "winning", 3, seed=1)  # 8 * 3 / 10: two heads
-    assert removed.tolist() == [[True, False, False, False], [True, False, False, False]]
-    removed, _ = finetune.choose_units(heads, feed_forward[:2], "losing", 3, seed=1)
-    assert removed.tolist() == [[False, True, False, False], [False, False, True, False]]
-    _, removed = finetune.choose_units(torch.rand(12, 12), feed_forward, "winning", 2, seed=1)
-    assert np.flatnonzero(removed).tolist() == [0, 1]
-    _, removed = finetune.choose_units(torch.rand(12, 12), feed_forward, "losing", 2, seed=1)
-    assert np.flatnonzero(removed).tolist() == [10, 11]
+    is_removed, _ = finetune.choose_units(heads, torch.rand(2), order, level=3, seed=1)
+    assert heads[torch.from_numpy(is_removed)].tolist() == pytest.approx(removed_ones)
+
+
+@pytest.mark.parametrize("order, removed_ones", [("winning", [0, 1]), ("losing", [10, 11])])
+def test_winning_tickets_lose_the_least_important_feed_forward_networks_and_losing_ones_the_most(order, removed_ones):
+    """Level 2: two of the twelve, of which number 11 is the most important."""
+    _, is_removed = finetune.choose_units(torch.rand(12, 12), torch.arange(12.0), order, level=2, seed=1)
+    assert np.flatnonzero(is_removed).tolist() == removed_ones
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
@@ -5510,8 +5550,8 @@ def test_the_remaining_weights_of_bert_base_are_those_of_the_paper(level, percen
                          intermediate_size=3072, max_position_embeddings=512)
     removed = finetune.choose_units(torch.rand(12, 12), torch.rand(12), "winning", level, seed=1)
     masks = finetune.unit_masks(config, *removed)
-    num_pruned = sum(int((~mask).sum()) for mask in masks.values())
-    assert 100 * (1 - num_pruned / 109_482_240) == pytest.approx(percent, abs=0.05)
+    num_weights = 109_482_240  # of BERT-base
+    assert 100 * (1 - num_pruned(masks) / num_weights) == pytest.approx(percent, abs=0.05)
 
 
 REMOVED_HEADS = np.array([[True, False, True, False], [False, False, True, False]])
