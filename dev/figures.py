@@ -46,7 +46,8 @@ def read(args) -> tuple[list[dict], list[dict]]:
     Of lines with the same command the last counts. Folders of runs add masks, or folders to the masks."""
     lines = {}
     for line in read_lines(args.results):
-        if "task" in line:  # the others are those of bench.py
+        is_left_out = args.without and args.without in line["command"]
+        if "task" in line and not is_left_out:  # those without a task are of bench.py
             lines[line["command"], str(line.get("mask"))] = line
     lines = [*lines.values(), *read_folders(args.runs)]
     if not lines:
@@ -229,8 +230,8 @@ STYLES = {
 DENSE_STYLE = {"color": "black", "linewidth": 0.9, "linestyle": (0, (1, 1))}
 LOSSES = {"dev_mlm_loss": "dev MLM loss (nats)", "dev_kd_loss": "dev KD loss (1 - cos)"}
 PRE_TRAINING = {  # titles: what is measured before any fine-tuning
-    "dev_mlm_loss": "not fine-tuned: masked LM",
-    "dev_kd_loss": "not fine-tuned: distance from the whole",
+    "dev_mlm_loss": "before: masked-LM loss",
+    "dev_kd_loss": "before: KD loss",
 }
 MATRICES = {
     "attention.self.query": "Q",
@@ -261,14 +262,15 @@ def style(name: str) -> dict:
     }
 
 
-def draw_line(ax, name: str, points: dict):
-    """{x: [values]}: the line of the means, with standard deviations where there are several values."""
+def draw_line(ax, name: str, points: dict, shift: float = 0.0):
+    """{x: [values]}: the line of the means, with standard deviations where there are several values. A small shift to
+    the side keeps the bars of different methods apart."""
     points = {x: values for x, values in sorted(points.items()) if values}
     if not points:
         return
     means = [np.mean(values) for values in points.values()]
     deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in points.values()]
-    ax.errorbar(list(points), means, deviations, capsize=2, linewidth=1.1, **style(name))
+    ax.errorbar([x + shift for x in points], means, deviations, capsize=2, linewidth=1.1, **style(name))
 
 
 def draw_level(ax, values, label="whole network"):
@@ -389,7 +391,7 @@ def fig3(masks, tunings, args):
         panels.append(tasks)
     panels += LOSSES
     names = [name for name in names_in_order(masks + with_usual_limit(tunings)) if "-" not in name]
-    caption = "Our runs, drawn like Fig. 3 and 4 of the paper."
+    caption = "Our runs, drawn like Fig. 3 and 4 of the paper; methods stand side by side, so that bars can be seen."
     draw_against_sparsity(masks, tunings, names, panels, args.out / "fig3.png", caption)
 
 
@@ -415,9 +417,9 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
             values = {key: mean_scores(runs, panel) for key, runs in runs_of.items()}
             ax.set(ylabel=score_label(tunings, panel), title=f"fine-tuned: {panel[0]}" if len(panel) == 1 else "")
         ax.set(xlabel="sparsity (%)")
-        for name in names:
+        for index, name in enumerate(names):
             points = {100 * key[1]: of_key for key, of_key in values.items() if key[0] == name}
-            draw_line(ax, name, points)
+            draw_line(ax, name, points, shift=0.4 * (index - len(names) // 2))
         draw_level(ax, values.get(("dense", 0.0), []))
     save(figure, file, caption, masks + tunings)
 
@@ -760,6 +762,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw the paper's figures from results and run folders.")
     parser.add_argument("--results", type=Path, default=Path("dev/results.jsonl"))
     parser.add_argument("--runs", nargs="*", default=["out"], help="folders that hold runs of tamt.py (out)")
+    parser.add_argument("--without", help="leaves out lines whose command contains this")
     parser.add_argument("--model", help="its name, or the last part of its path (the one with most lines)")
     parser.add_argument("--sparsity", type=float, default=0.7, help="of figures 6 to 9 and layers (0.7)")
     parser.add_argument("--only", default=",".join(FIGURES), help=f"some of {','.join(FIGURES)}")

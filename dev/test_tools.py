@@ -4,12 +4,14 @@
 """
 
 import argparse
+import json
 import os
 import random
 import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,33 @@ def test_every_pair_of_losses_in_a_table_is_in_the_results(file):
     for mlm, kd in pairs:
         assert any(rounds_to(mlm, line.get("dev_mlm_loss")) and rounds_to(kd, line.get("dev_kd_loss"))
                    for line in lines), (mlm, kd)
+
+
+def test_every_mean_over_seeds_in_a_table_is_that_of_the_results():
+    """Cells such as 65.6 ± 4.9 (3): mean and standard deviation of the best scores of one mask with three seeds."""
+    scores = defaultdict(dict)
+    for line in sweep.read_lines(ROOT / "dev/results.jsonl"):
+        if line.get("best"):
+            experiment = (line["model"], line["task"], json.dumps(line["mask"]), line["settings"]["limit"])
+            scores[experiment][line["seed"]] = 100 * next(iter(line["best"].values()))
+    known = set()
+    for by_seed in scores.values():
+        if len(by_seed) > 1:
+            values = list(by_seed.values())
+            known.add(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})")
+    for file in ("README.md", "dev/RESULTS.md"):
+        cells = re.findall(r"\d+\.\d ± \d+\.\d \(\d\)", (ROOT / file).read_text())
+        assert cells
+        assert set(cells) <= known
+
+
+def test_every_distance_of_cls_in_a_table_is_in_the_results():
+    """Cells such as 79.7 *.031*."""
+    lines = sweep.read_lines(ROOT / "dev/results.jsonl")
+    known = {f"{line['cls_distance']:.3f}".removeprefix("0") for line in lines if "cls_distance" in line}
+    cells = re.findall(r"\*(\.\d\d\d)\*", (ROOT / "dev/RESULTS.md").read_text())
+    assert cells
+    assert set(cells) <= known
 
 
 # The toy
