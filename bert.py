@@ -376,9 +376,7 @@ def load(path) -> Model:
         fairseq's model.pt
 
     All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
-    FileNotFoundError, or a ValueError that lists the tensors that are missing, misshapen or not finite.
-
-    Inside `with file_named_in_errors(file)` every error becomes a ValueError that begins with the name of the file."""
+    FileNotFoundError, or a ValueError that lists the tensors that are missing, misshapen or not finite."""
     # Read the weights and the settings. Most formats keep the settings in a config.json beside the weights; a fairseq
     # file holds its own, and a config.json beside it, if there is one, wins.
     weights_file = find_weights(Path(path))
@@ -390,7 +388,8 @@ def load(path) -> Model:
         raise FileNotFoundError(f"{weights_file.parent}: no config.json or bert_config.json beside "
                                 f"{weights_file.name}")
 
-    # Settle the family, the names, the config, and whether the decoder is the embedding matrix.
+    # Settle the family, the names, the config, and whether the decoder is the embedding matrix. Inside these `with`
+    # blocks every error becomes a ValueError that begins with the name of the file.
     with file_named_in_errors(weights_file):
         family = find_family(tensors, settings)
         tensors = normalise_names(tensors, family)

@@ -122,7 +122,7 @@ def vocabulary(path) -> Vocabulary:
 
 def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
     """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text."""
-    names = special_names(tokenizer, settings, file)  # of five tokens, in the order of the line after next
+    names = special_names(tokenizer, settings, file)  # such as [PAD], [UNK], [CLS], [SEP], [MASK]
     add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
 
@@ -198,8 +198,8 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
                 raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    # Warns if many tokens are unknown, and raises if all are. Only for examples is the text read again: read_text()
-    # reads nothing before it is asked for a chunk.
+    # Warns if many tokens are unknown, and raises if all are. It gets the text to quote examples from; read_text()
+    # reads nothing unless it does so.
     check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
     return rows
 
@@ -309,7 +309,7 @@ def piece_pattern(tokenizer: Tokenizer) -> re.Pattern:
     A piece must not end at the last character of an added token, such as the ] of [MASK], or within an added token of
     several words: the white space may belong to that token. And if a tokenizer puts a space before a text that lacks
     one, no piece may begin with a tab or a newline: then cuts are made before spaces only."""
-    rules = tokenizer.to_str()  # its tokenizer.json
+    rules = tokenizer.to_str()  # its tokenizer.json; those of BERT and RoBERTa have no Prepend and no Metaspace
     if '"type":"Prepend"' in rules:
         return re.compile("(?!)")  # matches nothing: every piece would get something in front of it
     adds_space = '"add_prefix_space":true' in rules or '"type":"Metaspace"' in rules

@@ -36,6 +36,9 @@ Four names recur:
     experiment  a run with all that belongs to it, from the data to the result (Experiment)
     search      the Settings of a --find, which makes several experiments
 
+Two names belong to chapter 8, and can be ignored before it: `own_parts` holds the head and the ticket of a task that
+shares the encoder with others, and is None for a single task; then `switch_to(model, task_data)` does nothing.
+
 From the other modules come the network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics
 (glue_squad.py), and masks, devices and folders (tamt.py).
 
@@ -98,7 +101,8 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tasks = named_tasks(settings)
-    tickets = read_tickets(settings)  # chapter 2, like all that follows; resolve and open_run_folder: appendix B
+    # resolve, open_run_folder and finished_experiment are in the appendices; what else is called here, in chapter 2.
+    tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
@@ -137,7 +141,7 @@ class Experiment:
     vocabulary: data.Vocabulary | None = None
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
-    prunable: list[str] = field(default_factory=list)  # names of the weights that IMP may prune
+    prunable: list[str] = field(default_factory=list)  # weights of the checkpoint that IMP may prune
     gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # all that trains
     optimizer: torch.optim.Optimizer | None = None
@@ -469,8 +473,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # The released AdamW divides by sqrt(v) + eps and then corrects the bias of v; torch's AdamW corrects it first. To
-    # get the released update from torch, eps changes with t (tamt.py, appendix A). There is no weight decay.
+    # As in tamt.update(); "fine-tuning" stands in the place of an objective. There is no weight decay.
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -548,6 +551,9 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 # ---------------------------------------------------------------------------------------------------
 # 6. Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
+
+# A search has three helpers in the appendices: resolve_search fills in its defaults, settings_of_one_run gives the
+# Settings of one of its experiments, and finish_search copies the best mask to mask.pt and writes mask.json.
 
 
 def find_imp(settings) -> dict:

@@ -711,11 +711,11 @@ def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_an
 
     Candidates are the n best starts with the n best ends, all in the paragraph. A start must have is_max_context, an
     end must not lie before its start, and an answer has at most max_answer_length tokens."""
-    positions = slice(window.doc_offset, window.doc_offset + len(window.char_spans))  # of the paragraph
+    positions = slice(window.doc_offset, window.doc_offset + len(window.char_spans))  # of the paragraph in the input
     start_scores = np.asarray(start_logits[positions], np.float64)
     start_scores = np.where(window.is_max_context, start_scores, -np.inf)
     end_scores = np.asarray(end_logits[positions], np.float64)
-    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]
+    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]  # counted from the paragraph's first token
     ends = np.argsort(-end_scores, kind="stable")[:n_best_size]
     if len(starts) == 0:
         return None  # an empty paragraph

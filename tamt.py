@@ -39,8 +39,8 @@ random mask instead, and `--method imp`, iterative magnitude pruning, trains W i
     settings     what the user chose: the flags of the command line (settings.sparsity)
     run          the settings with all defaults filled in, and run.trains (whether there is training at all),
                  run.num_updates, run.horizon (the update at which the learning rate, which falls linearly, would
-                 reach 0), run.family (bert or roberta), run.machine (device, type of the forward pass, and which of
-                 several processes this is)
+                 reach 0: the last one of a short run, later in the paper's runs and in IMP), run.family (bert or
+                 roberta), run.machine (device, type of the forward pass, and which of several processes this is)
     identity     the settings and checksums that --resume compares
 
 How the paper, the released code and this program differ. A first reading may skip the table: its terms are
@@ -111,7 +111,7 @@ def find_mask(settings: "Settings") -> dict:
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
     machine = start_machine(settings.device, settings.dtype)
-    with first_process_first(machine):
+    with first_process_first(machine):  # it downloads and tokenises, and the others find its files
         model, vocabulary = open_model(settings, machine)  # step 1
         run = resolve(settings, machine, model)
         rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
@@ -130,7 +130,7 @@ def find_mask(settings: "Settings") -> dict:
         set_masks(layers, masks)
     if run.method == "tamt":
         # No gradient reaches the pooler, which no loss reads, and the embeddings of words that the text does not use.
-        # Scores freezes their part of the mask: a score that cannot move must not change sides with the threshold.
+        # Their part of the mask stays as it is (Scores.pin says why).
         without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
         scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
 
@@ -144,7 +144,7 @@ def find_mask(settings: "Settings") -> dict:
             train_imp(training)
         else:
             train_scores(training)  # steps 5, 6, 7
-        restore_original(training)  # of all that was trained, the mask alone is the result
+        restore_original(training)  # of all that was trained, the masks of the layers alone are the result
     return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
 
 
@@ -332,9 +332,9 @@ def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
     """Writes into `mask` what prune_smallest() returns, faster, and returns where the threshold now lies.
 
-    One update moves the threshold little, so nearly every entry is settled by a comparison with the old one: it
-    is kept if it lies above threshold + radius, and pruned if it lies at or below threshold - radius. Only the
-    few in between are sorted:
+    It is called after every update, with the threshold that the last call returned. One update moves it little, so
+    nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
+    radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
 
         values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
@@ -344,7 +344,7 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
     are minus infinity, and no more are plus infinity than are kept."""
     low = threshold - radius
     high = threshold + radius
-    # mask = values > high; undecided: the positions where low < value <= high
+    # split_at (appendix B) writes values > high into mask; undecided: the positions where low < value <= high
     num_above, undecided = split_at(values, low, high, mask)
 
     num_below = len(values) - num_above - len(undecided)
@@ -755,7 +755,7 @@ def train_scores(training: Training):
 
         losses = {}
         if training.step % run.eval_every == 0 and training.step < run.num_updates:
-            with original_weights(training):  # every mask is evaluated with the original head
+            with original_weights(training):  # every mask is evaluated with the head as it was before training
                 losses = evaluate_on_dev(training)
         training.log.step(training.step, loss, learning_rate, losses)
         if training.step % run.save_every == 0:
@@ -794,7 +794,8 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
                          "state")
 
-    # AdamW, or for kd BertAdam, as in the released code: appendix A says how torch's AdamW computes both.
+    # AdamW, or for kd BertAdam, as in the released code. They treat eps and the bias of the moments in other ways than
+    # torch's AdamW, which computes the same updates if its settings change with t (appendix A).
     training.optimizer.param_groups[0] |= optimizer_settings(run.objective, learning_rate, t)
     training.optimizer.step()
     training.optimizer.zero_grad()
@@ -894,7 +895,8 @@ def prune_and_rewind(training: Training, level: float):
 
 
 def imp_levels(sparsity: float) -> list[float]:
-    """10 %, 20 %, ... of the original count. A target that is not a multiple of 10 % ends with a smaller step."""
+    """Sparsities .1, .2, ...: fractions of all entries, not of those that are left. A target that is not a multiple
+    of 10 % ends with a smaller step."""
     tenths = [tenth / 10 for tenth in range(1, 10)]
     return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]
 

@@ -1,21 +1,24 @@
 """The promises of the five modules, in their order: bert, data, tamt, glue_squad, finetune.
 
-Everything is made at run time; real weights, tables and text are used as well where they are at hand. Hostile files,
-killed programs and full disks are in dev/test_hostile_*.py.
+Tests make their own models, texts and tables. Those that are marked @needs_real_inputs use real ones, and are skipped
+where these are missing. Hostile files, killed programs and full disks are in dev/test_hostile_*.py.
 
-    the paper       Liu et al. 2022, task-agnostic mask training; "released code" is its authors'. In the chapter on
-                    Super Tickets: Liang et al. 2021
+    the paper       Liu et al. 2022, on task-agnostic mask training (TAMT); for Super Tickets Liang et al. 2021. The
+                    "released code" is that of its authors
+    OMP, IMP        one-shot and iterative magnitude pruning (the smallest weights go, at once or in rounds)
+    KD              knowledge distillation: the hidden states of the whole model are the target
     phi             0.01: scores start at 2 phi where a weight is kept, at 0 where it is pruned (Eq. 5)
-    OMP, IMP        magnitude pruning, in one shot or in rounds; KD: distillation of hidden states
-    pinned          entries of the mask whose scores never get a gradient, and which keep their start mask
-    local, global   which scores compete: those of one matrix, or all. Those that compete are a pool, and the
-                    threshold of a pool lies between its pruned and its kept scores
+    rank            which scores compete: those of all matrices (global), of one matrix (local), or of M consecutive
+                    entries of a row (N:M, such as 2:4). Those that compete are a pool; its threshold lies between its
+                    pruned and its kept scores
     refresh         a new ranking; between two of them the thresholds stand still (--refresh-every)
+    pinned          entries of the mask whose scores never get a gradient, and which keep their start mask
     ticket          a mask that fine-tuning keeps fixed
     mask            in tamt and finetune: which weights are kept. Elsewhere it has a word in front of it: attention
                     mask, padding mask, dropout mask, or the [MASK] of masked LM
 
-    world           a fixture: a folder with tiny models of both families and a text
+    world           a fixture: a folder with tiny models of both families and a text. A tiny model has two layers and 14
+                    matrices that can be masked: word embeddings, six in each layer, and the pooler
     layers, masks   fixtures: the masked layers of a tiny model, and random masks for them
     vocabulary      a fixture: ten words, zero to nine, with the ids 5 to 14
     corrupted       a fixture: 200,000 tokens before and after the corruption of masked LM
@@ -24,10 +27,10 @@ killed programs and full disks are in dev/test_hostile_*.py.
 To read first, by their names:
 
     test_all_hidden_states_match_transformers
-    test_straight_through_gives_scores_the_gradient_of_the_mask
+    test_straight_through_gives_scores_the_gradient_with_respect_to_the_mask
     test_prune_smallest_equals_brute_force_with_ties
-    test_thirty_updates_equal_a_plain_loop_mask_for_mask
-    test_training_equals_that_under_torch_prune_bit_for_bit
+    test_thirty_updates_match_a_plain_loop_mask_for_mask
+    test_training_matches_torch_prune_bit_for_bit
 """
 
 import argparse
@@ -74,7 +77,7 @@ from dev import fuzz
 
 ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
-real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
+needs_real_inputs = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
 # Two workers share two cores, and so do the programs that they start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -295,7 +298,7 @@ def test_token_types_match_transformers(tmp_path):
     assert_close(found, expected)
 
 
-@real
+@needs_real_inputs
 @torch.no_grad()
 def test_the_real_bert_tiny_matches_transformers():
     import transformers
@@ -445,7 +448,7 @@ def test_attention_is_the_softmax_of_products_times_the_values(padded):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_in_pieces_equals_that_of_torch_with_the_same_dropout_mask(padded, monkeypatch):
+def test_attention_in_pieces_matches_torch_with_the_same_dropout_mask(padded, monkeypatch):
     """Five sequences in pieces of 2, 2 and 1; the gradients of query, key and value are compared as well."""
     masks = []
     draw = bert.random_mask
@@ -479,8 +482,8 @@ def test_attention_in_pieces_equals_that_of_torch_with_the_same_dropout_mask(pad
         assert_close(found_gradient, gradient, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("dropout_prob", [0.1, 0.25, 0.5, 0.9])
-def test_a_dropout_mask_is_0_as_often_as_asked(dropout_prob):
+@pytest.mark.parametrize("dropout_prob", [0.001, 0.1, 0.25, 0.5, 0.9])
+def test_a_dropout_mask_is_0_as_often_as_requested(dropout_prob):
     """Four entries are made from one random number, so each of the four is counted on its own."""
     torch.manual_seed(0)
     is_dropped = bert.random_mask((1000, 1000), dropout_prob).view(-1, 4) == 0
@@ -500,7 +503,7 @@ def test_the_four_entries_of_one_random_number_are_independent(dropout_prob):
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 3, 5), (4, 4)])
-def test_a_dropout_mask_holds_zeros_and_ones_of_the_shape_asked(shape):
+def test_a_dropout_mask_has_the_requested_shape_and_holds_zeros_and_ones(shape):
     torch.manual_seed(0)
     mask = bert.random_mask(shape, 0.5)
     assert mask.shape == shape
@@ -958,7 +961,7 @@ def test_what_tensorflow_itself_wrote_is_read(tmp_path):
     assert torch.equal(query, variables["bert/encoder/layer_0/attention/self/query/kernel"].T)
 
 
-@real
+@needs_real_inputs
 @torch.no_grad()
 def test_a_real_checkpoint_of_googles_run_pretraining_is_read(capsys):
     """Its next-sentence head has no use here, and its name is printed as Hugging Face spells it."""
@@ -981,7 +984,7 @@ def assert_matches_transformers(ours, num_heads):
     assert_close(ours.mlm_logits(ours(input_ids)[-1]), theirs(input_ids).logits)
 
 
-@real
+@needs_real_inputs
 def test_a_real_index_of_googles_lists_its_variables():
     path = REAL / "tf/google_index_only/uncased_L-4_H-256_A-4.bert_model.ckpt.index"
     num_shards, entries = bert.read_tensorflow_index(path)
@@ -1116,13 +1119,13 @@ def test_a_fairseq_file_with_layers_of_another_kind_is_refused(roberta_tensors, 
     raises_one_line(bert.load, folder, match=match)
 
 
-@real
+@needs_real_inputs
 @torch.no_grad()
 def test_a_real_fairseq_model_is_read():
     assert_matches_transformers(bert.load(REAL / "models/sapiens-fairseq"), num_heads=8)
 
 
-@real
+@needs_real_inputs
 @torch.no_grad()
 def test_a_real_legacy_pickle_of_a_12_layer_model_is_read():
     assert_matches_transformers(bert.load(REAL / "models/rxnfp"), num_heads=4)
@@ -1609,7 +1612,7 @@ def test_a_tokenizer_json_neither_cuts_nor_pads_nor_adds_cls(tmp_path):
 
 
 @pytest.mark.parametrize("name, kind", [("bert-base-uncased", "Bert"), ("roberta-base", "Roberta")])
-@real
+@needs_real_inputs
 def test_the_ids_of_the_real_vocabularies_match_transformers(name, kind):
     transformers = pytest.importorskip("transformers", "5")  # in 4.45 <mask> ate the space before it
     folder = REAL / "tokenizers" / name
@@ -1617,7 +1620,7 @@ def test_the_ids_of_the_real_vocabularies_match_transformers(name, kind):
     assert_same_ids(data.vocabulary(folder), theirs, nasty_texts(300))
 
 
-@real
+@needs_real_inputs
 def test_fairseqs_files_of_roberta_give_the_ids_of_its_hub_files(tmp_path):
     source = REAL / "tokenizers" / "roberta-base"
     for theirs, ours in (("dict.txt", "dict.txt"), ("fairseq_encoder.json", "encoder.json"),
@@ -1813,7 +1816,7 @@ SEPARATORS = {"spaces": [" "], "two spaces": ["  "], "mixed": [" ", "\n", " \n "
               "tabs": ["\t"]}
 
 
-@real
+@needs_real_inputs
 @pytest.mark.parametrize("separators", SEPARATORS)
 @pytest.mark.parametrize("kind", ["plain bert", "plain", "space in front", "mask takes its space"])
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, kind, separators):
@@ -2051,7 +2054,7 @@ def test_each_epoch_visits_every_row_once(num_rows):
 
 
 @pytest.mark.parametrize("num_rows, count", [(7, 3), (10, 4), (5, 12), (1, 1)])
-def test_the_order_of_rows_can_be_read_from_any_position_on(num_rows, count):
+def test_a_later_start_continues_the_same_order_of_rows(num_rows, count):
     order = data.row_indices(num_rows, 1, 0, 6 * num_rows).tolist()
     for start in range(3 * num_rows):
         assert data.row_indices(num_rows, 1, start, count).tolist() == order[start:start + count]
@@ -2059,8 +2062,8 @@ def test_the_order_of_rows_can_be_read_from_any_position_on(num_rows, count):
 
 def test_rows_come_shuffled():
     order = data.row_indices(99, seed=1, start=0, count=99).tolist()
-    num_consecutive = sum(b == a + 1 for a, b in zip(order, order[1:], strict=False))
-    assert num_consecutive < 10  # of 98 pairs; one is expected by chance
+    distances = {b - a for a, b in itertools.pairwise(order)}
+    assert len(distances) > 50  # of 98; sorted rows would have one, and evens before odds two
 
 
 def test_another_seed_is_another_order_of_rows():
@@ -2350,7 +2353,7 @@ def begin(settings):
     pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
     scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
     model.train()
-    return tamt.Training(run, {}, model, vocabulary, layers, scores, rows, None)
+    return tamt.Training(run, {}, model, vocabulary, layers, scores, rows, dev_rows=None)
 
 
 def watch_updates(monkeypatch, look):
@@ -2400,13 +2403,13 @@ def num_different(a, b):
     return sum(int((a[name] ^ b[name]).sum()) for name in a)
 
 
-def is_within(a, b):
-    """Whether all that mask a keeps is kept in b."""
+def is_subset(a, b):
+    """Whether mask b keeps all that mask a keeps."""
     return not any((a[name] & ~b[name]).any() for name in a)
 
 
-def ends_with_one_line(capsys, words, main, *argv):
-    """The program ends with exit status 2 and one line on stderr, which the pattern `words` matches."""
+def assert_one_error_line(capsys, words, main, *argv):
+    """Runs the program, which must end with exit status 2 and one line on stderr; the pattern `words` matches it."""
     capsys.readouterr()
     status = exit_status(main, *argv)
     line = capsys.readouterr().err.strip()
@@ -2442,7 +2445,7 @@ def toy_loss(model, states, dense_states, input_ids):
     return tamt.mlm_loss(logits, input_ids.flatten()) + tamt.kd_loss(dense_states, states)
 
 
-def test_straight_through_gives_scores_the_gradient_of_the_mask(model):
+def test_straight_through_gives_scores_the_gradient_with_respect_to_the_mask(model):
     """Eq. 4. The oracle lets autograd differentiate W * M with respect to a real-valued M."""
     input_ids = torch.randint(6, model.config.vocab_size - 1, (4, 20))
     pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -2450,7 +2453,7 @@ def test_straight_through_gives_scores_the_gradient_of_the_mask(model):
 
     layers = tamt.mask_model(model.requires_grad_(False))
     start = tamt.magnitude_masks(layers, 0.6, "local")
-    tamt.Scores(layers, start, 0.6, "local", without_gradient={})
+    tamt.Scores(layers, start, 0.6, "local", without_gradient={})  # gives each layer its scores and its mask
     loss = toy_loss(model, model(input_ids), dense_states, input_ids)
     loss.backward()
 
@@ -2630,22 +2633,17 @@ def test_magnitude_masks_of_a_pattern_keep_n_of_every_m(model, rank):
 
 
 @pytest.mark.parametrize("rank, sparsity", [("local", 0.6), ("global", 0.6), ("2:4", 0.5)])
-def test_magnitude_masks_keep_the_largest_weights(model, rank, sparsity):
-    """Of each matrix, of all matrices together, or of each group of four."""
+def test_magnitude_masks_keep_the_largest_weights_of_each_pool(model, rank, sparsity):
     layers = tamt.mask_model(model)
-    masks = list(tamt.magnitude_masks(layers, sparsity, rank).values())
-    sizes = [layer.weight.detach().abs() for layer in layers.values()]
-    assert sum(int((~mask).sum()) for mask in masks) > 0.4 * sum(mask.numel() for mask in masks)
+    masks = tamt.magnitude_masks(layers, sparsity, rank)
+    magnitudes = [layer.weight.detach().abs().flatten() for layer in layers.values()]
+    kept = [masks[name].flatten() for name in layers]
     if rank == "global":
-        masks = [torch.cat([mask.flatten() for mask in masks])]
-        sizes = [torch.cat([size.flatten() for size in sizes])]
-    for size, mask in zip(sizes, masks, strict=True):
-        group_size = 4 if rank == "2:4" else mask.numel()
-        mask = mask.reshape(-1, group_size)  # (groups, group size)
-        size = size.reshape(-1, group_size)
-        smallest_kept = size.masked_fill(~mask, math.inf).min(dim=1).values
-        largest_pruned = size.masked_fill(mask, -math.inf).max(dim=1).values
-        assert (smallest_kept >= largest_pruned).all()
+        magnitudes, kept = [torch.cat(magnitudes)], [torch.cat(kept)]
+    for values, mask in zip(magnitudes, kept, strict=True):
+        pool_size = 4 if rank == "2:4" else len(values)
+        for pool, pool_mask in zip(values.split(pool_size), mask.split(pool_size), strict=True):
+            assert pool_mask.tolist() == brute_force(pool.tolist(), round(pool_size * sparsity))
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])
@@ -2655,7 +2653,7 @@ def test_pruned_weights_stay_pruned_at_the_next_level(model, rank):
     before = masks_of(layers)
     for level in tamt.imp_levels(0.65):
         masks = tamt.magnitude_masks(layers, level, rank)
-        assert is_within(masks, before) and num_pruned(masks) > num_pruned(before)
+        assert is_subset(masks, before) and num_pruned(masks) > num_pruned(before)
         tamt.set_masks(layers, masks)
         before = masks
         for layer in layers.values():
@@ -2668,7 +2666,8 @@ def test_levels_of_imp_are_tenths_and_then_the_rest():
     assert tamt.imp_levels(0.05) == [0.05]
 
 
-def test_random_masks_depend_on_the_seed_and_not_on_the_weights_or_on_what_torch_draws(layers):
+def test_random_masks_depend_on_their_seed_alone(layers):
+    """Not on the weights, and not on what torch has drawn before."""
     first = tamt.random_masks(layers, 0.6, "local", 3)
     torch.manual_seed(99)
     for layer in layers.values():
@@ -2689,14 +2688,10 @@ def local_scores(layers):
     return start, tamt.Scores(layers, start, 0.7, "local", without_gradient={})
 
 
-def test_phi_is_a_hundredth():
-    assert tamt.PHI == 0.01  # Eq. 5
-
-
 def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(layers, local_scores):
     start, scores = local_scores
     assert same_masks(masks_of(layers), start)
-    assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)  # Eq. 5
+    assert torch.equal(scores.vector, 0.02 * scores.mask)  # Eq. 5, with phi = 0.01
 
 
 def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
@@ -2732,7 +2727,7 @@ def test_the_first_global_mask_differs_from_omp_by_no_more_entries_than_there_ar
     assert num_different(masks_of(layers), start) <= len(layers)
 
 
-def test_global_scores_start_on_the_side_of_their_first_mask(global_scores):
+def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
     _, scores = global_scores
     assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)
 
@@ -2953,14 +2948,6 @@ def test_dev_losses_are_means_over_batches_of_16_rows_corrupted_with_the_seed_42
     assert found["dev_kd_loss"] == pytest.approx(np.mean(kd_losses), abs=1e-5)
 
 
-def test_the_dev_losses_of_a_mask_do_not_depend_on_the_seed_of_the_run(world):
-    def losses(seed):
-        training = begin(mask_settings(world, seed=seed))
-        return tamt.dev_losses(training.model, training.rows[:32], training.vocabulary, training.run.machine)
-
-    assert losses(seed=1) == losses(seed=7)
-
-
 def test_after_the_dev_losses_training_goes_on_with_dropout(world):
     training = begin(mask_settings(world))
     tamt.dev_losses(training.model, training.rows[:16], training.vocabulary, training.run.machine)
@@ -3036,9 +3023,11 @@ class PlainLoop:
     optimizers as written out above, and prune_smallest() over all scores. It shares the network, the start mask, the
     batches and prune_smallest() with tamt, and nothing else."""
 
-    def __init__(self, model, objective, masks, pinned):
+    def __init__(self, model, objective, rank, masks, pinned):
         self.model = model
         self.objective = objective
+        self.rank = rank
+        self.norms = []  # of the gradients, before clipping
         self.pretrained = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.masks = dict(masks)  # {name: bool matrix}
         self.scores = {name: 0.02 * mask for name, mask in masks.items()}  # Eq. 5
@@ -3065,12 +3054,13 @@ class PlainLoop:
         trained = [(self.scores[name], mask.grad) for name, mask in real_masks.items() if mask.grad is not None]
         trained += [(parameter.data, parameter.grad) for parameter in self.head]
         norm = math.sqrt(sum(float(gradient.square().sum()) for _, gradient in trained))
+        self.norms.append(norm)
         for number, (values, gradient) in enumerate(trained):
             optimizer = self.optimizers.setdefault(number, RELEASED_OPTIMIZERS[self.objective]())
-            optimizer.step(values, gradient / max(norm, 1.0), learning_rate)
+            optimizer.step(values, gradient * min(0.01 / (norm + 1e-6), 1.0), learning_rate)  # --clip 0.01
         for parameter in self.head:
             parameter.grad = None
-        self.rank(sparsity)
+        self.rank_scores(sparsity)
         return loss.item()
 
     def mlm_loss(self, products, batch):
@@ -3088,7 +3078,12 @@ class PlainLoop:
                    for teacher, student in zip(teacher_states[1:], states[1:], strict=True)]  # without the embeddings
         return 1 - sum(cosines) / len(cosines)
 
-    def rank(self, sparsity):
+    def rank_scores(self, sparsity):
+        if self.rank == "local":
+            for name, scores in self.scores.items():
+                kept = tamt.prune_smallest(scores.flatten(), round(scores.numel() * sparsity))
+                self.masks[name] = kept.view(scores.shape)
+            return
         vector = torch.cat([(self.scores[name] + self.pins[name]).flatten() for name in self.masks])
         kept = tamt.prune_smallest(vector, round(len(vector) * sparsity))
         pieces = kept.split([mask.numel() for mask in self.masks.values()])
@@ -3096,11 +3091,12 @@ class PlainLoop:
             self.masks[name] = piece.view(mask.shape)
 
 
+@pytest.mark.parametrize("rank", ["global", "local"])
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkeypatch, objective):
+def test_thirty_updates_match_a_plain_loop_mask_for_mask(world, tmp_path, monkeypatch, objective, rank):
     """All of find_mask, its schedule and its shortcuts included, against PlainLoop."""
-    settings = mask_settings(world, tmp_path, "no-dropout", objective=objective, sparsity=0.7, refresh_every=1,
-                             steps=30, lr=3e-3, log_every=1)
+    settings = mask_settings(world, tmp_path, "no-dropout", objective=objective, rank=rank, sparsity=0.7,
+                             refresh_every=1, steps=30, lr=3e-3, log_every=1, clip=0.01)
     masks = []
     watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
     tamt.find_mask(settings)
@@ -3108,13 +3104,14 @@ def test_thirty_updates_equal_a_plain_loop_mask_for_mask(world, tmp_path, monkey
 
     training = begin(settings)  # for the start mask and the batches
     start = masks_of(training.layers)
-    plain = PlainLoop(bert.load(world / "no-dropout").train(), objective, start, pins_by_hand(training))
+    plain = PlainLoop(bert.load(world / "no-dropout").train(), objective, rank, start, pins_by_hand(training))
     for step in range(30):
         loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30), sparsity=0.7)
         training.step += 1
         assert losses[step] == pytest.approx(loss, abs=2e-6)
         assert same_masks(masks[step], plain.masks), f"after update {step + 1}"
     assert num_different(plain.masks, start) > 0.01 * num_entries(start)
+    assert max(plain.norms) > 0.01  # some gradients were clipped
 
 
 def test_the_pooler_has_no_gradient_so_it_is_not_trained(world):
@@ -3150,7 +3147,7 @@ def sum_of_steps(objective, learning_rate, num_updates, horizon):
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 @pytest.mark.parametrize("num_updates", [500, 3000, 10_000])
-def test_the_steps_of_a_short_run_add_up_to_those_of_the_full_one(objective, num_updates):
+def test_the_steps_of_a_short_run_add_up_to_as_much_as_in_the_papers_run(objective, num_updates):
     """So scores can travel as far. At 70 % the paper made 17,000 updates of a schedule of 27,920."""
     rate = tamt.learning_rate_of(objective, 0.7, num_updates)
     of_the_paper = sum_of_steps(objective, PAPER_RATES[objective], 17_000, horizon=27_920)
@@ -3158,9 +3155,13 @@ def test_the_steps_of_a_short_run_add_up_to_those_of_the_full_one(objective, num
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_learning_rate_is_that_of_the_paper_for_a_long_run_and_a_hundredth_for_a_very_short_one(objective):
+def test_the_learning_rate_is_never_below_the_papers(objective):
     assert tamt.learning_rate_of(objective, 0.7, 100_000) == PAPER_RATES[objective]
-    assert tamt.learning_rate_of(objective, 0.7, 3) == 1e-2
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd"])
+def test_the_learning_rate_of_a_very_short_run_is_capped_at_0_01(objective):
+    assert tamt.learning_rate_of(objective, 0.7, 3) == 0.01
 
 
 def test_between_the_sparsities_of_the_paper_its_numbers_of_updates_are_interpolated():
@@ -3240,7 +3241,7 @@ def released_run(tmp_path, kind, settle_after=None):
     start = tamt.start_masks(layers, run)
     tamt.set_masks(layers, start)
     scores = tamt.Scores(layers, start, 0.75, "local", without_gradient={})
-    training = tamt.Training(run, {}, model, vocabulary, layers, scores, None, None)
+    training = tamt.Training(run, {}, model, vocabulary, layers, scores, rows=None, dev_rows=None)
     model.train()
     losses = []
     num_tied = 0
@@ -3276,8 +3277,8 @@ def settle_ties(scores) -> int:
     return num_tied
 
 
-@real
-def test_the_mlm_mask_equals_that_of_the_released_code_entry_for_entry(tmp_path):
+@needs_real_inputs
+def test_the_mlm_mask_matches_the_released_code_entry_for_entry(tmp_path):
     """After update 24 one score of 4,300,032 lies within rounding of its threshold. On which side it falls depends on
     the order in which a processor adds up, and decides 12 entries of the final mask. So it is put onto the threshold,
     where the released run had it, at or below."""
@@ -3291,17 +3292,18 @@ def test_the_mlm_mask_equals_that_of_the_released_code_entry_for_entry(tmp_path)
     assert run.loss_differences.max() < 1e-3
 
 
-@real
-def test_the_kd_mask_is_that_of_the_released_code_but_for_rounding(tmp_path):
-    """Its scores move less, so more of them lie within rounding of a threshold."""
+@needs_real_inputs
+def test_the_kd_mask_matches_the_released_code_but_for_rounding(tmp_path):
+    """Its scores move less, so many of them lie within rounding of a threshold. Where this was written, 464 of the
+    13,654 entries that changed were different."""
     run = released_run(tmp_path, "kd")
     assert run.num_changed > 13_000
-    assert run.num_differing < 1000
+    assert run.num_differing < 0.05 * run.num_changed
     assert run.loss_differences.max() < 2e-3
 
 
-@real
-def test_fine_tuning_under_a_mask_is_that_of_the_released_code(tmp_path):
+@needs_real_inputs
+def test_network_and_optimizer_reproduce_a_fine_tuning_of_the_released_code(tmp_path):
     expected = np.load(REAL / "released" / "finetune_rte.npz")
     model = bert.load(REAL / "models" / "bert-tiny-mlm")
     model.add_pooler()
@@ -3722,7 +3724,7 @@ def test_the_levels_of_imp_are_exact_and_nested(world, tmp_path, rank):
         if rank == "local":
             exact = sum(round(mask.numel() * level) for mask in masks.values())
         assert num_pruned(masks) == exact
-        assert before is None or is_within(masks, before)
+        assert before is None or is_subset(masks, before)
         before = masks
     assert same_masks(tamt.load_mask(tmp_path), before)
 
@@ -3764,7 +3766,7 @@ def test_imp_goes_on_training_the_head_where_it_stood(world, tmp_path, monkeypat
     assert is_fresh == [True, False, False]
 
 
-def test_imp_trains_every_weight_but_those_of_the_pooler(world, tmp_path, monkeypatch):
+def test_imp_trains_all_weights_except_the_pooler(world, tmp_path, monkeypatch):
     untrained = []
     watch_prunings(monkeypatch, lambda training, before: untrained.append(
         {name for name, _ in training.model.named_parameters()} - training.parameters.keys()))
@@ -4107,7 +4109,7 @@ def test_bad_arguments_are_one_line_with_exit_status_2(world, tmp_path, monkeypa
     argv, words = BAD_ARGUMENTS[case]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(world / "bert")
-    ends_with_one_line(capsys, words, tamt.main, "--model", world / "bert", "--data", world / "text.txt",
+    assert_one_error_line(capsys, words, tamt.main, "--model", world / "bert", "--data", world / "text.txt",
                        "--seq-len", 16, "--out", "out", *argv)
     assert not (tmp_path / "out").exists()
 
@@ -4143,8 +4145,8 @@ def test_a_text_that_cannot_be_used_is_one_line(world, tmp_path, capsys, case):
     texts = {"empty.txt": "", "short.txt": "the cat\nsees\n", "foreign.txt": "東京 " * 900,
              "text.csv": "text\nthe cat\n"}
     (tmp_path / name).write_text(texts[name])
-    ends_with_one_line(capsys, words, tamt.main, "--model", world / "bert", "--data", tmp_path / name, "--seq-len", 16,
-            "--out", tmp_path / "out")
+    assert_one_error_line(capsys, words, tamt.main, "--model", world / "bert", "--data", tmp_path / name,
+                          "--seq-len", 16, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -4152,13 +4154,13 @@ def test_a_vocabulary_with_more_words_than_the_model_is_refused(world, tmp_path,
     tiny(tmp_path / "model")
     with open(tmp_path / "model" / "vocab.txt", "a") as file:
         file.write("more\n")
-    ends_with_one_line(capsys, "vocabulary has 63 tokens, the model only 62", tamt.main, "--model", tmp_path / "model",
-            "--method", "omp", "--out", tmp_path / "out")
+    assert_one_error_line(capsys, "vocabulary has 63 tokens, the model only 62", tamt.main,
+                          "--model", tmp_path / "model", "--method", "omp", "--out", tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tamt, "mlm_loss", lambda *arguments: torch.tensor(math.nan, requires_grad=True))
-    ends_with_one_line(capsys, "loss is nan.*update 1.*--lr", shell_main(world, tmp_path / "out"))
+    assert_one_error_line(capsys, "loss is nan.*update 1.*--lr", shell_main(world, tmp_path / "out"))
     assert not (tmp_path / "out" / "mask.pt").exists()
 
 
@@ -4324,7 +4326,7 @@ def test_an_unknown_task_or_split_names_the_known_ones(tmp_path):
         glue_squad.load_glue("rte", "dev_mm", tmp_path)
 
 
-@real
+@needs_real_inputs
 @pytest.mark.parametrize("name, num_train, num_dev", [
     ("cola", 8551, 1043), ("sst2", 67349, 872), ("mrpc", 3668, 408), ("stsb", 5749, 1500), ("rte", 2490, 277),
     ("wnli", 635, 71)])
@@ -4691,7 +4693,7 @@ def test_a_question_without_a_prediction_counts_as_wrong():
     assert glue_squad.squad_scores({"1": "Rome"}, questions) == {"em": 50, "f1": 50}
 
 
-@real
+@needs_real_inputs
 def test_scores_equal_the_official_scorers():
     path = REAL / "squad" / "dev-v1.1.rebuilt.json"
     official = {}
@@ -4874,8 +4876,8 @@ def run_finetune(tasks, out, task="rte", *more, mask="bert.pt"):
     return exit_status(finetune.main, *argv, *more)
 
 
-def open_for_evaluation(settings):
-    """An experiment that is ready to train; its network in eval mode."""
+def open_in_eval_mode(settings):
+    """An opened experiment, whose network is in eval mode until it is trained."""
     experiment = finetune.open_experiment(settings)
     experiment.model.eval()
     return experiment
@@ -4948,7 +4950,7 @@ def test_python_and_the_command_line_give_the_same_best_result_and_settings(task
 
 
 def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
-    experiment = open_for_evaluation(finetune_settings(tasks, tmp_path, task="stsb"))
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="stsb"))
     masks = tamt.load_mask(tasks / "bert.pt")
     num_nonzero = []
 
@@ -4973,10 +4975,10 @@ def put_bias_last(module):
 
 
 @both_families
-def test_training_equals_that_under_torch_prune_bit_for_bit(tasks, tmp_path, family):
+def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
     values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
-    ours = open_for_evaluation(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
-    theirs = open_for_evaluation(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
+    ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
+    theirs = open_in_eval_mode(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
     finetune.train(ours)
 
     # The same in plain torch, as the released code does it. The order of the examples, the seeds of dropout and
@@ -5246,7 +5248,7 @@ def test_runs_with_other_settings_get_other_folders_by_default(tasks, tmp_path, 
 def test_weights_shuffled_permutes_each_matrix_and_random_draws_them(tasks, tmp_path):
     experiments = {}
     for kind in ("pretrained", "shuffled", "random"):
-        experiments[kind] = open_for_evaluation(dense_settings(tasks, tmp_path / kind, weights=kind))
+        experiments[kind] = open_in_eval_mode(dense_settings(tasks, tmp_path / kind, weights=kind))
     name = "bert.encoder.layer.0.output.dense.weight"
     pretrained, shuffled, fresh = (each.model.get_parameter(name).detach() for each in experiments.values())
 
@@ -5261,7 +5263,7 @@ def test_weights_shuffled_permutes_each_matrix_and_random_draws_them(tasks, tmp_
 
 def test_weights_stay_zero_under_the_mask_whatever_they_are(tasks, tmp_path):
     for kind in ("shuffled", "random"):
-        experiment = open_for_evaluation(finetune_settings(tasks, tmp_path / kind, weights=kind))
+        experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path / kind, weights=kind))
         for name, mask in experiment.gradient_masks.items():
             assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
 
@@ -5270,7 +5272,7 @@ def test_weights_stay_zero_under_the_mask_whatever_they_are(tasks, tmp_path):
 def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
     def train_data(**changes):
         values = {"task": task, "max_len": 24} | changes
-        task_data = open_for_evaluation(dense_settings(tasks, tmp_path / str(changes), **values)).all_task_data[0]
+        task_data = open_in_eval_mode(dense_settings(tasks, tmp_path / str(changes), **values)).all_task_data[0]
         assert len(task_data.targets) == len(task_data.train)
         return [(tuple(input_ids), tuple(np.ravel(target)))
                 for (input_ids, _), target in zip(task_data.train, task_data.targets, strict=True)]
@@ -5284,11 +5286,11 @@ def test_limit_draws_training_examples_by_the_seed(tasks, tmp_path, task):
 
 
 def test_limit_counts_the_windows_of_squad(tasks, tmp_path):
-    task_data = open_for_evaluation(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
+    task_data = open_in_eval_mode(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
     num_questions = len(task_data.examples["train"])
     assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
     settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
-    assert len(open_for_evaluation(settings).all_task_data[0].train) == 30
+    assert len(open_in_eval_mode(settings).all_task_data[0].train) == 30
 
 
 def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):
@@ -5296,7 +5298,7 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
     shutil.copytree(tasks.parent / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
-    experiment = open_for_evaluation(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
     assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.prunable])
@@ -5365,9 +5367,13 @@ IMP = {"find": "imp", "sparsity": 0.25}
 def imp_folder(tasks, tmp_path_factory):
     """The folder of a finished --find imp: rounds at 10 %, 20 % and 25 %, eight updates each."""
     out = tmp_path_factory.mktemp("imp")
-    content = finetune.find_imp(dense_settings(tasks, out, **IMP))
-    assert [entry["sparsity"] for entry in content["rounds"]] == pytest.approx([0, 0.1, 0.2], abs=1e-3)
+    finetune.find_imp(dense_settings(tasks, out, **IMP))
     return out / "run"
+
+
+def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
+    rounds = json.loads((imp_folder / "mask.json").read_text())["rounds"]
+    assert [entry["sparsity"] for entry in rounds] == pytest.approx([0, 0.1, 0.2], abs=1e-3)
 
 
 def test_rounds_of_imp_are_exact_and_nested(imp_folder):
@@ -5375,7 +5381,7 @@ def test_rounds_of_imp_are_exact_and_nested(imp_folder):
     for masks, level in zip(rounds, (0.1, 0.2, 0.25), strict=True):
         assert num_pruned(masks) == round(num_entries(masks) * level)
     for earlier, later in zip(rounds, rounds[1:], strict=False):
-        assert is_within(later, earlier)  # what is pruned stays pruned
+        assert is_subset(later, earlier)  # what is pruned stays pruned
 
 
 def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
@@ -5413,24 +5419,34 @@ def test_imp_ranks_the_weights_as_trained_and_not_as_pretrained(tasks, imp_folde
     assert num_different(first_round, one_shot) > 0.01 * num_entries(one_shot)
 
 
-def test_resume_of_imp_skips_the_rounds_that_are_finished(tasks, tmp_path, monkeypatch, imp_folder):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_fine_tuning_at(patch, 8 + 6)  # in the second round
-        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
-
-    updates = []
+def updates_made(monkeypatch):
+    """A list that gets the number, within its round, of every update that is made from now on."""
+    numbers = []
     update = finetune.update
 
-    def counted(*arguments, **more):
-        updates.append(more["t"])
-        return update(*arguments, **more)
+    def counted(*arguments, t):
+        numbers.append(t)
+        return update(*arguments, t=t)
 
     monkeypatch.setattr(finetune, "update", counted)
+    return numbers
+
+
+def test_resume_of_imp_goes_on_in_the_round_that_was_interrupted(tasks, tmp_path, monkeypatch, imp_folder):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 8 + 6)  # eight updates of the first round, five of the second
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
+
+    numbers = updates_made(monkeypatch)
     finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
-    assert updates == [6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]  # the rest of the second round, and the third
+    assert numbers == [6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]  # the rest of the second round, and the third
     assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
-    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
-    assert len(updates) == 11
+
+
+def test_resume_of_a_finished_imp_trains_nothing(tasks, monkeypatch, imp_folder):
+    numbers = updates_made(monkeypatch)
+    finetune.find_imp(dense_settings(tasks, imp_folder.parent, resume=True, **IMP))
+    assert numbers == []
 
 
 def test_a_round_of_imp_is_the_first_tenth_of_its_schedule(tasks, tmp_path, monkeypatch):
@@ -5445,7 +5461,7 @@ def test_a_round_of_imp_is_the_first_tenth_of_its_schedule(tasks, tmp_path, monk
     assert learning_rates == pytest.approx([1e-3 * (1 - step / 80) for step in range(8)])
 
 
-def test_another_search_does_not_resume_in_the_same_folder(tasks, imp_folder):
+def test_another_search_is_refused_in_the_same_folder(tasks, imp_folder):
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
         finetune.find_imp(dense_settings(tasks, imp_folder.parent, resume=True, rank="local", **IMP))
 
@@ -5461,8 +5477,8 @@ def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folde
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_importance_is_the_gradient_of_a_gate_at_every_position(tasks, tmp_path):
-    experiment = open_for_evaluation(dense_settings(tasks, tmp_path))
+def test_importance_is_the_l1_norm_of_the_gradients_of_gates(tasks, tmp_path):
+    experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
     heads, feed_forward = finetune.measure_importance(experiment)
 
     # A gate of 1 in front of every context vector and of every output; the l1 norm of their gradients.
@@ -5521,7 +5537,7 @@ def test_what_one_level_removes_the_next_one_removes_as_well(order):
 
 
 @pytest.mark.parametrize("order, removed_ones", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
-def test_winning_tickets_lose_the_least_important_heads_and_losing_ones_the_most(order, removed_ones):
+def test_winning_tickets_remove_the_least_important_heads_and_losing_tickets_the_most_important(order, removed_ones):
     """Level 3 of 8 heads: int(8 * 3 / 10) = 2 of them go."""
     heads = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
     is_removed, _ = finetune.choose_units(heads, torch.rand(2), order, level=3, seed=1)
@@ -5529,7 +5545,7 @@ def test_winning_tickets_lose_the_least_important_heads_and_losing_ones_the_most
 
 
 @pytest.mark.parametrize("order, removed_ones", [("winning", [0, 1]), ("losing", [10, 11])])
-def test_winning_tickets_lose_the_least_important_feed_forward_networks_and_losing_ones_the_most(order, removed_ones):
+def test_winning_tickets_remove_the_least_important_ffns_and_losing_tickets_the_most_important(order, removed_ones):
     """Level 2: two of the twelve, of which number 11 is the most important."""
     _, is_removed = finetune.choose_units(torch.rand(12, 12), torch.arange(12.0), order, level=2, seed=1)
     assert np.flatnonzero(is_removed).tolist() == removed_ones
@@ -5545,7 +5561,7 @@ def test_a_layer_keeps_at_least_one_head(order):
 
 
 @pytest.mark.parametrize("level, percent", [(1, 93.2), (8, 44.9)])
-def test_the_remaining_weights_of_bert_base_are_those_of_the_paper(level, percent):
+def test_as_many_weights_of_bert_base_remain_as_in_the_paper(level, percent):
     config = bert.Config(vocab_size=30_522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                          intermediate_size=3072, max_position_embeddings=512)
     removed = finetune.choose_units(torch.rand(12, 12), torch.rand(12), "winning", level, seed=1)
@@ -5568,7 +5584,7 @@ def super_ticket(request, tasks, tmp_path):
 
 
 def test_a_super_ticket_makes_the_model_smaller(tasks, tmp_path, super_ticket):
-    experiment = open_for_evaluation(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
     first, second = experiment.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (16, 32)  # two of four heads of size 8
     assert second.attention.output.dense.weight.shape == (32, 24)
@@ -5577,8 +5593,8 @@ def test_a_super_ticket_makes_the_model_smaller(tasks, tmp_path, super_ticket):
 
 
 def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, super_ticket):
-    small = open_for_evaluation(finetune_settings(tasks, tmp_path / "small", mask=str(super_ticket)))
-    full = open_for_evaluation(dense_settings(tasks, tmp_path / "full", model=small.run.model))
+    small = open_in_eval_mode(finetune_settings(tasks, tmp_path / "small", mask=str(super_ticket)))
+    full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=small.run.model))
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], 8)).float()  # (D,)
         output_gate = float(not REMOVED_FEED_FORWARD[index])
@@ -5595,7 +5611,7 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
 
 def test_the_export_of_a_super_ticket_has_full_sizes_and_equal_logits(tasks, tmp_path, super_ticket):
     settings = finetune_settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export")
-    experiment = open_for_evaluation(settings)
+    experiment = open_in_eval_mode(settings)
     finetune.export_model(experiment, experiment.all_task_data[0])
     tensors = bert.read_safetensors(tmp_path / "export/model.safetensors")
     family = experiment.model.config.model_type
@@ -5617,7 +5633,7 @@ def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super
     next(iter(masks.values()))[0, 0] ^= True
     tamt.save_mask(super_ticket, masks, meta)
     with pytest.raises(ValueError, match="a Super Ticket takes out whole heads"):
-        open_for_evaluation(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
+        open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
 def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_path):
@@ -5672,10 +5688,10 @@ def two_super_tickets(tasks, tmp_path):
 @pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
 def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_path, request, tickets):
     masks = request.getfixturevalue(tickets)
-    shared = open_for_evaluation(finetune_settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
+    shared = open_in_eval_mode(finetune_settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         name = task_data.task.name
-        alone = open_for_evaluation(finetune_settings(tasks, tmp_path / name, task=name, mask=mask))
+        alone = open_in_eval_mode(finetune_settings(tasks, tmp_path / name, task=name, mask=mask))
         alone.model.classifier = task_data.own_parts.head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
@@ -5683,7 +5699,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
 
 
 def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
-    experiment = open_for_evaluation(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
     finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
@@ -5705,7 +5721,7 @@ def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, t
 
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_path, two_masks):
     settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x")
-    experiment = open_for_evaluation(settings)
+    experiment = open_in_eval_mode(settings)
     finetune.train(experiment)
     finetune.finish(experiment)
     for task_data in experiment.all_task_data:

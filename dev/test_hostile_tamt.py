@@ -23,7 +23,7 @@ import bert
 import data
 import tamt
 from test_tamt import (
-    ends_with_one_line,
+    assert_one_error_line,
     exit_status,
     folder_content,
     mask_settings,
@@ -47,9 +47,9 @@ def interrupted(world, tmp_path, monkeypatch):
 
 def refuses_to_resume(capsys, world, folder, words):
     before = folder_content(folder)
-    ends_with_one_line(capsys, words, tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--steps", 12,
-            "--lr", 2e-3, "--seq-len", 16, "--batch-size", 8, "--log-every", 4, "--eval-every", 100,
-            "--save-every", 5, "--device", "cpu", "--out", folder, "--resume")
+    assert_one_error_line(capsys, words, tamt.main, "--model", world / "bert", "--data", world / "text.txt",
+                          "--steps", 12, "--lr", 2e-3, "--seq-len", 16, "--batch-size", 8, "--log-every", 4,
+                          "--eval-every", 100, "--save-every", 5, "--device", "cpu", "--out", folder, "--resume")
     assert folder_content(folder) == before
 
 
@@ -97,8 +97,8 @@ def test_out_is_a_file(world, tmp_path, capsys):
 
 def test_export_is_a_file(world, tmp_path, capsys):
     (tmp_path / "export").write_text("mine")
-    ends_with_one_line(capsys, "--export.*a file stands there", tamt.main, "--model", world / "bert", "--method", "omp",
-            "--out", tmp_path / "run", "--export", tmp_path / "export")
+    assert_one_error_line(capsys, "--export.*a file stands there", tamt.main, "--model", world / "bert",
+                          "--method", "omp", "--out", tmp_path / "run", "--export", tmp_path / "export")
     assert (tmp_path / "export").read_text() == "mine" and not (tmp_path / "run").exists()
 
 
@@ -291,13 +291,13 @@ def test_a_run_killed_between_mask_and_result_is_finished_by_resume(world, tmp_p
 def test_nonsense_in_the_environment_is_one_line(world, monkeypatch, capsys, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
-    ends_with_one_line(capsys, "RANK=.*WORLD_SIZE=", tamt.main, "--model", world / "bert", "--method", "omp")
+    assert_one_error_line(capsys, "RANK=.*WORLD_SIZE=", tamt.main, "--model", world / "bert", "--method", "omp")
 
 
 def test_an_error_is_cut_to_a_readable_length(capsys):
-    ends_with_one_line(capsys, "^error: .{900,1100}$", tamt.main, "--model", "x" * 100_000)
+    assert_one_error_line(capsys, "^error: .{900,1100}$", tamt.main, "--model", "x" * 100_000)
 
 
 def test_a_seed_of_any_size_gives_a_run_or_one_line(world, tmp_path, capsys):
     assert run_tamt(world, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
-    ends_with_one_line(capsys, "--seed", tamt.main, "--seed", 2**31)
+    assert_one_error_line(capsys, "--seed", tamt.main, "--seed", 2**31)
