@@ -40,7 +40,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,7 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
+    num_separators: int = 1  # between the two texts of a pair: 1 with BERT, 2 with RoBERTa
     one_row_per_line: bool = False  # True for models that were trained line by line, on proteins, say
     extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, such as [E1]
 
@@ -99,7 +100,7 @@ def vocabulary(path) -> Vocabulary:
 
     if (folder / "tokenizer.json").is_file():
         file = folder / "tokenizer.json"
-        tokenizer = read_tokenizer_json(file)
+        tokenizer = read_tokenizer_json(file, settings)
     elif (folder / "vocab.txt").is_file():
         file = folder / "vocab.txt"
         refuse_unsupported(file, settings, expected="BertTokenizer")
@@ -125,6 +126,8 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
     names = special_names(tokenizer, settings, file)  # such as [PAD], [UNK], [CLS], [SEP], [MASK]
     add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
+    num_separators = count_separators(tokenizer, sep_id)
+    tokenizer.post_processor = None  # what added [CLS] and [SEP]
 
     extra_ids = []
     for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
@@ -139,6 +142,7 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
         cls_id=cls_id,
         sep_id=sep_id,
         mask_id=mask_id,
+        num_separators=num_separators,
         one_row_per_line=one_row_per_line,
         extra_special_ids=tuple(extra_ids),
     )
@@ -289,7 +293,7 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
 def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
     """Cuts a text that arrives in chunks into pieces: yields one list of pieces for each chunk, then the rest. Where a
     text has no place to cut, a piece is as long as it needs to be."""
-    pattern = piece_pattern(tokenizer)
+    pattern = piece_pattern(tokenizer)  # 2,000 characters or more, up to such a place (appendix A)
     rest = ""  # text that is not in a piece yet
     for chunk in chunks:
         rest += chunk
@@ -301,26 +305,6 @@ def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str
         rest = rest[begin:]
         yield pieces
     yield [rest]
-
-
-def piece_pattern(tokenizer: Tokenizer) -> re.Pattern:
-    """Matches a piece: 2,000 characters or more, as few as possible, up to a place where white space follows.
-
-    A piece must not end at the last character of an added token, such as the ] of [MASK], or within an added token of
-    several words: the white space may belong to that token. And if a tokenizer puts a space before a text that lacks
-    one, no piece may begin with a tab or a newline: then cuts are made before spaces only."""
-    rules = tokenizer.to_str()  # its tokenizer.json; those of BERT and RoBERTa have no Prepend and no Metaspace
-    if '"type":"Prepend"' in rules:
-        return re.compile("(?!)")  # matches nothing: every piece would get something in front of it
-    adds_space = '"add_prefix_space":true' in rules or '"type":"Metaspace"' in rules
-    white_space = " " if adds_space else " \\t\\n"
-
-    not_last = set()
-    for token in tokenizer.get_added_tokens_decoder().values():
-        not_last.add(token.content[-1])
-        not_last.update(character for character, following in pairwise(token.content) if following.isspace())
-    not_last = re.escape("".join(sorted(not_last)))
-    return re.compile(rf".{{2000,}}?[^\s{not_last}](?=[{white_space}])", re.DOTALL)
 
 
 def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
@@ -433,17 +417,90 @@ SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token
 # The files, beside wordpiece() in chapter 1.
 
 
-def read_tokenizer_json(file: Path) -> Tokenizer:
-    """The tokenizers library's own format. The file may ask to cut and pad each text and to add [CLS] and [SEP].
-    That is switched off: rows and pairs of sentences are made here."""
+def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
+    """The tokenizers library's own format. The file may ask to cut and pad each text. That is switched off, since rows
+    and pairs of sentences are made here. Raises ValueError if the settings beside it contradict it, since
+    transformers follows now the one, now the other."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{file}: the tokenizers library cannot read it ({str(error):.200})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.post_processor = None
+
+    rules = json.loads(tokenizer.to_str())
+    if rules["model"].get("dropout"):
+        raise ValueError(f"{file}: with dropout {rules['model']['dropout']} it splits words at random; expected null")
+    normalizer = rules["normalizer"] or {}
+    if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
+        normalizer["strip_accents"] = normalizer["lowercase"]
+    names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+             "tokenize_chinese_chars": "handle_chinese_chars", "add_prefix_space": "add_prefix_space"}
+    for setting, name in names.items():
+        found = (rules["pre_tokenizer"] or {}).get(name, normalizer.get(name))
+        if setting in settings and found is not None and bool(settings[setting]) != found:
+            raise ValueError(f"{file}: {name} is {json.dumps(found)}, but tokenizer_config.json has {setting} "
+                             f"{json.dumps(settings[setting])}; make the two agree")
     return tokenizer
+
+
+def count_separators(tokenizer: Tokenizer, sep_id: int) -> int:
+    """How many separators stand between the texts of a pair. A tokenizer.json shows it; the other files do not, and
+    there the name of the separator tells."""
+    if tokenizer.post_processor is not None:
+        pair = tokenizer.encode("a", "b")
+        texts = pair.sequence_ids  # 0 and 1 at the tokens of the texts, None at special tokens
+        if 0 in texts and 1 in texts:
+            between = pair.ids[texts.index(0):texts.index(1)]
+            return max(between.count(sep_id), 1)
+    return 2 if tokenizer.id_to_token(sep_id) == "</s>" else 1
+
+
+def piece_pattern(tokenizer: Tokenizer) -> re.Pattern:
+    """Matches a piece, as cut_pieces cuts a text: 2,000 characters or more, as few as possible, before white space.
+
+    A piece must not end at the last character of an added token, such as the ] of [MASK], since the white space may
+    belong to that token. If a tokenizer puts a space before a text that lacks one, no piece may begin with a tab or a
+    newline: then cuts are made before spaces only. And if tokens may cross white space, nothing is cut."""
+    rules = json.loads(tokenizer.to_str())  # its tokenizer.json
+    added_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    if not splits_at_white_space(rules) or any(len(token.split()) > 1 for token in added_tokens):
+        return re.compile("(?!)")  # matches nothing
+
+    pre_tokenizer_steps = steps_of(rules["pre_tokenizer"])
+    adds_space = any(step.get("add_prefix_space") or step["type"] == "Metaspace" for step in pre_tokenizer_steps)
+    white_space = " " if adds_space else " \\t\\n"
+    last_characters = {variant[-1] for token in added_tokens for variant in (token, token.lower(), token.upper())}
+    not_last = re.escape("".join(sorted(last_characters)))
+    return re.compile(rf".{{2000,}}?[^\s{not_last}](?=[{white_space}])", re.DOTALL)
+
+
+def splits_at_white_space(rules: dict) -> bool:
+    """Whether no token of a text crosses a place between a word and the white space behind it. True for the tokenizers
+    of BERT and RoBERTa, and for others whose steps are known to leave such places alone."""
+    harmless = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Precompiled"}
+    if not {step["type"] for step in steps_of(rules["normalizer"])} <= harmless:
+        return False
+    for step in steps_of(rules["pre_tokenizer"]):
+        if step["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit"):
+            return True  # what follows sees single words
+        if step["type"] == "ByteLevel":
+            return step["use_regex"]
+        if step["type"] == "Metaspace":
+            return step["split"]
+        if step["type"] not in ("Digits", "Punctuation"):
+            return False
+    return False
+
+
+def steps_of(rule: dict | None) -> list[dict]:
+    """The steps of a normalizer or a pre-tokenizer, which may be a sequence of others."""
+    if rule is None:
+        return []
+    if rule["type"] != "Sequence":
+        return [rule]
+    members = rule.get("normalizers") or rule.get("pretokenizers") or []
+    return [step for member in members for step in steps_of(member)]
 
 
 def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
@@ -751,13 +808,13 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
 
     normalizer = tokenizer.normalizer
     pre_tokenizer = tokenizer.pre_tokenizer
-    if model_type == "bert" and is_plain_bert(tokenizer):
+    if model_type == "bert" and vocabulary.num_separators == 1 and is_plain_bert(tokenizer):
         tokenizer.model.save(str(folder))  # vocab.txt
         settings["tokenizer_class"] = "BertTokenizer"
         settings["do_lower_case"] = normalizer.lowercase
         settings["strip_accents"] = normalizer.strip_accents
         settings["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
-    if model_type == "roberta" and is_plain_roberta(tokenizer):
+    if model_type == "roberta" and vocabulary.num_separators == 2 and is_plain_roberta(tokenizer):
         tokenizer.model.save(str(folder))  # vocab.json, merges.txt
         settings["tokenizer_class"] = "RobertaTokenizer"
         settings["add_prefix_space"] = pre_tokenizer.add_prefix_space
@@ -765,7 +822,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
     cls_name = settings["cls_token"]
     sep_name = settings["sep_token"]
     pair = f"{cls_name}:0 $A:0 {sep_name}:0 $B:1 {sep_name}:1"
-    if model_type == "roberta":
+    if vocabulary.num_separators == 2:
         pair = f"{cls_name}:0 $A:0 {sep_name}:0 {sep_name}:0 $B:0 {sep_name}:0"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{cls_name}:0 $A:0 {sep_name}:0",

@@ -330,6 +330,8 @@ def read_rows(path: Path):
 
 
 def find_column(column: str | int, first_row: list[str], where: str) -> int:
+    if first_row.count(column) > 1:
+        raise ValueError(f"{where}: several columns are called {column!r}")
     if column in first_row:
         return first_row.index(column)
     if isinstance(column, int) and column < len(first_row):
@@ -348,7 +350,7 @@ def read_label(task: Task, word: str, where: str) -> int | float:
         value = float(word)
     except ValueError:
         value = np.nan
-    if not np.isfinite(value):
+    if not np.isfinite(value) or "_" in word:  # to Python 1_0 is ten
         raise ValueError(f"{where}: label {word[:60]!r} is not a finite number")
     return value
 
@@ -410,22 +412,18 @@ def add_special_tokens(a: list[int], b: list[int] | None, vocabulary) -> tuple[n
     second = []
     if b is not None:
         second = [*b, vocabulary.sep_id]
-        if is_roberta(vocabulary):
+        if vocabulary.num_separators == 2:
             second = [vocabulary.sep_id, *second]
 
-    type_of_second = 0 if is_roberta(vocabulary) else 1
+    type_of_second = 1 if vocabulary.num_separators == 1 else 0
     input_ids = np.array(first + second, np.int32)
     token_type_ids = np.repeat([0, type_of_second], [len(first), len(second)])
     return input_ids, token_type_ids
 
 
-def is_roberta(vocabulary: data.Vocabulary) -> bool:
-    return vocabulary.tokenizer.id_to_token(vocabulary.sep_id) == "</s>"
-
-
 def num_special_tokens(vocabulary: data.Vocabulary) -> int:
-    """How many special tokens a pair gets."""
-    return 4 if is_roberta(vocabulary) else 3
+    """How many special tokens a pair gets: [CLS], the separators between the texts, and one at the end."""
+    return 1 + vocabulary.num_separators + 1
 
 
 def bucketed_batches(

@@ -63,7 +63,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -1850,21 +1850,40 @@ def test_a_text_is_cut_after_punctuation_too(vocabulary):
     assert "".join([*pieces, rest]) == line * 500
 
 
-def test_a_text_is_not_cut_inside_an_added_token(vocabulary):
-    """New York is a token here, and takes the white space after it."""
+def test_a_text_is_not_cut_behind_an_added_token(vocabulary):
+    """The white space after the name of a town belongs to it here."""
     tokenizer = copy.deepcopy(vocabulary.tokenizer)
-    tokenizer.add_special_tokens([AddedToken("New York", rstrip=True)])
-    text = "New York\n" * 1000 + "one "  # the only place to cut is before the last space
+    tokenizer.add_special_tokens([AddedToken("York", rstrip=True)])
+    text = "York\n" * 1000 + "one "  # the only place to cut is before the last space
     ids = tokenizer.encode(text).ids
     pieces = list(itertools.chain(*data.cut_pieces([text], tokenizer)))
     assert pieces == [text[:-1], " "]
     assert sum((tokenizer.encode(piece).ids for piece in pieces), []) == ids
 
 
-def test_a_text_stays_whole_if_the_tokenizer_puts_something_in_front_of_it(vocabulary):
+STEPS_THAT_CROSS_WHITE_SPACE = {
+    "something in front of each text": (normalizers.Prepend("nine "), None),
+    "white space at the ends is stripped": (normalizers.Strip(), None),
+    "words are not split": (None, pre_tokenizers.ByteLevel(use_regex=False)),
+    "split at another place": (None, pre_tokenizers.Split(".", "isolated")),
+    "words with their spaces": (None, pre_tokenizers.Metaspace(split=False)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS_THAT_CROSS_WHITE_SPACE)
+def test_a_text_stays_whole_if_tokens_may_cross_its_white_space(vocabulary, name):
     tokenizer = copy.deepcopy(vocabulary.tokenizer)
-    tokenizer.normalizer = normalizers.Prepend("nine ")
+    normalizer, pre_tokenizer = STEPS_THAT_CROSS_WHITE_SPACE[name]
+    tokenizer.normalizer = normalizer or tokenizer.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer or tokenizer.pre_tokenizer
     text = "one two\n" * 1000
+    assert list(itertools.chain(*data.cut_pieces([text], tokenizer))) == [text]
+
+
+def test_a_text_stays_whole_if_an_added_token_has_several_words(vocabulary):
+    tokenizer = copy.deepcopy(vocabulary.tokenizer)
+    tokenizer.add_tokens([AddedToken("new york", normalized=True)])
+    text = "NEW YORK\n" * 1000
     assert list(itertools.chain(*data.cut_pieces([text], tokenizer))) == [text]
 
 
