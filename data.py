@@ -452,7 +452,7 @@ def count_separators(tokenizer: Tokenizer, sep_id: int) -> int:
         texts = pair.sequence_ids  # 0 and 1 at the tokens of the texts, None at special tokens
         if 0 in texts and 1 in texts:
             between = pair.ids[texts.index(0):texts.index(1)]
-            return max(between.count(sep_id), 1)
+            return 2 if between.count(sep_id) > 1 else 1
     return 2 if tokenizer.id_to_token(sep_id) == "</s>" else 1
 
 
@@ -803,6 +803,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
     settings |= dict(zip(SPECIAL_ROLES, names[:5], strict=True))
     if names[5:]:
         settings["additional_special_tokens"] = names[5:]
+    if model_type == "bert":  # PreTrainedTokenizerFast would leave the token types out
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if vocabulary.one_row_per_line:
         settings["one_row_per_line"] = True  # transformers ignores it
 

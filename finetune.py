@@ -113,9 +113,9 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
     # Only now can a default name be chosen for it, since the name depends on all inputs: run.out is set here.
-    run, identity, result, state = open_run_folder(run, tickets, examples)
+    run, identity, result, state = open_run_folder(run, tickets, tasks, examples, vocabulary)
     if result is not None:
-        return finished_experiment(run, tasks, result)  # without model and data: nothing is left to do
+        return finished_experiment(run, tasks, examples, result)  # without model and data: nothing is left to do
 
     # The data, and the network with its head and its ticket, or with those of several tasks.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
@@ -528,6 +528,7 @@ def finish(experiment: Experiment):
         "best_step": best["step"],
         "steps": final["step"],
         "floor": floor,
+        "written": written_files(run, experiment.all_task_data),  # --resume compares them
         "seconds": round(time.time() - experiment.start_time, 1),
         "command": run.command,
         "settings": experiment.identity | {"data": tamt.plain(run.data)},
@@ -877,11 +878,11 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
         for layer in model.backbone.encoder.layer:
             layer.output = SkippableResidual(layer.output)
 
-    model.task_heads = nn.ModuleDict()  # so that all of them are among the model's parameters
+    model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for index, task_data in enumerate(all_task_data):
         task = task_data.task
         model.add_classifier(task.num_outputs)
-        model.task_heads[task.name] = model.classifier
+        model.task_heads.append(model.classifier)
         masks = {}
         skipped = [False] * model.config.num_hidden_layers
         if tickets:
@@ -968,19 +969,33 @@ def record(run, result: dict, is_resumed: bool = False):
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
-def finished_experiment(run, tasks: list, result: dict) -> Experiment:
+def finished_experiment(run, tasks: list, examples: dict, result: dict) -> Experiment:
     """--resume of a run that has nothing left to do."""
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
         record(run, result, is_resumed=True)
-    has_predictions = any(run.out.glob("*.tsv")) or any(run.out.glob("predictions.json"))
-    has_exports = all(folder.exists() for folder in export_folders(run, tasks))
-    if run.predict and not has_predictions or not has_exports:
-        raise ValueError(f"{run.out} is finished, its model gone: --predict and --export need it again, without "
-                         "--resume")
-    all_task_data = [TaskData(task, [], np.zeros(0), {}, {}) for task in tasks]
+    all_task_data = [TaskData(task, [], np.zeros(0), {}, examples[task.name]) for task in tasks]
+    for name, hashes in written_files(run, all_task_data).items():
+        if result.get("written", {}).get(name) != hashes:
+            raise ValueError(f"{run.out} is finished, its model gone, and what --{name} asks for is not there as this "
+                             "run would write it: run it again, without --resume")
     return Experiment(run, {}, all_task_data, result=result)
+
+
+def written_files(run, all_task_data: list[TaskData]) -> dict[str, list]:
+    """Hashes of the predictions, if --predict asks for them, and of the texts that they were made for; and of the
+    exported weights, if --export does: {"predict": [...], "export": [...]}. None stands for a file that is missing."""
+    written = {}
+    if run.predict:
+        files = sorted(file for pattern in ("*.tsv", "predictions.json") for file in run.out.glob(pattern))
+        texts = [task_data.examples.get(split) for task_data in all_task_data for split in ("test", "test_mm", "ax")]
+        written["predict"] = [digest(texts), *[data.file_sha256(file) for file in files]]
+    if run.export:
+        tasks = [task_data.task for task_data in all_task_data]
+        files = [folder / "model.safetensors" for folder in export_folders(run, tasks)]
+        written["export"] = [data.file_sha256(file) if file.is_file() else None for file in files]
+    return written
 
 
 def print_summary(result: dict):
@@ -1172,6 +1187,7 @@ class Run(Settings):
     """The settings of one run with nothing left open."""
     machine: tamt.Machine
     checkpoint: str  # checksum of the pre-trained weights
+    config: str  # checksum of their config.json
     horizon_rounds: int  # the learning rate would reach 0 after so many runs like this one
     command: str
 
@@ -1219,8 +1235,8 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
         raise ValueError(f"--max-len {values['max_len']}: expected 6 to {positions} tokens, the positions of "
                          f"{values['model']}")
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
-    return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model), horizon_rounds=horizon_rounds,
-               command=shlex.join(words))
+    return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model), config=tamt.config_checksum(model),
+               horizon_rounds=horizon_rounds, command=shlex.join(words))
 
 
 def resolve_search(settings: Settings) -> Settings:
@@ -1280,18 +1296,17 @@ def wanted_splits(task, predict: bool) -> list[str]:
     return [split for split in splits if split in task.files]
 
 
-def identify(run, tickets: list[Ticket], texts: dict) -> dict:
-    """What makes this run this run; --resume refuses any other. Masks, texts and weights count by content."""
+def identify(run, tickets: list[Ticket], tasks: list, examples: dict, vocabulary) -> dict:
+    """What makes this run this run; --resume refuses any other. Masks, texts, the tokenizer and weights count by
+    content."""
     names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
-             "horizon_rounds")
-    identity = {"task": ",".join(texts)} | {name: tamt.plain(getattr(run, name)) for name in names}
+             "config", "horizon_rounds")
+    identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
+    identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
     identity["dtype"] = str(run.machine.dtype)
-
-    text_digest = hashlib.sha256()
-    for task_texts in texts.values():
-        for split in ("train", "dev", "dev_mm"):
-            text_digest.update(repr(task_texts.get(split)).encode("utf-8", "surrogatepass"))
-    identity["texts"] = text_digest.hexdigest()[:16]
+    identity["tokenizer"] = digest([vocabulary.tokenizer.to_str(), vocabulary.special_ids, vocabulary.num_separators])
+    identity["texts"] = digest([of_task.get(split) for of_task in examples.values()
+                                for split in ("train", "dev", "dev_mm")])
 
     mask_digest = hashlib.sha256()
     num_pruned = 0
@@ -1307,20 +1322,24 @@ def identify(run, tickets: list[Ticket], texts: dict) -> dict:
     return identity
 
 
+def digest(values: list) -> str:
+    """A short hash of values that repr() spells out."""
+    return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def default_folder(run, tickets: list[Ticket], identity: dict) -> Path:
     """out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
     name = f"{Path(run.model).name}-dense"
     if tickets:
         file = tickets[0].file
         name = file.name if file.is_dir() else file.absolute().parent.name
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-    return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest}"
+    return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest([identity])[:8]}"
 
 
-def open_run_folder(run, tickets: list[Ticket], examples: dict) -> tuple:
+def open_run_folder(run, tickets: list[Ticket], tasks: list, examples: dict, vocabulary) -> tuple:
     """The run with its folder, its identity, the result if --resume found it finished, and the state if --resume found
     one."""
-    identity = identify(run, tickets, examples)
+    identity = identify(run, tickets, tasks, examples, vocabulary)
     if run.out is None:
         run = replace(run, out=default_folder(run, tickets, identity))
     refuse_results_file(run)

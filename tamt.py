@@ -1059,16 +1059,21 @@ def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
         return read_packed_mask(content, path)
 
     content = bert.find_state_dict(content, path)
-    if any(name.endswith("weight_orig") for name in content):
-        content = {name: tensor for name, tensor in content.items() if name.endswith(".weight_mask")}
+    if any(name.endswith("weight_orig") for name in content):  # the weights of a model that torch's prune has pruned
+        content = {name: tensor for name, tensor in content.items() if name.endswith("_mask")}
     masks = {}
     for name, tensor in content.items():
         name = bert.WRAPPERS.sub("", name)
+        if name.endswith(".bias_mask") and tensor.all():
+            continue
         if not name.endswith((".weight", ".weight_mask")):
             raise ValueError(f"{path}: {name:.100} is not a mask: expected names <module>.weight or .weight_mask")
         if tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():
             raise ValueError(f"{path}: {name:.100} holds values other than 0 and 1")
-        masks[name.removesuffix("_mask")] = tensor.bool()
+        name = name.removesuffix("_mask")
+        if name in masks:
+            raise ValueError(f"{path}: it has two masks for {name:.100}")
+        masks[name] = tensor.bool()
     return masks, {}
 
 
@@ -1078,6 +1083,8 @@ def read_packed_mask(content: dict, path) -> tuple[dict, dict]:
     meta = content.get("meta")
     if content["format"] != 1 or not all(isinstance(entry, dict) for entry in (shapes, bits, meta)):
         raise ValueError(f"{path}: not a mask file of format 1, the one this version knows")
+    with bert.file_named_in_errors(f"{path}: what it says of itself"):
+        json.dumps(meta)  # reports repeat it
     if shapes.keys() != bits.keys():
         raise ValueError(f"{path}: its shapes and its bits name different matrices")
     masks = {}
@@ -1107,11 +1114,13 @@ def fit_masks(layers: dict[str, nn.Module], masks: dict, source) -> dict[str, to
 
     Pooler and word embeddings may be absent on either side; absent means dense."""
     family = next(iter(layers)).split(".")[0]
-    masks = {name if name.startswith(("bert.", "roberta.")) else f"{family}.{name}": mask
-             for name, mask in masks.items()}
+    full_names = {name: name if name.startswith(("bert.", "roberta.")) else f"{family}.{name}" for name in masks}
+    if len(set(full_names.values())) < len(masks):
+        raise ValueError(f"{source}: it has two masks for the same matrix, one with {family}. in front of its name")
+    masks = {full_names[name]: mask for name, mask in masks.items()}
 
     def is_required(name):
-        return "pooler" not in name and "word_embeddings" not in name
+        return not name.endswith((".pooler.dense.weight", ".embeddings.word_embeddings.weight"))
 
     missing = [name for name in layers if name not in masks and is_required(name)]
     unexpected = [name for name in masks if name not in layers and is_required(name)]
@@ -1256,7 +1265,7 @@ def identity_of_run(run, rows, dev_rows) -> dict:
     content, so it does not matter how their paths are spelled, and a changed file is noticed."""
     names = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "lines", "num_updates",
              "horizon", "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every",
-             "prune_every", "no_rewind", "log_every", "eval_every", "save_every", "weights")
+             "prune_every", "no_rewind", "log_every", "eval_every", "save_every", "weights", "config")
     identity = {name: plain(getattr(run, name)) for name in names}
     identity["dtype"] = str(run.machine.dtype)
     for name, text in (("text", rows), ("dev_text", dev_rows)):
@@ -1459,6 +1468,11 @@ def weights_checksum(model: bert.Model) -> str:
     return f"{checksum:08x}"
 
 
+def config_checksum(model: bert.Model) -> str:
+    """CRC-32 of what config.json says: with other heads, or another dropout, the same weights are another model."""
+    return f"{zlib.crc32(json.dumps(dataclasses.asdict(model.config)).encode()):08x}"
+
+
 class Log:
     """A progress line at each interval on the terminal, and the same figures as a line of log.jsonl."""
 
@@ -1599,6 +1613,7 @@ class Run(Settings):
     machine: "Machine"
     family: str  # bert or roberta
     weights: str  # checksum of the checkpoint
+    config: str  # checksum of its config.json
     num_updates: int
     horizon: int  # updates until the learning rate would reach 0
     lr_reason: str
@@ -1645,7 +1660,7 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
     return Run(**values, machine=machine, family=model.config.model_type, weights=weights_checksum(model),
-               num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
+               config=config_checksum(model), num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
 
 
 def schedule(values: dict) -> tuple[int, int]:

@@ -63,7 +63,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -1494,7 +1494,6 @@ def bert_folder(folder, words=BERT_WORDS, **files):
 
 
 def roberta_folder(folder, **files):
-    from tokenizers import pre_tokenizers
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merged = [merge.replace(" ", "") for merge in MERGES]
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *letters, *merged, "[E1]", "<mask>"]
@@ -1609,6 +1608,58 @@ def test_a_tokenizer_json_neither_cuts_nor_pads_nor_adds_cls(tmp_path):
     data.save_vocabulary(vocabulary, tmp_path, "bert", 512)
     again = data.vocabulary(tmp_path).tokenizer
     assert again.encode("the cat the cat").tokens == ["the", "cat", "the", "cat"]
+
+
+PAIRS = {
+    "bert's": (processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2)), 1),
+    "roberta's": (processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2)), 2),
+    "a template": (processors.TemplateProcessing(single="[CLS] $0 [SEP]", pair="[CLS] $A [SEP] [SEP] $B [SEP]",
+                                                 special_tokens=[("[CLS]", 2), ("[SEP]", 3)]), 2),
+}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_tokenizer_json_says_how_many_separators_a_pair_has_whatever_the_model(tmp_path, name, model_type):
+    tokenizer = data.vocabulary(bert_folder(tmp_path / "plain")).tokenizer
+    tokenizer.post_processor, expected = PAIRS[name]
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    vocabulary = data.vocabulary(tmp_path)
+    assert vocabulary.num_separators == expected
+
+    data.save_vocabulary(vocabulary, tmp_path, model_type, 512)
+    exported = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("the cat", "the")], vocabulary, 99)
+    assert exported.encode("the cat", "the").ids == input_ids.tolist()
+    assert exported.encode("the cat", "the").type_ids == token_type_ids.tolist()
+
+
+@pytest.mark.parametrize("model_type, expected", [("bert", [0, 0, 0, 0, 1, 1]), ("roberta", None)])
+def test_the_export_of_an_unusual_tokenizer_gives_token_types_to_a_model_that_has_them(tmp_path, model_type, expected):
+    """Transformers has no class for a WordPiece tokenizer that splits digits."""
+    from transformers import AutoTokenizer
+    vocabulary = data.vocabulary(bert_folder(tmp_path / "plain"))
+    steps = [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
+    vocabulary.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    data.save_vocabulary(vocabulary, tmp_path, model_type, 512)
+    assert AutoTokenizer.from_pretrained(tmp_path)("the cat", "the").get("token_type_ids") == expected
+
+
+@pytest.mark.parametrize("setting, words", [
+    ({"do_lower_case": True}, "lowercase is false, but tokenizer_config.json has do_lower_case true"),
+    ({"strip_accents": True}, "strip_accents is false, but tokenizer_config.json has strip_accents true"),
+    ({"tokenize_chinese_chars": False}, "handle_chinese_chars is true, but .* tokenize_chinese_chars false")])
+def test_a_setting_that_contradicts_tokenizer_json_is_refused(tmp_path, setting, words):
+    cased = data.vocabulary(bert_folder(tmp_path / "plain", tokenizer_config_json={"do_lower_case": False})).tokenizer
+    write_files(tmp_path, tokenizer_json=json.loads(cased.to_str()), tokenizer_config_json=setting)
+    raises_one_line(data.vocabulary, tmp_path, match=f"tokenizer.json: {words}; make the two agree")
+
+
+def test_a_tokenizer_that_splits_words_at_random_is_refused(tmp_path):
+    rules = json.loads(data.vocabulary(roberta_folder(tmp_path / "plain")).tokenizer.to_str())
+    rules["model"]["dropout"] = 0.1
+    write_files(tmp_path, tokenizer_json=rules)
+    raises_one_line(data.vocabulary, tmp_path, match="with dropout 0.1 it splits words at random; expected null")
 
 
 @pytest.mark.parametrize("name, kind", [("bert-base-uncased", "Bert"), ("roberta-base", "Roberta")])
@@ -3647,7 +3698,11 @@ def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(world, 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
 
 
-@pytest.mark.parametrize("change", ["text", "dev_text", "weights"])
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("change", ["text", "dev_text", "weights", "config"])
 def test_resume_of_mask_training_is_refused_after_its_input_has_changed(world, tmp_path, monkeypatch, change):
     shutil.copytree(world / "bert", tmp_path / "model")
     shutil.copyfile(world / "text.txt", tmp_path / "text.txt")
@@ -3664,6 +3719,8 @@ def test_resume_of_mask_training_is_refused_after_its_input_has_changed(world, t
         (tmp_path / "text.txt").write_text(f"{text[:position]}cat{text[position + 3:]}")
     if change == "weights":
         tiny(tmp_path / "model", seed=1)
+    if change == "config":
+        edit_json(tmp_path / "model" / "config.json", num_attention_heads=2)
     with pytest.raises(ValueError, match=f"another run \\({change} .* there, .* here\\)"):
         tamt.find_mask(mask_settings(world, tmp_path / "run", **values))
 
@@ -3949,6 +4006,13 @@ def test_pooler_and_word_embeddings_may_be_absent_on_either_side(layers, masks):
         assert layer.mask.all() or name in encoder  # absent means dense
 
 
+def test_two_masks_for_the_same_matrix_are_refused(layers, masks):
+    name = next(iter(masks))
+    short_name = name.partition(".")[2]
+    with pytest.raises(ValueError, match="file: it has two masks for the same matrix"):
+        tamt.fit_masks(layers, masks | {short_name: ~masks[name]}, "file")
+
+
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "wrong shape"])
 def test_a_mask_of_another_model_is_refused_by_name(layers, masks, problem):
     query = next(name for name in masks if "query" in name)
@@ -3957,7 +4021,8 @@ def test_a_mask_of_another_model_is_refused_by_name(layers, masks, problem):
         del masks[query]
     if problem == "unexpected":
         masks["bert.encoder.layer.7.attention.self.query.weight"] = masks[query]
-        words = "file.*unexpected: bert.encoder.layer.7"
+        masks["bert.pooler.dense2.weight"] = masks[query]
+        words = "file.*unexpected: bert.encoder.layer.7.attention.self.query.weight, bert.pooler.dense2.weight"
     if problem == "wrong shape":
         masks[query] = masks[query][:5]
         words += r" \[5, 32\], not \[32, 32\]"
@@ -3968,9 +4033,13 @@ def test_a_mask_of_another_model_is_refused_by_name(layers, masks, problem):
 @pytest.mark.parametrize("content, words", [
     ({"x.weight": torch.tensor([0.0, 2.0])}, "x.weight holds values other than 0 and 1"),
     ({"x": torch.ones(2)}, "x is not a mask: expected names <module>.weight or .weight_mask"),
+    ({"x.weight": torch.ones(2), "module.x.weight": torch.zeros(2)}, "it has two masks for x.weight"),
+    ({"x.weight_orig": torch.ones(2), "x.weight_mask": torch.ones(2), "x.bias_mask": torch.zeros(2)},
+     "x.bias_mask is not a mask: expected names <module>.weight or .weight_mask"),
     ([1], "holds a list, not a dict of tensors"),
     ({}, "holds a dict, not a dict of tensors"),
-    ({"format": 2}, "not a mask file of format 1, the one this version knows")])
+    ({"format": 2}, "not a mask file of format 1, the one this version knows"),
+    ({"format": 1, "shapes": {}, "bits": {}, "meta": {"model": torch.zeros(1)}}, "what it says of itself: .*Tensor")])
 def test_what_is_no_mask_file_is_refused_by_name(tmp_path, content, words):
     torch.save(content, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match=f"bad.pt: {words}"):
@@ -4296,6 +4365,12 @@ def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
     write(tmp_path, "MNLI/dev_mismatched.tsv", names + "a\tb\tneutral\tentailment\n")
     assert glue_squad.load_glue("mnli", "train", tmp_path) == [("a", "b", 1)]
     assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]
+
+
+def test_two_columns_of_the_same_name_are_refused(tmp_path):
+    write(tmp_path, "STS-B/dev.tsv", "sentence1\tsentence2\tsentence1\tscore\na\tb\tc\t3.2\n")
+    with pytest.raises(ValueError, match="line 1: several columns are called 'sentence1'"):
+        glue_squad.load_glue("stsb", "dev", tmp_path)
 
 
 def test_the_label_of_a_similarity_is_a_number(tmp_path):
@@ -5208,7 +5283,32 @@ def test_resume_of_a_finished_run_changes_nothing(tasks, tmp_path):
 def test_resume_refuses_to_export_a_finished_run_since_its_model_is_gone(tasks, tmp_path, capsys):
     assert run_finetune(tasks, tmp_path) == 0
     assert run_finetune(tasks, tmp_path, "rte", "--resume", "--export", tmp_path / "x") == 2
-    assert "--predict and --export need it again, without --resume" in capsys.readouterr().err
+    assert "its model gone, and what --export asks for is not there" in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_finds_the_export_that_it_wrote(tasks, tmp_path):
+    more = ("--export", tmp_path / "x")
+    assert run_finetune(tasks, tmp_path, "rte", *more) == 0
+    assert run_finetune(tasks, tmp_path, "rte", "--resume", *more) == 0
+
+
+def test_resume_of_a_finished_run_refuses_an_export_that_another_run_wrote(tasks, tmp_path, capsys):
+    for seed in (1, 2):
+        more = ("--seed", seed, "--export", tmp_path / "x")
+        assert run_finetune(tasks, tmp_path / str(seed), "rte", *more) == 0
+    more = ("--seed", 1, "--resume", "--export", tmp_path / "x")
+    assert run_finetune(tasks, tmp_path / "1", "rte", *more) == 2
+    assert "what --export asks for is not there as this run would write it" in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_refuses_the_predictions_for_another_test_file(copied, capsys):
+    argv = (copied / "tasks", copied, "rte", "--predict")
+    assert run_finetune(*argv) == 0
+    assert run_finetune(*argv, "--resume") == 0
+    test_file = copied / "tasks/RTE/test.tsv"
+    test_file.write_text("\n".join(test_file.read_text().split("\n")[:3]) + "\n")
+    assert run_finetune(*argv, "--resume") == 2
+    assert "what --predict asks for is not there" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -5219,7 +5319,8 @@ def copied(tasks, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("change, name", [("text", "texts"), ("mask", "masks"), ("weights", "checkpoint")])
+@pytest.mark.parametrize("change, name", [("text", "texts"), ("mask", "masks"), ("weights", "checkpoint"),
+                                          ("config", "config"), ("tokenizer", "tokenizer")])
 def test_resume_is_refused_after_its_input_has_changed(copied, monkeypatch, capsys, change, name):
     argv = (copied / "tasks", copied, "rte", "--model", copied / "bert")
     with monkeypatch.context() as patch:
@@ -5232,6 +5333,11 @@ def test_resume_is_refused_after_its_input_has_changed(copied, monkeypatch, caps
         masks, meta = tamt.read_mask(copied / "tasks/bert.pt")
         masks["bert.encoder.layer.0.output.dense.weight"][3, 5] ^= True
         tamt.save_mask(copied / "tasks/bert.pt", masks, meta)
+    elif change == "config":
+        edit_json(copied / "bert/config.json", hidden_dropout_prob=0.0)
+    elif change == "tokenizer":
+        vocab = copied / "bert/vocab.txt"
+        vocab.write_text(vocab.read_text().replace("cat\ndog\n", "dog\ncat\n"))
     else:
         tiny(copied / "bert", seed=1)
     capsys.readouterr()
@@ -5736,6 +5842,17 @@ def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, t
     assert result["steps"] == 16
     assert len(result["mask"]) == 2
     assert result["task"] == "rte,stsb"
+
+
+@pytest.mark.parametrize("name", ["keys", "train", "a.b"])
+def test_a_task_that_shares_an_encoder_may_have_any_name(tasks, tmp_path, name):
+    """Also one that a module of torch has for itself."""
+    mood = json.loads((tasks / "mood.json").read_text())
+    for split in ("train", "dev", "test"):
+        mood[split] = str(tasks / mood[split])
+    write_json(tmp_path / "own.json", mood | {"name": name})
+    result = finetune.fine_tune(dense_settings(tasks, tmp_path, task=f"rte,{tmp_path / 'own.json'}"))
+    assert f"{name}_accuracy" in result["best"]
 
 
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_path, two_masks):

@@ -24,6 +24,7 @@ import glue_squad  # noqa: E402
     ("sst2", b"sentence\tlabel\na\t1\n\xff\xfe\t0\n", "line 3: byte 1 of the line is not UTF-8"),
     ("sst2", b"sentence\tlabel\na\t" + b"9" * 10_000, "line 2: label '999"),
     ("stsb", b"sentence1\tsentence2\tscore\na\tb\tnan\n", "line 2: label 'nan' is not a finite number"),
+    ("stsb", b"sentence1\tsentence2\tscore\na\tb\t1_0\n", "line 2: label '1_0' is not a finite number"),
     ("cola", b"a\t1\n", "line 1: no column 3"),
     ("cola", b"\x00" * 1000, "line 1: no column 3")])
 def test_malformed_tables_say_where_in_one_line(tmp_path, task, content, message):
