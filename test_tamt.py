@@ -5852,7 +5852,7 @@ def test_a_task_that_shares_an_encoder_may_have_any_name(tasks, tmp_path, name):
         mood[split] = str(tasks / mood[split])
     write_json(tmp_path / "own.json", mood | {"name": name})
     result = finetune.fine_tune(dense_settings(tasks, tmp_path, task=f"rte,{tmp_path / 'own.json'}"))
-    assert f"{name}_accuracy" in result["best"]
+    assert f"{name}_f1" in result["best"]
 
 
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_path, two_masks):
