@@ -3317,7 +3317,7 @@ def test_a_batch_depends_on_seed_and_step_alone(world):
 # ---------------------------------------------------------------------------------------------------
 
 
-# The files of data/released hold, for each of some updates, the rows and the loss of the released code, and its last mask.
+# The files of data/released hold the rows and the loss of the released code at each update, and its last mask.
 
 RELEASED_RATES = {"mlm": 1e-3, "kd": 3e-4}
 
