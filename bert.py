@@ -1264,12 +1264,12 @@ def scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob
         if attention_mask is not None:
             is_token = attention_mask[index * piece_size:(index + 1) * piece_size]
             products = products.masked_fill_(~is_token, -math.inf)
-        dropped = products.softmax(dim=-1) * random_mask(products.shape, dropout_prob)
+        dropped = products.softmax(dim=-1) * dropout_mask(products.shape, dropout_prob)
         pieces.append(dropped @ (values[index] * (1 / (1 - dropout_prob))))
     return torch.cat(pieces)
 
 
-def random_mask(shape, dropout_prob: float):
+def dropout_mask(shape, dropout_prob: float):
     """uint8, 0 with probability dropout_prob, else 1. Four draws of 16 bits are made from one of 64."""
     num_draws = math.prod(shape)
     bits = torch.empty((num_draws + 3) // 4, dtype=torch.int64).random_(-2**63, None)

@@ -23,6 +23,8 @@ Words that recur:
     refresh         a new ranking; between two of them the thresholds stand still (--refresh-every)
     pinned          entries of the mask whose scores never get a gradient, and which a global rank leaves as they start
     ticket          a mask that fine-tuning keeps fixed
+    round           of IMP: train, prune another tenth, go back to the pre-trained weights
+    order, level    of Super Tickets: which heads and feed-forward networks (FFNs) go first, and how many
     mask            in tamt and finetune: which weights are kept. Elsewhere it has a word in front of it: attention
                     mask, padding mask, dropout mask, or the [MASK] of masked LM
 
@@ -99,6 +101,7 @@ def fixed_seed():
 
 
 WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
+SECOND_WORDS = WORDS[6:9]
 
 
 def exit_status(main, *argv) -> int:
@@ -114,7 +117,8 @@ def exit_status(main, *argv) -> int:
 
 
 def tiny(folder, family="bert", seed=0, **sizes):
-    """An ordinary model folder: two layers, 32 wide, a vocabulary of whole words."""
+    """An ordinary model folder: two layers, 32 wide. The vocabulary of BERT has words, letters and pieces of words,
+    that of RoBERTa a token for each letter."""
     torch.manual_seed(seed)
     letters = "".join(sorted({*"".join(WORDS)}))
     if family == "bert":
@@ -170,8 +174,9 @@ def world(tmp_path_factory):
     generator = random.Random(0)
     lines = []
     for _ in range(900):
-        # The last word, "here", never occurs: the tests of pinned rows need such a word.
-        words = ["the", generator.choice(WORDS[6:9]), *generator.sample(WORDS[:-1], 5)]
+        # The second word is one of three, so there is something to learn. The last of WORDS, "here", never occurs: the
+        # tests of pinned rows need such a word.
+        words = ["the", generator.choice(SECOND_WORDS), *generator.sample(WORDS[:-1], 5)]
         lines.append(" ".join(words) + " .\n")
     (folder / "text.txt").write_text("".join(lines))
     tiny(folder / "bert")
@@ -399,7 +404,8 @@ def fresh_parameters(request):
 
 
 def test_fresh_matrices_are_normal_with_mean_0_and_deviation_0_02(fresh_parameters):
-    """Within five standard errors; the fourth moment of a normal distribution is three squares of the second."""
+    """Within five standard errors. Moments of the standard normal distribution: x^2 has mean 1 and variance 2, x^4 has
+    mean 3 and variance 105 - 9."""
     for name, parameter in fresh_parameters.items():
         if parameter.ndim == 2:
             values = parameter.double() / 0.02
@@ -409,7 +415,7 @@ def test_fresh_matrices_are_normal_with_mean_0_and_deviation_0_02(fresh_paramete
             assert abs(values.pow(4).mean() - 3) < 5 * 96**0.5 / size, name
 
 
-def test_fresh_layer_norms_and_biases_change_nothing(fresh_parameters):
+def test_fresh_layer_norm_scales_are_1_and_all_biases_0(fresh_parameters):
     for name, parameter in fresh_parameters.items():
         if parameter.ndim == 1:
             is_scale = name.lower().endswith(("layernorm.weight", "layer_norm.weight"))
@@ -478,14 +484,14 @@ def test_attention_is_the_softmax_of_products_times_the_values(padded):
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_in_pieces_matches_torch_with_the_same_dropout_mask(padded, monkeypatch):
     """Five sequences in pieces of 2, 2 and 1; the gradients of query, key and value are compared as well."""
-    masks = []
-    draw = bert.random_mask
+    dropout_masks = []
+    draw = bert.dropout_mask
 
     def remember(shape, dropout):
-        masks.append(draw(shape, dropout))
-        return masks[-1]
+        dropout_masks.append(draw(shape, dropout))
+        return dropout_masks[-1]
 
-    monkeypatch.setattr(bert, "random_mask", remember)
+    monkeypatch.setattr(bert, "dropout_mask", remember)
     inputs = [torch.randn(5, 2, 512, 8, requires_grad=True) for _ in range(3)]
     lengths = torch.tensor([512, 100, 1, 37, 300])
     attention_mask = (torch.arange(512) < lengths[:, None])[:, None, None] if padded else None
@@ -496,12 +502,12 @@ def test_attention_in_pieces_matches_torch_with_the_same_dropout_mask(padded, mo
     assert [len(mask) for mask in masks] == [2, 2, 1]
 
     # torch's own function for tests takes the random mask, and padding as -inf to add.
-    random_mask = torch.cat(masks).bool()
+    dropout_mask = torch.cat(dropout_masks).bool()
     padding = torch.zeros(5, 1, 1, 512)
     if padded:
         padding.masked_fill_(~attention_mask, float("-inf"))
     theirs = torch.ops.aten._scaled_dot_product_attention_math
-    expected, _ = theirs(*inputs, padding, 0.25, False, random_mask)
+    expected, _ = theirs(*inputs, padding, 0.25, False, dropout_mask)
     gradients = torch.autograd.grad((expected * weights_of_the_loss).sum(), inputs)
 
     assert_close(found, expected)
@@ -512,7 +518,7 @@ def test_attention_in_pieces_matches_torch_with_the_same_dropout_mask(padded, mo
 @pytest.mark.parametrize("dropout_prob", [0.001, 0.1, 0.25, 0.5, 0.9])
 def test_a_dropout_mask_is_0_as_often_as_requested(dropout_prob):
     """Four entries are made from one random number, so each of the four is counted on its own."""
-    is_dropped = bert.random_mask((1000, 1000), dropout_prob).view(-1, 4) == 0
+    is_dropped = bert.dropout_mask((1000, 1000), dropout_prob).view(-1, 4) == 0
     standard_error = (dropout_prob * (1 - dropout_prob) / len(is_dropped)) ** 0.5
     for column in is_dropped.double().T:
         assert abs(column.mean() - dropout_prob) < 5 * standard_error
@@ -520,7 +526,7 @@ def test_a_dropout_mask_is_0_as_often_as_requested(dropout_prob):
 
 @pytest.mark.parametrize("dropout_prob", [0.1, 0.25, 0.5, 0.9])
 def test_the_four_entries_of_one_random_number_are_independent(dropout_prob):
-    is_dropped = (bert.random_mask((1000, 1000), dropout_prob).view(-1, 4) == 0).double()
+    is_dropped = (bert.dropout_mask((1000, 1000), dropout_prob).view(-1, 4) == 0).double()
     share_of_pairs = dropout_prob**2
     standard_error = (share_of_pairs * (1 - share_of_pairs) / len(is_dropped)) ** 0.5
     for first, second in itertools.combinations(is_dropped.T, 2):
@@ -529,7 +535,7 @@ def test_the_four_entries_of_one_random_number_are_independent(dropout_prob):
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 3, 5), (4, 4)])
 def test_a_dropout_mask_has_the_requested_shape_and_holds_zeros_and_ones(shape):
-    mask = bert.random_mask(shape, 0.5)
+    mask = bert.dropout_mask(shape, 0.5)
     assert mask.shape == shape
     assert mask.dtype == torch.uint8
     assert mask.max() <= 1
@@ -537,10 +543,10 @@ def test_a_dropout_mask_has_the_requested_shape_and_holds_zeros_and_ones(shape):
 
 def test_dropout_masks_follow_manual_seed():
     torch.manual_seed(7)
-    first = bert.random_mask((100,), 0.5)
-    assert not torch.equal(bert.random_mask((100,), 0.5), first)
+    first = bert.dropout_mask((100,), 0.5)
+    assert not torch.equal(bert.dropout_mask((100,), 0.5), first)
     torch.manual_seed(7)
-    assert torch.equal(bert.random_mask((100,), 0.5), first)
+    assert torch.equal(bert.dropout_mask((100,), 0.5), first)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2087,7 +2093,7 @@ def test_corruption_never_chooses_a_special_token(corrupted):
     assert not is_chosen[np.isin(input_ids, vocabulary.special_ids)].any()
 
 
-def test_corruption_leaves_tokens_that_are_not_chosen_alone(corrupted):
+def test_corruption_changes_chosen_tokens_only(corrupted):
     _, input_ids, corrupted_ids, is_chosen = corrupted
     assert np.array_equal(corrupted_ids[~is_chosen], input_ids[~is_chosen])
 
@@ -2148,9 +2154,9 @@ def test_each_epoch_visits_every_row_once(num_rows):
 
 @pytest.mark.parametrize("num_rows, count", [(7, 3), (10, 4), (5, 12), (1, 1)])
 def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
-    order = data.row_indices(num_rows, 1, 0, 6 * num_rows).tolist()
+    order = data.row_indices(num_rows, seed=1, start=0, count=6 * num_rows).tolist()
     for start in range(3 * num_rows):
-        assert data.row_indices(num_rows, 1, start, count).tolist() == order[start:start + count]
+        assert data.row_indices(num_rows, seed=1, start=start, count=count).tolist() == order[start:start + count]
 
 
 def test_rows_come_shuffled():
@@ -2446,7 +2452,8 @@ def begin(settings):
     pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
     scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
     model.train()
-    return tamt.Training(run, {}, model, vocabulary, layers, scores, rows, dev_rows=None)
+    identity = {}  # nothing is resumed
+    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
 
 
 def watch_updates(monkeypatch, look):
@@ -2494,6 +2501,11 @@ def same_masks(a, b):
 
 def num_different(a, b):
     return sum(int((a[name] ^ b[name]).sum()) for name in a)
+
+
+def assert_masks_moved(before, after):
+    """One entry of a hundred, or more, has changed sides: what is said of trained masks is not said of the start."""
+    assert num_different(before, after) > 0.01 * num_entries(before)
 
 
 def is_subset(a, b):
@@ -2667,7 +2679,7 @@ def test_without_ties_the_values_above_the_threshold_are_those_that_are_kept():
 
 
 def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
-    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])  # a piece, which is compared at once, has 2^18
+    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])  # pieces of 2^18 values are compared at a time
     mask = torch.empty(600_000, dtype=torch.bool)
     for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
         tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)  # no value is near .5
@@ -2789,7 +2801,8 @@ def local_scores(layers):
 def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(layers, local_scores):
     start, scores = local_scores
     assert same_masks(masks_of(layers), start)
-    assert torch.equal(scores.vector, 0.02 * scores.mask)  # Eq. 5, with phi = 0.01
+    assert tamt.PHI == 0.01
+    assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)  # Eq. 5
 
 
 def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
@@ -2845,6 +2858,7 @@ def test_scores_that_are_written_into_a_layer_are_ranked_and_the_result_is_its_m
 
 
 def found_pins(training):
+    """{name: bool tensor}: (V, 1) for the word embeddings, of which rows are pinned, (1, 1) for the pooler."""
     return tamt.entries_without_gradient(training.layers, training.run, training.vocabulary, training.rows)
 
 
@@ -2857,16 +2871,16 @@ def test_the_pooler_is_pinned(world, objective):
 def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
     training = begin(mask_settings(world, objective="kd"))
     vocabulary = training.vocabulary
-    is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"].flatten()
+    is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned[vocabulary.pad_id]
     assert is_pinned[vocabulary.tokenizer.token_to_id("here")]  # no line of the text has this word
     assert not is_pinned[vocabulary.tokenizer.token_to_id("the")]
 
 
-def test_with_mlm_padding_alone_is_pinned(world):
+def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(world):
     """Corruption may put any word anywhere."""
     training = begin(mask_settings(world, objective="mlm"))
-    is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"].flatten()
+    is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
 
@@ -2884,7 +2898,7 @@ def expected_pins(training):
 @pytest.fixture(params=["mlm", "kd"])
 def trained(request, world):
     """Thirty updates at a high rate -> the training, its start masks, and the masks after each update."""
-    training = begin(mask_settings(world, objective=request.param, steps=30))
+    training = begin(mask_settings(world, objective=request.param, sparsity=0.7, rank="global", steps=30))
     start = masks_of(training.layers)
     masks = []
     for step in range(30):
@@ -2892,7 +2906,7 @@ def trained(request, world):
         training.step += 1
         training.scores.update_masks()
         masks.append(masks_of(training.layers))
-    assert num_different(masks[-1], start) > 0.01 * num_entries(start)  # scores did move
+    assert_masks_moved(start, masks[-1])
     return training, start, masks
 
 
@@ -2974,11 +2988,11 @@ def test_kd_loss_leaves_padding_out(is_token, expected):
     assert loss.item() == expected
 
 
-def test_mlm_loss_is_the_logarithm_of_the_number_of_words_for_a_guess():
+def test_mlm_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary_size():
     assert tamt.mlm_loss(torch.zeros(6, 10), torch.arange(6)).item() == pytest.approx(math.log(10))
 
 
-def test_mlm_loss_is_the_mean_of_what_each_prediction_costs():
+def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
     loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]))
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
@@ -3049,7 +3063,7 @@ def test_after_the_teacher_the_model_is_in_the_mode_it_was_in(model, layers, is_
     model.train(is_training)
     with tamt.dense_teacher(model):
         pass
-    assert model.training == is_training
+    assert all(module.training == is_training for module in model.modules())
 
 
 def test_after_an_error_in_the_teacher_the_model_is_the_student_again(model, layers, masks):
@@ -3098,7 +3112,7 @@ def test_the_dev_kd_loss_is_the_mean_of_the_losses_of_its_batches_without_corrup
 def test_after_the_dev_losses_training_goes_on_with_dropout(world):
     training = begin(mask_settings(world))
     tamt.dev_losses(training.model, training.rows[:16], training.vocabulary, training.run.machine)
-    assert training.model.training
+    assert all(module.training for module in training.model.modules())
 
 
 def test_the_dev_kd_loss_of_the_unpruned_model_is_0(world):
@@ -3260,7 +3274,7 @@ def test_thirty_updates_match_a_plain_loop_mask_for_mask(world, tmp_path, monkey
         training.step += 1
         assert losses[step] == pytest.approx(loss, abs=2e-6)
         assert same_masks(masks[step], plain.masks), f"after update {step + 1}"
-    assert num_different(plain.masks, start) > 0.01 * num_entries(start)
+    assert_masks_moved(start, plain.masks)
     assert max(plain.norms) > 0.01  # some gradients were clipped
 
 
@@ -3275,12 +3289,12 @@ def trained_names(world, objective):
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
 def test_the_scores_of_all_matrices_but_the_pooler_are_trained(world, objective):
     scores = [name for name in trained_names(world, objective) if name.endswith(".scores")]
-    assert len(scores) == 13  # word embeddings and six matrices in each of two layers
+    assert len(scores) == 1 + 2 * 6  # word embeddings, and six in each layer
     assert not any("pooler" in name for name in scores)
 
 
 @pytest.mark.parametrize("objective, expected", [("mlm", MLM_HEAD), ("mlm+kd", MLM_HEAD), ("kd", set())])
-def test_beside_the_scores_masked_lm_trains_its_head_and_kd_trains_nothing(world, objective, expected):
+def test_besides_the_scores_masked_lm_trains_its_head_and_kd_trains_nothing_else(world, objective, expected):
     assert {name for name in trained_names(world, objective) if not name.endswith(".scores")} == expected
 
 
@@ -3300,7 +3314,7 @@ def sum_of_steps(objective, learning_rate, num_updates, horizon):
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 @pytest.mark.parametrize("num_updates", [500, 3000, 10_000])
-def test_a_short_run_can_move_a_score_as_far_as_the_papers_run(objective, num_updates):
+def test_a_short_run_can_move_a_score_as_far_as_the_run_of_the_paper(objective, num_updates):
     """By the sum of its steps. At 70 % the paper made 17,000 updates (its Table 2) of a schedule of 27,920, which is
     two epochs of WikiText-103."""
     rate = tamt.learning_rate_of(objective, 0.7, num_updates)
@@ -3322,7 +3336,7 @@ def test_between_the_sparsities_of_the_paper_its_numbers_of_updates_are_interpol
     assert tamt.paper_updates(0.8) == 20_000
 
 
-def test_outside_of_the_sparsities_of_the_paper_the_nearest_number_of_updates_is_taken():
+def test_beyond_the_sparsities_of_the_paper_its_nearest_number_of_updates_is_taken():
     assert tamt.paper_updates(0.1) == tamt.paper_updates(0.2) == 3000
     assert tamt.paper_updates(0.99) == tamt.paper_updates(0.9) == 22_000
 
@@ -3384,24 +3398,24 @@ def released_masks(expected, parameters) -> dict:
     return masks
 
 
-def released_batches(expected, kind) -> list:
+def released_batches(expected, objective) -> list:
     input_ids = expected["ids"].astype(np.int64)  # (updates, 8, 64)
     corrupted_ids = input_ids
     is_chosen = np.zeros(input_ids.shape, bool)
-    if kind == "mlm":
+    if objective == "mlm":
         corrupted_ids = expected["shown"].astype(np.int64)
         is_chosen = np.unpackbits(expected["chosen"]).astype(bool).reshape(input_ids.shape)
     is_token = np.ones(input_ids.shape, bool)
     return [tamt.Batch(*arrays) for arrays in zip(input_ids, corrupted_ids, is_chosen, is_token, strict=True)]
 
 
-def begin_as_released(tmp_path, kind, num_updates):
+def begin_as_released(tmp_path, objective, num_updates):
     """Mask training of bert-tiny at 75 %, local rank, without dropout, before its first update."""
     shutil.copytree(REAL / "models" / "bert-tiny-mlm", tmp_path / "model")
     edit_json(tmp_path / "model" / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    settings = tamt.Settings(model=str(tmp_path / "model"), objective=kind, sparsity=0.75, rank="local",
-                             refresh_every=20, lr=RELEASED_RATES[kind], steps=num_updates, batch_size=8, seq_len=64,
-                             data="toy", eval_every=10**6, save_every=10**6)
+    settings = tamt.Settings(model=str(tmp_path / "model"), objective=objective, sparsity=0.75, rank="local",
+                             refresh_every=20, lr=RELEASED_RATES[objective], steps=num_updates, batch_size=8,
+                             seq_len=64, data="toy", eval_every=10**6, save_every=10**6)
     machine = tamt.Machine(torch.device("cpu"))
     model, vocabulary = tamt.open_model(settings, machine)
     run = tamt.resolve(settings, machine, model)
@@ -3413,17 +3427,17 @@ def begin_as_released(tmp_path, kind, num_updates):
     return tamt.Training(run, {}, model, vocabulary, layers, scores, rows=None, dev_rows=None)
 
 
-def released_run(tmp_path, kind, settle_after=None):
+def released_run(tmp_path, objective, settle_after=None):
     """The updates of mlm.npz or kd.npz, made here, and how the result differs from what is in that file. After update
     number settle_after scores are settled that lie within rounding of a threshold."""
-    expected = np.load(REAL / "released" / f"{kind}.npz")
-    batches = released_batches(expected, kind)
-    training = begin_as_released(tmp_path, kind, len(batches))
+    expected = np.load(REAL / "released" / f"{objective}.npz")
+    batches = released_batches(expected, objective)
+    training = begin_as_released(tmp_path, objective, len(batches))
     start = masks_of(training.layers)
     losses = []
     num_tied = 0
     for step, batch in enumerate(batches, 1):
-        learning_rate = RELEASED_RATES[kind] * (1 - (step - 1) / len(batches))
+        learning_rate = RELEASED_RATES[objective] * (1 - (step - 1) / len(batches))
         losses.append(tamt.update(training, batch, learning_rate, step))
         if step == settle_after:
             num_tied = settle_ties(training.scores)
@@ -3467,8 +3481,8 @@ def test_the_mlm_mask_matches_the_released_code_entry_for_entry_once_one_tie_is_
 
 
 @needs_real_inputs
-def test_all_but_two_of_the_mlm_losses_match_the_released_code(released_mlm_run):
-    """At those two scores cross a threshold one update earlier or later than in the released run."""
+def test_at_most_two_of_the_mlm_losses_differ_from_the_released_code(released_mlm_run):
+    """Where they do, a score crosses a threshold one update earlier or later than in the released run."""
     assert (released_mlm_run.loss_differences > 1e-5).sum() <= 2
     assert released_mlm_run.loss_differences.max() < 1e-3
 
@@ -5120,12 +5134,17 @@ def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_a_result_names_its_task_its_updates_and_its_mask(tasks, tmp_path):
+def test_a_result_says_what_was_done(tasks, tmp_path):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     assert result["task"] == "rte"
     assert result["steps"] == 8  # two epochs of 32 examples in batches of 8
+
+
+def test_a_result_says_how_its_mask_was_made_and_what_it_removes(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    mask = tamt.load_mask(tasks / "bert.pt")
     assert result["mask"]["method"] == "omp"
-    assert result["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert result["sparsity"] == num_pruned(mask) / num_entries(mask)
 
 
 def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
@@ -5170,7 +5189,7 @@ def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
 
 
 def put_bias_last(module):
-    """Undoes torch's prune, which puts the weight last: the norm of all gradients is summed in that order."""
+    """Undoes torch's prune, which puts the weight last: clip_grad_norm_ sums in the order of the parameters."""
     if "bias" in module._parameters:
         module._parameters["bias"] = module._parameters.pop("bias")
 
@@ -5635,9 +5654,21 @@ def test_what_a_round_of_imp_prunes_stays_pruned(imp_rounds):
 
 def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
     names = tamt.load_mask(imp_folder).keys()
-    assert len(names) == 13
+    assert len(names) == 2 * 6 + 1  # six in each layer, and the pooler
     assert "bert.pooler.dense.weight" in names
     assert "bert.embeddings.word_embeddings.weight" not in names
+
+
+def test_a_round_of_imp_uses_the_first_tenth_of_a_schedule_of_ten_rounds(tasks, tmp_path, monkeypatch):
+    learning_rates = []
+
+    def no_update(experiment, task_data, indices, learning_rate, t):
+        learning_rates.append(learning_rate)
+        return 0.0
+
+    monkeypatch.setattr(finetune, "update", no_update)
+    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1))
+    assert learning_rates == pytest.approx([1e-3 * (1 - step / 80) for step in range(8)])
 
 
 def test_imp_equals_doing_the_rounds_by_hand(tasks, tmp_path, imp_folder):
@@ -5665,7 +5696,7 @@ def test_imp_ranks_the_weights_as_trained_and_not_as_pretrained(tasks, imp_folde
     layers = tamt.mask_model(bert.load(tasks.parent / "bert"), "encoder")
     one_shot = tamt.magnitude_masks(layers, 0.1, "global")
     first_round = tamt.load_mask(imp_folder / "round-1")
-    assert num_different(first_round, one_shot) > 0.01 * num_entries(one_shot)
+    assert_masks_moved(one_shot, first_round)
 
 
 def updates_made(monkeypatch):
@@ -5699,31 +5730,22 @@ def test_resume_of_a_finished_imp_trains_nothing(tasks, tmp_path, monkeypatch, i
     assert numbers == []
 
 
-def test_the_learning_rate_of_a_round_of_imp_falls_as_if_nine_others_followed(tasks, tmp_path, monkeypatch):
-    learning_rates = []
-
-    def no_update(experiment, task_data, indices, learning_rate, t):
-        learning_rates.append(learning_rate)
-        return 0.0
-
-    monkeypatch.setattr(finetune, "update", no_update)
-    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1))
-    assert learning_rates == pytest.approx([1e-3 * (1 - step / 80) for step in range(8)])
-
-
 def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folder):
     shutil.copytree(imp_folder, tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
         finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
 
 
-def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folder):
-    settings = finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder), export=tmp_path / "x")
-    result = finetune.fine_tune(settings)
-    assert result["mask"]["task"] == "rte"
+def test_fine_tuning_on_another_task_keeps_the_weights_that_a_ticket_prunes_at_0(tasks, tmp_path, imp_folder):
+    finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder), export=tmp_path / "x"))
     weights = bert.read_safetensors(tmp_path / "x/model.safetensors")
     for name, mask in tamt.load_mask(imp_folder).items():
         assert not weights[name][~mask].any() and weights[name][mask].any()
+
+
+def test_a_result_on_another_task_names_the_task_of_its_ticket(tasks, tmp_path, imp_folder):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder)))
+    assert result["mask"]["task"] == "rte"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -5731,8 +5753,10 @@ def test_a_ticket_of_one_task_can_be_tried_on_another(tasks, tmp_path, imp_folde
 # ---------------------------------------------------------------------------------------------------
 
 
-NUM_HEADS = 4  # of the tiny model; each has 8 columns
-NUM_BATCHES = 4  # of 8 examples of rte
+NUM_HEADS = 4  # of the tiny model
+HEAD_SIZE = 8
+BATCH_SIZE = 8
+NUM_BATCHES = 4  # of rte
 
 
 def test_importance_is_the_l1_norm_of_the_gradients_of_gates(tasks, tmp_path):
@@ -5749,7 +5773,7 @@ def test_importance_is_the_l1_norm_of_the_gradients_of_gates(tasks, tmp_path):
     def gate_heads(module, inputs):  # (B, T, D)
         gate = torch.ones(*inputs[0].shape[:2], NUM_HEADS, 1, requires_grad=True)
         head_gates[module] = gate
-        return (inputs[0].unflatten(-1, (NUM_HEADS, 8)) * gate).flatten(-2)
+        return (inputs[0].unflatten(-1, (NUM_HEADS, HEAD_SIZE)) * gate).flatten(-2)
 
     def gate_output(module, inputs, output):  # (B, T, D)
         output_gates[module] = torch.ones(*output.shape[:2], 1, requires_grad=True)
@@ -5760,9 +5784,10 @@ def test_importance_is_the_l1_norm_of_the_gradients_of_gates(tasks, tmp_path):
         layer.output.dense.register_forward_hook(gate_output)
     expected_heads = torch.zeros(len(layers), NUM_HEADS)
     expected_ffns = torch.zeros(len(layers))
-    for start in range(0, 8 * NUM_BATCHES, 8):
-        logits = finetune.task_logits(experiment.model, task_data, task_data.train[start:start + 8])
-        nn.functional.cross_entropy(logits, torch.from_numpy(task_data.targets[start:start + 8])).backward()
+    for start in range(0, NUM_BATCHES * BATCH_SIZE, BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        logits = finetune.task_logits(experiment.model, task_data, task_data.train[batch])
+        nn.functional.cross_entropy(logits, torch.from_numpy(task_data.targets[batch])).backward()
         for index, layer in enumerate(layers):
             head_gradient = head_gates[layer.attention.output.dense].grad  # (B, T, H, 1)
             output_gradient = output_gates[layer.output.dense].grad  # (B, T, 1)
@@ -5797,7 +5822,7 @@ def test_what_one_level_removes_the_next_one_removes_as_well(order):
 
 @pytest.mark.parametrize("order, removed_ones", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
 def test_winning_tickets_remove_the_least_important_heads_and_losing_tickets_the_most_important(order, removed_ones):
-    """Level 3 of 8 heads: int(8 * 3 / 10) = 2 of them go."""
+    """Level 3 takes int(8 * 3 / 10) = 2 of the 8 heads."""
     heads = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
     is_removed, _ = finetune.choose_units(heads, torch.rand(2), order, level=3, seed=1)
     assert heads[torch.from_numpy(is_removed)].tolist() == pytest.approx(removed_ones)
@@ -5815,8 +5840,9 @@ def test_a_layer_keeps_at_least_one_head(order):
     heads = torch.ones(12, 12)
     heads[3] = 1e-6  # a layer whose heads are all unimportant
     heads[5] = 1e6
-    for seed in range(20):  # of random orders about half would empty a layer
+    for seed in range(20):  # without the rule about half of the random orders would empty a layer
         removed, _ = finetune.choose_units(heads, torch.ones(12), order, 8, seed)
+        assert removed.sum() == 115
         assert not removed.all(axis=1).any()
 
 
