@@ -499,7 +499,7 @@ def test_attention_in_pieces_matches_torch_with_the_same_dropout_mask(padded, mo
 
     found = bert.scaled_dot_product_attention(*inputs, attention_mask, dropout_prob=0.25)
     found_gradients = torch.autograd.grad((found * weights_of_the_loss).sum(), inputs)
-    assert [len(mask) for mask in masks] == [2, 2, 1]
+    assert [len(mask) for mask in dropout_masks] == [2, 2, 1]
 
     # torch's own function for tests takes the random mask, and padding as -inf to add.
     dropout_mask = torch.cat(dropout_masks).bool()
