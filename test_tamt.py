@@ -89,7 +89,7 @@ from dev import fuzz
 ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 needs_real_inputs = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
-# Two workers share two cores, and so do the programs that they start.
+# pytest-xdist's two workers share two cores, and so do the programs that they start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -534,11 +534,15 @@ def test_the_four_entries_of_one_random_number_are_independent(dropout_prob):
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (2, 3, 5), (4, 4)])
-def test_a_dropout_mask_has_the_requested_shape_and_holds_zeros_and_ones(shape):
+def test_a_dropout_mask_has_the_requested_shape(shape):
     mask = bert.dropout_mask(shape, 0.5)
     assert mask.shape == shape
     assert mask.dtype == torch.uint8
     assert mask.max() <= 1
+
+
+def test_a_dropout_mask_holds_zeros_and_ones():
+    assert bert.dropout_mask((1000,), 0.5).unique().tolist() == [0, 1]
 
 
 def test_dropout_masks_follow_manual_seed():
@@ -2121,8 +2125,9 @@ def test_the_other_chosen_tokens_become_random_ones_spread_evenly_over_the_vocab
     is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
     counts = np.bincount(corrupted_ids[is_random], minlength=vocabulary.size)
     counts = np.delete(counts, vocabulary.mask_id)
-    for count in counts:
-        assert_share(count, counts.sum(), 1 / len(counts))
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    degrees_of_freedom = len(counts) - 1  # the mean of chi-square; its variance is twice that
+    assert abs(chi_square - degrees_of_freedom) < 5 * (2 * degrees_of_freedom) ** 0.5
 
 
 def test_the_same_seed_gives_the_same_corruption(vocabulary):
@@ -2504,7 +2509,7 @@ def num_different(a, b):
 
 
 def assert_masks_moved(before, after):
-    """One entry of a hundred, or more, has changed sides: what is said of trained masks is not said of the start."""
+    """At least 1 % of the entries flipped. Otherwise a claim about trained masks would only be one about the start."""
     assert num_different(before, after) > 0.01 * num_entries(before)
 
 
@@ -2550,7 +2555,7 @@ def ordinary_ids(model):
 
 
 def toy_loss(model, states, dense_states, input_ids):
-    """The sum of both losses. Outside of functional_call the decoder is dense again."""
+    """The sum of both losses. Here, outside of functional_call, the decoder is dense."""
     logits = model.mlm_logits(states[-1].flatten(0, 1))
     return tamt.mlm_loss(logits, input_ids.flatten()) + tamt.kd_loss(dense_states, states)
 
@@ -2619,7 +2624,7 @@ def brute_force(values, num_pruned):
 
 
 def random_case(generator):
-    """Few values, so most of them are tied; and a number to prune."""
+    """Mostly values from -3 to 3, so many of them are tied, three times in ten Gaussian ones; and a number to prune."""
     num_values = generator.randint(1, 60)
     values = [float(generator.randint(-3, 3)) for _ in range(num_values)]
     if generator.random() < 0.3:
@@ -2829,13 +2834,14 @@ def global_scores(layers):
     return start, tamt.Scores(layers, start, 0.7, "global", without_gradient={})
 
 
+@pytest.mark.usefixtures("global_scores")
 def test_the_first_global_mask_prunes_the_exact_total(layers):
-    tamt.Scores(layers, tamt.magnitude_masks(layers, 0.7, "local"), 0.7, "global", without_gradient={})
     masks = masks_of(layers)
     assert num_pruned(masks) == round(num_entries(masks) * 0.7)
 
 
-def test_the_first_global_mask_differs_from_omp_in_at_most_one_entry_per_matrix(layers, global_scores):
+def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_are_matrices(layers, global_scores):
+    """OMP rounds once in each matrix, so its total is off by less than that."""
     start, _ = global_scores
     assert num_different(masks_of(layers), start) <= len(layers)
 
@@ -2910,10 +2916,18 @@ def trained(request, world):
     return training, start, masks
 
 
-def test_pinned_entries_keep_their_start_mask(trained):
+def test_pinned_entries_keep_their_start_mask_at_every_update(trained):
     training, start, masks = trained
     for name, rows in expected_pins(training).items():
-        assert torch.equal(masks[-1][name][rows], start[name][rows])
+        for masks_of_update in masks:
+            assert torch.equal(masks_of_update[name][rows], start[name][rows])
+
+
+def test_without_pins_the_threshold_would_prune_or_keep_all_entries_without_gradient(trained):
+    """It has left the range between their two scores, 0 and 2 phi."""
+    training, _, _ = trained
+    [pool] = training.scores.pools
+    assert not 0 <= pool.threshold < 2 * tamt.PHI
 
 
 def test_with_pinned_entries_the_total_stays_exact(trained):
@@ -3049,7 +3063,7 @@ def test_the_teacher_shares_the_weights_of_the_student(model):
         assert torch.equal(model(input_ids)[-1], changed(input_ids)[-1])
 
 
-def test_after_the_teacher_the_model_is_the_student_again(model, layers, masks):
+def test_leaving_the_teacher_restores_the_masked_model(model, layers, masks):
     tamt.set_masks(layers, masks)
     input_ids = ordinary_ids(model)
     before = model(input_ids)[-1]
@@ -3059,14 +3073,14 @@ def test_after_the_teacher_the_model_is_the_student_again(model, layers, masks):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_after_the_teacher_the_model_is_in_the_mode_it_was_in(model, layers, is_training):
+def test_leaving_the_teacher_restores_train_or_eval_mode(model, layers, is_training):
     model.train(is_training)
     with tamt.dense_teacher(model):
         pass
     assert all(module.training == is_training for module in model.modules())
 
 
-def test_after_an_error_in_the_teacher_the_model_is_the_student_again(model, layers, masks):
+def test_an_error_inside_the_teacher_restores_the_masked_model(model, layers, masks):
     tamt.set_masks(layers, masks)
     input_ids = ordinary_ids(model)
     before = model(input_ids)[-1]
@@ -3351,7 +3365,7 @@ def refreshes(objective, **changes):
 
 @pytest.mark.parametrize("objective, expected", [("mlm", [1000, 2000, 2500]), ("kd", [1, 999, 1999, 2500])])
 def test_thresholds_move_when_the_released_code_moves_them_and_at_the_end(objective, expected):
-    """Its loop for kd is one update ahead, and moves them after the first update, too."""
+    """The released loop for kd counts one update ahead, and refreshes after the first update, too."""
     assert refreshes(objective) == expected
 
 
@@ -3515,7 +3529,8 @@ def remove_dropout(model):
 
 @needs_real_inputs
 def test_network_and_optimizer_reproduce_a_fine_tuning_of_the_released_code():
-    """Thirty updates of RTE under a mask."""
+    """Thirty updates of RTE under a mask. The loop is written out here; that of finetune.py is compared with torch's
+    prune below."""
     expected = np.load(REAL / "released" / "finetune_rte.npz")
     model = bert.load(REAL / "models" / "bert-tiny-mlm")
     model.add_pooler()
@@ -5134,7 +5149,7 @@ def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_a_result_says_what_was_done(tasks, tmp_path):
+def test_a_result_names_its_task_and_counts_its_updates(tasks, tmp_path):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     assert result["task"] == "rte"
     assert result["steps"] == 8  # two epochs of 32 examples in batches of 8
@@ -5248,7 +5263,7 @@ def experiment_of_mrpc():
     return SimpleNamespace(all_task_data=[mrpc], history=HISTORY)
 
 
-def test_best_is_the_evaluation_with_the_highest_first_metric():
+def test_best_is_the_evaluation_with_the_highest_primary_metric():
     best, _ = finetune.best_and_final(experiment_of_mrpc())
     assert best == HISTORY[1]  # the whole line: f1 is not the best one, but that of the same step
 
@@ -5265,7 +5280,8 @@ def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, 
 
 def test_a_loss_that_overflows_is_an_error(tasks, tmp_path, capsys):
     assert run_finetune(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
-    assert re.search(r"the loss is (inf|nan) .* a lower --lr", capsys.readouterr().err)
+    line = capsys.readouterr().err.strip()
+    assert re.fullmatch(r"error: the loss is (inf|nan) [^\n]* a lower --lr [^\n]*", line)
 
 
 # What a run leaves.
@@ -5692,7 +5708,7 @@ def test_imp_equals_doing_the_rounds_by_hand(tasks, tmp_path, imp_folder):
         assert same_masks(masks, expected)
 
 
-def test_imp_ranks_the_weights_as_trained_and_not_as_pretrained(tasks, imp_folder):
+def test_a_round_of_imp_prunes_other_weights_than_one_shot_pruning(tasks, imp_folder):
     layers = tamt.mask_model(bert.load(tasks.parent / "bert"), "encoder")
     one_shot = tamt.magnitude_masks(layers, 0.1, "global")
     first_round = tamt.load_mask(imp_folder / "round-1")
@@ -5736,11 +5752,12 @@ def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folde
         finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
 
 
-def test_fine_tuning_on_another_task_keeps_the_weights_that_a_ticket_prunes_at_0(tasks, tmp_path, imp_folder):
+def test_weights_that_a_ticket_prunes_stay_zero_on_another_task(tasks, tmp_path, imp_folder):
     finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder), export=tmp_path / "x"))
     weights = bert.read_safetensors(tmp_path / "x/model.safetensors")
     for name, mask in tamt.load_mask(imp_folder).items():
-        assert not weights[name][~mask].any() and weights[name][mask].any()
+        assert not weights[name][~mask].any()
+        assert weights[name][mask].any()  # else there would be nothing to say
 
 
 def test_a_result_on_another_task_names_the_task_of_its_ticket(tasks, tmp_path, imp_folder):
@@ -5806,9 +5823,9 @@ def eight_levels(order):
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
-def test_level_n_removes_n_tenths_of_the_heads_and_n_twelfths_of_the_feed_forward_networks(order):
+def test_level_n_removes_n_tenths_of_the_heads_rounded_down_and_n_twelfths_of_the_ffns(order):
     levels = eight_levels(order)
-    assert [int(heads.sum()) for heads, _ in levels] == [14, 28, 43, 57, 72, 86, 100, 115]
+    assert [int(heads.sum()) for heads, _ in levels] == [int(144 * level / 10) for level in range(1, 9)]
     assert [int(ffns.sum()) for _, ffns in levels] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -5820,16 +5837,16 @@ def test_what_one_level_removes_the_next_one_removes_as_well(order):
         assert (ffns_before <= ffns_after).all()
 
 
-@pytest.mark.parametrize("order, removed_ones", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
-def test_winning_tickets_remove_the_least_important_heads_and_losing_tickets_the_most_important(order, removed_ones):
+@pytest.mark.parametrize("order, importances", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
+def test_winning_removes_the_least_important_heads_and_losing_the_most_important(order, importances):
     """Level 3 takes int(8 * 3 / 10) = 2 of the 8 heads."""
     heads = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
     is_removed, _ = finetune.choose_units(heads, torch.rand(2), order, level=3, seed=1)
-    assert heads[torch.from_numpy(is_removed)].tolist() == pytest.approx(removed_ones)
+    assert heads[torch.from_numpy(is_removed)].tolist() == pytest.approx(importances)
 
 
 @pytest.mark.parametrize("order, removed_ones", [("winning", [0, 1]), ("losing", [10, 11])])
-def test_winning_tickets_remove_the_least_important_ffns_and_losing_tickets_the_most_important(order, removed_ones):
+def test_winning_removes_the_least_important_ffns_and_losing_the_most_important(order, removed_ones):
     """Level 2: two of the twelve, of which number 11 is the most important."""
     _, is_removed = finetune.choose_units(torch.rand(12, 12), torch.arange(12.0), order, level=2, seed=1)
     assert np.flatnonzero(is_removed).tolist() == removed_ones
@@ -5842,7 +5859,7 @@ def test_a_layer_keeps_at_least_one_head(order):
     heads[5] = 1e6
     for seed in range(20):  # without the rule about half of the random orders would empty a layer
         removed, _ = finetune.choose_units(heads, torch.ones(12), order, 8, seed)
-        assert removed.sum() == 115
+        assert removed.sum() == int(144 * 8 / 10)
         assert not removed.all(axis=1).any()
 
 

@@ -273,9 +273,15 @@ def draw_line(ax, name: str, points: dict, shift: float = 0.0):
     ax.errorbar([x + shift for x in points], means, deviations, capsize=2, linewidth=1.1, **style(name))
 
 
-def draw_level(ax, values, label="whole network"):
+def draw_level(ax, values, label="whole network", **style):
     if len(values):
-        ax.axhline(np.mean(values), label=label, **DENSE_STYLE)
+        ax.axhline(np.mean(values), label=label, **DENSE_STYLE | style)
+
+
+def floors(tunings, task: str) -> list[float]:
+    """What always answering the most frequent class scores; [] for tasks of which no run says it."""
+    return [100 * tuning["floor"][tuning["metric"]] for tuning in tunings
+            if tuning["task"] == task and tuning.get("floor", {}).get(tuning["metric"])]
 
 
 def draw_table(ax, values, rows, columns, number_format: str):
@@ -421,6 +427,8 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
             points = {100 * key[1]: of_key for key, of_key in values.items() if key[0] == name}
             draw_line(ax, name, points, shift=0.4 * (index - len(names) // 2))
         draw_level(ax, values.get(("dense", 0.0), []))
+        if not isinstance(panel, str) and len(panel) == 1:
+            draw_level(ax, floors(tunings, panel[0]), "most frequent class", color="0.6", linestyle="-")
     save(figure, file, caption, masks + tunings)
 
 
