@@ -2796,6 +2796,18 @@ def test_random_masks_depend_on_their_seed_alone(layers):
 # ---------------------------------------------------------------------------------------------------
 
 
+def test_scores_that_are_written_into_a_layer_are_ranked_and_the_result_is_its_mask(model):
+    """A layer's scores and mask are views of the long vectors that are ranked."""
+    layers = tamt.mask_model(model)
+    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", without_gradient={})
+    for layer in layers.values():
+        layer.scores.data.normal_()
+    scores.update_masks()
+    learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
+    mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
+    assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
+
+
 @pytest.fixture
 def local_scores(layers):
     """Scores that start from OMP at 70 %, ranked inside each matrix -> the start mask, and the scores."""
@@ -2849,18 +2861,6 @@ def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_ar
 def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
     _, scores = global_scores
     assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)
-
-
-def test_scores_that_are_written_into_a_layer_are_ranked_and_the_result_is_its_mask(model):
-    """A layer's scores and mask are views of the long vectors that are ranked."""
-    layers = tamt.mask_model(model)
-    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", without_gradient={})
-    for layer in layers.values():
-        layer.scores.data.normal_()
-    scores.update_masks()
-    learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
-    mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
-    assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
 
 
 def found_pins(training):
@@ -5209,48 +5209,52 @@ def put_bias_last(module):
         module._parameters["bias"] = module._parameters.pop("bias")
 
 
-@both_families
-def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
-    values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
-    ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
-    theirs = open_in_eval_mode(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
-    finetune.train(ours)
-
-    # The same in plain torch, as the released code does it. The order of the examples, the seeds of dropout and
-    # task_logits() are shared with finetune; the mask, the loss, clipping and the optimizer are not.
-    model = theirs.model
-    names = {name for name, _ in model.named_parameters()}  # RoBERTa has no pooler here
-    masks = {name: mask for name, mask in tamt.load_mask(tasks / f"{family}.pt").items() if name in names}
+def train_with_torch_prune(experiment, masks) -> float:
+    """Trains the network of an experiment with STS-B, a squared error, under torch's prune, in plain torch, as the
+    released code does it -> the largest norm of its gradients. The order of the examples, the seeds of dropout and
+    task_logits() are shared with finetune; the mask, the loss, clipping and the optimizer are not."""
+    model = experiment.model
+    task_data = experiment.all_task_data[0]
     for name, mask in masks.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         prune.custom_from_mask(module, "weight", mask)
         put_bias_last(module)
 
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    task_data = theirs.all_task_data[0]
     norms = []
     model.train()
-    for step in range(12):
-        rows = finetune.epoch_batches(theirs.all_task_data, theirs.run, epoch=step // 4)[step % 4][1]
-        tamt.seed_dropout(1, step)
-        logits = finetune.task_logits(model, task_data, [task_data.train[row] for row in rows])
-        targets = torch.from_numpy(task_data.targets[rows])
-        (((logits[:, 0] - targets) ** 2).sum() / len(rows)).backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 12)
-        eps_of_transformers_2 = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
-        optimizer.param_groups[0]["eps"] = eps_of_transformers_2
-        optimizer.step()
-        optimizer.zero_grad()
+    step = 0
+    num_updates = 3 * 4  # three epochs of 32 examples in batches of 8
+    for epoch in range(3):
+        for _, rows in finetune.epoch_batches([task_data], experiment.run, epoch):
+            tamt.seed_dropout(experiment.run.seed, step)
+            logits = finetune.task_logits(model, task_data, [task_data.train[row] for row in rows])
+            targets = torch.from_numpy(task_data.targets[rows])
+            (((logits[:, 0] - targets) ** 2).sum() / len(rows)).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / num_updates)
+            step += 1
+            optimizer.param_groups[0]["eps"] = 1e-8 / math.sqrt(1 - 0.999**step)  # the AdamW of transformers 2.10
+            optimizer.step()
+            optimizer.zero_grad()
+    assert step == num_updates
+    return max(norms)
 
-    assert max(norms) > 1  # some gradients were clipped
+
+@both_families
+def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
+    values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
+    ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
+    theirs = open_in_eval_mode(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
+    names = {name for name, _ in theirs.model.named_parameters()}  # RoBERTa has no pooler here
+    masks = {name: mask for name, mask in tamt.load_mask(tasks / f"{family}.pt").items() if name in names}
+
+    finetune.train(ours)
+    assert train_with_torch_prune(theirs, masks) > 1  # some gradients were clipped
     for name, parameter in ours.model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        pruned = getattr(model.get_submodule(module), leaf + "_orig", None)
-        expected = getattr(model.get_submodule(module), leaf)
-        if pruned is not None:
-            expected = pruned.data * masks[name]
-        assert torch.equal(parameter.data, expected.data), name
+        module = theirs.model.get_submodule(name.rpartition(".")[0])
+        expected = module.weight_orig * masks[name] if name in masks else theirs.model.get_parameter(name)
+        assert torch.equal(parameter, expected), name
 
 
 HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
