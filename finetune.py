@@ -16,18 +16,18 @@
     Appendix A                 what differs; ablations, progress, records, predictions, export
     Appendix B                 settings and the command line
 
-A ticket is a mask of the pre-trained network: True where a weight is kept. It stays as it is while the weights that it
-keeps are trained. Without --mask all weights are trained. There are two kinds of tickets:
+A ticket is a mask of the pre-trained network: True where a weight is kept. It comes from tamt.py or from --find. Only
+matrices have masks, six in each layer, and perhaps the pooler and the word embeddings; biases, LayerNorms and the heads
+of tasks always train. The mask stays as it is while the weights that it keeps are trained. Without --mask all weights
+are trained. There are two kinds of tickets:
 
     ordinary ticket  It removes single weights. They are set to zero once, and their gradients are set to zero before
-                     every update. So they stay exactly zero. AdamW does bit for bit what it does under torch's
-                     prune.custom_from_mask, which the released code uses.
+                     every update. So they stay exactly zero.
     Super Ticket     It removes whole units: attention heads, and the feed-forward networks (FFNs) of layers. Before
                      training their rows and columns are cut out of the matrices (chapter 7).
 
 Where several tasks share an encoder, nothing is set to zero and nothing cut out, whatever the kind: each batch sees
-the weights multiplied by the ticket of its own task. For heads that is enough; an FFN that a Super Ticket removes is
-skipped as well, since its last bias would survive a mask (chapter 8).
+the weights multiplied by the ticket of its own task (chapter 8).
 
 Four names recur:
 
@@ -36,14 +36,12 @@ Four names recur:
     experiment  a run with all that belongs to it, from the data to the result (Experiment)
     search      the Settings of a --find, which makes several experiments
 
-Two names belong to chapter 8, and can be ignored before it: `own_parts` holds the head and the ticket of a task that
-shares the encoder with others, and is None for a single task; then `switch_to(model, task_data)` does nothing.
-
 From the other modules come the network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics
 (glue_squad.py), and masks, devices and folders (tamt.py).
 
-"Released code" is that of the three papers: TAMT (glue_trans.py), Chen et al. (BERT-Tickets, LT_glue.py) and, for Super
-Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what differs from it.
+"Released code" is that of the three papers: TAMT (task-agnostic mask training, glue_trans.py), Chen et al.
+(BERT-Tickets, LT_glue.py) and, for Super Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what
+differs from it.
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H heads.
 """
@@ -79,8 +77,8 @@ def fine_tune(settings: "Settings") -> dict:
     returns the content of result.json.
 
     With settings.find it looks for a ticket on the task instead: find_imp and find_super, below, run this experiment
-    several times, and return the content of mask.json. Raises ValueError or OSError, in one line, for input that is
-    wrong."""
+    several times, and return the content of mask.json. Raises ValueError or OSError, with a message of one line, for
+    input that is wrong."""
     if settings.find == "imp":
         return find_imp(settings)
     if settings.find == "super":
@@ -96,12 +94,12 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    The learning rate falls as if the run were the first of horizon_rounds (1; in IMP 10, chapter 6)."""
+    The learning rate would reach 0 after horizon_rounds runs of this length: 1, but 10 for a round of IMP."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tasks = named_tasks(settings)
-    # resolve, open_run_folder and finished_experiment are in the appendices; what else is called here, in chapter 2.
+    # named_tasks, resolve, open_run_folder, finished_experiment are in the appendices, and share_encoder in chapter 8.
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
@@ -115,12 +113,12 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     # Only now can a default name be chosen for it, since the name depends on all inputs: run.out is set here.
     run, identity, result, state = open_run_folder(run, tickets, tasks, examples, vocabulary)
     if result is not None:
-        return finished_experiment(run, tasks, examples, result)  # without model and data: nothing is left to do
+        return finished_experiment(run, tasks, examples, result)  # nothing is left to train
 
     # The data, and the network with its head and its ticket, or with those of several tasks.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
     experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
-    experiment.prunable = list(layers)  # not a head or a fresh pooler, which each run draws anew
+    experiment.prunable = list(layers)  # listed before there is a head or a fresh pooler, which each run draws anew
     torch.manual_seed(run.seed)  # before the first draw: heads, a fresh pooler, --weights random or shuffled
     if len(tasks) == 1:
         experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)
@@ -133,6 +131,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 @dataclass
 class Experiment:
     """A run, and all that it leads to."""
+    # Set by open_experiment.
     run: "Run"
     identity: dict  # resolved settings, checksums of the inputs, sparsity of the masks: --resume compares them
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
@@ -143,9 +142,11 @@ class Experiment:
     start_time: float = 0.0
     prunable: list[str] = field(default_factory=list)  # weights of the checkpoint that IMP may prune
     gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
+    # Set by train.
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # all that trains
     optimizer: torch.optim.Optimizer | None = None
     history: list[dict] = field(default_factory=list)  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
+    # Set by finish, or found by --resume.
     result: dict | None = None
 
 
@@ -246,7 +247,7 @@ class TaskData:
 
     @property
     def prefix(self) -> str:
-        """In front of the names of its metrics: "rte_" where tasks share an encoder."""
+        """Put before the names of its metrics: "rte_" where tasks share an encoder."""
         return f"{self.task.name}_" if self.own_parts else ""
 
 
@@ -303,7 +304,7 @@ def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, ru
 
 
 def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
-    # Where tasks share the encoder, switch_to() has to come first.
+    switch_to(model, task_data)  # where tasks share the encoder: to the head and the ticket of this one (chapter 8)
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     input_ids, attention_mask, token_type_ids = batch  # (B, T) each
     is_padded = not attention_mask.all()
@@ -342,7 +343,6 @@ def task_loss(task: glue_squad.Task, logits, targets):
 def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list:
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T with the padding of its batch."""
     model = experiment.model
-    switch_to(model, task_data)  # chapter 8; does nothing for a single task
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
@@ -457,7 +457,6 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
     machine = experiment.run.machine
     parameters = experiment.parameters
     optimizer = experiment.optimizer
-    switch_to(model, task_data)
     targets = tamt.to_device(task_data.targets[indices], machine.device)
     with tamt.autocast(machine):
         logits = task_logits(model, task_data, [task_data.train[index] for index in indices])
@@ -473,7 +472,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # As in tamt.update(); "fine-tuning" stands in the place of an objective. There is no weight decay.
+    # The released AdamW, without weight decay: torch's, with an eps that changes with t (tamt.py, appendix A).
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -482,7 +481,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
 
 def save_state(experiment: Experiment, step: int, total_loss: float):
     tamt.write_torch(experiment.run.out / "state.pt", {
-        "format": 2,
+        "format": 2,  # of state files
         "settings": experiment.identity,  # open_run_folder compares them
         "step": step,
         "history": experiment.history,
@@ -513,7 +512,7 @@ def finish(experiment: Experiment):
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.examples[split], split).items():
                 floor[task_data.prefix + name] = value
-    metric_names = list(floor)  # of an evaluation, which also holds "step" and "loss", these are the scores
+    metric_names = list(floor)  # the scores in an evaluation, which also holds "step" and "loss"
     metas = [ticket.meta for ticket in experiment.tickets]
     only_meta = metas[0] if metas else None
     experiment.result = {
@@ -521,7 +520,7 @@ def finish(experiment: Experiment):
         "model": run.model,
         # Not the mask itself, but how it was made.
         "mask": metas if len(experiment.all_task_data) > 1 else only_meta,
-        "sparsity": experiment.identity["sparsity"],
+        "sparsity": experiment.identity["sparsity"],  # removed share of the entries that have a mask
         "seed": run.seed,
         "best": {name: best[name] for name in metric_names},
         "final": {name: final[name] for name in metric_names},
@@ -881,7 +880,7 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for index, task_data in enumerate(all_task_data):
         task = task_data.task
-        model.add_classifier(task.num_outputs)
+        model.add_classifier(task.num_outputs)  # in the place of the one before
         model.task_heads.append(model.classifier)
         masks = {}
         skipped = [False] * model.config.num_hidden_layers
@@ -911,7 +910,8 @@ def switch_to(model, task_data: TaskData):
 # Appendix A: what differs; ablations, progress, records, predictions, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-# What differs from the released code of the three papers:
+# Under an ordinary ticket AdamW does bit for bit what it does under torch's prune.custom_from_mask, which the released
+# code uses. What differs from the released code of the three papers:
 #
 #     |                  | released                             | here
 #     | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
