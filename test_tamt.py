@@ -1410,15 +1410,17 @@ def tensors_of_all_kinds():
 def test_the_library_reads_what_is_written_here(tmp_path):
     from safetensors.torch import load_file
 
-    bert.write_safetensors(tmp_path / "x", tensors_of_all_kinds())
-    assert_equal(load_file(tmp_path / "x"), tensors_of_all_kinds())
+    tensors = tensors_of_all_kinds()
+    bert.write_safetensors(tmp_path / "x", tensors)
+    assert_equal(load_file(tmp_path / "x"), tensors)
 
 
 def test_what_the_library_writes_is_read_here(tmp_path):
     from safetensors.torch import save_file
 
-    save_file(tensors_of_all_kinds(), tmp_path / "x", metadata={"format": "pt"})
-    assert_equal(bert.read_safetensors(tmp_path / "x"), tensors_of_all_kinds())
+    tensors = tensors_of_all_kinds()
+    save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    assert_equal(bert.read_safetensors(tmp_path / "x"), tensors)
 
 
 def test_transposed_tensors_and_parameters_are_written_as_they_look(tmp_path):
