@@ -448,11 +448,8 @@ def count_separators(tokenizer: Tokenizer, sep_id: int) -> int:
     """How many separators stand between the texts of a pair. A tokenizer.json shows it; the other files do not, and
     there the name of the separator tells."""
     if tokenizer.post_processor is not None:
-        pair = tokenizer.encode("a", "b")
-        texts = pair.sequence_ids  # 0 and 1 at the tokens of the texts, None at special tokens
-        if 0 in texts and 1 in texts:
-            between = pair.ids[texts.index(0):texts.index(1)]
-            return 2 if between.count(sep_id) > 1 else 1
+        special_ids = tokenizer.encode("", "").ids  # of a pair of empty texts, one separator stands at the end
+        return 2 if special_ids.count(sep_id) > 2 else 1
     return 2 if tokenizer.id_to_token(sep_id) == "</s>" else 1
 
 

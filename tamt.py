@@ -121,6 +121,9 @@ def find_mask(settings: "Settings") -> dict:
     identity = identity_of_run(run, rows, dev_rows)
     result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
     if result is not None:
+        if run.export and machine.process_index == 0:
+            masks = fit_masks(maskable_layers(model, run.scope), load_mask(run.out), run.out)
+            export_model(model, masks, vocabulary, run.export)
         return result
 
     layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
@@ -1065,7 +1068,7 @@ def read_mask(path) -> tuple[dict[str, torch.Tensor], dict]:
     for name, tensor in content.items():
         name = bert.WRAPPERS.sub("", name)
         if name.endswith(".bias_mask") and tensor.all():
-            continue
+            continue  # it prunes nothing; any other mask of a bias is an error
         if not name.endswith((".weight", ".weight_mask")):
             raise ValueError(f"{path}: {name:.100} is not a mask: expected names <module>.weight or .weight_mask")
         if tensor.dtype != torch.bool and not ((tensor == 0) | (tensor == 1)).all():

@@ -74,7 +74,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -1667,6 +1667,14 @@ def test_a_tokenizer_json_says_how_many_separators_a_pair_has_whatever_the_model
     [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("the cat", "the")], vocabulary, 99)
     assert exported.encode("the cat", "the").ids == input_ids.tolist()
     assert exported.encode("the cat", "the").type_ids == token_type_ids.tolist()
+
+
+def test_separators_are_counted_even_if_the_tokenizer_cannot_read_unknown_words(tmp_path):
+    """A WordLevel model without unknown token raises an error for a word that it lacks."""
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(data.WORDPIECE_SPECIALS)}))
+    tokenizer.post_processor, expected = PAIRS["roberta's"]
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    assert data.vocabulary(tmp_path).num_separators == expected
 
 
 @pytest.mark.parametrize("model_type, expected", [("bert", [0, 0, 0, 0, 1, 1]), ("roberta", None)])
@@ -3832,6 +3840,13 @@ def test_unfinished_mask_training_is_not_resumed_with_other_settings(world, unfi
     with pytest.raises(ValueError, match="another run.*clip 1.0 there, 0.5 here"):
         tamt.find_mask(mask_settings(world, unfinished, save_every=5, resume=True, clip=0.5))
     assert (unfinished / "state.pt").read_bytes() == state
+
+
+def test_resume_of_finished_mask_training_can_still_export(world, tmp_path):
+    settings = mask_settings(world, tmp_path / "run", steps=3, export=tmp_path / "at once")
+    tamt.find_mask(settings)
+    tamt.find_mask(dataclasses.replace(settings, resume=True, export=tmp_path / "later"))
+    assert weight_bytes(tmp_path / "later") == weight_bytes(tmp_path / "at once")
 
 
 def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(world, tmp_path):
