@@ -17,33 +17,35 @@
     Appendix B                 settings and the command line
 
 A ticket is a mask of the pre-trained network: True where a weight is kept. It comes from tamt.py or from --find. Only
-matrices have masks, six in each layer, and perhaps the pooler and the word embeddings; biases, LayerNorms and the heads
-of tasks always train. The mask stays as it is while the weights that it keeps are trained. Without --mask all weights
-are trained. There are two kinds of tickets:
+matrices have masks, six in each layer, and perhaps the pooler and the word embeddings; biases, LayerNorms and task
+heads always train. The mask stays as it is while the weights that it keeps are trained. Without --mask all weights are
+trained. There are two kinds of tickets:
 
     ordinary ticket  It removes single weights. They are set to zero once, and their gradients are set to zero before
                      every update. So they stay exactly zero.
     Super Ticket     It removes whole units: attention heads, and the feed-forward networks (FFNs) of layers. Before
-                     training their rows and columns are cut out of the matrices (chapter 7).
+                     training the rows and columns that belong to them are cut out of the matrices (chapter 7).
 
 Where several tasks share an encoder, nothing is set to zero and nothing cut out, whatever the kind: each batch sees
 the weights multiplied by the ticket of its own task (chapter 8).
 
-Four names recur:
+Names that recur:
 
     settings    what the user asked for (Settings); its fields are named like the flags
     run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
+    task head   the layer on top: a classifier, or for SQuAD the span layer. A head alone is an attention head
     experiment  a run with all that belongs to it, from the data to the result (Experiment)
     search      the Settings of a --find, which makes several experiments
 
-From the other modules come the network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics
-(glue_squad.py), and masks, devices and folders (tamt.py).
+A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
+network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
+devices and folders (tamt.py).
 
 "Released code" is that of the three papers: TAMT (task-agnostic mask training, glue_trans.py), Chen et al.
 (BERT-Tickets, LT_glue.py) and, for Super Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what
 differs from it.
 
-Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H heads.
+Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
 
 import hashlib
@@ -76,8 +78,8 @@ def fine_tune(settings: "Settings") -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
     returns the content of result.json.
 
-    With settings.find it looks for a ticket on the task instead: find_imp and find_super, below, run this experiment
-    several times, and return the content of mask.json. Raises ValueError or OSError, with a message of one line, for
+    With settings.find it looks for a ticket on the task instead: find_imp and find_super, below, open and train several
+    experiments, and return the content of mask.json. Raises ValueError or OSError, with a message of one line, for
     input that is wrong."""
     if settings.find == "imp":
         return find_imp(settings)
@@ -85,7 +87,7 @@ def fine_tune(settings: "Settings") -> dict:
         return find_super(settings)
 
     experiment = open_experiment(settings)
-    if experiment.result is None:
+    if experiment.result is None:  # otherwise --resume has found the run finished
         train(experiment)
         finish(experiment)
     return experiment.result
@@ -94,12 +96,12 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    The learning rate would reach 0 after horizon_rounds runs of this length: 1, but 10 for a round of IMP."""
+    The learning rate falls linearly, and would reach 0 after horizon_rounds runs as long as this one. IMP passes 10:
+    one round is a tenth of its schedule (find_imp)."""
     # The tickets, and the network that they belong to. What the settings leave open is filled in.
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tasks = named_tasks(settings)
-    # named_tasks, resolve, open_run_folder, finished_experiment are in the appendices, and share_encoder in chapter 8.
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
@@ -115,15 +117,15 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     if result is not None:
         return finished_experiment(run, tasks, examples, result)  # nothing is left to train
 
-    # The data, and the network with its head and its ticket, or with those of several tasks.
+    # The data, and the network with its task head and its ticket, or with those of several tasks.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
     experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
-    experiment.prunable = list(layers)  # listed before there is a head or a fresh pooler, which each run draws anew
-    torch.manual_seed(run.seed)  # before the first draw: heads, a fresh pooler, --weights random or shuffled
+    experiment.prunable = list(layers)  # matrices of the checkpoint; a fresh pooler is not one: each run draws another
+    torch.manual_seed(run.seed)  # before the first draw: task heads, a fresh pooler, --weights random or shuffled
     if len(tasks) == 1:
-        experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)
+        experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)  # update() applies them
     else:
-        share_encoder(model, all_task_data, tickets, run)  # chapter 8: each task_data.own_parts gets head and masks
+        share_encoder(model, all_task_data, tickets, run)  # chapter 8; switch_to() applies the masks, batch by batch
     model.to(machine.device)
     return experiment
 
@@ -192,14 +194,14 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
 
 
 def prepare_network(model, task: glue_squad.Task, tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
-    """Gives the model the head of its only task, and applies the ticket, if there is one. Returns the masks that
+    """Gives the model the task head of its only task, and applies the ticket, if there is one. Returns the masks that
     update() has to respect: those of an ordinary ticket, {} in all other cases."""
     adapt_backbone(model, task)
     if task.predicts == "span":
         model.add_span_head()
     else:
         model.add_classifier(task.num_outputs)
-    ablate_weights(model, run.weights)  # --weights random or shuffled, appendix A; does nothing by default
+    ablate_weights(model, run.weights)  # run.weights is a word: "pretrained" (nothing happens), "random", "shuffled"
     if not tickets:
         return {}
 
@@ -240,10 +242,10 @@ class TaskData:
     task: glue_squad.Task
     train: list  # sequences, in file order; with --limit in random order
     targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
-    dev: dict[str, list]  # "dev", for MNLI also "dev_mm" -> sequences
+    dev: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     examples: dict[str, list]  # splits -> examples, or questions of SQuAD
-    windows: list = field(default_factory=list)  # of SQuAD's dev questions: they turn logits into text
-    own_parts: "OwnParts | None" = None  # its head and ticket, where several tasks share an encoder (chapter 8)
+    windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
+    own_parts: "OwnParts | None" = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
 
     @property
     def prefix(self) -> str:
@@ -303,8 +305,10 @@ def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, ru
 # ---------------------------------------------------------------------------------------------------
 
 
-def task_logits(model, task_data: TaskData, sequences: list):  # B sequences -> (B, C), or (B, T, 2) for answers
-    switch_to(model, task_data)  # where tasks share the encoder: to the head and the ticket of this one (chapter 8)
+def task_logits(model, task_data: TaskData, sequences: list):
+    """B sequences -> logits (B, C), or (B, T, 2) for answers. Where tasks share the encoder, it switches the model to
+    the task head and the ticket of this one (chapter 8)."""
+    switch_to(model, task_data)
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     input_ids, attention_mask, token_type_ids = batch  # (B, T) each
     is_padded = not attention_mask.all()
@@ -399,7 +403,7 @@ def train(experiment: Experiment):
     model = experiment.model
     experiment.parameters = dict(model.named_parameters())
     experiment.optimizer = tamt.make_optimizer(experiment.parameters.values(), run.machine.device)
-    step = 0
+    step = 0  # updates done
     total_loss = 0.0  # since the last evaluation
     if experiment.state is not None:
         tamt.restore_parameters(experiment.parameters, experiment.optimizer, experiment.state, run.out / "state.pt")
@@ -425,8 +429,8 @@ def train(experiment: Experiment):
 
             is_epoch_end = step % updates_per_epoch == 0
             if is_epoch_end or step % run.eval_every == 0:
-                evaluated_step = experiment.history[-1]["step"] if experiment.history else 0
-                mean_loss = total_loss / (step - evaluated_step)
+                last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
+                mean_loss = total_loss / (step - last_evaluated)
                 evaluation = {"step": step, "loss": mean_loss, **evaluate(experiment)}
                 experiment.history.append(evaluation)
                 progress.show(evaluation)
@@ -472,7 +476,8 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
                          f"a lower --lr (here {learning_rate:g}) may help")
 
-    # The released AdamW, without weight decay: torch's, with an eps that changes with t (tamt.py, appendix A).
+    # The released AdamW, without weight decay. It adds eps before the bias correction, and torch's after it, so
+    # optimizer_settings() divides eps by the correction of update t.
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
     optimizer.step()
     optimizer.zero_grad()
@@ -512,7 +517,7 @@ def finish(experiment: Experiment):
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.examples[split], split).items():
                 floor[task_data.prefix + name] = value
-    metric_names = list(floor)  # the scores in an evaluation, which also holds "step" and "loss"
+    metric_names = list(floor)  # the main metric first; best and final hold "step" and "loss", too
     metas = [ticket.meta for ticket in experiment.tickets]
     only_meta = metas[0] if metas else None
     experiment.result = {
@@ -625,7 +630,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
 # ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)  # of the paper: level 8 removes 8/10 of the heads and 8/12 of the FFNs
+LEVELS = range(1, 9)  # each removes a tenth of all heads, and a twelfth of the FFNs: one of BERT-base's twelve
 
 
 def find_super(settings) -> dict:
@@ -664,10 +669,9 @@ def find_super(settings) -> dict:
     curve = []
     for name, result in results.items():
         remaining = 1.0
-        meta = result["mask"]  # None for "dense"
-        if meta:
-            removed = meta["found"]  # fractions
-            remaining -= removed["whole_model"]
+        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
+        if ticket_meta:
+            remaining -= ticket_meta["found"]["whole_model"]
         curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
         print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
               f"{result['best'][first_metric]:.4f}")
@@ -707,7 +711,7 @@ def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tens
     starts = range(0, len(task_data.train), run.batch_size)
     for start in starts:
         batch = slice(start, start + run.batch_size)
-        targets = torch.from_numpy(task_data.targets[batch]).to(run.machine.device)
+        targets = tamt.to_device(task_data.targets[batch], run.machine.device)
         contexts.clear()
         ffn_outputs.clear()
         with tamt.autocast(run.machine):
@@ -750,24 +754,24 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     last."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units with the smallest keys go first.
+    # Units with the lowest ranks go first.
     if order == "random":
-        head_keys = generator.random(head_importance.shape)
-        ffn_keys = generator.random(ffn_importance.shape)
+        head_ranks = generator.random(head_importance.shape)
+        ffn_ranks = generator.random(ffn_importance.shape)
     elif order == "losing":
-        head_keys = -head_importance.numpy()
-        ffn_keys = -ffn_importance.numpy()
+        head_ranks = -head_importance.numpy()
+        ffn_ranks = -ffn_importance.numpy()
     else:  # "winning"
-        head_keys = head_importance.numpy().copy()  # changed below
-        ffn_keys = ffn_importance.numpy()
+        head_ranks = head_importance.numpy().copy()  # changed below
+        ffn_ranks = ffn_importance.numpy()
 
-    last_heads = head_keys.argmax(axis=1)  # the head of each layer that would go last
-    head_keys[np.arange(num_layers), last_heads] = np.inf
+    last_heads = head_ranks.argmax(axis=1)  # the head of each layer that would go last
+    head_ranks[np.arange(num_layers), last_heads] = np.inf
     num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     removed_heads = np.zeros(num_layers * num_heads, bool)
-    removed_heads[np.argsort(head_keys.flatten(), kind="stable")[:num_removed]] = True
+    removed_heads[np.argsort(head_ranks.flatten(), kind="stable")[:num_removed]] = True
     removed_ffns = np.zeros(num_layers, bool)
-    removed_ffns[np.argsort(ffn_keys, kind="stable")[:num_layers * level // 12]] = True
+    removed_ffns[np.argsort(ffn_ranks, kind="stable")[:num_layers * level // 12]] = True
     return removed_heads.reshape(num_layers, num_heads), removed_ffns
 
 
@@ -813,8 +817,8 @@ def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
 
 
 class SkippableResidual(nn.Module):
-    """The end of an FFN that can be left out: for good (cut_out_units), or for the batches of a task (switch_to). Then
-    the LayerNorm is applied to the residual alone.
+    """The last part of an FFN, with a switch that leaves the FFN out: for good (cut_out_units), or for the batches of a
+    task (switch_to). Then the LayerNorm is applied to the residual alone.
 
     For an FFN a mask is not enough, since its output bias would remain. For heads a mask suffices: their columns of the
     output matrix become zero, so that nothing of them gets through."""
@@ -859,17 +863,17 @@ def cut_out_units(model, removed_heads, removed_ffns):
 @dataclass
 class OwnParts:
     """What each of several tasks has of its own. Everything else of the model serves all of them."""
-    head: nn.Module  # its classifier
+    head: nn.Module  # its task head, a classifier
     masks: dict[str, torch.Tensor]  # its ticket; {} without tickets
     skipped: list[bool]  # (L,) the layers whose FFN its ticket takes out
 
 
 def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], run):
-    """Ticket sharing (Liang et al. 2021): one encoder, a head for each task, every batch under its task's ticket.
+    """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients only from the tasks that keep it. (AdamW's momentum goes on moving it while other tasks are
-    trained.) The model gets masked_layers and task_heads; switch_to() makes one of the task_heads the classifier."""
+    weight gets gradients only from the tasks that keep it. (By AdamW's momentum it still moves a little under the
+    others.) The model gets masked_layers and task_heads; switch_to() makes one of the task_heads the classifier."""
     adapt_backbone(model, all_task_data[0].task)  # the same for all of them: none predicts spans
     ablate_weights(model, run.weights)
     if tickets:
@@ -895,7 +899,7 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
 
 
 def switch_to(model, task_data: TaskData):
-    """From now on the encoder serves this task: with its head, its masks, and the FFNs that its ticket keeps."""
+    """From now on the encoder serves this task: with its task head, its masks, and the FFNs that its ticket keeps."""
     parts = task_data.own_parts
     if parts is None:
         return  # the only task

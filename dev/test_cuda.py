@@ -3,17 +3,12 @@
     python -m pytest -m cuda dev/test_cuda.py
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import tamt  # noqa: E402
-from dev import gpu  # noqa: E402
+import tamt
+from dev import gpu
+from test_tamt import mask_settings, same_masks
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -67,3 +62,25 @@ def test_padding_changes_nothing_for_the_tokens():
         expected = model(input_ids)[-1]
         found = model(padded, attention_mask)[-1][:, :20]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_cuda_agrees_with_the_cpu(world, tmp_path):
+    for device in ("cpu", "cuda"):
+        tamt.find_mask(mask_settings(world, tmp_path / f"omp-{device}", method="omp", device=device))
+        tamt.find_mask(mask_settings(world, tmp_path / f"tamt-{device}", "no-dropout", objective="mlm+kd",
+                                     device=device, dtype="fp32"))
+    assert same_masks(tamt.load_mask(tmp_path / "omp-cpu"), tamt.load_mask(tmp_path / "omp-cuda"))
+    assert tamt.similarity(tamt.load_mask(tmp_path / "tamt-cpu"), tamt.load_mask(tmp_path / "tamt-cuda")) > 0.98
+
+
+def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
+    values = torch.randint(-5, 5, (10_000,)).float()
+    for count in (0, 1, 3333, 9999, 10_000):
+        mask = torch.zeros(10_000, dtype=torch.bool, device="cuda")
+        tamt.prune_smallest_near(values.cuda(), count, 1.0, 1e-3, mask)
+        expected = tamt.prune_smallest(values, count)
+        assert torch.equal(mask.cpu(), expected)
+        assert torch.equal(tamt.prune_smallest(values.cuda(), count).cpu(), expected)
+        groups = values.view(100, 100)
+        expected = tamt.keep_largest_of_groups(groups, 2, 4)
+        assert torch.equal(tamt.keep_largest_of_groups(groups.cuda(), 2, 4).cpu(), expected)

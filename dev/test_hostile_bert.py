@@ -16,8 +16,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bert  # noqa: E402
-from dev import fuzz  # noqa: E402
+import bert
+from dev import fuzz
 
 
 def refused(call, *args, match):

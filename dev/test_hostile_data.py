@@ -20,12 +20,10 @@ from pathlib import Path
 
 import pytest
 
+import bert
+import data
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import bert  # noqa: E402
-import data  # noqa: E402
-
 BODY = bytes(range(256)) * 2000  # 512,000 bytes
 SHA256 = hashlib.sha256(BODY).hexdigest()
 

@@ -1,21 +1,16 @@
 """finetune.py under a hostile user, disk and clock: python -m pytest dev/test_hostile_finetune.py"""
 
-# ruff: noqa: E402, F401, F811 (fixtures are imported, then named as arguments)
-
 import errno
 import itertools
 import json
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bert
 import data
@@ -27,11 +22,8 @@ from test_tamt import (
     lines_of_results,
     run_finetune,
     stop_fine_tuning_at,
-    tasks,
     tiny,
-    world,
-    write_json,
-    write_lines,
+    write,
 )
 
 
@@ -50,15 +42,15 @@ def refused(capsys, tasks, out, *argv, **more):
 
 
 def test_files_of_others_stay_in_the_folder_of_a_run(tasks, tmp_path):
-    write_lines(tmp_path / "run/film.part", ["x"])
-    write_lines(tmp_path / "run/b/c.part", ["x"])
+    write(tmp_path / "run/film.part", ["x"])
+    write(tmp_path / "run/b/c.part", ["x"])
     assert run_finetune(tasks, tmp_path) == 0
     assert len(list(tmp_path.rglob("*.part"))) == 2
 
 
 @pytest.mark.parametrize("more", [(), ("--resume",)])
 def test_a_foreign_result_json_is_refused(tasks, tmp_path, capsys, more):
-    write_json(tmp_path / "run/result.json", {"score": 1})
+    write(tmp_path / "run/result.json", {"score": 1})
     assert "result.json is not a file of this program" in refused(capsys, tasks, tmp_path, "rte", *more)
     assert json.loads((tmp_path / "run/result.json").read_text()) == {"score": 1}
 
@@ -212,8 +204,8 @@ def test_stopped_anywhere_several_tasks_end_alike(tasks, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_odd_tables_are_one_line_that_names_the_file(tasks, tmp_path, capsys, split, rows):
     for name in ("train", "dev"):
-        write_lines(tmp_path / "RTE" / f"{name}.tsv", ["sentence1\tsentence2\tlabel", "a\tb\tentailment"])
-    write_lines(tmp_path / "RTE" / f"{split}.tsv", ["sentence1\tsentence2\tlabel", *rows])
+        write(tmp_path / "RTE" / f"{name}.tsv", ["sentence1\tsentence2\tlabel", "a\tb\tentailment"])
+    write(tmp_path / "RTE" / f"{split}.tsv", ["sentence1\tsentence2\tlabel", *rows])
     assert f"{split}.tsv" in refused(capsys, tasks, tmp_path, "rte", "--data", tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -223,7 +215,7 @@ def test_one_example_is_enough(tasks, tmp_path, task):
     for folder, label, word in (("RTE", "label", "entailment"), ("STS-B", "score", "2.5")):
         for split in ("train", "dev"):
             rows = [f"sentence1\tsentence2\t{label}", f"\U0001f600\t\t{word}"]
-            write_lines(tmp_path / folder / f"{split}.tsv", rows)
+            write(tmp_path / folder / f"{split}.tsv", rows)
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, data=tmp_path))
     assert all(np.isfinite(value) for value in result["final"].values())
 
@@ -232,7 +224,7 @@ def test_one_example_is_enough(tasks, tmp_path, task):
     {"id": "1", "question": "where", "answers": [{"text": "z", "answer_start": 0}]}]}]], ids=str)
 def test_a_squad_without_answers_is_one_line(tasks, tmp_path, capsys, paragraphs):
     for split in ("train", "dev"):
-        write_json(tmp_path / f"squad/{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
+        write(tmp_path / f"squad/{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
     assert run_finetune(tasks, tmp_path, "squad", "--data", tmp_path) == 2
     last_line = capsys.readouterr().err.splitlines()[-1]  # before it, how many questions were left out
     assert last_line.startswith("error: ")
@@ -244,7 +236,7 @@ def test_a_question_that_leaves_no_room_is_one_line(tasks, tmp_path, capsys):
     answer = {"text": "tree", "answer_start": 4}
     question = {"id": "1", "question": "where the cat " * 50, "answers": [answer]}
     for split in ("train", "dev"):
-        write_json(tmp_path / f"squad/{split}-v1.1.json",
+        write(tmp_path / f"squad/{split}-v1.1.json",
                    {"data": [{"paragraphs": [{"context": "the tree", "qas": [question]}]}]})
     error = refused(capsys, tasks, tmp_path, "squad", "--data", tmp_path)
     assert "max_len 48: no room for text after 'where the cat" in error

@@ -5,15 +5,10 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import glue_squad  # noqa: E402
+import glue_squad
 
 
 @pytest.mark.parametrize("task, content, message", [

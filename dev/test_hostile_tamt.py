@@ -1,39 +1,28 @@
 """tamt.py under a hostile user, disk and clock: python -m pytest dev/test_hostile_tamt.py"""
 
-# ruff: noqa: E402, F401, F811 (fixtures are imported, then named as arguments)
-
-import io
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import bert
-import data
 import tamt
+from test_commands import assert_one_error_line, run_tamt
 from test_tamt import (
-    assert_one_error_line,
-    exit_status,
     folder_content,
     mask_settings,
-    run_tamt,
     same_masks,
     stop_mask_training_after,
-    tiny,
     watch_updates,
-    world,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import tamt
+from dev import gpu
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import tamt  # noqa: E402
-from dev import gpu  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
 STEPS = 20
@@ -25,7 +23,6 @@ PROGRAM = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import tamt
-
 save_state_if_due = tamt.save_state_if_due
 
 def save_and_stop(training):

@@ -18,14 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+import bert
+import tamt
+from dev import bench, sweep, toy
+from test_tamt import tiny
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import bert  # noqa: E402
-import tamt  # noqa: E402
-from dev import bench, sweep, toy  # noqa: E402
-from test_tamt import tiny  # noqa: E402
-
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 

@@ -1,0 +1,98 @@
+"""Tables and tasks of your own: which columns and labels glue_squad.py reads, and what it refuses.
+
+    python -m pytest dev/test_tables.py
+"""
+
+import pytest
+
+import glue_squad
+from test_tamt import MOOD, squad_file, write
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    write(tmp_path / "SST-2/dev.tsv", "\ufeffsentence\tlabel\r\na\t1\r\n\r\n")
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [("a", None, 1)]
+
+
+def test_the_folder_may_be_the_tasks_own(tmp_path):
+    write(tmp_path / "dev.tsv", "sentence\tlabel\na\t1\n")
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [("a", None, 1)]
+
+
+def test_cola_has_no_line_of_names_but_its_test_file_has(tmp_path):
+    write(tmp_path / "CoLA/dev.tsv", "gj04\t1\t\tFirst row.\nbc\t0\t*\tSecond row.\n")
+    write(tmp_path / "CoLA/test.tsv", "index\tsentence\n0\tWho knows?\n")
+    assert glue_squad.load_glue("cola", "dev", tmp_path) == [("First row.", None, 1), ("Second row.", None, 0)]
+    assert glue_squad.load_glue("cola", "test", tmp_path) == [("Who knows?", None, None)]
+
+
+def test_two_columns_of_the_same_name_are_refused(tmp_path):
+    write(tmp_path / "STS-B/dev.tsv", "sentence1\tsentence2\tsentence1\tscore\na\tb\tc\t3.2\n")
+    with pytest.raises(ValueError, match="line 1: several columns are called 'sentence1'"):
+        glue_squad.load_glue("stsb", "dev", tmp_path)
+
+
+def test_a_missing_file_names_both_places(tmp_path):
+    with pytest.raises(FileNotFoundError, match="task rte: no dev file; expected .*RTE/dev.tsv or .*/dev.tsv"):
+        glue_squad.load_glue("rte", "dev", tmp_path)
+
+
+def test_an_unknown_task_or_split_names_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'snli'; known: cola, sst2, .*squad"):
+        glue_squad.find_task("snli")
+    with pytest.raises(ValueError, match="task rte has no split 'dev_mm'; it has train, dev, test"):
+        glue_squad.load_glue("rte", "dev_mm", tmp_path)
+
+
+# A task of your own.
+
+
+def test_a_task_of_your_own_may_predict_numbers_from_a_table_without_names(tmp_path):
+    write(tmp_path / "a.tsv", "hello\tyou\t0.5\n")
+    change = {"columns": [0, 1], "label": 2, "labels": None, "metric": "pearson"}
+    task = glue_squad.find_task(write(tmp_path / "task.json", MOOD | change))
+    assert (task.predicts, task.num_outputs) == ("number", 1)
+    assert glue_squad.load_glue(task, "train", tmp_path) == [("hello", "you", 0.5)]
+
+
+def test_one_column_with_a_name_means_that_every_table_has_a_line_of_names(tmp_path):
+    """The test file has no label column; its first line is not a row even if the text has a number."""
+    write(tmp_path / "a.tsv", "id\ttext\tmood\n1\thello\tglad\n")
+    write(tmp_path / "b.tsv", "id\ttext\n2\tyou\n")
+    task = glue_squad.find_task(write(tmp_path / "task.json", MOOD | {"columns": [1], "test": "b.tsv"}))
+    assert glue_squad.load_glue(task, "train", tmp_path) == [("hello", None, 1)]
+    assert glue_squad.load_glue(task, "test", tmp_path) == [("you", None, None)]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"color": 1}, "unknown key 'color'; needed: name, columns, .*possible: test"),
+    ({"train": "c.tsv"}, "no train file; expected .*c.tsv"),
+    ({"columns": []}, '"columns" must be a list of one or two'),
+    ({"columns": [True]}, "header names or indices from 0"),
+    ({"labels": ["a"]}, "two or more different words, or null"),
+    ({"labels": None}, "valid: pearson, spearman"),
+    ({"metric": "bleu"}, "'bleu' does not fit these labels; valid: accuracy, f1, matthews"),
+    ({"labels": ["a", "b", "c"]}, "valid: accuracy$"),
+    ({"name": "cola"}, "no official task|not an official task"),
+    ({"name": "SST-2"}, "no official task|not an official task"),
+    ({"name": "../mood"}, '"name" must be a word')])
+def test_a_task_of_your_own_that_is_wrong_says_what_would_be_valid(tmp_path, change, message):
+    write(tmp_path / "a.tsv", "id\ttext\tmood\n1\thello\tglad\n")
+    with pytest.raises((ValueError, OSError), match=message):
+        glue_squad.find_task(write(tmp_path / "task.json", MOOD | change))
+
+
+def test_a_task_of_your_own_that_lacks_a_key_says_so(tmp_path):
+    content = {key: value for key, value in MOOD.items() if key != "metric"}
+    with pytest.raises(ValueError, match="missing key 'metric'; needed: name, columns, "):
+        glue_squad.find_task(write(tmp_path / "task.json", content))
+
+
+# ---------------------------------------------------------------------------------------------------
+# glue_squad: SQuAD
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_malformed_question_is_named_by_its_place(tmp_path):
+    with pytest.raises(ValueError, match=r"dev.json: data\[0\].paragraphs\[0\].qas\[1\]: no 'answer_start'"):
+        glue_squad.load_squad(write(tmp_path / "dev.json", squad_file(3, "2")))
