@@ -36,10 +36,6 @@ from test_tamt import (
     write,
 )
 
-# ---------------------------------------------------------------------------------------------------
-# tamt: helpers
-# ---------------------------------------------------------------------------------------------------
-
 
 def run_tamt(world, out, *more):
     """mask_settings() from the command line, without its learning rate and device -> exit status."""
@@ -59,7 +55,7 @@ def assert_one_error_line(capsys, words, main, *argv):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: runs
+# tamt: folders and --resume
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -68,9 +64,6 @@ def test_find_mask_and_the_command_line_learn_the_same_mask(world, tmp_path):
     assert run_tamt(world, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
     assert share_of_flips(tmp_path / "a") > 0.01  # it is not the start mask
-
-
-# Resuming: the same bytes as without an interruption.
 
 
 @pytest.fixture
@@ -147,16 +140,10 @@ def test_mask_training_is_the_same_under_another_spelling_of_its_paths(world, tm
     assert steps == list(range(steps[0], 13)) and steps[0] > 1  # resumed, not begun anew
 
 
-# Iterative magnitude pruning.
-
-
 def test_next_after_evaluating_the_whole_network_is_mask_training_on_the_same_text(world, capsys):
     tamt.evaluate_mask(mask_settings(world, evaluate=True, lines=True))
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line == f"next: python tamt.py --model {world}/bert --data {world}/text.txt --lines"
-
-
-# Folders and notes.
 
 
 NAMES = {"bert-tamt-mlm-0.7-s1": {},
@@ -192,7 +179,7 @@ def test_a_flag_without_effect_is_noted_and_the_run_goes_on(world, tmp_path, cap
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: mask files, reports, export
+# tamt: mask files, and what is printed
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +261,7 @@ def test_omp_and_random_need_no_text(world, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: the command line
+# tamt: wrong input
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -405,11 +392,6 @@ def test_no_module_imports_what_the_design_does_not_allow():
         assert found <= packages, name
 
 
-# ---------------------------------------------------------------------------------------------------
-# finetune: one experiment
-# ---------------------------------------------------------------------------------------------------
-
-
 def test_python_and_the_command_line_give_the_same_best_result_and_settings(tasks, tmp_path):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path / "python", results=None))
     assert run_finetune(tasks, tmp_path / "shell") == 0
@@ -419,11 +401,8 @@ def test_python_and_the_command_line_give_the_same_best_result_and_settings(task
 
 
 # ---------------------------------------------------------------------------------------------------
-# finetune: training under a fixed mask
+# finetune: folders, results and --resume
 # ---------------------------------------------------------------------------------------------------
-
-
-# What a run leaves.
 
 
 def test_a_run_ends_with_lines_that_grep_reads(finished):
@@ -435,9 +414,6 @@ def test_a_run_ends_with_lines_that_grep_reads(finished):
     final = experiment.result["final"][metric]
     assert best >= final
     assert {f"task: {task.name}", f"best_{metric}: {best:.4f}", f"final_{metric}: {final:.4f}"} <= set(lines)
-
-
-# The command line's --resume
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_settings(
@@ -547,9 +523,6 @@ def test_runs_with_other_settings_get_other_folders_by_default(tasks, tmp_path, 
     assert len(list(tmp_path.glob("out/rte-tasks-s1-*/result.json"))) == 2
 
 
-# The other settings
-
-
 def test_mnli_is_reported_without_its_mismatched_file(tasks, tmp_path, capsys):
     rows = ["the cat\tthe dog\tneutral", "a cat\ta cat\tentailment"] * 8
     for name in ("train", "dev_matched"):
@@ -603,7 +576,7 @@ def test_a_kill_after_the_line_does_not_double_it(tasks, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Wrong input
+# finetune: wrong input
 # ---------------------------------------------------------------------------------------------------
 
 

@@ -259,11 +259,8 @@ def test_a_line_that_a_killed_program_left_unfinished_does_not_swallow_the_next(
 
 
 # ---------------------------------------------------------------------------------------------------
-# glue_squad: tables
+# glue_squad: only what is read is fetched
 # ---------------------------------------------------------------------------------------------------
-
-
-# Downloads: only what is read.
 
 
 @pytest.fixture

@@ -88,11 +88,6 @@ def test_a_task_of_your_own_that_lacks_a_key_says_so(tmp_path):
         glue_squad.find_task(write(tmp_path / "task.json", content))
 
 
-# ---------------------------------------------------------------------------------------------------
-# glue_squad: SQuAD
-# ---------------------------------------------------------------------------------------------------
-
-
 def test_a_malformed_question_is_named_by_its_place(tmp_path):
     with pytest.raises(ValueError, match=r"dev.json: data\[0\].paragraphs\[0\].qas\[1\]: no 'answer_start'"):
         glue_squad.load_squad(write(tmp_path / "dev.json", squad_file(3, "2")))

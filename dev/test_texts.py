@@ -572,11 +572,6 @@ def test_a_corpus_that_gives_no_rows_is_refused_and_leaves_nothing(vocabulary, t
     assert list(tmp_path.glob("cache/blocks/*")) == []
 
 
-# ---------------------------------------------------------------------------------------------------
-# data: batches
-# ---------------------------------------------------------------------------------------------------
-
-
 def test_corruption_never_chooses_additional_special_tokens(tmp_path):
     settings = {"additional_special_tokens": ["[E1]"]}
     vocabulary = data.vocabulary(with_settings(bert_folder, tmp_path, [settings]))
