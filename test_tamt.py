@@ -472,7 +472,7 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-def test_what_save_writes_load_reads(model, tmp_path):
+def test_load_reads_what_save_writes(model, tmp_path):
     bert.save(tmp_path / "new" / "folder", model.config, model.state_dict(), "ForMaskedLM")
     found = bert.load(tmp_path / "new" / "folder")
     assert_equal(found.state_dict(), model.state_dict())
@@ -480,7 +480,7 @@ def test_what_save_writes_load_reads(model, tmp_path):
 
 
 @torch.no_grad()
-def test_what_save_writes_transformers_opens_with_equal_logits(model, tmp_path):
+def test_transformers_opens_what_save_writes_with_equal_logits(model, tmp_path):
     import transformers
 
     family = model.config.model_type
@@ -509,12 +509,16 @@ def vocabulary(tmp_path, monkeypatch):
     return data.vocabulary(tmp_path)
 
 
-def test_text_is_one_stream_of_tokens_cut_into_blocks_between_cls_and_sep(vocabulary, tmp_path):
-    (tmp_path / "wiki.train.raw").write_text(" = One = \n one two\n\nthree four five six\nseven\n")
+def test_text_is_one_stream_of_tokens_cut_into_rows_between_cls_and_sep(vocabulary, tmp_path):
+    (tmp_path / "wiki.train.raw").write_text("zero one\n two\n\nthree four five six\nseven\n")
     rows = data.corpus_rows(tmp_path, vocabulary, 6, "train")
-    #                [CLS]  =  one  =  one [SEP]; two .. five; the tail, six seven, is dropped
-    assert rows.tolist() == [[2, 1, 6, 1, 6, 3], [2, 7, 8, 9, 10, 3]]
-    assert rows.dtype == np.uint16
+    # [CLS] zero one two three [SEP], [CLS] four five six seven [SEP]
+    assert rows.tolist() == [[2, 5, 6, 7, 8, 3], [2, 9, 10, 11, 12, 3]]
+
+
+def test_what_does_not_fill_a_row_is_dropped(vocabulary, tmp_path):
+    (tmp_path / "wiki.train.raw").write_text("zero one two three four")
+    assert data.corpus_rows(tmp_path, vocabulary, 6, "train").tolist() == [[2, 5, 6, 7, 8, 3]]
 
 
 def test_the_last_twentieth_of_the_lines_of_a_file_is_dev(vocabulary, tmp_path):
@@ -524,27 +528,28 @@ def test_the_last_twentieth_of_the_lines_of_a_file_is_dev(vocabulary, tmp_path):
     assert data.corpus_rows(text, vocabulary, 4, "dev").tolist() == [[2, 8, 9, 3]] * 2
 
 
-def test_5_percent_of_unknown_tokens_cause_a_warning(vocabulary, tmp_path, capsys):
+@pytest.mark.parametrize("num_unknown, warned", [(4, False), (5, True)])
+def test_5_percent_of_unknown_tokens_cause_a_warning(vocabulary, tmp_path, capsys, num_unknown, warned):
+    words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
+    (tmp_path / "wiki.valid.raw").write_text(" ".join(words))
+    data.corpus_rows(tmp_path, vocabulary, 100 + 2, "dev")  # one row: the words, [CLS] and [SEP]
     warning = "5.0% of its tokens are unknown to this vocabulary, such as 'Ω', 'xyz', '?'"
-    for num_unknown, warned in ((4, False), (5, True)):
-        words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
-        (tmp_path / "wiki.valid.raw").write_text(" ".join(words * 10))
-        for _ in range(2):  # the second time from the cache
-            data.corpus_rows(tmp_path, vocabulary, 102, "dev")
-            assert (warning in capsys.readouterr().err) == warned
+    assert (warning in capsys.readouterr().err) == warned
+
+
+def test_the_warning_comes_again_when_the_rows_are_read_from_the_cache(vocabulary, tmp_path, capsys):
+    (tmp_path / "wiki.valid.raw").write_text("Ω one " * 50)
+    warnings = []
+    for _ in range(2):
+        data.corpus_rows(tmp_path, vocabulary, 100 + 2, "dev")
+        warnings.append("50.0% of its tokens are unknown" in capsys.readouterr().err)
+    assert warnings == [True, True]
 
 
 def test_a_text_without_any_known_token_is_refused(vocabulary, tmp_path):
     (tmp_path / "wiki.valid.raw").write_text("αβγ δεζ " * 100)
     with pytest.raises(ValueError, match="valid.raw: nothing to predict, 100% of its tokens are unknown"):
         data.corpus_rows(tmp_path, vocabulary, 18, "dev")
-
-
-def test_progress_says_how_far_how_fast_and_how_long(capsys):
-    progress = data.Progress("f", 2_000_000)
-    for _ in range(2):
-        progress.add(1_000_000)
-    assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -745,7 +750,7 @@ def is_subset(a, b):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_maskable_weights_are_the_embeddings_six_per_layer_and_the_pooler(model):
+def test_maskable_weights_are_the_embeddings_six_matrices_in_each_layer_and_the_pooler(model):
     family = model.config.model_type
     names = list(tamt.maskable_layers(model))
     in_layer = [name.removeprefix(f"{family}.encoder.layer.1.") for name in names if ".layer.1." in name]
@@ -930,18 +935,18 @@ def test_more_than_255_entries_of_a_group_may_be_kept():
     assert torch.equal(mask, expected.expand(2, 800))
 
 
-def random_masks(layers, sparsity, rank):
+def masks_at_random(layers, sparsity, rank):
     return tamt.random_masks(layers, sparsity, rank, seed=1)
 
 
-@pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, random_masks])
+@pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, masks_at_random])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
 def test_local_masks_prune_the_requested_share_of_each_matrix_exactly(layers, sparsity, make_masks):
     for mask in make_masks(layers, sparsity, "local").values():
         assert int((~mask).sum()) == round(mask.numel() * sparsity)
 
 
-@pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, random_masks])
+@pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, masks_at_random])
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
 def test_global_masks_prune_the_requested_share_of_all_entries_exactly(layers, sparsity, make_masks):
     masks = make_masks(layers, sparsity, "global")
@@ -1023,11 +1028,15 @@ def local_scores(layers):
     return start, tamt.Scores(layers, start, 0.7, "local", without_gradient={})
 
 
-def test_scores_start_at_two_phi_where_omp_keeps_and_at_zero_elsewhere(layers, local_scores):
-    start, scores = local_scores
+def test_the_first_local_mask_is_that_of_omp(layers, local_scores):
+    start, _ = local_scores
     assert same_masks(masks_of(layers), start)
-    assert tamt.PHI == 0.01
-    assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)  # Eq. 5
+
+
+def test_scores_start_at_two_phi_where_the_mask_keeps_and_at_zero_elsewhere(local_scores):
+    """Eq. 5, with phi = .01 as in the released code."""
+    _, scores = local_scores
+    assert torch.equal(scores.vector, 0.02 * scores.mask)
 
 
 def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
@@ -1596,6 +1605,10 @@ def test_a_batch_depends_on_seed_and_step_alone(world):
 # tamt: what the released code computed
 # ---------------------------------------------------------------------------------------------------
 
+# data/released holds what the released code did with 40 (mlm) and 60 (kd) batches: the batches, the loss at each of
+# them, and the mask at the end. The tests make the same updates, from the same start mask and without dropout, and
+# compare. A score within rounding of its threshold may fall on either side of it (settle_ties).
+
 
 RELEASED_RATES = {"mlm": 1e-3, "kd": 3e-4}
 
@@ -1691,13 +1704,14 @@ def released_mlm_run(tmp_path_factory):
     """After update 24 one score of 4,300,032 lies within rounding of its threshold. On which side it falls depends on
     the order in which a processor adds up, and decides 12 entries of the final mask. So it is put onto the threshold,
     where the released run had it, at or below."""
-    return released_run(tmp_path_factory.mktemp("released"), "mlm", settle_after=24)
+    run = released_run(tmp_path_factory.mktemp("released"), "mlm", settle_after=24)
+    assert run.num_tied == 1
+    assert run.num_changed > 8000  # the released run moved the mask
+    return run
 
 
 @needs_real_inputs
 def test_the_mlm_mask_matches_the_released_code_entry_for_entry_once_one_tie_is_settled(released_mlm_run):
-    assert released_mlm_run.num_tied == 1
-    assert released_mlm_run.num_changed > 8000
     assert released_mlm_run.num_differing == 0
 
 
@@ -1710,19 +1724,21 @@ def test_at_most_two_of_the_mlm_losses_differ_from_the_released_code(released_ml
 
 @pytest.fixture(scope="module")
 def released_kd_run(tmp_path_factory):
-    return released_run(tmp_path_factory.mktemp("released"), "kd")
+    run = released_run(tmp_path_factory.mktemp("released"), "kd")
+    assert run.num_changed > 13_000  # the released run moved the mask
+    return run
 
 
 @needs_real_inputs
 def test_the_kd_mask_differs_from_the_released_code_in_less_than_a_twentieth_of_what_changed(released_kd_run):
     """Its scores move little, so many of them lie within rounding of a threshold. Where this was written, 464 of the
     13,654 entries that changed were different."""
-    assert released_kd_run.num_changed > 13_000
     assert released_kd_run.num_differing < 0.05 * released_kd_run.num_changed
 
 
 @needs_real_inputs
-def test_the_kd_losses_match_the_released_code(released_kd_run):
+def test_the_kd_losses_stay_within_0_002_of_the_released_code(released_kd_run):
+    """They lie between .09 and .27. Where scores fall on the other side of a threshold, they differ."""
     assert released_kd_run.loss_differences.max() < 2e-3
 
 
@@ -1850,9 +1866,13 @@ def test_the_log_says_how_much_is_kept_and_how_much_changed_sides(world, tmp_pat
     assert last_line["flips"] > 0
 
 
-def test_masks_are_saved_on_the_way(world, tmp_path):
-    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
+def test_masks_are_saved_on_the_way(world, tmp_path, monkeypatch):
+    masks = {}
+    watch_updates(monkeypatch, lambda layers, step: masks.update({step: masks_of(layers)}))
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5, lr=1e-2))
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-5"]
+    assert same_masks(tamt.load_mask(tmp_path / "step-5"), masks[5])
+    assert same_masks(tamt.load_mask(tmp_path / "step-10"), masks[10])
 
 
 def test_a_run_reports_what_evaluate_finds_for_its_mask_under_the_pretrained_head(world, tmp_path):
@@ -1863,13 +1883,10 @@ def test_a_run_reports_what_evaluate_finds_for_its_mask_under_the_pretrained_hea
     assert found["dev_kd_loss"] == content["dev_kd_loss"]
 
 
-@pytest.mark.parametrize("objective, loss, factor", [
-    ("mlm", "dev_mlm_loss", 1.0),  # the tiny BERT knows no language yet, so there is little to lose
-    ("kd", "dev_kd_loss", 0.9)])
-def test_learning_beats_the_start_on_its_own_objective(world, tmp_path, objective, loss, factor):
+def test_distillation_brings_the_student_nearer_to_its_teacher_than_the_start_mask_is(world, tmp_path):
     start = tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp"))
-    learned = tamt.find_mask(mask_settings(world, tmp_path / "tamt", objective=objective, steps=120, lr=5e-3))
-    assert learned[loss] < factor * start[loss]
+    learned = tamt.find_mask(mask_settings(world, tmp_path / "tamt", objective="kd", steps=120, lr=5e-3))
+    assert learned["dev_kd_loss"] < 0.9 * start["dev_kd_loss"]
 
 
 @pytest.mark.slow
@@ -1893,16 +1910,26 @@ def test_a_short_run_flips_nothing_at_the_learning_rate_of_the_paper_but_does_at
         assert (share_of_flips(tmp_path / str(learning_rate)) > 0) == flips
 
 
-def test_between_refreshes_the_sparsity_drifts_but_saved_masks_are_exact(world, tmp_path, monkeypatch):
+@pytest.fixture
+def refreshed_every_six(world, tmp_path, monkeypatch):
+    """A run of twelve updates with --refresh-every 6, whose masks are saved at 5 and 10 -> its folder, how many entries
+    each update's mask prunes, and how many it should."""
     counts = {}
     watch_updates(monkeypatch, lambda layers, step: counts.update({step: num_pruned(masks_of(layers))}))
-    tamt.find_mask(mask_settings(world, tmp_path, refresh_every=6, lr=4e-3))
-    masks = tamt.load_mask(tmp_path)
-    exact = round(num_entries(masks) * 0.7)
-    refreshed = [5, 6, 10, 12]  # at 6 and 12 as asked, at 5 and 10 since they are saved, at 12 since it is the end
-    assert [counts[step] for step in refreshed] == [exact] * 4
-    assert all(counts[step] != exact for step in (4, 9, 11))
-    assert num_pruned(masks) == num_pruned(tamt.load_mask(tmp_path / "step-5")) == exact
+    tamt.find_mask(mask_settings(world, tmp_path, refresh_every=6, save_every=5, lr=4e-3))
+    return tmp_path, counts, round(num_entries(tamt.load_mask(tmp_path)) * 0.7)
+
+
+def test_between_refreshes_the_sparsity_drifts(refreshed_every_six):
+    _, counts, exact = refreshed_every_six
+    for step in (4, 9, 11):  # the last ones before a refresh
+        assert counts[step] != exact
+
+
+def test_the_sparsity_is_exact_at_a_refresh_at_a_save_and_at_the_end(refreshed_every_six):
+    folder, counts, exact = refreshed_every_six
+    assert [counts[step] for step in (5, 6, 10, 12)] == [exact] * 4
+    assert num_pruned(tamt.load_mask(folder / "step-5")) == num_pruned(tamt.load_mask(folder)) == exact
 
 
 def test_at_sparsity_0_the_student_is_the_teacher(world, tmp_path):
@@ -1930,18 +1957,23 @@ def test_init_random_starts_from_a_random_mask(world, tmp_path):
     assert same_masks(tamt.load_mask(tmp_path / "start"), tamt.load_mask(tmp_path / "run"))
 
 
-def test_lines_become_padded_rows(world, tmp_path, monkeypatch):
+def test_with_lines_each_row_is_a_line_of_the_text_padded(world, tmp_path, monkeypatch):
     rows = []
     next_batch = tamt.next_batch
 
     def look(training):
         batch = next_batch(training)
-        rows.extend(batch.is_token)
+        for input_ids, is_token in zip(batch.input_ids, batch.is_token, strict=True):
+            rows.append(tuple(input_ids[is_token]))
         return batch
 
     monkeypatch.setattr(tamt, "next_batch", look)
     tamt.find_mask(mask_settings(world, tmp_path, lines=True, objective="mlm+kd", steps=3))
-    assert set(np.array(rows).sum(axis=1)) == {10}  # seven words, a full stop, [CLS], [SEP]; a row has 16 places
+    tokenizer = data.vocabulary(world / "bert").tokenizer
+    lines = {tuple(tokenizer.encode("[CLS]" + line + "[SEP]", add_special_tokens=False).ids)
+             for line in (world / "text.txt").read_text().splitlines()}
+    assert len(rows) == 3 * 8
+    assert set(rows) <= lines
 
 
 @pytest.fixture
@@ -1972,18 +2004,21 @@ def test_for_kd_a_model_without_masked_lm_head_needs_none_and_reports_no_mlm_los
 # ---------------------------------------------------------------------------------------------------
 
 
-RESUMED = {"kd": {"objective": "kd"}, "mlm+kd": {"objective": "mlm+kd"},
-           "drifting": {"rank": "local", "refresh_every": 4, "lr": 4e-3},
-           "2:4": {"rank": "2:4"},
-           "imp": {"method": "imp", "prune_every": 4, "sparsity": 0.35, "steps": 40},
-           "imp without rewinding": {"method": "imp", "prune_every": 4, "sparsity": 0.35, "no_rewind": True}}
+RESUMED = {
+    "kd": {"objective": "kd"},
+    "mlm+kd": {"objective": "mlm+kd"},
+    "thresholds that stand still": {"rank": "local", "refresh_every": 4, "lr": 4e-3},
+    "2:4": {"rank": "2:4"},
+    "imp": {"method": "imp", "prune_every": 4, "sparsity": 0.35},
+    "imp without rewinding": {"method": "imp", "prune_every": 4, "sparsity": 0.35, "no_rewind": True},
+}
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(world, tmp_path, monkeypatch, case):
     tamt.find_mask(mask_settings(world, tmp_path / "whole", **RESUMED[case]))
     resumed = mask_settings(world, tmp_path / "resumed", resume=True, **RESUMED[case])  # no state yet: it starts
-    stop_mask_training_after(monkeypatch, 7)
+    stop_mask_training_after(monkeypatch, 7)  # the last state is that of update 5
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(resumed)
     assert not (tmp_path / "resumed" / "mask.pt").exists()
@@ -2046,7 +2081,7 @@ def test_two_processes_learn_the_mask_of_one(world, tmp_path, accumulate):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-def test_compile_changes_no_number_but_by_rounding(world, tmp_path):
+def test_compiled_training_has_nearly_the_losses_and_the_mask_of_the_usual_one(world, tmp_path):
     """With dropout: the compiled network draws the same numbers."""
     losses = []
     for is_compiled in (False, True):
@@ -2155,8 +2190,7 @@ def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
     assert same_masks(tamt.load_mask(tmp_path), masks)  # the folder of a run
 
 
-def test_a_mask_file_is_documented_and_holds_plain_types(tmp_path, masks):
-    """What a reader without this program needs: torch.load, and numpy.unpackbits."""
+def test_a_mask_file_can_be_read_with_torch_load_and_unpackbits_alone(tmp_path, masks):
     tamt.save_mask(tmp_path / "mask.pt", masks, {"seed": 3})
     content = torch.load(tmp_path / "mask.pt", weights_only=True)
     assert content["format"] == 1 and content["meta"] == {"seed": 3}
@@ -2197,20 +2231,16 @@ def test_a_mask_says_how_it_was_found(world, tmp_path):
     assert "dev_kd_loss" in meta
 
 
-@pytest.mark.parametrize("spelling", ["weight", "weight_mask", "module", "uint8", "float", "nested"])
+@pytest.mark.parametrize("spelling", [
+    lambda masks: masks,
+    lambda masks: {f"{name}_mask": mask for name, mask in masks.items()},
+    lambda masks: {f"module.{name}": mask for name, mask in masks.items()},
+    lambda masks: {name: mask.to(torch.uint8) for name, mask in masks.items()},
+    lambda masks: {name: mask.float() for name, mask in masks.items()},
+    lambda masks: {"state_dict": masks},
+], ids=["weight", "weight_mask", "module.", "uint8", "float", "state_dict"])
 def test_masks_of_the_released_code_are_read(tmp_path, masks, spelling):
-    content = dict(masks)
-    if spelling == "weight_mask":
-        content = {f"{name}_mask": mask for name, mask in masks.items()}
-    if spelling == "module":
-        content = {f"module.{name}": mask for name, mask in masks.items()}
-    if spelling == "uint8":
-        content = {name: mask.to(torch.uint8) for name, mask in masks.items()}
-    if spelling == "float":
-        content = {name: mask.float() for name, mask in masks.items()}
-    if spelling == "nested":
-        content = {"state_dict": masks}
-    torch.save(content, tmp_path / "theirs.pt")
+    torch.save(spelling(masks), tmp_path / "theirs.pt")
     assert same_masks(tamt.load_mask(tmp_path / "theirs.pt"), masks)
 
 
@@ -2227,19 +2257,30 @@ def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
     assert same_masks(tamt.load_mask(tmp_path / "pruned.pt"), masks)
 
 
-def test_names_without_family_prefix_fit(layers, masks):
+def test_a_mask_whose_names_lack_bert_or_roberta_in_front_is_read(layers, masks):
     bare = {name.split(".", 1)[1]: mask for name, mask in masks.items()}
     assert same_masks(tamt.fit_masks(layers, bare, "file"), masks)
 
 
-def test_pooler_and_word_embeddings_may_be_absent_on_either_side(layers, masks):
-    encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
-    assert same_masks(tamt.fit_masks(layers, encoder, "file"), encoder)
+@pytest.fixture
+def encoder_masks(masks):
+    """Masks without pooler and word embeddings."""
+    return {name: mask for name, mask in masks.items() if ".encoder." in name}
+
+
+def test_a_mask_may_lack_pooler_and_word_embeddings(layers, encoder_masks):
+    assert same_masks(tamt.fit_masks(layers, encoder_masks, "file"), encoder_masks)
+
+
+def test_a_model_may_lack_the_pooler_and_word_embeddings_of_a_mask(layers, masks, encoder_masks):
     encoder_layers = {name: layer for name, layer in layers.items() if ".encoder." in name}
-    assert same_masks(tamt.fit_masks(encoder_layers, masks, "file"), encoder)
-    tamt.set_masks(layers, encoder)
+    assert same_masks(tamt.fit_masks(encoder_layers, masks, "file"), encoder_masks)
+
+
+def test_a_matrix_without_a_mask_stays_dense(layers, encoder_masks):
+    tamt.set_masks(layers, encoder_masks)
     for name, layer in layers.items():
-        assert layer.mask.all() or name in encoder  # absent means dense
+        assert layer.mask.all() or name in encoder_masks
 
 
 def test_similarity_is_the_mean_over_matrices_of_the_jaccard_index_of_what_is_kept():
@@ -2359,7 +2400,7 @@ def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
     assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]
 
 
-def test_the_label_of_a_similarity_is_a_number(tmp_path):
+def test_labels_of_stsb_are_numbers(tmp_path):
     write(tmp_path / "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t3.200\n")
     assert glue_squad.load_glue("stsb", "dev", tmp_path) == [("a", "b", 3.2)]
 
@@ -2510,7 +2551,14 @@ def test_batches_hold_each_example_once(num_examples, batch_size):
     lengths = np.random.default_rng(0).integers(3, 60, num_examples)
     batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == list(range(num_examples))
-    assert [len(batch) for batch in batches].count(batch_size) >= num_examples // batch_size
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_all_batches_are_full_but_one(num_examples, batch_size):
+    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
+    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    full, rest = divmod(num_examples, batch_size)
+    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
 
 
 def test_batches_hold_little_padding():
@@ -2520,13 +2568,18 @@ def test_batches_hold_little_padding():
     assert padded < 1.1 * lengths.sum()
 
 
-def test_batches_are_a_function_of_their_generator():
-    lengths = np.random.default_rng(0).integers(3, 60, 100)
-    orders = []
-    for seed in (1, 1, 2):
-        batches = glue_squad.bucketed_batches(lengths, 4, np.random.default_rng(seed))
-        orders.append(np.concatenate(batches).tolist())
-    assert orders[0] == orders[1] != orders[2]
+def batches_of(seed):
+    lengths = np.random.default_rng(0).integers(3, 60, 300)
+    return [tuple(batch) for batch in glue_squad.bucketed_batches(lengths, 4, np.random.default_rng(seed))]
+
+
+def test_the_same_seed_gives_the_same_batches():
+    assert batches_of(seed=1) == batches_of(seed=1)
+
+
+def test_another_seed_puts_other_examples_together():
+    first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (1, 2))
+    assert len(first & second) < 0.1 * len(first)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2553,7 +2606,7 @@ def test_load_squad_reads_questions_with_their_paragraph_and_answers(tmp_path):
 
 
 def test_squad_2_is_refused_by_its_version(tmp_path):
-    with pytest.raises(ValueError, match="SQuAD 2.0.*v1.1"):
+    with pytest.raises(ValueError, match=r"SQuAD 2\.0.*v1\.1"):
         glue_squad.load_squad(write(tmp_path / "dev.json", squad_file(3) | {"version": "v2.0"}))
 
 
@@ -2562,7 +2615,7 @@ def test_squad_2_without_its_version_is_refused_by_its_impossible_questions(tmp_
     del content["version"]
     question = content["data"][0]["paragraphs"][0]["qas"][0]
     question |= {"is_impossible": True, "answers": []}
-    with pytest.raises(ValueError, match="SQuAD 2.0.*v1.1"):
+    with pytest.raises(ValueError, match=r"SQuAD 2\.0.*v1\.1"):
         glue_squad.load_squad(write(tmp_path / "dev.json", content))
 
 
@@ -2627,9 +2680,23 @@ def test_questions_whose_answer_is_not_in_its_place_do_not_train(tmp_path, lette
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_answers_come_back_from_every_window_that_holds_them(letters, family):
+def test_an_answer_of_plain_words_comes_back_exactly(letters, family):
+    words = "anna met bob in rome last may".split()
+    for first, last in itertools.combinations(range(len(words) + 1), 2):
+        answer = " ".join(words[first:last])
+        start = len(" ".join([*words[:first], ""]))
+        question = glue_squad.Question("q", "Where?", " ".join(words), [(answer, start)])
+        [window] = glue_squad.make_windows([question], letters[family], max_len=99, training=True)
+        start_logits = np.eye(99)[[window.start_position]]
+        end_logits = np.eye(99)[[window.end_position]]
+        found = glue_squad.best_answers([question], [window], start_logits, end_logits)
+        assert found == {"q": answer}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_answers_in_odd_characters_come_back_from_every_window_that_holds_them(letters, family):
     """From characters to positions and back again. BERT's tokenizer deletes some characters at the ends of a
-    text, and a WordPiece token may be wider than the answer."""
+    text, and a WordPiece token may be wider than the answer: then it comes back with its neighbours."""
     rng = random.Random(1)
     num_windows = 0
     for _ in range(300):
@@ -2683,7 +2750,7 @@ def test_a_question_without_a_prediction_counts_as_wrong():
 
 
 @needs_real_inputs
-def test_scores_equal_the_official_scorers():
+def test_scores_equal_those_of_the_official_program():
     path = REAL / "squad" / "dev-v1.1.rebuilt.json"
     official = {}
     exec((REAL / "squad" / "evaluate-v1.1.py").read_text(), official)
@@ -2766,14 +2833,14 @@ def test_predictions_without_labels_are_an_error():
         glue_squad.score(glue_squad.TASKS["rte"], [0, 0], examples)
 
 
-def test_the_floor_is_the_score_of_the_most_frequent_class():
+def test_the_floor_is_what_always_answering_the_most_frequent_class_scores():
     examples = [glue_squad.Example("", "", int(i < 279)) for i in range(408)]  # as in MRPC's dev set
     precision, recall = 279 / 408, 1.0
     floor = glue_squad.majority_scores(glue_squad.TASKS["mrpc"], examples)
     assert floor == {"accuracy": precision, "f1": pytest.approx(2 * precision * recall / (precision + recall))}
 
 
-def test_the_floor_of_answers_is_0():
+def test_for_squad_the_floor_is_0():
     assert glue_squad.majority_scores(glue_squad.TASKS["squad"], []) == {"f1": 0, "em": 0}
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -579,3 +580,10 @@ def test_corruption_never_chooses_additional_special_tokens(tmp_path):
     assert vocabulary.extra_special_ids == (marker,)
     _, is_chosen = data.corrupt(np.full((50, 50), marker), vocabulary, np.random.default_rng(0))
     assert not is_chosen.any()
+
+
+def test_progress_says_how_far_how_fast_and_how_long(capsys):
+    progress = data.Progress("f", 2_000_000)
+    for _ in range(2):
+        progress.add(1_000_000)
+    assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
