@@ -25,13 +25,15 @@ Words that recur:
                     pruned and its kept scores
     refresh         a new ranking; between two of them the thresholds stand still (--refresh-every)
     pinned          entries of the mask whose scores never get a gradient: a global ranking leaves them as they started
+    floor           what always answering the most frequent class scores
+    level           of IMP: a sparsity on the way, .1, .2, ...; of Super Tickets: 1 to 8, each removes more units than
+                    the one before. Their order says which units go first
     mask            which weights are kept: {name of a weight: bool tensor, True = kept}. A ticket is a mask that
                     fine-tuning keeps fixed
 """
 
-import contextlib
 import copy
-import io
+import functools
 import itertools
 import json
 import math
@@ -2925,16 +2927,6 @@ def dense_settings(tasks, out, task="rte", **changes):
     return finetune_settings(tasks, out, task, **values)
 
 
-def run_finetune(tasks, out, task="rte", *more, mask="bert.pt"):
-    """The same as finetune_settings(), from the command line -> exit status."""
-    out.mkdir(parents=True, exist_ok=True)
-    argv = ["--task", task, "--data", tasks, "--max-len", 48, "--lr", 1e-3, "--batch-size", 8, "--epochs", 2,
-            "--out", out / "run", "--results", out / "results.jsonl"]
-    if mask:
-        argv += ["--mask", tasks / mask]
-    return exit_status(finetune.main, *argv, *more)
-
-
 def open_in_eval_mode(settings):
     """An opened experiment, its network in eval mode: to be compared, or to be trained by train(), which has to switch
     to train mode itself."""
@@ -3009,6 +3001,25 @@ def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # finetune: training under a fixed mask
 # ---------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_class_is_its_negative_log_probability():
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
+    loss = finetune.task_loss(glue_squad.TASKS["mnli"], probabilities.log(), torch.tensor([0, 2]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
+
+
+def test_the_loss_of_a_number_is_the_squared_error():
+    loss = finetune.task_loss(glue_squad.TASKS["stsb"], torch.tensor([[1.0], [5.0]]), torch.tensor([3.0, 4.0]))
+    assert loss.item() == (2**2 + 1**2) / 2
+
+
+def test_the_loss_of_an_answer_is_the_mean_of_the_losses_of_its_first_and_its_last_position():
+    starts = torch.tensor([0.5, 0.25, 0.25])
+    ends = torch.tensor([0.125, 0.125, 0.75])
+    logits = torch.stack([starts, ends], dim=-1).log()[None]  # (1, 3, 2): one sequence of three tokens
+    loss = finetune.task_loss(glue_squad.TASKS["squad"], logits, torch.tensor([[0, 1]]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
 def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
@@ -3109,10 +3120,9 @@ def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, 
     assert [line["step"] for line in result["evaluations"]] == [3, 4, 6, 8]
 
 
-def test_a_loss_that_overflows_is_an_error(tasks, tmp_path, capsys):
-    assert run_finetune(tasks, tmp_path, "stsb", "--lr", 1e9) == 2
-    line = capsys.readouterr().err.strip()
-    assert re.fullmatch(r"error: the loss is (inf|nan) [^\n]* a lower --lr [^\n]*", line)
+def test_a_loss_that_overflows_is_an_error(tasks, tmp_path):
+    with pytest.raises(ValueError, match="the loss is (inf|nan) .* a lower --lr "):
+        finetune.fine_tune(finetune_settings(tasks, tmp_path, "stsb", lr=1e9))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3120,102 +3130,106 @@ def test_a_loss_that_overflows_is_an_error(tasks, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------
 
 
-RUNS = [("rte", "bert"), ("stsb", "roberta"), ("squad", "bert"), ("squad", "roberta"), ("mood", "bert")]
+@pytest.fixture(scope="session")
+def finished(tasks, tmp_path_factory):
+    """finished("squad", "bert") -> the experiment of a finished run, with predictions and an export."""
 
-
-@pytest.fixture(scope="session", params=RUNS, ids="-".join)
-def finished(request, tasks, tmp_path_factory):
-    """A finished run with predictions and an export: its experiment, and what it printed."""
-    name, family = request.param
-    out = tmp_path_factory.mktemp("finished")
-    task = str(tasks / "mood.json") if name == "mood" else name
-    experiment = finetune.open_experiment(finetune_settings(
-        tasks, out, task=task, mask=str(tasks / f"{family}.pt"), predict=True, export=out / "export"))
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    @functools.cache
+    def run(name, family):
+        out = tmp_path_factory.mktemp("finished")
+        task = str(tasks / "mood.json") if name == "mood" else name
+        experiment = finetune.open_experiment(finetune_settings(
+            tasks, out, task=task, mask=str(tasks / f"{family}.pt"), predict=True, export=out / "export"))
         finetune.train(experiment)
         finetune.finish(experiment)
-    return experiment, printed.getvalue()
+        return experiment
+
+    return run
 
 
-def test_a_result_holds_the_metrics_of_its_task_and_how_to_repeat_it(finished):
-    experiment, _ = finished
-    result = experiment.result
-    task = experiment.all_task_data[0].task
-    assert list(result["best"]) == list(result["final"]) == list(task.metrics)
-    assert {"model", "mask", "seed", "best_step", "seconds", "command", "device", "versions"} <= result.keys()
+RUNS = [("rte", "bert"), ("mood", "bert"), ("stsb", "roberta"), ("squad", "bert"), ("squad", "roberta")]
+all_runs = pytest.mark.parametrize("name, family", RUNS)
+squad_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] == "squad"])
+glue_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] != "squad"])
 
 
-def test_predicted_answers_are_written_as_squad_wants_them_and_score_what_the_run_reports(finished):
-    experiment, _ = finished
-    if experiment.all_task_data[0].task.predicts != "span":
-        pytest.skip("its predictions are no answers")
-    predictions = json.loads((experiment.run.out / "predictions.json").read_text())
-    scores = glue_squad.squad_scores(predictions, experiment.all_task_data[0].examples["dev"])
-    assert scores == pytest.approx(experiment.result["final"])
+@all_runs
+def test_a_result_holds_the_metrics_of_its_task(finished, name, family):
+    experiment = finished(name, family)
+    metrics = list(experiment.all_task_data[0].task.metrics)
+    assert list(experiment.result["best"]) == list(experiment.result["final"]) == metrics
 
 
-def test_predicted_classes_and_numbers_are_written_as_glue_wants_them(finished):
-    experiment, _ = finished
-    task_data = experiment.all_task_data[0]
-    task = task_data.task
-    if task.predicts == "span":
-        pytest.skip("its predictions are answers")
-    header, *rows = (experiment.run.out / f"{task.folder}.tsv").read_text().splitlines()
-    assert header == "index\tprediction"
-
-    sequences = glue_squad.encode(task_data.examples["test"], experiment.vocabulary, experiment.run.max_len)
-    expected = finetune.to_predictions(task_data, finetune.predict_logits(experiment, task_data, sequences))
-    assert len(rows) == len(expected) == 48
-    for index, row in enumerate(rows):
-        number, word = row.split("\t")
-        assert number == str(index)
-        if task.predicts == "class":
-            assert word == task.labels[expected[index]]
-        else:
-            assert float(word) == pytest.approx(expected[index], abs=6e-4)  # three decimals
+@all_runs
+def test_a_result_says_what_it_takes_to_repeat_it(finished, name, family):
+    assert {"command", "settings", "seed", "versions", "device"} <= finished(name, family).result.keys()
 
 
-def test_transformers_loads_the_export_with_equal_logits(finished):
-    experiment, _ = finished
-    model = experiment.model
-    task_data = experiment.all_task_data[0]
-    sequences = task_data.train[:8]
-    with torch.no_grad():
-        ours = finetune.task_logits(model, task_data, sequences)
-        folder = experiment.run.export
-        theirs, attention_mask = transformers_logits(folder, task_data, sequences, model.config)
-    if task_data.task.predicts == "span":  # in the padding ours are -10,000
-        ours = ours[attention_mask]
-        theirs = theirs[attention_mask]
-    assert ours.shape == theirs.shape
-    assert torch.allclose(ours, theirs, atol=1e-5)
+def logits_of_export(experiment, sequences):
+    """The logits of the exported model in transformers, (B, C) or (B, T, 2), and the attention mask, (B, T)."""
+    return transformers_logits(experiment.run.export, experiment.all_task_data[0], sequences, experiment.model.config)
 
 
 def transformers_logits(folder, task_data, sequences, config):
-    """The logits of an export in transformers, (B, C) or (B, T, 2), and the attention mask, (B, T)."""
     transformers = pytest.importorskip("transformers")
     batch = glue_squad.pad_batch(sequences, config.pad_token_id)
     input_ids, attention_mask, token_type_ids = (torch.from_numpy(array) for array in batch)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if config.type_vocab_size > 1:
         inputs["token_type_ids"] = token_type_ids
-    if task_data.task.predicts == "span":
-        output = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()(**inputs)
-        return torch.stack([output.start_logits, output.end_logits], dim=-1), attention_mask.bool()
-    output = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs)
-    return output.logits, attention_mask.bool()
+    with torch.no_grad():
+        if task_data.task.predicts == "span":
+            output = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()(**inputs)
+            return torch.stack([output.start_logits, output.end_logits], dim=-1), attention_mask.bool()
+        output = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs)
+        return output.logits, attention_mask.bool()
 
 
-def test_the_exported_tokenizer_gives_the_ids_of_training(finished):
-    experiment, _ = finished
-    transformers = pytest.importorskip("transformers")
+@all_runs
+@torch.no_grad()
+def test_transformers_loads_the_export_with_equal_logits(finished, name, family):
+    experiment = finished(name, family)
     task_data = experiment.all_task_data[0]
-    if task_data.task.predicts == "span":
-        pytest.skip("windows of paragraphs are ours")
+    ours = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
+    theirs, attention_mask = logits_of_export(experiment, task_data.train[:8])
+    if name == "squad":  # in the padding ours are -10,000
+        ours, theirs = ours[attention_mask], theirs[attention_mask]
+    assert_close(ours, theirs)
+
+
+@glue_runs
+def test_the_exported_tokenizer_gives_the_ids_of_training(finished, name, family):
+    transformers = pytest.importorskip("transformers")
+    experiment = finished(name, family)
+    task_data = experiment.all_task_data[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(experiment.run.export)
     for example, (input_ids, _) in zip(task_data.examples["train"][:8], task_data.train, strict=False):
         encoded = tokenizer(example.text_a, example.text_b, truncation=True, max_length=48)
         assert encoded["input_ids"] == list(input_ids)
+
+
+@glue_runs
+def test_the_predictions_in_the_file_are_those_of_the_export_in_transformers(finished, name, family):
+    experiment = finished(name, family)
+    task_data = experiment.all_task_data[0]
+    task = task_data.task
+    sequences = glue_squad.encode(task_data.examples["test"], experiment.vocabulary, experiment.run.max_len)
+    logits, _ = logits_of_export(experiment, sequences)
+    if name == "stsb":
+        expected = [f"{value:.3f}" for value in logits[:, 0].tolist()]
+    else:
+        expected = [task.labels[index] for index in logits.argmax(dim=1).tolist()]
+    header, *rows = (experiment.run.out / f"{task.folder}.tsv").read_text().splitlines()
+    assert header == "index\tprediction"
+    assert rows == [f"{index}\t{word}" for index, word in enumerate(expected)]
+
+
+@squad_runs
+def test_the_answers_in_the_file_score_what_the_run_reports(finished, name, family):
+    experiment = finished(name, family)
+    answers = json.loads((experiment.run.out / "predictions.json").read_text())
+    scores = glue_squad.squad_scores(answers, experiment.all_task_data[0].examples["dev"])
+    assert scores == pytest.approx(experiment.result["final"])
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
@@ -3358,7 +3372,9 @@ def test_a_round_of_imp_uses_the_first_tenth_of_a_schedule_of_ten_rounds(tasks, 
 
     monkeypatch.setattr(finetune, "update", no_update)
     finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1))
-    assert learning_rates == pytest.approx([1e-3 * (1 - step / 80) for step in range(8)])
+    updates_per_round = 2 * 4  # two epochs of 32 examples in batches of 8
+    schedule = [1e-3 * (1 - step / (10 * updates_per_round)) for step in range(10 * updates_per_round)]
+    assert learning_rates == pytest.approx(schedule[:updates_per_round])
 
 
 def test_imp_equals_doing_the_rounds_by_hand(tasks, tmp_path, imp_folder):
@@ -3546,7 +3562,9 @@ def test_as_many_weights_of_bert_base_remain_as_in_the_paper(level, percent):
                          intermediate_size=3072, max_position_embeddings=512)
     removed = finetune.choose_units(torch.rand(12, 12), torch.rand(12), "winning", level, seed=1)
     masks = finetune.unit_masks(config, *removed)
-    num_weights = 109_482_240  # of BERT-base
+    embeddings = (30_522 + 512 + 2) * 768 + 2 * 768  # words, positions, token types; LayerNorm
+    layer = 4 * 768 * 768 + 2 * 768 * 3072 + (3072 + 5 * 768) + 4 * 768  # matrices, biases, two LayerNorms
+    num_weights = embeddings + 12 * layer + 768 * 768 + 768  # with the pooler: 109,482,240
     assert 100 * (1 - num_pruned(masks) / num_weights) == pytest.approx(percent, abs=0.05)
 
 
@@ -3563,20 +3581,29 @@ def super_ticket(request, tasks, tmp_path):
     return tmp_path / "super.pt"
 
 
-def test_a_super_ticket_makes_the_model_smaller(tasks, tmp_path, super_ticket):
-    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
-    first, second = experiment.model.backbone.encoder.layer
-    assert first.attention.self.query.weight.shape == (16, 32)  # two of four heads of size 8
-    assert second.attention.output.dense.weight.shape == (32, 24)
-    assert not any("output.dense" in name or "intermediate" in name
-                   for name, _ in second.named_parameters() if "attention" not in name)
+@pytest.fixture
+def small(tasks, tmp_path, super_ticket):
+    """An experiment with the Super Ticket, before its first update."""
+    settings = finetune_settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export")
+    return open_in_eval_mode(settings)
 
 
-def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, super_ticket):
-    small = open_in_eval_mode(finetune_settings(tasks, tmp_path / "small", mask=str(super_ticket)))
+def test_heads_are_cut_out_of_the_matrices(small):
+    first, second = small.model.backbone.encoder.layer
+    assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
+    assert second.attention.output.dense.weight.shape == (32, 3 * HEAD_SIZE)
+
+
+def test_an_ffn_that_is_cut_out_leaves_no_weights(small):
+    _, second = small.model.backbone.encoder.layer
+    ffn = [name for name, _ in second.named_parameters() if name.startswith(("intermediate.", "output.dense."))]
+    assert ffn == []
+
+
+def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, small):
     full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=small.run.model))
     for index, layer in enumerate(full.model.backbone.encoder.layer):
-        head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], 8)).float()  # (D,)
+        head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
         output_gate = float(not REMOVED_FEED_FORWARD[index])
         layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
@@ -3586,26 +3613,25 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
     with torch.no_grad():
         found = finetune.task_logits(small.model, small.all_task_data[0], sequences)
         expected = finetune.task_logits(full.model, full.all_task_data[0], sequences)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert_close(found, expected)
 
 
-def test_the_export_of_a_super_ticket_has_full_sizes_and_equal_logits(tasks, tmp_path, super_ticket):
-    settings = finetune_settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export")
-    experiment = open_in_eval_mode(settings)
-    finetune.export_model(experiment, experiment.all_task_data[0])
-    tensors = bert.read_safetensors(tmp_path / "export/model.safetensors")
-    family = experiment.model.config.model_type
-    query = tensors[f"{family}.encoder.layer.0.attention.self.query.weight"]
+def test_the_export_of_a_super_ticket_has_full_sizes_with_zeros_where_heads_are_gone(small):
+    finetune.export_model(small, small.all_task_data[0])
+    tensors = bert.read_safetensors(small.run.export / "model.safetensors")
+    query = tensors[f"{small.model.config.model_type}.encoder.layer.0.attention.self.query.weight"]
     assert query.shape == (32, 32)
-    assert not query[0:8].any() and not query[16:24].any()  # the first and the third head are gone
-    assert query[8:16].all() and query[24:32].all()
+    is_left = query.view(NUM_HEADS, -1).any(dim=1)
+    assert is_left.tolist() == (~REMOVED_HEADS[0]).tolist()
 
-    model = experiment.model
-    task_data = experiment.all_task_data[0]
+
+def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(small):
+    task_data = small.all_task_data[0]
+    finetune.export_model(small, task_data)
     with torch.no_grad():
-        ours = finetune.task_logits(model, task_data, task_data.train[:8])
-        theirs, _ = transformers_logits(tmp_path / "export", task_data, task_data.train[:8], model.config)
-    assert torch.allclose(ours, theirs, atol=1e-5)
+        ours = finetune.task_logits(small.model, task_data, task_data.train[:8])
+    theirs, _ = logits_of_export(small, task_data.train[:8])
+    assert_close(ours, theirs)
 
 
 def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super_ticket):
@@ -3616,19 +3642,44 @@ def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super
         open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
-def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_path):
-    orders = ("winning", "random")
-    content = finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, epochs=1))
-    curve = {entry["ticket"]: entry for entry in content["curve"]}
-    assert len(curve) == len(lines_of_results(tmp_path)) == 17  # the dense model, and eight levels of each order
-    assert curve["dense"]["remaining"] == 1
-    assert curve["dense"]["remaining"] > curve["random-4"]["remaining"] > curve["random-8"]["remaining"]
+@pytest.fixture(scope="session")
+def super_search(tasks, tmp_path_factory):
+    """A finished --find super with two orders -> its content, {ticket: its point of the curve}, and its folder."""
+    out = tmp_path_factory.mktemp("super")
+    settings = dense_settings(tasks, out, find="super", orders=("winning", "random"), epochs=1)
+    content = finetune.find_super(settings)
+    return content, {point["ticket"]: point for point in content["curve"]}, out
 
-    best = max(curve[f"winning-{level}"]["best"]["accuracy"] for level in range(1, 9))
-    _, meta = tamt.read_mask(tmp_path / "run")
+
+def test_the_curve_has_a_point_for_the_whole_model_and_for_each_order_and_level(super_search):
+    _, curve, _ = super_search
+    tickets = [f"{order}-{level}" for order in ("winning", "random") for level in range(1, 9)]
+    assert list(curve) == ["dense", *tickets]
+
+
+def test_each_ticket_of_the_curve_adds_a_line_to_the_results(super_search):
+    _, curve, out = super_search
+    assert len(lines_of_results(out)) == len(curve)
+
+
+def test_along_the_curve_less_and_less_remains(super_search):
+    _, curve, _ = super_search
+    remaining = [curve["dense"]["remaining"], *(curve[f"winning-{level}"]["remaining"] for level in range(1, 9))]
+    assert remaining[0] == 1
+    assert sorted(remaining, reverse=True) == remaining
+
+
+def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(super_search):
+    _, curve, out = super_search
+    _, meta = tamt.read_mask(out / "run")
     assert meta["order"] == "winning"
-    assert curve[f"winning-{meta['level']}"]["best"]["accuracy"] == best
-    assert json.loads((tmp_path / "run/mask.json").read_text())["curve"] == content["curve"]
+    scores = {level: curve[f"winning-{level}"]["best"]["accuracy"] for level in range(1, 9)}
+    assert scores[meta["level"]] == max(scores.values())
+
+
+def test_mask_json_holds_the_curve(super_search):
+    content, _, out = super_search
+    assert json.loads((out / "run/mask.json").read_text())["curve"] == content["curve"]
 
 
 def test_losing_orders_alone_give_no_super_ticket(tasks, tmp_path, capsys):
@@ -3680,23 +3731,72 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
 
 def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
     experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    for task_data in experiment.all_task_data:
+        experiment.model.zero_grad()
+        finetune.task_logits(experiment.model, task_data, task_data.train[:8]).sum().backward()
+        for name, mask in task_data.own_parts.masks.items():
+            gradient = experiment.model.get_parameter(name).grad
+            assert not gradient[~mask].any()
+            assert gradient[mask].any()
+
+
+def test_a_task_head_gets_gradients_from_its_own_task(tasks, tmp_path, two_masks):
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
-    finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
-    for name, mask in rte.own_parts.masks.items():
-        gradient = experiment.model.get_parameter(name).grad
-        assert not gradient[~mask].any()
-        assert gradient[mask].any()
     assert rte.own_parts.head.weight.grad is not None
     assert stsb.own_parts.head.weight.grad is None
+
+
+def train_two_tasks_by_hand(experiment, masks):
+    """Trains rte and stsb, which share an encoder without tickets, in plain torch: before a batch the weights are
+    multiplied by the mask of its task, and after it they get their values back. The order of the examples, the seeds
+    of dropout and task_logits() are shared with finetune."""
+    parameters = dict(experiment.model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0, fused=True)
+    experiment.model.train()
+    step = 0
+    num_updates = 2 * 2 * 4  # two epochs of two tasks with 32 examples in batches of 8
+    for epoch in range(2):
+        for task_data, rows in finetune.epoch_batches(experiment.all_task_data, experiment.run, epoch):
+            name_of_task = task_data.task.name
+            whole = {name: parameters[name].data.clone() for name in masks[name_of_task]}
+            for name, mask in masks[name_of_task].items():
+                parameters[name].data.mul_(mask)
+            tamt.seed_dropout(experiment.run.seed, step)
+            logits = finetune.task_logits(experiment.model, task_data, [task_data.train[row] for row in rows])
+            targets = torch.from_numpy(task_data.targets[rows])
+            loss = F.cross_entropy(logits, targets) if name_of_task == "rte" else F.mse_loss(logits[:, 0], targets)
+            loss.backward()
+            for name, mask in masks[name_of_task].items():
+                parameters[name].data.copy_(whole[name])
+                parameters[name].grad.mul_(mask)
+
+            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / num_updates)
+            step += 1
+            optimizer.param_groups[0]["eps"] = 1e-8 / math.sqrt(1 - 0.999**step)  # the AdamW of transformers 2.10
+            optimizer.step()
+            optimizer.zero_grad()
+    assert step == num_updates
+
+
+def test_training_of_two_tasks_matches_a_plain_loop(tasks, tmp_path, two_masks):
+    ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
+    theirs = open_in_eval_mode(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
+    start = {name: parameter.detach().clone() for name, parameter in theirs.model.named_parameters()}
+    masks = {task_data.task.name: task_data.own_parts.masks for task_data in ours.all_task_data}
+
+    finetune.train(ours)
+    train_two_tasks_by_hand(theirs, masks)
+    for name, parameter in theirs.model.named_parameters():
+        assert not torch.equal(parameter, start[name]), name
+        assert_close(ours.model.get_parameter(name), parameter, 1e-6)
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     assert list(result["best"]) == ["rte_accuracy", "stsb_pearson", "stsb_spearman"]
-    assert result["steps"] == 16
-    assert len(result["mask"]) == 2
-    assert result["task"] == "rte,stsb"
 
 
 @pytest.mark.parametrize("name", ["keys", "train", "a.b"])

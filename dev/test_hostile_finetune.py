@@ -16,11 +16,11 @@ import bert
 import data
 import finetune
 import tamt
+from test_commands import run_finetune
 from test_tamt import (
     dense_settings,
     finetune_settings,
     lines_of_results,
-    run_finetune,
     stop_fine_tuning_at,
     tiny,
     write,
