@@ -46,7 +46,7 @@ def read(args) -> tuple[list[dict], list[dict]]:
     Of lines with the same command the last counts. Folders of runs add masks, or folders to the masks."""
     lines = {}
     for line in read_lines(args.results):
-        is_left_out = args.without and args.without in line["command"]
+        is_left_out = any(words in line["command"] for words in args.without)
         if "task" in line and not is_left_out:  # those without a task are of bench.py
             lines[line["command"], str(line.get("mask"))] = line
     lines = [*lines.values(), *read_folders(args.runs)]
@@ -770,7 +770,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw the paper's figures from results and run folders.")
     parser.add_argument("--results", type=Path, default=Path("dev/results.jsonl"))
     parser.add_argument("--runs", nargs="*", default=["out"], help="folders that hold runs of tamt.py (out)")
-    parser.add_argument("--without", help="leaves out lines whose command contains this")
+    parser.add_argument("--without", nargs="*", default=[], help="leaves out lines whose command contains one of these")
     parser.add_argument("--model", help="its name, or the last part of its path (the one with most lines)")
     parser.add_argument("--sparsity", type=float, default=0.7, help="of figures 6 to 9 and layers (0.7)")
     parser.add_argument("--only", default=",".join(FIGURES), help=f"some of {','.join(FIGURES)}")
