@@ -233,6 +233,8 @@ class MaskedLMHead(nn.Module):
 
     BERT and RoBERTa have the same head under different names: cls.predictions.transform.dense, lm_head.dense."""
 
+    is_fresh = False  # tamt.py sets it where a checkpoint has no such head, and a random one is trained
+
     def __init__(self, config: Config):
         super().__init__()
         D = config.hidden_size
@@ -1215,8 +1217,10 @@ def from_fairseq(tensors: dict, content: dict) -> tuple[dict, dict]:
         "max_position_embeddings": len(renamed["roberta.embeddings.position_embeddings.weight"]),
     }
     options = fairseq_options(content)
-    if "encoder_attention_heads" in options:
-        settings["num_attention_heads"] = options["encoder_attention_heads"]
+    for name, theirs in (("num_attention_heads", "encoder_attention_heads"), ("hidden_dropout_prob", "dropout"),
+                         ("attention_probs_dropout_prob", "attention_dropout")):
+        if theirs in options:
+            settings[name] = options[theirs]
     activation = options.get("activation_fn", "gelu")
     if activation != "gelu":
         raise ValueError(f"activation_fn {activation!r:.50} is not supported; expected gelu")

@@ -848,8 +848,14 @@ def is_plain_bert(tokenizer: Tokenizer) -> bool:
 
 
 def is_plain_roberta(tokenizer: Tokenizer) -> bool:
-    is_bpe = isinstance(tokenizer.model, models.BPE) and tokenizer.normalizer is None
-    return is_bpe and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+    """Whether transformers' RobertaTokenizer, which knows words, merges and add_prefix_space, splits a text in the same
+    way."""
+    if not isinstance(tokenizer.model, models.BPE) or not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+        return False
+    rules = json.loads(tokenizer.to_str())
+    unusual = ("ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "unk_token")
+    is_usual = not any(rules["model"].get(name) for name in unusual)
+    return is_usual and rules["normalizer"] is None and rules["pre_tokenizer"].get("use_regex", True)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -318,10 +318,11 @@ def task_logits(model, task_data: TaskData, sequences: list):
     attention_mask = tamt.to_device(attention_mask, device) if is_padded else None
     token_type_ids = tamt.to_device(token_type_ids, device) if has_token_types else None
 
-    hidden_states = model(input_ids, attention_mask, token_type_ids)
-    if task_data.task.predicts != "span":
-        return model.class_logits(hidden_states[-1])
-    logits = model.span_logits(hidden_states[-1]).float()
+    last_hidden_state = model(input_ids, attention_mask, token_type_ids)[-1].float()
+    with torch.autocast(device.type, enabled=False):  # the three digits of bf16 are too few for the scores of a task
+        if task_data.task.predicts != "span":
+            return model.class_logits(last_hidden_state)
+        logits = model.span_logits(last_hidden_state)
     if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # the loss gives padding no probability
     return logits
@@ -1065,6 +1066,8 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
     for name, layer in model.named_modules():
         if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
             tensors[f"{name}.weight"] = layer.weight.data * layer.mask
+        if isinstance(layer, SkippableResidual) and layer.is_skipped and layer.dense is not None:
+            tensors[f"{name}.dense.bias"] = torch.zeros_like(layer.dense.bias)  # what skips the FFN skips its bias
 
     with torch.device("meta"):
         full = bert.Backbone(model.config, model.has_pooler)
@@ -1262,10 +1265,13 @@ def resolve_search(settings: Settings) -> Settings:
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
-    tamt.check_folder(settings.out, search_identity(settings), "mask.json")
+    identity = search_identity(settings)
+    tamt.check_folder(settings.out, identity, "mask.json")
+    tamt.check_folder(settings.out, identity, "search.json")  # until mask.json is there, it says whose rounds these are
     if not settings.resume:
         (settings.out / "mask.json").unlink(missing_ok=True)
     settings.out.mkdir(parents=True, exist_ok=True)
+    tamt.write_json(settings.out / "search.json", {"settings": identity})
     return settings
 
 

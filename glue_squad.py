@@ -318,9 +318,12 @@ def read_rows(path: Path):
         "No, he said\t0    ->  ['"No, he said', '0']    csv would read on to the next quotation mark
         one\u2028two\t1    ->  ['one\u2028two', '1']    str.splitlines() would cut the sentence
 
-    A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped."""
+    A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped; but in a file of
+    one column an empty line is an empty text."""
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    for number, line in enumerate(content.rstrip(b"\r\n").split(b"\n"), start=1):
+    has_one_column = b"\t" not in content
+    content = content.removesuffix(b"\n") if has_one_column else content.rstrip(b"\r\n")
+    for number, line in enumerate(content.split(b"\n"), start=1):
         where = f"{path} line {number}"
         try:
             text = line.decode().rstrip("\r")
@@ -896,7 +899,8 @@ SUBMISSION_FILES = {"test": "MNLI-m.tsv", "test_mm": "MNLI-mm.tsv", "ax": "AX.ts
 
 def write_submission(task: Task, predictions, path) -> None:
     """Writes GLUE's table of predictions (n,) in the order of the test file; for SQuAD the JSON {id: text}
-    that the official scorer reads. Labels are words, numbers have 3 decimals. Raises OSError."""
+    that the official scorer reads. Labels are words; numbers have 3 decimals for STS-B, else 7 digits. Raises
+    OSError."""
     if task.predicts == "span":
         content = json.dumps(predictions)
     else:
@@ -905,7 +909,7 @@ def write_submission(task: Task, predictions, path) -> None:
             if task.predicts == "class":
                 word = task.labels[int(prediction)]
             else:
-                word = f"{prediction:.3f}"
+                word = f"{prediction:.3f}" if task.name == "stsb" else f"{prediction:.7g}"
             lines.append(f"{index}\t{word}")
         content = "\n".join(lines) + "\n"
 

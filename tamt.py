@@ -159,11 +159,12 @@ def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
-        # Dev losses are those of the head as it was before training, so a fresh head is evaluated untrained.
-        print(f"{settings.model} has no masked-LM head: a fresh one is trained, too; dev_mlm_loss is that of the "
-              "untrained head")
+        # Dev losses and exports have the head as it was before training. A random one is worth nothing there.
+        print(f"{settings.model} has no masked-LM head: a fresh one is trained, too, and left out of dev losses and "
+              "exports")
         torch.manual_seed(settings.seed)
         model.add_mlm_head()
+        model.mlm_head.is_fresh = True
     return model.requires_grad_(False).to(machine.device), vocabulary
 
 
@@ -674,23 +675,27 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     """What a mask is worth on held-out rows, in eval mode; each loss is the mean of the means of its batches
     (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
-    dev_mlm_loss: on one corruption, the same for every model; left out without a masked-LM head.
+    dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
+    or if the rows are so few that no token was chosen for prediction.
     dev_kd_loss: Eq. 6 on the clean rows."""
-    objectives = ["kd"] if model.mlm_head is None else ["mlm", "kd"]
-    totals = dict.fromkeys(objectives, 0.0)
+    has_head = model.mlm_head is not None and not model.mlm_head.is_fresh
+    objectives = ["mlm", "kd"] if has_head else ["kd"]
+    losses = {objective: [] for objective in objectives}  # of the batches
     was_training = model.training
     model.eval()
     generator = np.random.default_rng(42)  # the seed of the released evaluation
-    starts = range(0, len(rows), batch_size)
-    for start in starts:
+    for start in range(0, len(rows), batch_size):
         batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
         inputs = make_micro_batch(batch, slice(None), machine.device)
         for objective in objectives:
+            if objective == "mlm" and batch.num_predictions == 0:
+                continue  # a last batch may be so short that it says nothing
             with autocast(machine):
                 loss = micro_batch_loss(model, model, objective, inputs, batch.num_tokens, batch.num_predictions)
-            totals[objective] += max(float(loss), 0.0)  # for equal states 1 - cosine may round to below 0
+            losses[objective].append(max(float(loss), 0.0))  # for equal states 1 - cosine may round to below 0
     model.train(was_training)
-    return {f"dev_{objective}_loss": total / len(starts) for objective, total in totals.items()}
+    return {f"dev_{objective}_loss": sum(of_batches) / len(of_batches)
+            for objective, of_batches in losses.items() if of_batches}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1200,6 +1205,8 @@ def evaluate_mask(settings: "Settings") -> dict:
     meta = {}
     if settings.mask:
         masks, meta = read_mask(settings.mask)
+        if meta.get("method") == "super":  # a mask keeps biases, and a Super Ticket takes those of FFNs out
+            raise ValueError(f"{settings.mask}: a Super Ticket removes whole units: finetune.py scores and exports it")
         masks = fit_masks(layers, masks, settings.mask)
         set_masks(layers, masks)
 
@@ -1223,13 +1230,16 @@ def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
     head = bert.MLM_HEADS[family]
     words = f"{family}.embeddings.word_embeddings.weight"
     tensors = {name: parameter.data for name, parameter in model.named_parameters() if not name.endswith(".scores")}
+    has_head = model.mlm_head is not None and not model.mlm_head.is_fresh
+    if not has_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
 
     is_tied = model.config.tie_word_embeddings
-    if model.mlm_head is not None and is_tied and words in masks:
+    if has_head and is_tied and words in masks:
         print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
         tensors[f"{head}.decoder.weight"] = tensors[words]
         is_tied = False
-    if model.mlm_head is not None and not is_tied:
+    if has_head and not is_tied:
         tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
 
     for name, mask in masks.items():
@@ -1672,7 +1682,11 @@ def schedule(values: dict) -> tuple[int, int]:
         return 0, 0
     if values["method"] == "imp":
         num_rounds = len(imp_levels(values["sparsity"])) - 1
-        return values["prune_every"] * num_rounds, values["steps"] or 10 * values["prune_every"]
+        horizon = values["steps"] or 10 * values["prune_every"]
+        if horizon < values["prune_every"]:
+            raise ValueError(f"--steps {horizon}: with imp the learning rate falls to 0 over so many updates of each "
+                             f"round, and a round has {values['prune_every']} (--prune-every); expected at least those")
+        return values["prune_every"] * num_rounds, horizon
     if values["steps"]:
         return values["steps"], values["steps"]
     return paper_updates(values["sparsity"]), HORIZON

@@ -1351,6 +1351,30 @@ def test_the_dev_kd_loss_of_the_unpruned_model_is_0(world):
     assert 0 <= losses["dev_kd_loss"] < 1e-6
 
 
+@pytest.fixture
+def short_row(world):
+    """(1, 16): [CLS] and [SEP], so that there is nothing to predict."""
+    vocabulary = data.vocabulary(world / "bert")
+    row = np.full((1, 16), vocabulary.pad_id)
+    row[0, :2] = vocabulary.cls_id, vocabulary.sep_id
+    return row
+
+
+def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(world, short_row):
+    training = begin(mask_settings(world))
+    rows = training.rows[:16]  # one batch; the short row is the second one
+    expected = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine)
+    with_short_row = np.concatenate([rows, short_row])
+    found = tamt.dev_losses(training.model, with_short_row, training.vocabulary, training.run.machine)
+    assert found["dev_mlm_loss"] == expected["dev_mlm_loss"]
+
+
+def test_without_any_chosen_token_there_is_no_dev_mlm_loss(world, short_row):
+    training = begin(mask_settings(world))
+    losses = tamt.dev_losses(training.model, short_row, training.vocabulary, training.run.machine)
+    assert losses.keys() == {"dev_kd_loss"}
+
+
 # ---------------------------------------------------------------------------------------------------
 # tamt: training
 # ---------------------------------------------------------------------------------------------------
@@ -1990,10 +2014,13 @@ def headless(world, tmp_path):
     return str(tmp_path / "headless")
 
 
-def test_for_mlm_a_model_without_masked_lm_head_gets_a_fresh_one(world, tmp_path, headless, capsys):
-    content = tamt.find_mask(mask_settings(world, tmp_path / "run", model=headless, objective="mlm"))
+def test_for_mlm_a_model_without_masked_lm_head_gets_a_fresh_one_that_is_neither_scored_nor_exported(
+        world, tmp_path, headless, capsys):
+    settings = mask_settings(world, tmp_path / "run", model=headless, objective="mlm", export=tmp_path / "export")
+    content = tamt.find_mask(settings)
     assert "has no masked-LM head: a fresh one is trained" in capsys.readouterr().out
-    assert content["dev_mlm_loss"] < math.log(bert.load(headless).config.vocab_size)  # better than a guess
+    assert "dev_mlm_loss" not in content and "dev_kd_loss" in content
+    assert not any(name.startswith("cls.") for name in bert.read_safetensors(tmp_path / "export/model.safetensors"))
 
 
 def test_for_kd_a_model_without_masked_lm_head_needs_none_and_reports_no_mlm_loss(world, tmp_path, headless):
@@ -3115,6 +3142,16 @@ def test_final_is_the_last_evaluation():
     assert final == HISTORY[2]
 
 
+def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
+    """A bf16 number has three digits: too few to order the predictions of STS-B."""
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
+    task_data = experiment.all_task_data[0]
+    with torch.no_grad(), tamt.autocast(experiment.run.machine):
+        logits = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, tmp_path):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path, eval_every=3))
     assert [line["step"] for line in result["evaluations"]] == [3, 4, 6, 8]
@@ -3442,6 +3479,14 @@ def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folde
         finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
 
 
+def test_another_search_is_refused_in_the_folder_of_an_interrupted_one(tasks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 8 + 6)  # in the second round
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
+    with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
+        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
+
+
 def test_weights_that_a_ticket_prunes_stay_zero_on_another_task(tasks, tmp_path, imp_folder):
     finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder), export=tmp_path / "x"))
     weights = bert.read_safetensors(tmp_path / "x/model.safetensors")
@@ -3642,6 +3687,13 @@ def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super
         open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
+def test_tamt_does_not_take_a_super_ticket_for_an_ordinary_mask(tasks, super_ticket):
+    """It would leave the bias of an FFN that is taken out."""
+    settings = tamt.Settings(model=str(tasks.parent / "bert"), mask=super_ticket, evaluate=True, data="toy")
+    with pytest.raises(ValueError, match="a Super Ticket removes whole units: finetune.py scores and exports it"):
+        tamt.evaluate_mask(settings)
+
+
 @pytest.fixture(scope="session")
 def super_search(tasks, tmp_path_factory):
     """A finished --find super with two orders -> its content, {ticket: its point of the curve}, and its folder."""
@@ -3810,20 +3862,36 @@ def test_a_task_that_shares_an_encoder_may_have_any_name(tasks, tmp_path, name):
     assert f"{name}_f1" in result["best"]
 
 
-def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(tasks, tmp_path, two_masks):
+@pytest.fixture
+def exported_tasks(tasks, tmp_path, two_masks):
+    """The experiment of two tasks after training and export."""
     settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x")
     experiment = open_in_eval_mode(settings)
     finetune.train(experiment)
     finetune.finish(experiment)
-    for task_data in experiment.all_task_data:
-        tensors = bert.read_safetensors(tmp_path / "x" / task_data.task.name / "model.safetensors")
+    return experiment
+
+
+def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tasks):
+    for task_data in exported_tasks.all_task_data:
+        tensors = bert.read_safetensors(exported_tasks.run.export / task_data.task.name / "model.safetensors")
         for name, mask in task_data.own_parts.masks.items():
-            assert torch.equal(tensors[name], experiment.model.get_parameter(name).data * mask)
+            assert torch.equal(tensors[name], exported_tasks.model.get_parameter(name).data * mask)
+
+
+@pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
+def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks, tmp_path, request, tickets):
+    masks = request.getfixturevalue(tickets)
+    settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=masks, export=tmp_path / "x")
+    experiment = open_in_eval_mode(settings)
+    finetune.train(experiment)
+    finetune.finish(experiment)
+    for task_data in experiment.all_task_data:
         sequences = task_data.train[:8]
         folder = tmp_path / "x" / task_data.task.name
         theirs, _ = transformers_logits(folder, task_data, sequences, experiment.model.config)
         ours = np.stack(finetune.predict_logits(experiment, task_data, sequences))
-        assert np.allclose(ours, theirs.detach().numpy(), atol=1e-5)
+        assert_close(torch.from_numpy(ours), theirs)
 
 
 @pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])

@@ -590,6 +590,12 @@ def test_fairseqs_settings_are_read_from_args_and_from_cfg(roberta_tensors, tmp_
         raises_one_line(bert.load, folder, match="model.pt: activation_fn 'relu' is not supported; expected gelu")
 
 
+def test_fairseqs_dropout_is_read(roberta_tensors, tmp_path):
+    options = argparse.Namespace(encoder_attention_heads=4, dropout=0.0, attention_dropout=0.2)
+    config = bert.load(write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), {"args": options})).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.2)
+
+
 def test_relu_in_a_fairseq_file_is_refused_whatever_a_config_beside_it_says(world, roberta_tensors, tmp_path):
     relu = argparse.Namespace(encoder_attention_heads=4, activation_fn="relu")
     folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), {"cfg": {"model": relu}})

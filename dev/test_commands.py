@@ -161,7 +161,7 @@ NAMES = {"bert-tamt-mlm-0.7-s1": {},
          "bert-tamt-mlm-0.5-2-4-s1": {"rank": "2:4"},
          "bert-omp-0.7-s1": {"method": "omp", "objective": "kd"},
          "bert-random-0.7-global-encoder-s1": {"method": "random", "rank": "global", "scope": "encoder"},
-         "bert-imp-0.35-s1": {"method": "imp", "sparsity": 0.35}}
+         "bert-imp-0.35-s1": {"method": "imp", "sparsity": 0.35, "prune_every": 12}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,6 +276,7 @@ def test_omp_and_random_need_no_text(world, tmp_path):
 
 BAD_ARGUMENTS = {
     "an unknown model": (["--model", "bert-huge"], "bert-huge.*bert-base.*toy"),
+    "imp without learning rate": (["--method", "imp", "--steps", "3", "--prune-every", "8"], "--steps 3:.*has 8"),
     "sparsity 1": (["--sparsity", "1.0"], r"--sparsity 1.0.*\[0, 1\)"),
     "a negative sparsity": (["--sparsity=-0.1"], r"--sparsity -0.1.*\[0, 1\)"),
     "a percentage": (["--sparsity", "70"], r"--sparsity 70.*\[0, 1\).*0.7"),

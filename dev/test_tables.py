@@ -91,3 +91,20 @@ def test_a_task_of_your_own_that_lacks_a_key_says_so(tmp_path):
 def test_a_malformed_question_is_named_by_its_place(tmp_path):
     with pytest.raises(ValueError, match=r"dev.json: data\[0\].paragraphs\[0\].qas\[1\]: no 'answer_start'"):
         glue_squad.load_squad(write(tmp_path / "dev.json", squad_file(3, "2")))
+
+
+def test_in_a_table_of_one_column_an_empty_line_is_an_empty_text(tmp_path):
+    task = MOOD | {"test": "test.tsv"}
+    write(tmp_path / "a.tsv", "text\tmood\nhello\tglad\n")
+    write(tmp_path / "test.tsv", "text\nhello\n\nbye\n\n\n")
+    found = glue_squad.load_glue(glue_squad.find_task(write(tmp_path / "task.json", task)), "test", tmp_path)
+    assert [example.text_a for example in found] == ["hello", "", "bye", "", ""]
+
+
+def test_the_submission_of_your_own_numbers_has_seven_digits(tmp_path):
+    write(tmp_path / "a.tsv", "text\trate\nhello\t0.5\n")
+    task = glue_squad.find_task(write(tmp_path / "task.json", {
+        "name": "rate", "columns": ["text"], "label": "rate", "labels": None, "metric": "pearson", "train": "a.tsv",
+        "dev": "a.tsv"}))
+    glue_squad.write_submission(task, [0.00041234567, 1234567.0], tmp_path / "rate.tsv")
+    assert (tmp_path / "rate.tsv").read_text() == "index\tprediction\n0\t0.0004123457\n1\t1234567\n"

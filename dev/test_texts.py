@@ -223,6 +223,28 @@ def test_the_export_of_an_unusual_tokenizer_gives_token_types_to_a_model_that_ha
     assert AutoTokenizer.from_pretrained(tmp_path)("the cat", "the").get("token_type_ids") == expected
 
 
+@pytest.mark.parametrize("change", ["no regex", "ignore merges"])
+def test_the_export_of_an_unusual_byte_level_bpe_gives_the_same_ids_in_transformers(tmp_path, change):
+    from transformers import AutoTokenizer
+    vocabulary = data.vocabulary(roberta_folder(tmp_path / "plain"))
+    rules = json.loads(vocabulary.tokenizer.to_str())
+    if change == "no regex":
+        rules["pre_tokenizer"]["use_regex"] = False
+        rules["model"]["merges"].append(["Ġthe", "Ġ"])  # a token that crosses a space
+        rules["model"]["vocab"]["ĠtheĠ"] = 999
+    else:
+        rules["model"] |= {"ignore_merges": True, "vocab": rules["model"]["vocab"] | {"Ġthere": 999}}
+    (tmp_path / "unusual").mkdir()
+    (tmp_path / "unusual" / "tokenizer.json").write_text(json.dumps(rules))
+    unusual = data.vocabulary(tmp_path / "unusual")
+    text = "see the cat is there , the cat"
+    expected = unusual.tokenizer.encode(text, add_special_tokens=False).ids
+    assert expected != vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    export = write_files(tmp_path / "export", config_json={"model_type": "roberta"})
+    data.save_vocabulary(unusual, export, "roberta", 512)
+    assert AutoTokenizer.from_pretrained(export)(text)["input_ids"][1:-1] == expected
+
+
 @pytest.mark.parametrize("setting, words", [
     ({"do_lower_case": True}, "lowercase is false, but tokenizer_config.json has do_lower_case true"),
     ({"strip_accents": True}, "strip_accents is false, but tokenizer_config.json has strip_accents true"),
