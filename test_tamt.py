@@ -174,7 +174,7 @@ def layers(model):
 
 @pytest.fixture
 def masks(layers):
-    """Random masks of 60 % for the layers."""
+    """Random masks for the layers, which prune 60 %."""
     return tamt.random_masks(layers, 0.6, "local", 3)
 
 
@@ -439,24 +439,26 @@ def test_dropout_acts_in_training_only(model):
     assert not torch.equal(model(input_ids)[-1], model(input_ids)[-1])
 
 
-@pytest.mark.parametrize("where", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-def test_dropout_leaves_the_mean_of_what_it_drops_from(world, where):
-    """Averaged over many draws the first layer's attention gives what it gives without dropout: what survives is scaled
-    up. That holds where nothing nonlinear follows, so the LayerNorm is left out."""
-    model = bert.load(world / "bert")
-    attention = model.bert.encoder.layer[0].attention
-    x = torch.randn(1, 6, 32)
-    expected = attention.self(x, None)
-    if where == "hidden_dropout_prob":
-        dropout = attention.output.dropout
-        draws = [dropout(expected) for _ in range(2000)] if dropout.train() else []
-    else:
-        attention.self.train()
-        draws = [attention.self(x, None) for _ in range(2000)]
+def assert_mean_is(draws, expected):
     draws = torch.stack(draws).detach()
-    standard_error = draws.std(dim=0) / len(draws) ** 0.5
-    assert (draws.mean(dim=0) - expected).abs().max() < 6 * standard_error.max()
-    assert not torch.equal(draws[0], expected)
+    standard_error = draws.std(dim=0).max() / len(draws) ** 0.5
+    assert (draws.mean(dim=0) - expected).abs().max() < 6 * standard_error
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_dropout_of_hidden_states_keeps_their_expected_value(world):
+    """What survives is scaled up."""
+    dropout = bert.load(world / "bert").train().bert.encoder.layer[0].attention.output.dropout
+    states = torch.randn(6, 32)
+    assert_mean_is([dropout(states) for _ in range(2000)], states)
+
+
+def test_dropout_of_attention_keeps_the_expected_value_of_the_context_vectors(world):
+    attention = bert.load(world / "bert").bert.encoder.layer[0].attention.self
+    states = torch.randn(1, 6, 32)
+    expected = attention(states, None)
+    attention.train()
+    assert_mean_is([attention(states, None) for _ in range(2000)], expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -540,7 +542,7 @@ def test_the_last_twentieth_of_the_lines_of_a_file_is_dev(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize("num_unknown, warned", [(4, False), (5, True)])
-def test_5_percent_of_unknown_tokens_cause_a_warning(vocabulary, tmp_path, capsys, num_unknown, warned):
+def test_a_text_with_5_percent_unknown_tokens_gets_a_warning(vocabulary, tmp_path, capsys, num_unknown, warned):
     words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
     (tmp_path / "wiki.valid.raw").write_text(" ".join(words))
     data.corpus_rows(tmp_path, vocabulary, 100 + 2, "dev")  # one row: the words, [CLS] and [SEP]
@@ -666,7 +668,7 @@ def test_each_combination_of_seed_and_purpose_and_step_has_its_own_random_stream
     assert len(first_draws) == len(keys)
 
 
-def test_tokens_in_says_which_ids_occur(vocabulary):
+def test_tokens_in_finds_the_ids_that_occur(vocabulary):
     rows = np.array([[2, 5, 5, 3], [2, 9, 5, 3]], np.uint16)
     assert np.flatnonzero(data.tokens_in(rows, vocabulary)).tolist() == [2, 3, 5, 9]
 
@@ -933,7 +935,7 @@ def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
-def test_keep_largest_of_groups_keeps_n_of_every_m_consecutive_entries_as_brute_force_does(n, m):
+def test_keep_largest_of_groups_equals_brute_force(n, m):
     torch.manual_seed(n)
     values = torch.randint(-2, 3, (30, 2 * m)).float()
     mask = tamt.keep_largest_of_groups(values, n, m)
@@ -1342,7 +1344,7 @@ def test_the_dev_mlm_loss_is_the_mean_of_the_losses_of_its_batches(dev_batches):
     assert found["dev_mlm_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
-def test_the_dev_kd_loss_is_the_mean_of_the_losses_of_its_batches_without_corruption(dev_batches):
+def test_the_dev_kd_loss_is_the_mean_of_the_losses_of_its_batches_before_corruption(dev_batches):
     model, found, batches = dev_batches
     losses = []
     for batch in batches:
@@ -1366,7 +1368,7 @@ def test_the_dev_kd_loss_of_the_unpruned_model_is_0(world):
 
 
 @pytest.fixture
-def short_row(world):
+def empty_row(world):
     """(1, 16): [CLS] and [SEP], so that there is nothing to predict."""
     vocabulary = data.vocabulary(world / "bert")
     row = np.full((1, 16), vocabulary.pad_id)
@@ -1374,18 +1376,18 @@ def short_row(world):
     return row
 
 
-def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(world, short_row):
+def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(world, empty_row):
     training = begin(mask_settings(world))
     rows = training.rows[:16]  # one batch; the short row is the second one
     expected = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine)
-    with_short_row = np.concatenate([rows, short_row])
+    with_short_row = np.concatenate([rows, empty_row])
     found = tamt.dev_losses(training.model, with_short_row, training.vocabulary, training.run.machine)
     assert found["dev_mlm_loss"] == expected["dev_mlm_loss"]
 
 
-def test_without_any_chosen_token_there_is_no_dev_mlm_loss(world, short_row):
+def test_without_any_chosen_token_there_is_no_dev_mlm_loss(world, empty_row):
     training = begin(mask_settings(world))
-    losses = tamt.dev_losses(training.model, short_row, training.vocabulary, training.run.machine)
+    losses = tamt.dev_losses(training.model, empty_row, training.vocabulary, training.run.machine)
     assert losses.keys() == {"dev_kd_loss"}
 
 
@@ -1653,8 +1655,8 @@ def test_a_batch_depends_on_seed_and_step_alone(world):
 # tamt: what the released code computed
 # ---------------------------------------------------------------------------------------------------
 
-# data/released holds what the released code did with 40 (mlm) and 60 (kd) batches: the batches, the loss at each of
-# them, and the mask at the end. The tests make the same updates, from the same start mask and without dropout, and
+# shared/data/released holds what the released code did with 40 (mlm) and 60 (kd) batches: the batches, the loss at each
+# of them, and the mask at the end. The tests make the same updates, from the same start mask and without dropout, and
 # compare. A score within rounding of its threshold may fall on either side of it, depending on the order in which a
 # processor adds up. Then a few entries differ, or change one update earlier or later, and with them the loss.
 
@@ -1782,7 +1784,7 @@ def released_kd_run(tmp_path_factory):
 
 
 @needs_real_inputs
-def test_fewer_than_5_percent_of_the_entries_that_kd_changes_differ_from_the_released_code(released_kd_run):
+def test_the_kd_mask_agrees_with_the_released_code_but_for_scores_near_a_threshold(released_kd_run):
     """Its scores move little, so that hundreds lie within rounding of a threshold, too many to settle one by one. Where
     this was written, 464 of the 13,654 entries that changed were different."""
     assert released_kd_run.num_differing < 0.05 * released_kd_run.num_changed
@@ -1859,28 +1861,45 @@ def share_of_flips(folder):
     return sum(line["flips"] for line in read_log(folder))
 
 
-@pytest.mark.parametrize("rank", ["global", "local", "2:4"])
-@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_ranked_after_every_update_a_mask_always_has_the_exact_sparsity(
-        world, tmp_path, monkeypatch, family, objective, rank):
-    num_updates = []
+def masks_after_each_update(monkeypatch, world, out, family, **changes) -> list:
+    """The masks of a run of six updates, ranked after each of them."""
+    masks = []
+    watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
+    tamt.find_mask(mask_settings(world, out, family, steps=6, lr=1e-2, refresh_every=1, **changes))
+    assert len(masks) == 6
+    assert_masks_moved(masks[0], masks[-1])
+    return masks
 
-    def check(layers, step):
-        num_updates.append(step)
-        masks = masks_of(layers)
-        if rank == "global":
-            assert num_pruned(masks) == round(num_entries(masks) * 0.7)
+
+all_objectives = pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+
+
+@both_families
+@all_objectives
+def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(
+        world, tmp_path, monkeypatch, family, objective):
+    for masks in masks_after_each_update(
+            monkeypatch, world, tmp_path, family, objective=objective, rank="global", sparsity=0.7):
+        assert num_pruned(masks) == round(num_entries(masks) * 0.7)
+
+
+@both_families
+@all_objectives
+def test_after_every_update_local_ranking_prunes_exactly_70_percent_of_each_matrix(
+        world, tmp_path, monkeypatch, family, objective):
+    for masks in masks_after_each_update(
+            monkeypatch, world, tmp_path, family, objective=objective, rank="local", sparsity=0.7):
         for mask in masks.values():
-            if rank == "local":
-                assert int((~mask).sum()) == round(mask.numel() * 0.7)
-            if rank == "2:4":
-                assert (mask.view(-1, 4).sum(dim=1) == 2).all()
+            assert int((~mask).sum()) == round(mask.numel() * 0.7)
 
-    watch_updates(monkeypatch, check)
-    tamt.find_mask(mask_settings(world, tmp_path, family, objective=objective, rank=rank, steps=6, lr=1e-2))
-    assert num_updates == [1, 2, 3, 4, 5, 6]
-    assert share_of_flips(tmp_path) > 0.01  # else nothing would have been ranked anew
+
+@both_families
+@all_objectives
+def test_after_every_update_2_4_ranking_keeps_two_of_every_four_entries(
+        world, tmp_path, monkeypatch, family, objective):
+    for masks in masks_after_each_update(monkeypatch, world, tmp_path, family, objective=objective, rank="2:4"):
+        for mask in masks.values():
+            assert (mask.view(-1, 4).sum(dim=1) == 2).all()
 
 
 def test_the_report_counts_the_entries_of_the_mask(world, tmp_path):
@@ -1981,7 +2000,8 @@ def refreshed_every_six(world, tmp_path, monkeypatch):
     each update's mask prunes, and how many it should."""
     counts = {}
     watch_updates(monkeypatch, lambda layers, step: counts.update({step: num_pruned(masks_of(layers))}))
-    tamt.find_mask(mask_settings(world, tmp_path, refresh_every=6, save_every=5, lr=4e-3))
+    tamt.find_mask(mask_settings(
+        world, tmp_path, rank="global", sparsity=0.7, refresh_every=6, save_every=5, lr=4e-3))
     return tmp_path, counts, round(num_entries(tamt.load_mask(tmp_path)) * 0.7)
 
 
@@ -2053,13 +2073,27 @@ def headless(world, tmp_path):
     return str(tmp_path / "headless")
 
 
-def test_for_mlm_a_model_without_masked_lm_head_gets_a_fresh_one_that_is_neither_scored_nor_exported(
-        world, tmp_path, headless, capsys):
-    settings = mask_settings(world, tmp_path / "run", model=headless, objective="mlm", export=tmp_path / "export")
-    content = tamt.find_mask(settings)
+@pytest.fixture
+def with_fresh_head(world, tmp_path, headless, capsys):  # capsys comes first, to see what the run prints
+    """A run of masked LM on a checkpoint without a head -> the content of its mask.json, and its export."""
+    export = tmp_path / "export"
+    settings = mask_settings(world, tmp_path / "run", model=headless, objective="mlm", export=export)
+    return tamt.find_mask(settings), export
+
+
+@pytest.mark.usefixtures("with_fresh_head")
+def test_a_fresh_masked_lm_head_is_announced(capsys):
     assert "has no masked-LM head: a fresh one is trained" in capsys.readouterr().out
-    assert "dev_mlm_loss" not in content and "dev_kd_loss" in content
-    assert not any(name.startswith("cls.") for name in bert.read_safetensors(tmp_path / "export/model.safetensors"))
+
+
+def test_a_fresh_masked_lm_head_is_not_scored(with_fresh_head):
+    content, _ = with_fresh_head
+    assert "dev_kd_loss" in content and "dev_mlm_loss" not in content
+
+
+def test_a_fresh_masked_lm_head_is_not_exported(with_fresh_head):
+    _, export = with_fresh_head
+    assert not any(name.startswith("cls.") for name in bert.read_safetensors(export / "model.safetensors"))
 
 
 def test_for_kd_a_model_without_masked_lm_head_needs_none_and_reports_no_mlm_loss(world, tmp_path, headless):
@@ -2246,8 +2280,8 @@ def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(world, tmp_path,
             assert magnitudes[layer.mask].min() >= magnitudes[~layer.mask].max()
 
     watch_prunings(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", prune_every=3, sparsity=0.3))
-    tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp", sparsity=0.3))
+    tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", rank="local", prune_every=3, sparsity=0.3))
+    tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp", rank="local", sparsity=0.3))
     assert not same_masks(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))  # training did matter
 
 
@@ -2557,7 +2591,7 @@ TEXT = ["Anna", "met", "Bob", "in", "Rome,", "last", "the", "café", "cafe\u0301
 
 
 @pytest.fixture(scope="session")
-def letters(tmp_path_factory):
+def odd_vocabularies(tmp_path_factory):
     """Two vocabularies: a WordPiece of the characters of TEXT and a few words, and a byte-level BPE with four
     merges -> {"bert": Vocabulary, "roberta": Vocabulary}."""
     folder = tmp_path_factory.mktemp("letters")
@@ -2588,8 +2622,8 @@ def test_truncation_drops_tokens_of_the_longer_text_one_by_one():
         assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)
 
 
-def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(letters):
-    vocabulary = letters["bert"]
+def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(odd_vocabularies):
+    vocabulary = odd_vocabularies["bert"]
     a = ids_of("Anna met Bob", vocabulary)
     b = ids_of("in Rome", vocabulary)
     [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("Anna met Bob", "in Rome")], vocabulary, 99)
@@ -2597,8 +2631,8 @@ def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(letter
     assert token_type_ids.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
 
-def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(letters):
-    vocabulary = letters["roberta"]
+def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(odd_vocabularies):
+    vocabulary = odd_vocabularies["roberta"]
     a = ids_of("Anna met Bob", vocabulary)
     b = ids_of("in Rome", vocabulary)
     [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("Anna met Bob", "in Rome")], vocabulary, 99)
@@ -2608,18 +2642,18 @@ def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(let
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_no_sequence_is_longer_than_max_len(letters, family):
+def test_no_sequence_is_longer_than_max_len(odd_vocabularies, family):
     pair = glue_squad.Example("Anna met Bob in Rome", "last May")
     single = glue_squad.Example("Anna met Bob in Rome last May")
     for max_len in range(6, 20):
-        for input_ids, token_type_ids in glue_squad.encode([pair, single], letters[family], max_len):
+        for input_ids, token_type_ids in glue_squad.encode([pair, single], odd_vocabularies[family], max_len):
             assert len(input_ids) == len(token_type_ids) <= max_len
-            assert input_ids[-1] == letters[family].sep_id
+            assert input_ids[-1] == odd_vocabularies[family].sep_id
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_the_attention_mask_tells_tokens_from_padding(letters, family):
-    vocabulary = letters[family]
+def test_the_attention_mask_tells_tokens_from_padding(odd_vocabularies, family):
+    vocabulary = odd_vocabularies[family]
     examples = [glue_squad.Example("Anna met Bob", "in Rome"), glue_squad.Example("")]
     sequences = glue_squad.encode(examples, vocabulary, 6)
     input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, vocabulary.pad_id)
@@ -2702,15 +2736,15 @@ def test_squad_2_without_its_version_is_refused_by_its_impossible_questions(tmp_
 
 
 @pytest.fixture
-def two_windows(letters):
+def two_windows(odd_vocabularies):
     """The two windows of ten tokens into which a stride of two cuts WORKED_EXAMPLE."""
-    return glue_squad.make_windows([WORKED_EXAMPLE], letters["bert"], max_len=10, doc_stride=2, training=True)
+    return glue_squad.make_windows([WORKED_EXAMPLE], odd_vocabularies["bert"], max_len=10, doc_stride=2, training=True)
 
 
-def test_windows_overlap_and_each_holds_the_question(letters, two_windows):
+def test_windows_overlap_and_each_holds_the_question(odd_vocabularies, two_windows):
     texts = []
     for window in two_windows:
-        texts.append(" ".join(letters["bert"].tokenizer.id_to_token(number) for number in window.input_ids))
+        texts.append(" ".join(odd_vocabularies["bert"].tokenizer.id_to_token(number) for number in window.input_ids))
     assert texts == ["[CLS] where ? [SEP] anna met bob in rome [SEP]",
                      "[CLS] where ? [SEP] bob in rome last may [SEP]"]
 
@@ -2725,8 +2759,8 @@ def test_a_token_has_its_maximum_context_in_the_window_that_shows_most_around_it
     assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # rome last may
 
 
-def test_an_answer_begins_only_where_its_first_token_has_maximum_context(letters):
-    windows = glue_squad.make_windows([WORKED_EXAMPLE], letters["bert"], max_len=10, doc_stride=2)
+def test_an_answer_begins_only_where_its_first_token_has_maximum_context(odd_vocabularies):
+    windows = glue_squad.make_windows([WORKED_EXAMPLE], odd_vocabularies["bert"], max_len=10, doc_stride=2)
     start_logits = np.zeros((2, 10))
     end_logits = np.zeros((2, 10))
     start_logits[0, 8] = end_logits[0, 8] = 9  # window 0 is sure of "rome", its last token
@@ -2739,10 +2773,10 @@ def test_an_answer_begins_only_where_its_first_token_has_maximum_context(letters
     pytest.param(9, id="before its start"),
     pytest.param(40, id="31 tokens long"),
     pytest.param(70, id="in the padding")])
-def test_an_answer_has_no_impossible_end(letters, end):
+def test_an_answer_has_no_impossible_end(odd_vocabularies, end):
     """The surest end is impossible, and the second one is the last that is possible."""
     question = WORKED_EXAMPLE._replace(context="in " * 50)
-    [window] = glue_squad.make_windows([question], letters["bert"], max_len=99)
+    [window] = glue_squad.make_windows([question], odd_vocabularies["bert"], max_len=99)
     start_logits = np.zeros((1, 99))
     end_logits = np.zeros((1, 99))
     start_logits[0, 10] = 5
@@ -2751,30 +2785,30 @@ def test_an_answer_has_no_impossible_end(letters, end):
     assert glue_squad.best_answers([question], [window], start_logits, end_logits) == {"q": " ".join(["in"] * 30)}
 
 
-def test_a_stride_longer_than_the_window_skips_no_token(letters):
-    vocabulary = letters["bert"]
+def test_a_stride_longer_than_the_window_skips_no_token(odd_vocabularies):
+    vocabulary = odd_vocabularies["bert"]
     windows = glue_squad.make_windows([WORKED_EXAMPLE], vocabulary, max_len=7, doc_stride=128)
     texts = [" ".join(map(vocabulary.tokenizer.id_to_token, window.input_ids.tolist())) for window in windows]
     assert texts == ["[CLS] where ? [SEP] anna met [SEP]", "[CLS] where ? [SEP] bob in [SEP]",
                      "[CLS] where ? [SEP] rome last [SEP]", "[CLS] where ? [SEP] may [SEP]"]
 
 
-def test_questions_whose_answer_does_not_start_where_the_file_says_do_not_train(tmp_path, letters, capsys):
+def test_questions_whose_answer_does_not_start_where_the_file_says_do_not_train(tmp_path, odd_vocabularies, capsys):
     questions = glue_squad.load_squad(write(tmp_path / "train.json", squad_file(3, 2)))
-    windows = glue_squad.make_windows(questions, letters["bert"], training=True)
+    windows = glue_squad.make_windows(questions, odd_vocabularies["bert"], training=True)
     assert [window.question_index for window in windows] == [0]
     assert "left out 1 of 2 questions" in capsys.readouterr().err
-    assert len(glue_squad.make_windows(questions, letters["bert"])) == 2
+    assert len(glue_squad.make_windows(questions, odd_vocabularies["bert"])) == 2
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_answer_of_plain_words_comes_back_exactly(letters, family):
+def test_an_answer_of_plain_words_comes_back_exactly(odd_vocabularies, family):
     words = "anna met bob in rome last may".split()
     for first, last in itertools.combinations(range(len(words) + 1), 2):
         answer = " ".join(words[first:last])
         start = len(" ".join([*words[:first], ""]))
         question = glue_squad.Question("q", "Where?", " ".join(words), [(answer, start)])
-        [window] = glue_squad.make_windows([question], letters[family], max_len=99, training=True)
+        [window] = glue_squad.make_windows([question], odd_vocabularies[family], max_len=99, training=True)
         start_logits = np.eye(99)[[window.start_position]]
         end_logits = np.eye(99)[[window.end_position]]
         found = glue_squad.best_answers([question], [window], start_logits, end_logits)
@@ -2782,7 +2816,7 @@ def test_an_answer_of_plain_words_comes_back_exactly(letters, family):
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_answers_in_odd_characters_come_back_from_every_window_that_holds_them(letters, family):
+def test_answers_in_odd_characters_come_back_with_at_most_their_neighbours(odd_vocabularies, family):
     """From characters to positions and back again. BERT's tokenizer deletes some characters at the ends of a
     text, and a WordPiece token may be wider than the answer: then it comes back with its neighbours."""
     rng = random.Random(1)
@@ -2796,7 +2830,7 @@ def test_answers_in_odd_characters_come_back_from_every_window_that_holds_them(l
         max_len = rng.randrange(12, 60)
         doc_stride = rng.randrange(1, 30)
 
-        for window in glue_squad.make_windows([question], letters[family], max_len, doc_stride, training=True):
+        for window in glue_squad.make_windows([question], odd_vocabularies[family], max_len, doc_stride, training=True):
             if window.end_position == 0:
                 continue  # it does not hold the whole answer (tested above)
             num_windows += 1
@@ -3249,7 +3283,7 @@ def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, 
 
 
 def test_a_loss_that_overflows_is_an_error(tasks, tmp_path):
-    with pytest.raises(ValueError, match="the loss is (inf|nan) .* a lower --lr "):
+    with pytest.raises(ValueError, match=r"the loss is (inf|nan) .* at update \d+: a lower --lr "):
         finetune.fine_tune(finetune_settings(tasks, tmp_path, "stsb", lr=1e9))
 
 
@@ -3289,8 +3323,10 @@ def test_a_result_holds_the_metrics_of_its_task(finished, name, family):
 
 
 @all_runs
-def test_a_result_names_its_command_its_settings_and_the_versions_it_ran_with(finished, name, family):
-    assert {"command", "settings", "seed", "versions", "device"} <= finished(name, family).result.keys()
+def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, name, family):
+    result = finished(name, family).result
+    assert (result["settings"]["task"], result["settings"]["lr"], result["seed"]) == (result["task"], 1e-3, 1)
+    assert result["versions"]["torch"] == torch.__version__
 
 
 def logits_of_export(experiment, sequences):
@@ -3382,14 +3418,16 @@ def matrices(tasks, out, weights):
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.ndim == 2}
 
 
-def test_weights_shuffled_permutes_each_matrix(tasks, tmp_path):
+def test_the_option_weights_shuffled_permutes_each_matrix_of_encoder_and_pooler(tasks, tmp_path):
     pretrained, shuffled = (matrices(tasks, tmp_path / kind, kind) for kind in ("pretrained", "shuffled"))
-    for name in tamt.load_mask(tasks / "bert.pt"):  # the matrices that can be masked
+    names = [name for name in tamt.load_mask(tasks / "bert.pt") if "embeddings" not in name]
+    assert len(names) == 2 * 6 + 1
+    for name in names:
         assert not torch.equal(shuffled[name], pretrained[name])
         assert torch.equal(shuffled[name].flatten().sort().values, pretrained[name].flatten().sort().values)
 
 
-def test_weights_random_draws_each_matrix_as_berts_initialisation_does(tasks, tmp_path):
+def test_the_option_weights_random_draws_each_matrix_as_berts_initialisation_does(tasks, tmp_path):
     for name, matrix in matrices(tasks, tmp_path, "random").items():
         values = matrix / 0.02
         standard_error = values.numel() ** -0.5
@@ -3397,9 +3435,11 @@ def test_weights_random_draws_each_matrix_as_berts_initialisation_does(tasks, tm
         assert abs(values.square().mean() - 1) < 5 * 2**0.5 * standard_error, name
 
 
-def test_weights_random_resets_layer_norms(tasks, tmp_path):
-    experiment = open_in_eval_mode(dense_settings(tasks, tmp_path, weights="random"))
-    assert torch.equal(experiment.model.get_parameter("bert.embeddings.LayerNorm.weight"), torch.ones(32))
+def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path):
+    model = open_in_eval_mode(dense_settings(tasks, tmp_path, weights="random")).model
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == (1 if name.endswith("LayerNorm.weight") else 0)).all(), name
 
 
 def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks, tmp_path):
@@ -3425,7 +3465,7 @@ def limited_data(tasks, out, task, **changes):
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
-def test_limit_keeps_so_many_training_examples_each_with_its_target(tasks, tmp_path, task):
+def test_limit_keeps_that_many_training_examples_each_with_its_target(tasks, tmp_path, task):
     nine = limited_data(tasks, tmp_path, task, limit=9)
     assert len(nine) == 9
     assert set(nine) <= set(limited_data(tasks, tmp_path, task))
@@ -3767,7 +3807,7 @@ def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(small):
     assert_close(ours, theirs)
 
 
-def test_a_super_ticket_that_takes_half_a_head_is_refused(tasks, tmp_path, super_ticket):
+def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_ticket):
     masks, meta = tamt.read_mask(super_ticket)
     next(iter(masks.values()))[0, 0] ^= True
     tamt.save_mask(super_ticket, masks, meta)
