@@ -1011,6 +1011,9 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
+PIECE_SIZE = 1 << 18  # as many values stay in the cache
+
+
 def split_at(values, low: float, high: float, mask):
     """Writes values > high into `mask` (n,) -> how many those are, and the positions of the values in between,
     low < value <= high, in ascending order.
@@ -1026,10 +1029,9 @@ def split_at(values, low: float, high: float, mask):
     output = mask.numpy()
     num_above = 0
     between = []
-    piece_size = 1 << 18
-    for begin in range(0, len(values), piece_size):
-        piece = values[begin:begin + piece_size]
-        above = np.greater(piece, high, out=output[begin:begin + piece_size])
+    for begin in range(0, len(values), PIECE_SIZE):
+        piece = values[begin:begin + PIECE_SIZE]
+        above = np.greater(piece, high, out=output[begin:begin + PIECE_SIZE])
         num_above += np.count_nonzero(above)
         between.append(begin + np.flatnonzero((piece > low) ^ above))
     return num_above, torch.from_numpy(np.concatenate(between))

@@ -550,13 +550,12 @@ def test_a_text_with_5_percent_unknown_tokens_gets_a_warning(vocabulary, tmp_pat
     assert (warning in capsys.readouterr().err) == warned
 
 
-def test_the_warning_comes_again_when_the_rows_are_read_from_the_cache(vocabulary, tmp_path, capsys):
+def test_the_warning_comes_again_when_the_rows_are_read_from_the_cache(vocabulary, tmp_path, monkeypatch, capsys):
     (tmp_path / "wiki.valid.raw").write_text("Ω one " * 50)
-    warnings = []
     for _ in range(2):
         data.corpus_rows(tmp_path, vocabulary, 100 + 2, "dev")
-        warnings.append("50.0% of its tokens are unknown" in capsys.readouterr().err)
-    assert warnings == [True, True]
+        assert "50.0% of its tokens are unknown" in capsys.readouterr().err
+        monkeypatch.setattr(data, "encode", None)  # the second time nothing is tokenised
 
 
 def test_a_text_without_any_known_token_is_refused(vocabulary, tmp_path):
@@ -917,7 +916,8 @@ def test_without_ties_the_values_above_the_threshold_are_those_that_are_kept():
 
 
 def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
-    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])  # pieces of 2^18 values are compared at a time
+    assert tamt.PIECE_SIZE < 300_000  # as many values are compared at a time
+    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])
     mask = torch.empty(600_000, dtype=torch.bool)
     for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
         tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)  # no value is near .5
@@ -1592,19 +1592,24 @@ def sum_of_steps(objective, learning_rate, num_updates, horizon):
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 @pytest.mark.parametrize("num_updates", [500, 3000, 10_000])
 def test_the_steps_of_a_short_run_add_up_to_those_of_the_papers_run(objective, num_updates):
-    """So a score can move as far. At 70 % the paper made 17,000 updates (its Table 2) of a schedule of 27,920, which is
-    two epochs of WikiText-103."""
+    """This rule lets a score move as far as in the paper's run. At 70 % the paper made 17,000 updates (its Table 2) of
+    a schedule of 27,920, which is two epochs of WikiText-103."""
     rate = tamt.learning_rate_of(objective, 0.7, num_updates)
     of_the_paper = sum_of_steps(objective, PAPER_RATES[objective], 17_000, horizon=27_920)
     assert sum_of_steps(objective, rate, num_updates, horizon=num_updates) == pytest.approx(of_the_paper)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_learning_rate_is_never_below_the_papers_nor_above_0_01(objective):
+def test_the_learning_rate_lies_between_the_papers_and_0_01(objective):
     rates = [tamt.learning_rate_of(objective, 0.7, 10**exponent) for exponent in range(7)]
     assert rates[0] == 0.01
     assert rates[-1] == rates[-2] == PAPER_RATES[objective]
-    assert sorted(rates, reverse=True) == rates
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd"])
+def test_the_shorter_the_run_the_higher_the_learning_rate(objective):
+    rates = [tamt.learning_rate_of(objective, 0.7, num_updates) for num_updates in (500, 1000, 2000, 4000, 8000)]
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates))
 
 
 def test_between_the_sparsities_of_the_paper_its_numbers_of_updates_are_interpolated():
@@ -1805,7 +1810,7 @@ def remove_dropout(model):
 
 
 @needs_real_inputs
-def test_network_and_optimizer_reproduce_a_fine_tuning_of_the_released_code():
+def test_network_and_optimizer_reproduce_a_fine_tuning_run_of_the_released_code():
     """Thirty updates of RTE under a mask. The loop is written out here; that of finetune.py is compared with torch's
     prune below."""
     expected = np.load(REAL / "released" / "finetune_rte.npz")
@@ -1853,7 +1858,6 @@ def test_network_and_optimizer_reproduce_a_fine_tuning_of_the_released_code():
 def test_find_mask_returns_the_content_of_mask_json(world, tmp_path):
     content = tamt.find_mask(mask_settings(world, tmp_path))
     assert content == json.loads((tmp_path / "mask.json").read_text())
-    assert {"settings", "sparsity", "dev_mlm_loss", "dev_kd_loss", "seconds", "device", "versions"} <= content.keys()
 
 
 def share_of_flips(folder):
@@ -1931,11 +1935,18 @@ def test_the_log_has_a_line_every_few_updates_and_for_each_evaluation(world, tmp
     assert "dev_mlm_loss" in lines[1] and "dev_kd_loss" in lines[1]
 
 
-def test_the_log_says_how_much_is_kept_and_how_much_changed_sides(world, tmp_path):
+def test_the_log_says_how_much_is_kept(world, tmp_path):
     tamt.find_mask(mask_settings(world, tmp_path, lr=1e-2))
-    last_line = read_log(tmp_path)[-1]
-    assert last_line["kept"] == pytest.approx(0.3, abs=1e-4)
-    assert last_line["flips"] > 0
+    assert [line["kept"] for line in read_log(tmp_path)] == pytest.approx([0.3] * 3, abs=1e-4)
+
+
+def test_the_log_says_which_share_of_the_entries_changed_sides(world, tmp_path, monkeypatch):
+    masks = []
+    watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
+    tamt.find_mask(mask_settings(world, tmp_path, lr=1e-2, log_every=1, refresh_every=1))
+    expected = [num_different(a, b) / num_entries(a) for a, b in itertools.pairwise(masks)]
+    assert max(expected) > 0
+    assert [line["flips"] for line in read_log(tmp_path)][1:] == pytest.approx(expected)
 
 
 def test_masks_are_saved_on_the_way(world, tmp_path, monkeypatch):
@@ -1977,15 +1988,18 @@ def toy_losses(world, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["omp", "random"])
-def test_on_the_toy_the_mlm_mask_has_a_lower_mlm_loss_than_magnitude_and_chance(toy_losses, baseline):
+def test_on_the_toy_the_mlm_mask_has_a_lower_mlm_loss_than_omp_and_a_random_mask(toy_losses, baseline):
     assert toy_losses["mlm"]["dev_mlm_loss"] < 0.8 * toy_losses[baseline]["dev_mlm_loss"]
 
 
 @pytest.mark.slow
-def test_on_the_toy_the_kd_mask_has_a_lower_kd_loss_than_magnitude_and_that_than_chance(toy_losses):
-    kd, omp, chance = (toy_losses[name]["dev_kd_loss"] for name in ("kd", "omp", "random"))
-    assert kd < 0.5 * omp
-    assert omp < 0.8 * chance
+def test_on_the_toy_the_kd_mask_has_a_lower_kd_loss_than_omp(toy_losses):
+    assert toy_losses["kd"]["dev_kd_loss"] < 0.5 * toy_losses["omp"]["dev_kd_loss"]  # .060 and .229 with one thread
+
+
+@pytest.mark.slow
+def test_on_the_toy_omp_has_a_lower_kd_loss_than_a_random_mask(toy_losses):
+    assert toy_losses["omp"]["dev_kd_loss"] < 0.8 * toy_losses["random"]["dev_kd_loss"]
 
 
 def test_a_short_run_flips_nothing_at_the_learning_rate_of_the_paper_but_does_at_a_higher_one(world, tmp_path):
@@ -2670,18 +2684,22 @@ def test_batches_hold_each_example_once(num_examples, batch_size):
 
 
 @pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
-def test_all_batches_are_full_but_one(num_examples, batch_size):
+def test_at_most_one_batch_is_not_full(num_examples, batch_size):
     lengths = np.random.default_rng(0).integers(3, 60, num_examples)
     batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
     full, rest = divmod(num_examples, batch_size)
     assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
 
 
-def test_batches_hold_little_padding():
+def test_batches_hold_less_than_a_tenth_of_padding_and_batches_in_random_order_more():
     lengths = np.random.default_rng(0).integers(3, 60, 3000)
-    batches = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    assert padded < 1.1 * lengths.sum()
+
+    def size_with_padding(batches):
+        return sum(len(batch) * lengths[batch].max() for batch in batches)
+
+    bucketed = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
+    in_random_order = np.array_split(np.random.default_rng(1).permutation(3000), 3000 // 32)
+    assert size_with_padding(bucketed) < 1.1 * lengths.sum() < size_with_padding(in_random_order)
 
 
 def batches_of(seed):
@@ -2793,12 +2811,23 @@ def test_a_stride_longer_than_the_window_skips_no_token(odd_vocabularies):
                      "[CLS] where ? [SEP] rome last [SEP]", "[CLS] where ? [SEP] may [SEP]"]
 
 
-def test_questions_whose_answer_does_not_start_where_the_file_says_do_not_train(tmp_path, odd_vocabularies, capsys):
-    questions = glue_squad.load_squad(write(tmp_path / "train.json", squad_file(3, 2)))
-    windows = glue_squad.make_windows(questions, odd_vocabularies["bert"], training=True)
+@pytest.fixture
+def one_misplaced_answer(tmp_path):
+    """Two questions; the answer of the second does not start where the file says."""
+    return glue_squad.load_squad(write(tmp_path / "train.json", squad_file(3, 2)))
+
+
+def test_questions_whose_answer_does_not_start_where_the_file_says_do_not_train(
+        one_misplaced_answer, odd_vocabularies, capsys):
+    windows = glue_squad.make_windows(one_misplaced_answer, odd_vocabularies["bert"], training=True)
     assert [window.question_index for window in windows] == [0]
     assert "left out 1 of 2 questions" in capsys.readouterr().err
-    assert len(glue_squad.make_windows(questions, odd_vocabularies["bert"])) == 2
+
+
+def test_questions_whose_answer_does_not_start_where_the_file_says_are_evaluated(
+        one_misplaced_answer, odd_vocabularies):
+    windows = glue_squad.make_windows(one_misplaced_answer, odd_vocabularies["bert"])
+    assert [window.question_index for window in windows] == [0, 1]
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -3101,7 +3130,7 @@ def weight_bytes(folder):
 
 @pytest.fixture
 def result(tasks, tmp_path):
-    """Of a short run on rte."""
+    """The result of a short run on rte."""
     return finetune.fine_tune(finetune_settings(tasks, tmp_path))
 
 
@@ -3155,7 +3184,7 @@ def test_the_loss_of_an_answer_is_the_mean_of_the_losses_of_its_first_and_its_la
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
-def test_each_update_draws_its_own_dropout():
+def test_seed_dropout_gives_each_update_and_each_seed_its_own_draws():
     draws = []
     for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
         tamt.seed_dropout(seed, step)
@@ -3691,7 +3720,7 @@ def eight_levels(order):
 @pytest.mark.parametrize("order", finetune.ORDERS)
 def test_level_n_removes_n_tenths_of_the_heads_rounded_down_and_n_twelfths_of_the_ffns(order):
     levels = eight_levels(order)
-    assert [int(heads.sum()) for heads, _ in levels] == [int(144 * level / 10) for level in range(1, 9)]
+    assert [int(heads.sum()) for heads, _ in levels] == [14, 28, 43, 57, 72, 86, 100, 115]
     assert [int(ffns.sum()) for _, ffns in levels] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -3742,14 +3771,14 @@ def test_as_many_weights_of_bert_base_remain_as_in_the_paper(level, percent):
 
 
 REMOVED_HEADS = np.array([[True, False, True, False], [False, False, True, False]])
-REMOVED_FEED_FORWARD = np.array([False, True])
+REMOVED_FFNS = np.array([False, True])
 
 
 @pytest.fixture(params=["bert", "roberta"])
 def super_ticket(request, tasks, tmp_path):
     """A Super Ticket of each family that takes out three heads and a feed-forward network."""
     model = tasks.parent / request.param
-    masks = finetune.unit_masks(bert.load(model).config, REMOVED_HEADS, REMOVED_FEED_FORWARD)
+    masks = finetune.unit_masks(bert.load(model).config, REMOVED_HEADS, REMOVED_FFNS)
     tamt.save_mask(tmp_path / "super.pt", masks, {"method": "super", "model": str(model)})
     return tmp_path / "super.pt"
 
@@ -3777,7 +3806,7 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
     full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=small.run.model))
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
-        output_gate = float(not REMOVED_FEED_FORWARD[index])
+        output_gate = float(not REMOVED_FFNS[index])
         layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
         layer.output.dense.register_forward_hook(
@@ -3815,9 +3844,10 @@ def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_
         open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
-def test_tamt_does_not_take_a_super_ticket_for_an_ordinary_mask(tasks, super_ticket):
+def test_tamt_does_not_mistake_a_super_ticket_for_an_ordinary_mask(super_ticket):
     """It would leave the bias of an FFN that is taken out."""
-    settings = tamt.Settings(model=str(tasks.parent / "bert"), mask=super_ticket, evaluate=True, data="toy")
+    _, meta = tamt.read_mask(super_ticket)
+    settings = tamt.Settings(model=meta["model"], mask=super_ticket, evaluate=True, data="toy")
     with pytest.raises(ValueError, match="a Super Ticket removes whole units: finetune.py scores and exports it"):
         tamt.evaluate_mask(settings)
 
