@@ -631,7 +631,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
 # ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)  # each removes a tenth of all heads, and a twelfth of the FFNs: one of BERT-base's twelve
+LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of the FFNs (BERT-base has 12)
 
 
 def find_super(settings) -> dict:
@@ -755,24 +755,24 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     last."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units with the lowest ranks go first.
+    # Units with the smallest sort keys go first.
     if order == "random":
-        head_ranks = generator.random(head_importance.shape)
-        ffn_ranks = generator.random(ffn_importance.shape)
+        head_sort_keys = generator.random(head_importance.shape)
+        ffn_sort_keys = generator.random(ffn_importance.shape)
     elif order == "losing":
-        head_ranks = -head_importance.numpy()
-        ffn_ranks = -ffn_importance.numpy()
+        head_sort_keys = -head_importance.numpy()
+        ffn_sort_keys = -ffn_importance.numpy()
     else:  # "winning"
-        head_ranks = head_importance.numpy().copy()  # changed below
-        ffn_ranks = ffn_importance.numpy()
+        head_sort_keys = head_importance.numpy().copy()  # changed below
+        ffn_sort_keys = ffn_importance.numpy()
 
-    last_heads = head_ranks.argmax(axis=1)  # the head of each layer that would go last
-    head_ranks[np.arange(num_layers), last_heads] = np.inf
+    last_heads = head_sort_keys.argmax(axis=1)  # the head of each layer that would go last
+    head_sort_keys[np.arange(num_layers), last_heads] = np.inf
     num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     removed_heads = np.zeros(num_layers * num_heads, bool)
-    removed_heads[np.argsort(head_ranks.flatten(), kind="stable")[:num_removed]] = True
+    removed_heads[np.argsort(head_sort_keys.flatten(), kind="stable")[:num_removed]] = True
     removed_ffns = np.zeros(num_layers, bool)
-    removed_ffns[np.argsort(ffn_ranks, kind="stable")[:num_layers * level // 12]] = True
+    removed_ffns[np.argsort(ffn_sort_keys, kind="stable")[:num_layers * level // 12]] = True
     return removed_heads.reshape(num_layers, num_heads), removed_ffns
 
 
@@ -1266,8 +1266,9 @@ def resolve_search(settings: Settings) -> Settings:
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
     identity = search_identity(settings)
-    tamt.check_folder(settings.out, identity, "mask.json")
-    tamt.check_folder(settings.out, identity, "search.json")  # until mask.json is there, it says whose rounds these are
+    # mask.json says which search is finished, and until it is there search.json says which one the rounds belong to.
+    is_finished = (settings.out / "mask.json").exists()
+    tamt.check_folder(settings.out, identity, "mask.json" if is_finished else "search.json")
     if not settings.resume:
         (settings.out / "mask.json").unlink(missing_ok=True)
     settings.out.mkdir(parents=True, exist_ok=True)

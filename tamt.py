@@ -670,6 +670,10 @@ def dense_teacher(model):
         model.train(was_training)
 
 
+def has_pretrained_head(model: bert.Model) -> bool:
+    return model.mlm_head is not None and not model.mlm_head.is_fresh
+
+
 @torch.no_grad()
 def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
     """What a mask is worth on held-out rows, in eval mode; each loss is the mean of the means of its batches
@@ -678,8 +682,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
     or if the rows are so few that no token was chosen for prediction.
     dev_kd_loss: Eq. 6 on the clean rows."""
-    has_head = model.mlm_head is not None and not model.mlm_head.is_fresh
-    objectives = ["mlm", "kd"] if has_head else ["kd"]
+    objectives = ["mlm", "kd"] if has_pretrained_head(model) else ["kd"]
     losses = {objective: [] for objective in objectives}  # of the batches
     was_training = model.training
     model.eval()
@@ -1232,7 +1235,7 @@ def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
     head = bert.MLM_HEADS[family]
     words = f"{family}.embeddings.word_embeddings.weight"
     tensors = {name: parameter.data for name, parameter in model.named_parameters() if not name.endswith(".scores")}
-    has_head = model.mlm_head is not None and not model.mlm_head.is_fresh
+    has_head = has_pretrained_head(model)
     if not has_head:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{head}.")}
 
@@ -1686,8 +1689,8 @@ def schedule(values: dict) -> tuple[int, int]:
         num_rounds = len(imp_levels(values["sparsity"])) - 1
         horizon = values["steps"] or 10 * values["prune_every"]
         if horizon < values["prune_every"]:
-            raise ValueError(f"--steps {horizon}: with imp the learning rate falls to 0 over so many updates of each "
-                             f"round, and a round has {values['prune_every']} (--prune-every); expected at least those")
+            raise ValueError(f"--steps {horizon}: imp's learning rate would be 0 from there on in each round of "
+                             f"{values['prune_every']} updates; expected at least --prune-every")
         return values["prune_every"] * num_rounds, horizon
     if values["steps"]:
         return values["steps"], values["steps"]

@@ -276,7 +276,8 @@ def test_omp_and_random_need_no_text(world, tmp_path):
 
 BAD_ARGUMENTS = {
     "an unknown model": (["--model", "bert-huge"], "bert-huge.*bert-base.*toy"),
-    "imp without learning rate": (["--method", "imp", "--steps", "3", "--prune-every", "8"], "--steps 3:.*has 8"),
+    "imp without learning rate": (["--method", "imp", "--steps", "3", "--prune-every", "8"],
+                                  "--steps 3:.* round of 8 updates; expected at least --prune-every"),
     "sparsity 1": (["--sparsity", "1.0"], r"--sparsity 1.0.*\[0, 1\)"),
     "a negative sparsity": (["--sparsity=-0.1"], r"--sparsity -0.1.*\[0, 1\)"),
     "a percentage": (["--sparsity", "70"], r"--sparsity 70.*\[0, 1\).*0.7"),

@@ -15,20 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bert
 from dev import fuzz
-
-
-def refused(call, *args, match):
-    """The error is one line; -> its text."""
-    with pytest.raises((ValueError, OSError), match=match) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 1500
-    return message
-
+from test_checkpoints import raises_one_line
 
 # ---------------------------------------------------------------------------------------------------
 # safetensors
@@ -47,9 +36,9 @@ def write_safetensors(file, header, data=b"12345678"):
 @pytest.mark.parametrize("header", [
     b"", b"[]", b"5", b'"x"', b"null", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000,
 ], ids=lambda header: repr(header[:8]))
-def test_a_safetensors_header_that_is_no_json_object_is_refused(tmp_path, header):
+def test_a_safetensors_header_that_is_no_json_object_is_raises_one_line(tmp_path, header):
     file = write_safetensors(tmp_path / "x.safetensors", header)
-    refused(bert.read_safetensors, file, match="x.safetensors: ")
+    raises_one_line(bert.read_safetensors, file, match="x.safetensors: ")
 
 
 @pytest.mark.parametrize("offsets, match", [
@@ -65,53 +54,53 @@ def test_a_safetensors_header_that_is_no_json_object_is_refused(tmp_path, header
 ], ids=str)
 def test_tensors_must_fill_a_safetensors_file_one_after_the_other(tmp_path, offsets, match):
     file = write_safetensors(tmp_path / "x.safetensors", {"a": ENTRY | {"data_offsets": offsets}})
-    refused(bert.read_safetensors, file, match=f"x.safetensors: .*({match})")
+    raises_one_line(bert.read_safetensors, file, match=f"x.safetensors: .*({match})")
 
 
-def test_two_tensors_on_the_same_bytes_are_refused(tmp_path):
+def test_two_tensors_on_the_same_bytes_are_raises_one_line(tmp_path):
     file = write_safetensors(tmp_path / "x.safetensors", {"a": ENTRY, "b": ENTRY})
-    refused(bert.read_safetensors, file, match="x.safetensors: b: bytes 0 to 8 do not follow on 8")
+    raises_one_line(bert.read_safetensors, file, match="x.safetensors: b: bytes 0 to 8 do not follow on 8")
 
 
-def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
+def test_bytes_that_belong_to_no_tensor_are_raises_one_line(tmp_path):
     file = write_safetensors(tmp_path / "x.safetensors", {"a": ENTRY}, data=b"123456789")
-    refused(bert.read_safetensors, file, match="the last tensor ends at byte 8 of 9")
+    raises_one_line(bert.read_safetensors, file, match="the last tensor ends at byte 8 of 9")
 
 
 @pytest.mark.parametrize("shape", [
     [3], [-1, -2], [2.0], [True, 2], "2", {"2": 1}, [1] * 10_000,
 ], ids=lambda shape: str(shape)[:20])
-def test_a_shape_that_does_not_match_the_bytes_is_refused(tmp_path, shape):
+def test_a_shape_that_does_not_match_the_bytes_is_raises_one_line(tmp_path, shape):
     file = write_safetensors(tmp_path / "x.safetensors", {"a": ENTRY | {"shape": shape}})
-    refused(bert.read_safetensors, file, match="x.safetensors: 8 bytes cannot hold torch.float32 of shape")
+    raises_one_line(bert.read_safetensors, file, match="x.safetensors: 8 bytes cannot hold torch.float32 of shape")
 
 
-def test_an_empty_tensor_of_a_gigantic_shape_is_refused(tmp_path):
+def test_an_empty_tensor_of_a_gigantic_shape_is_raises_one_line(tmp_path):
     entry = {"dtype": "F32", "shape": [2**70, 0], "data_offsets": [0, 0]}
     file = write_safetensors(tmp_path / "x.safetensors", {"a": entry}, data=b"")
-    refused(bert.read_safetensors, file, match="x.safetensors: 0 bytes cannot hold")
+    raises_one_line(bert.read_safetensors, file, match="x.safetensors: 0 bytes cannot hold")
 
 
 @pytest.mark.parametrize("dtype", ["F99", "", None, 5])
 def test_an_unknown_dtype_is_refused_with_the_known_ones(tmp_path, dtype):
     file = write_safetensors(tmp_path / "x.safetensors", {"a": ENTRY | {"dtype": dtype}})
-    refused(bert.read_safetensors, file, match="x.safetensors: a: dtype .* is not one of F64, F32")
+    raises_one_line(bert.read_safetensors, file, match="x.safetensors: a: dtype .* is not one of F64, F32")
 
 
 @pytest.mark.parametrize("claimed", [100, 10**9, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused_before_it_is_read(tmp_path, claimed):
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", claimed) + b"{}")
     match = "x.safetensors: not a complete safetensors file: 10 bytes"
-    refused(bert.read_safetensors, tmp_path / "x.safetensors", match=match)
+    raises_one_line(bert.read_safetensors, tmp_path / "x.safetensors", match=match)
 
 
-def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
+def test_a_safetensors_file_cut_anywhere_is_raises_one_line(tmp_path):
     file = tmp_path / "x.safetensors"
     bert.write_safetensors(file, {"a": torch.ones(5), "b": torch.ones(3)})
     content = file.read_bytes()
     for length in range(len(content)):
         (tmp_path / f"{length}.safetensors").write_bytes(content[:length])
-        refused(bert.read_safetensors, tmp_path / f"{length}.safetensors", match=f"{length}.safetensors: ")
+        raises_one_line(bert.read_safetensors, tmp_path / f"{length}.safetensors", match=f"{length}.safetensors: ")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -139,7 +128,7 @@ def test_no_code_in_a_pickle_runs(tmp_path, monkeypatch, zipped, content):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "m.bin", _use_new_zipfile_serialization=zipped)
     match = "m.bin: not a readable PyTorch file .it holds posix.mkdir; only tensors and plain values are read"
-    refused(bert.read_pickle, tmp_path / "m.bin", match=match)
+    raises_one_line(bert.read_pickle, tmp_path / "m.bin", match=match)
     assert not (tmp_path / "EVIL").exists()
 
 
@@ -151,17 +140,17 @@ def test_no_code_in_a_pickle_runs(tmp_path, monkeypatch, zipped, content):
 ], ids=["a class", "numpy", "a whole model"])
 def test_a_pickle_of_other_objects_is_refused_by_their_names(tmp_path, zipped, content, match):
     torch.save(content, tmp_path / "m.bin", _use_new_zipfile_serialization=zipped)
-    refused(fuzz.read_state_dict, tmp_path / "m.bin", match=f"m.bin: .*{match}")
+    raises_one_line(fuzz.read_state_dict, tmp_path / "m.bin", match=f"m.bin: .*{match}")
 
 
 @both_pickles
-def test_a_cut_pickle_is_refused(tmp_path, zipped):
+def test_a_cut_pickle_is_raises_one_line(tmp_path, zipped):
     file = tmp_path / "m.bin"
     torch.save({"a": torch.randn(50)}, file, _use_new_zipfile_serialization=zipped)
     content = file.read_bytes()
     for length in (0, 1, 4, 100, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
-        refused(bert.read_pickle, file, match="m.bin: not a readable PyTorch file")
+        raises_one_line(bert.read_pickle, file, match="m.bin: not a readable PyTorch file")
 
 
 def test_one_flipped_bit_in_a_zipped_pickle_fails_its_checksum(tmp_path):
@@ -170,10 +159,10 @@ def test_one_flipped_bit_in_a_zipped_pickle_fails_its_checksum(tmp_path):
     content = bytearray(file.read_bytes())
     content[content.index(np.arange(500, 510, dtype="<f4").tobytes())] ^= 1
     file.write_bytes(content)
-    refused(bert.read_pickle, file, match="m.bin: .*fails its checksum")
+    raises_one_line(bert.read_pickle, file, match="m.bin: .*fails its checksum")
 
 
-def test_a_compressed_archive_is_refused(tmp_path):
+def test_a_compressed_archive_is_raises_one_line(tmp_path):
     """torch maps the file and would take the compressed bytes for weights. This one is a bomb as well."""
     file = tmp_path / "m.bin"
     torch.save({"a": torch.zeros(10_000_000)}, tmp_path / "plain.bin")
@@ -182,21 +171,21 @@ def test_a_compressed_archive_is_refused(tmp_path):
         for member in plain.infolist():
             bomb.writestr(member.filename, plain.read(member))
     assert file.stat().st_size < 100_000
-    refused(bert.read_pickle, file, match="m.bin: .*a compressed archive")
+    raises_one_line(bert.read_pickle, file, match="m.bin: .*a compressed archive")
 
 
-def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
+def test_a_tensor_larger_than_its_file_is_raises_one_line(tmp_path):
     """4 bytes that are expanded to 4 terabytes, as a view."""
     file = tmp_path / "m.bin"
     torch.save({"a": torch.ones(1).expand(10**12)}, file)
-    refused(fuzz.read_state_dict, file, match="m.bin: entry 'a' claims more bytes than the file has")
+    raises_one_line(fuzz.read_state_dict, file, match="m.bin: entry 'a' claims more bytes than the file has")
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(2, 2).to_sparse(), torch.ones(2, 2, device="meta")],
                          ids=["sparse", "meta"])
-def test_a_tensor_without_plain_values_is_refused(tmp_path, tensor):
+def test_a_tensor_without_plain_values_is_raises_one_line(tmp_path, tensor):
     torch.save({"a": tensor}, tmp_path / "m.bin")
-    refused(fuzz.read_state_dict, tmp_path / "m.bin", match="m.bin: entry 'a' is sparse or has no values")
+    raises_one_line(fuzz.read_state_dict, tmp_path / "m.bin", match="m.bin: entry 'a' is sparse or has no values")
 
 
 @pytest.mark.parametrize("content, match", [
@@ -206,9 +195,9 @@ def test_a_tensor_without_plain_values_is_refused(tmp_path, tensor):
     ({"a": 1}, "entry 'a' is not a tensor"),
     ({1: torch.ones(1)}, "entry 1 is not a tensor"),
 ], ids=str)
-def test_a_pickle_that_holds_no_state_dict_is_refused(tmp_path, content, match):
+def test_a_pickle_that_holds_no_state_dict_is_raises_one_line(tmp_path, content, match):
     torch.save(content, tmp_path / "m.bin")
-    refused(fuzz.read_state_dict, tmp_path / "m.bin", match=f"m.bin: {match}")
+    raises_one_line(fuzz.read_state_dict, tmp_path / "m.bin", match=f"m.bin: {match}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -221,20 +210,20 @@ def test_shards_lie_beside_their_index(tmp_path, shard):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": shard}}))
     match = f"index.json: .*must name .safetensors or .bin files beside it, not {shard}"
-    refused(bert.read_sharded, index, match=match)
+    raises_one_line(bert.read_sharded, index, match=match)
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "gone.bin"}}))
-    refused(bert.read_sharded, index, match="No such file.*gone.bin")
+    raises_one_line(bert.read_sharded, index, match="No such file.*gone.bin")
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": None}, {"weight_map": ["a.bin"]}], ids=str)
-def test_an_index_without_a_weight_map_is_refused(tmp_path, content):
+def test_an_index_without_a_weight_map_is_raises_one_line(tmp_path, content):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(content))
-    refused(bert.read_sharded, index, match='index.json: no "weight_map"')
+    raises_one_line(bert.read_sharded, index, match='index.json: no "weight_map"')
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -255,25 +244,25 @@ def test_an_index_without_a_weight_map_is_refused(tmp_path, content):
     ({"size": 2**62}, "variable 'bert/a': ends at byte"),
     ({"header": b"\x08\x02", "more": b"\x18\x01"}, "No such file.*c.data-00001-of-00002"),
 ], ids=str)
-def test_a_variable_that_its_index_describes_falsely_is_refused(tmp_path, false, match):
+def test_a_variable_that_its_index_describes_falsely_is_raises_one_line(tmp_path, false, match):
     fuzz.write_tensorflow(tmp_path / "c", {"bert/a": torch.ones(2, 3), "bert/b": torch.tensor(3)}, **false)
-    refused(bert.read_tensorflow, tmp_path / "c", match=match)
+    raises_one_line(bert.read_tensorflow, tmp_path / "c", match=match)
 
 
-def test_a_cut_data_file_is_refused(tmp_path):
+def test_a_cut_data_file_is_raises_one_line(tmp_path):
     fuzz.write_tensorflow(tmp_path / "c", {"bert/a": torch.ones(2, 3)})
     file = tmp_path / "c.data-00000-of-00001"
     file.write_bytes(file.read_bytes()[:-1])
     match = "c.data-00000-of-00001: variable 'bert/a': ends at byte 24 of 23: the file is cut short"
-    refused(bert.read_tensorflow, tmp_path / "c", match=match)
+    raises_one_line(bert.read_tensorflow, tmp_path / "c", match=match)
 
 
-def test_an_index_cut_anywhere_is_refused(tmp_path):
+def test_an_index_cut_anywhere_is_raises_one_line(tmp_path):
     fuzz.write_tensorflow(tmp_path / "c", {"bert/a": torch.ones(2, 3)})
     content = (tmp_path / "c.index").read_bytes()
     for length in range(len(content)):
         (tmp_path / "c.index").write_bytes(content[:length])
-        refused(bert.read_tensorflow, tmp_path / "c", match="c.index: not a TensorFlow index.*magic")
+        raises_one_line(bert.read_tensorflow, tmp_path / "c", match="c.index: not a TensorFlow index.*magic")
 
 
 def snappy_bomb():
@@ -304,9 +293,9 @@ ONE_PAIR = fuzz.write_pairs([(b"", b"\x08\x01")])
     (index_of((snappy_bomb(), 1)), "damaged one: "),
 ], ids=["empty", "no index", "other magic", "large", "type 2", "checksum", "no block", "no pairs",
         "terabyte", "bomb"])
-def test_an_index_that_is_none_is_refused(tmp_path, content, match):
+def test_an_index_that_is_none_is_raises_one_line(tmp_path, content, match):
     (tmp_path / "c.index").write_bytes(content)
-    refused(bert.read_tensorflow, tmp_path / "c", match=f"c.index: not a TensorFlow index, or .*{match}")
+    raises_one_line(bert.read_tensorflow, tmp_path / "c", match=f"c.index: not a TensorFlow index, or .*{match}")
 
 
 @pytest.mark.parametrize("content, match", [
@@ -321,8 +310,8 @@ def test_an_index_that_is_none_is_refused(tmp_path, content, match):
     (b"\x03\x04ab\x0a\x02\0", "longer than they say"),
     (b"\xff\xff\xff\xff\x0f\0a", "snappy data of 4,294,967,295 bytes"),
 ], ids=str)
-def test_broken_snappy_data_are_refused(content, match):
-    refused(bert.decompress_snappy, content, match=match)
+def test_broken_snappy_data_are_raises_one_line(content, match):
+    raises_one_line(bert.decompress_snappy, content, match=match)
 
 
 # ---------------------------------------------------------------------------------------------------
