@@ -18,7 +18,22 @@ from torch.nn.utils import prune
 
 import bert
 from dev import fuzz
-from test_tamt import REAL, assert_close, assert_equal, both_families, needs_real_inputs, transformers_model
+from test_tamt import (
+    REAL,
+    assert_close,
+    both_families,
+    needs_real_inputs,
+    padded_batch,
+    transformers_model,
+)
+
+
+def assert_equal(found, expected):
+    """Two dicts hold the same names, and tensors of the same types and values."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 # ---------------------------------------------------------------------------------------------------
 # bert: which checkpoints load() reads
@@ -929,3 +944,26 @@ def test_snappy_copies_may_overlap_themselves():
 def test_snappy_literals_of_all_sizes_are_read(length, tag):
     content = bytes(number % 251 for number in range(length))
     assert bert.decompress_snappy(fuzz.write_varint(length) + tag + content) == content
+
+
+
+def test_load_reads_what_save_writes(model, tmp_path):
+    bert.save(tmp_path / "new" / "folder", model.config, model.state_dict(), "ForMaskedLM")
+    found = bert.load(tmp_path / "new" / "folder")
+    assert_equal(found.state_dict(), model.state_dict())
+    assert found.config == model.config
+
+
+@torch.no_grad()
+def test_transformers_opens_what_save_writes_with_equal_logits(model, tmp_path):
+    import transformers
+
+    family = model.config.model_type
+    bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    assert type(theirs).__name__ == f"{family.title()}ForMaskedLM"
+
+    input_ids, attention_mask = padded_batch(family, vocab_size=20)
+    expected = theirs(input_ids, attention_mask=attention_mask.long()).logits
+    found = model.mlm_logits(model(input_ids, attention_mask)[-1])
+    assert_close(found[attention_mask], expected[attention_mask])

@@ -21,8 +21,6 @@ import finetune
 import tamt
 from test_tamt import (
     ROOT,
-    edit_json,
-    exit_status,
     finetune_settings,
     lines_of_results,
     mask_settings,
@@ -34,6 +32,22 @@ from test_tamt import (
     weight_bytes,
     write,
 )
+
+
+def exit_status(main, *argv) -> int:
+    """Calls a program as its command line does -> exit status."""
+    def call():
+        main([str(word) for word in argv])
+
+    try:
+        tamt.run_command(call)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def run_tamt(world, out, *more):

@@ -3,10 +3,14 @@
     python -m pytest dev/test_tables.py
 """
 
+
 import pytest
 
 import glue_squad
-from test_tamt import MOOD, squad_file, write
+from test_tamt import squad_file, write, write_mrpc
+
+MOOD = {"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "f1",
+        "train": "a.tsv", "dev": "a.tsv"}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
@@ -108,3 +112,46 @@ def test_the_submission_of_your_own_numbers_has_seven_digits(tmp_path):
         "dev": "a.tsv"}))
     glue_squad.write_submission(task, [0.00041234567, 1234567.0], tmp_path / "rate.tsv")
     assert (tmp_path / "rate.tsv").read_text() == "index\tprediction\n0\t0.0004123457\n1\t1234567\n"
+
+
+
+def test_quotation_marks_in_a_table_mean_nothing(tmp_path):
+    write(tmp_path / "SST-2/dev.tsv", 'sentence\tlabel\n"half a quote\t1\n"b" c"\t0\n')
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [('"half a quote', None, 1), ('"b" c"', None, 0)]
+
+
+def test_only_a_newline_ends_a_row(tmp_path):
+    write(tmp_path / "SST-2/dev.tsv", "sentence\tlabel\none\u0085two\u2028three\x0bfour\t1\n")
+    assert glue_squad.load_glue("sst2", "dev", tmp_path) == [("one\u0085two\u2028three\x0bfour", None, 1)]
+
+
+def test_in_qqp_rows_that_are_broken_in_two_are_skipped_with_a_note(tmp_path, capsys):
+    """A line break inside a question leaves two short rows."""
+    write(tmp_path / "QQP/dev.tsv", ["id\tquestion1\tquestion2\tis_duplicate", "1\tx\ty\t1", "4\tcut", "here\tz\t0"])
+    assert glue_squad.load_glue("qqp", "dev", tmp_path) == [("x", "y", 1)]
+    assert "skipped 2 rows without 4 fields" in capsys.readouterr().err
+
+
+def test_in_all_other_tasks_a_short_row_is_an_error(tmp_path):
+    write(tmp_path / "RTE/dev.tsv", ["index\tsentence1\tsentence2\tlabel", "0\tx\ty\tentailment", "4\tcut"])
+    with pytest.raises(ValueError, match="dev.tsv line 3: 2 fields where line 1 has 4"):
+        glue_squad.load_glue("rte", "dev", tmp_path)
+
+
+def test_without_the_list_of_ids_mrpc_has_no_dev_set(tmp_path):
+    write_mrpc(tmp_path)
+    with pytest.raises(FileNotFoundError, match="mrpc_dev_ids.tsv or .*dev_ids.tsv"):
+        glue_squad.load_glue("mrpc", "dev", tmp_path)
+
+
+def test_a_wrong_label_is_named_with_its_line_and_the_valid_ones(tmp_path):
+    write(tmp_path / "RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\tx\ty\tmaybe\n")
+    with pytest.raises(ValueError, match="dev.tsv line 2: label 'maybe' is not one of entailment, not_entailment"):
+        glue_squad.load_glue("rte", "dev", tmp_path)
+
+def test_a_task_of_your_own_is_a_json_file_beside_its_tables(tmp_path, monkeypatch):
+    write(tmp_path / "a.tsv", "id\ttext\tmood\n1\thello\tglad\n")
+    task = glue_squad.find_task(write(tmp_path / "task.json", MOOD))
+    assert (task.predicts, task.num_outputs, task.metrics) == ("class", 2, ("f1",))
+    monkeypatch.chdir("/")
+    assert glue_squad.load_glue(task, "dev", ".") == [("hello", None, 1)]

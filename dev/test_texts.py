@@ -609,3 +609,27 @@ def test_progress_says_how_far_how_fast_and_how_long(capsys):
     for _ in range(2):
         progress.add(1_000_000)
     assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
+
+
+
+@pytest.mark.parametrize("num_unknown, warned", [(4, False), (5, True)])
+def test_a_text_with_5_percent_unknown_tokens_gets_a_warning(vocabulary, tmp_path, capsys, num_unknown, warned):
+    words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
+    (tmp_path / "wiki.valid.raw").write_text(" ".join(words))
+    data.corpus_rows(tmp_path, vocabulary, 100 + 2, "dev")  # one row: the words, [CLS] and [SEP]
+    warning = "5.0% of its tokens are unknown to this vocabulary, such as 'Ω', 'xyz', '?'"
+    assert (warning in capsys.readouterr().err) == warned
+
+
+def test_the_warning_comes_again_when_the_rows_are_read_from_the_cache(vocabulary, tmp_path, monkeypatch, capsys):
+    (tmp_path / "wiki.valid.raw").write_text("Ω one " * 50)
+    for _ in range(2):
+        data.corpus_rows(tmp_path, vocabulary, 100 + 2, "dev")
+        assert "50.0% of its tokens are unknown" in capsys.readouterr().err
+        monkeypatch.setattr(data, "encode", None)  # the second time nothing is tokenised
+
+
+def test_a_text_without_any_known_token_is_refused(vocabulary, tmp_path):
+    (tmp_path / "wiki.valid.raw").write_text("αβγ δεζ " * 100)
+    with pytest.raises(ValueError, match="valid.raw: nothing to predict, 100% of its tokens are unknown"):
+        data.corpus_rows(tmp_path, vocabulary, 18, "dev")

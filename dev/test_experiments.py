@@ -1,0 +1,257 @@
+"""Experiments: what is evaluated and written, exports and predictions, and the options --weights and --limit.
+
+    python -m pytest dev/test_experiments.py
+"""
+
+import functools
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import bert
+import finetune
+import glue_squad
+import tamt
+from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode
+
+
+def test_a_result_counts_its_updates(result):
+    assert result["steps"] == 8  # two epochs of 32 examples in batches of 8
+
+
+def test_a_result_says_how_its_mask_was_made(result):
+    assert result["mask"]["method"] == "omp"
+
+HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
+           {"step": 2, "accuracy": 0.8, "f1": 0.1},
+           {"step": 3, "accuracy": 0.7, "f1": 0.5}]
+
+
+def experiment_of_mrpc():
+    mrpc = SimpleNamespace(task=glue_squad.MRPC, prefix="")
+    return SimpleNamespace(all_task_data=[mrpc], history=HISTORY)
+
+
+def test_best_is_the_evaluation_with_the_highest_primary_metric():
+    best, _ = finetune.best_and_final(experiment_of_mrpc())
+    assert best == HISTORY[1]  # the whole line: f1 is not the best one, but that of the same step
+
+
+def test_final_is_the_last_evaluation():
+    _, final = finetune.best_and_final(experiment_of_mrpc())
+    assert final == HISTORY[2]
+
+
+def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
+    """A bf16 number has three digits: too few to order the predictions of STS-B."""
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
+    task_data = experiment.all_task_data[0]
+    with torch.no_grad(), tamt.autocast(experiment.run.machine):
+        logits = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, eval_every=3))
+    assert [line["step"] for line in result["evaluations"]] == [3, 4, 6, 8]
+
+
+def test_a_loss_that_overflows_is_an_error(tasks, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (inf|nan) .* at update \d+: a lower --lr "):
+        finetune.fine_tune(finetune_settings(tasks, tmp_path, "stsb", lr=1e9))
+
+
+@pytest.fixture(scope="session")
+def finished(tasks, tmp_path_factory):
+    """finished("squad", "bert") -> the experiment of a finished run, with predictions and an export."""
+
+    @functools.cache
+    def run(name, family):
+        out = tmp_path_factory.mktemp("finished")
+        task = str(tasks / "mood.json") if name == "mood" else name
+        experiment = finetune.open_experiment(finetune_settings(
+            tasks, out, task=task, mask=str(tasks / f"{family}.pt"), predict=True, export=out / "export"))
+        finetune.train(experiment)
+        finetune.finish(experiment)
+        return experiment
+
+    return run
+
+RUNS = [("rte", "bert"), ("mood", "bert"), ("stsb", "roberta"), ("squad", "bert"), ("squad", "roberta")]
+
+all_runs = pytest.mark.parametrize("name, family", RUNS)
+
+squad_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] == "squad"])
+
+glue_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] != "squad"])
+
+
+@all_runs
+def test_a_result_holds_the_metrics_of_its_task(finished, name, family):
+    experiment = finished(name, family)
+    metrics = list(experiment.all_task_data[0].task.metrics)
+    assert list(experiment.result["best"]) == list(experiment.result["final"]) == metrics
+
+
+@all_runs
+def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, name, family):
+    result = finished(name, family).result
+    assert (result["settings"]["task"], result["settings"]["lr"], result["seed"]) == (result["task"], 1e-3, 1)
+    assert result["versions"]["torch"] == torch.__version__
+
+
+def logits_of_export(experiment, sequences):
+    """The logits of the exported model in transformers, (B, C) or (B, T, 2), and the attention mask, (B, T)."""
+    return transformers_logits(experiment.run.export, experiment.all_task_data[0], sequences, experiment.model.config)
+
+
+def transformers_logits(folder, task_data, sequences, config):
+    transformers = pytest.importorskip("transformers")
+    batch = glue_squad.pad_batch(sequences, config.pad_token_id)
+    input_ids, attention_mask, token_type_ids = (torch.from_numpy(array) for array in batch)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if config.type_vocab_size > 1:
+        inputs["token_type_ids"] = token_type_ids
+    with torch.no_grad():
+        if task_data.task.predicts == "span":
+            output = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()(**inputs)
+            return torch.stack([output.start_logits, output.end_logits], dim=-1), attention_mask.bool()
+        output = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs)
+        return output.logits, attention_mask.bool()
+
+
+@all_runs
+@torch.no_grad()
+def test_transformers_loads_the_export_with_equal_logits(finished, name, family):
+    experiment = finished(name, family)
+    task_data = experiment.all_task_data[0]
+    ours = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
+    theirs, attention_mask = logits_of_export(experiment, task_data.train[:8])
+    if name == "squad":  # in the padding ours are -10,000
+        ours, theirs = ours[attention_mask], theirs[attention_mask]
+    assert_close(ours, theirs)
+
+
+@glue_runs
+def test_the_exported_tokenizer_gives_the_ids_of_training(finished, name, family):
+    transformers = pytest.importorskip("transformers")
+    experiment = finished(name, family)
+    task_data = experiment.all_task_data[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(experiment.run.export)
+    for example, (input_ids, _) in zip(task_data.examples["train"][:8], task_data.train, strict=False):
+        encoded = tokenizer(example.text_a, example.text_b, truncation=True, max_length=48)
+        assert encoded["input_ids"] == list(input_ids)
+
+
+@glue_runs
+def test_the_predictions_in_the_file_are_those_of_the_export_in_transformers(finished, name, family):
+    experiment = finished(name, family)
+    task_data = experiment.all_task_data[0]
+    task = task_data.task
+    sequences = glue_squad.encode(task_data.examples["test"], experiment.vocabulary, experiment.run.max_len)
+    logits, _ = logits_of_export(experiment, sequences)
+    if name == "stsb":
+        expected = [f"{value:.3f}" for value in logits[:, 0].tolist()]
+    else:
+        expected = [task.labels[index] for index in logits.argmax(dim=1).tolist()]
+    header, *rows = (experiment.run.out / f"{task.folder}.tsv").read_text().splitlines()
+    assert header == "index\tprediction"
+    assert rows == [f"{index}\t{word}" for index, word in enumerate(expected)]
+
+
+@squad_runs
+def test_the_answers_in_the_file_score_what_the_run_reports(finished, name, family):
+    experiment = finished(name, family)
+    answers = json.loads((experiment.run.out / "predictions.json").read_text())
+    scores = glue_squad.squad_scores(answers, experiment.all_task_data[0].examples["dev"])
+    assert scores == pytest.approx(experiment.result["final"])
+
+
+def matrices(tasks, out, weights):
+    """{name: matrix} of the network at the start of a run with --weights."""
+    model = open_in_eval_mode(dense_settings(tasks, out, weights=weights)).model
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.ndim == 2}
+
+
+def test_the_option_weights_shuffled_permutes_each_matrix_of_encoder_and_pooler(tasks, tmp_path):
+    pretrained, shuffled = (matrices(tasks, tmp_path / kind, kind) for kind in ("pretrained", "shuffled"))
+    names = [name for name in tamt.load_mask(tasks / "bert.pt") if "embeddings" not in name]
+    assert len(names) == 2 * 6 + 1
+    for name in names:
+        assert not torch.equal(shuffled[name], pretrained[name])
+        assert torch.equal(shuffled[name].flatten().sort().values, pretrained[name].flatten().sort().values)
+
+
+def test_the_option_weights_random_draws_each_matrix_as_berts_initialisation_does(tasks, tmp_path):
+    for name, matrix in matrices(tasks, tmp_path, "random").items():
+        values = matrix / 0.02
+        standard_error = values.numel() ** -0.5
+        assert abs(values.mean()) < 5 * standard_error, name
+        assert abs(values.square().mean() - 1) < 5 * 2**0.5 * standard_error, name
+
+
+def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path):
+    model = open_in_eval_mode(dense_settings(tasks, tmp_path, weights="random")).model
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == (1 if name.endswith("LayerNorm.weight") else 0)).all(), name
+
+
+def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks, tmp_path):
+    heads = []
+    for kind in ("pretrained", "shuffled", "random"):
+        heads.append(open_in_eval_mode(dense_settings(tasks, tmp_path / kind, weights=kind)).model.classifier.weight)
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+
+
+def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, tmp_path):
+    for kind in ("shuffled", "random"):
+        experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path / kind, weights=kind))
+        for name, mask in experiment.gradient_masks.items():
+            assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
+
+
+def limited_data(tasks, out, task, **changes):
+    """[(input_ids, target)] of the training examples of a task, under --limit and other settings."""
+    settings = dense_settings(tasks, out / str(changes), task=task, max_len=24, **changes)
+    task_data = open_in_eval_mode(settings).all_task_data[0]
+    return [(tuple(input_ids), tuple(np.ravel(target)))
+            for (input_ids, _), target in zip(task_data.train, task_data.targets, strict=True)]
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_limit_keeps_that_many_training_examples_each_with_its_target(tasks, tmp_path, task):
+    nine = limited_data(tasks, tmp_path, task, limit=9)
+    assert len(nine) == 9
+    assert set(nine) <= set(limited_data(tasks, tmp_path, task))
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_limit_draws_by_the_seed_alone(tasks, tmp_path, task):
+    nine = limited_data(tasks, tmp_path, task, limit=9)
+    assert nine == limited_data(tasks, tmp_path, task, limit=9, epochs=3)
+    assert nine != limited_data(tasks, tmp_path, task, limit=9, seed=2)
+
+
+def test_for_squad_limit_is_a_number_of_windows(tasks, tmp_path):
+    task_data = open_in_eval_mode(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
+    num_questions = len(task_data.examples["train"])
+    assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
+    settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
+    assert len(open_in_eval_mode(settings).all_task_data[0].train) == 30
+
+
+def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):
+    model = bert.load(tasks.parent / "bert")
+    tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
+    shutil.copytree(tasks.parent / "bert", tmp_path / "bert")
+    bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
+    assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
+    assert experiment.model.has_pooler
+    assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.prunable])

@@ -1,0 +1,139 @@
+"""Mask files of this program and of others, to which models they fit, and exported folders.
+
+    python -m pytest dev/test_masks.py
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.utils import prune
+
+import bert
+import data
+import tamt
+from test_tamt import assert_close, ids_of, mask_settings, ordinary_ids, same_masks
+
+
+def test_a_mask_file_can_be_read_with_torch_load_and_unpackbits_alone(tmp_path, masks):
+    tamt.save_mask(tmp_path / "mask.pt", masks, {"seed": 3})
+    content = torch.load(tmp_path / "mask.pt", weights_only=True)
+    assert content["format"] == 1 and content["meta"] == {"seed": 3}
+    for name, mask in masks.items():
+        assert content["shapes"][name] == list(mask.shape)
+        bits = np.unpackbits(content["bits"][name].numpy(), count=mask.numel())
+        assert np.array_equal(bits, mask.flatten().numpy())
+
+
+@pytest.mark.parametrize("shape", [[1, 1], [3, 5], [8, 8], [1, 17]])
+def test_unpacking_gives_back_what_was_packed(shape):
+    mask = torch.rand(shape) < 0.5
+    assert torch.equal(tamt.unpack(tamt.pack(mask), shape), mask)
+
+
+def test_the_first_bit_is_the_highest_of_its_byte():
+    assert tamt.pack(torch.tensor([True, False, False])).tolist() == [0b1000_0000]
+
+
+@pytest.mark.parametrize("spelling", [
+    lambda masks: masks,
+    lambda masks: {f"{name}_mask": mask for name, mask in masks.items()},
+    lambda masks: {f"module.{name}": mask for name, mask in masks.items()},
+    lambda masks: {name: mask.to(torch.uint8) for name, mask in masks.items()},
+    lambda masks: {name: mask.float() for name, mask in masks.items()},
+    lambda masks: {"state_dict": masks},
+], ids=["weight", "weight_mask", "module.", "uint8", "float", "state_dict"])
+def test_masks_of_the_released_code_are_read(tmp_path, masks, spelling):
+    torch.save(spelling(masks), tmp_path / "theirs.pt")
+    assert same_masks(tamt.load_mask(tmp_path / "theirs.pt"), masks)
+
+
+def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
+    layers = tamt.maskable_layers(model)
+    for layer in layers.values():
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    masks = {name: layer.weight_mask.bool() for name, layer in layers.items()}
+    pruned = {}
+    for name, layer in layers.items():
+        for key, tensor in layer.state_dict().items():
+            pruned[f"{name.removesuffix('weight')}{key}"] = tensor
+    torch.save(pruned, tmp_path / "pruned.pt")
+    assert same_masks(tamt.load_mask(tmp_path / "pruned.pt"), masks)
+
+
+def test_a_mask_whose_names_lack_bert_or_roberta_in_front_is_read(layers, masks):
+    bare = {name.split(".", 1)[1]: mask for name, mask in masks.items()}
+    assert same_masks(tamt.fit_masks(layers, bare, "file"), masks)
+
+
+@pytest.fixture
+def encoder_masks(masks):
+    """Masks without pooler and word embeddings."""
+    return {name: mask for name, mask in masks.items() if ".encoder." in name}
+
+
+def test_a_mask_may_lack_pooler_and_word_embeddings(layers, encoder_masks):
+    assert same_masks(tamt.fit_masks(layers, encoder_masks, "file"), encoder_masks)
+
+
+def test_a_model_may_lack_the_pooler_and_word_embeddings_of_a_mask(layers, masks, encoder_masks):
+    encoder_layers = {name: layer for name, layer in layers.items() if ".encoder." in name}
+    assert same_masks(tamt.fit_masks(encoder_layers, masks, "file"), encoder_masks)
+
+
+def test_a_matrix_without_a_mask_becomes_dense_again(layers, masks, encoder_masks):
+    tamt.set_masks(layers, masks)
+    tamt.set_masks(layers, encoder_masks)
+    for name, layer in layers.items():
+        assert bool(layer.mask.all()) == (name not in encoder_masks)
+
+
+def test_a_mask_has_similarity_1_with_itself_even_if_it_keeps_nothing():
+    for mask in (torch.tensor([True, False]), torch.tensor([False, False])):
+        assert tamt.similarity({"x": mask}, {"x": mask}) == 1
+
+
+def test_only_masks_of_the_same_matrices_have_a_similarity():
+    mask = torch.tensor([True, False])
+    with pytest.raises(ValueError, match="masks of different models or scopes"):
+        tamt.similarity({"x": mask, "y": mask}, {"x": mask})
+
+
+@pytest.fixture(params=itertools.product(["bert", "roberta"], ["local", "2:4"]), ids="-".join)
+def exported(request, world, tmp_path):
+    """A masked model, and the folder that --export has made of it."""
+    family, rank = request.param
+    tamt.find_mask(mask_settings(world, tmp_path / "run", family, method="omp", rank=rank, export=tmp_path / "export"))
+    model = bert.load(world / family)
+    tamt.set_masks(tamt.mask_model(model), tamt.load_mask(tmp_path / "run"))
+    return model, tmp_path / "export"
+
+
+@torch.no_grad()
+def test_transformers_loads_an_export_with_equal_logits(exported):
+    from transformers import AutoModelForMaskedLM
+
+    model, folder = exported
+    theirs, notes = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not notes["missing_keys"]
+    input_ids = ordinary_ids(model)
+    assert_close(theirs(input_ids).logits, model.mlm_logits(model(input_ids)[-1]))
+
+
+@torch.no_grad()
+def test_an_export_loads_here_with_equal_logits(exported):
+    model, folder = exported
+    again = bert.load(folder)
+    input_ids = ordinary_ids(model)
+    assert torch.equal(again.mlm_logits(again(input_ids)[-1]), model.mlm_logits(model(input_ids)[-1]))
+
+
+def test_the_tokenizer_of_an_export_gives_the_ids_of_the_model_here_and_in_transformers(exported, world):
+    from transformers import AutoTokenizer
+
+    model, folder = exported
+    text = "The cat sees a BIG red house ."
+    expected = ids_of(text, data.vocabulary(world / model.config.model_type))
+    assert ids_of(text, data.vocabulary(folder)) == expected
+    assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"][1:-1] == expected

@@ -1,0 +1,124 @@
+"""The network in corners: what an attention mask may hold, fresh weights, heads that are added or removed, dropout.
+
+    python -m pytest dev/test_network.py
+"""
+
+
+import pytest
+import torch
+from torch import nn
+
+import bert
+from test_tamt import assert_close, padded_batch
+
+
+@torch.no_grad()
+def test_bert_ignores_the_ids_of_padding():
+    """RoBERTa does not: it finds its positions by the pad token."""
+    model = bert.Model(bert.Config(vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                   intermediate_size=64, max_position_embeddings=64)).eval()
+    input_ids, attention_mask = padded_batch("bert", vocab_size=20)
+    other_ids = input_ids.masked_fill(~attention_mask, 7)
+
+    found = model(other_ids, attention_mask)[-1]
+    assert torch.equal(found[attention_mask], model(input_ids, attention_mask)[-1][attention_mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@torch.no_grad()
+def test_an_attention_mask_may_hold_ones_and_zeros(model, dtype):
+    input_ids, attention_mask = padded_batch(model.config.model_type, vocab_size=20)
+    expected = model(input_ids, attention_mask)[-1]
+    assert torch.equal(model(input_ids, attention_mask.to(dtype))[-1], expected)
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def fresh_parameters(request):
+    """{name: parameter} of a model that was not read from a file."""
+    config = bert.Config(vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         intermediate_size=128, max_position_embeddings=64, model_type=request.param,
+                         pad_token_id=1 if request.param == "roberta" else 0)
+    return dict(bert.Model(config).named_parameters())
+
+
+def test_fresh_matrices_are_normal_with_mean_0_and_deviation_0_02(fresh_parameters):
+    """Within five standard errors. Moments of the standard normal distribution: x^2 has mean 1 and variance 2, x^4 has
+    mean 3 and variance 105 - 9."""
+    for name, parameter in fresh_parameters.items():
+        if parameter.ndim == 2:
+            values = parameter.double() / 0.02
+            size = values.numel() ** 0.5
+            assert abs(values.mean()) < 5 / size, name
+            assert abs(values.square().mean() - 1) < 5 * 2**0.5 / size, name
+            assert abs(values.pow(4).mean() - 3) < 5 * 96**0.5 / size, name
+
+
+def test_fresh_layer_norm_scales_are_1_and_all_biases_0(fresh_parameters):
+    for name, parameter in fresh_parameters.items():
+        if parameter.ndim == 1:
+            is_scale = name.lower().endswith(("layernorm.weight", "layer_norm.weight"))
+            assert (parameter == (1 if is_scale else 0)).all(), name
+
+
+@pytest.mark.parametrize("seed, is_same", [(4, True), (5, False)])
+def test_a_head_that_is_added_later_depends_on_the_seed(model, seed, is_same):
+    torch.manual_seed(4)
+    model.add_classifier(3)
+    first = next(model.classifier.parameters())
+    torch.manual_seed(seed)
+    model.add_classifier(3)
+    assert torch.equal(first, next(model.classifier.parameters())) == is_same
+
+
+def test_a_new_head_inherits_train_or_eval_mode(model):
+    model.eval().add_classifier(3)
+    assert not model.classifier.training
+    model.train().add_classifier(3)
+    assert model.classifier.training
+
+
+@torch.no_grad()
+def test_removing_a_head_equals_zeroing_its_output(world):
+    """A structured ticket removes heads: the layer counts them from its query matrix."""
+    input_ids, attention_mask = padded_batch("bert", vocab_size=20)
+    silenced = bert.load(world / "bert")
+    removed = bert.load(world / "bert")
+    silenced.bert.encoder.layer[0].attention.output.dense.weight[:, 24:] = 0  # 4 heads of 8 columns
+
+    attention = removed.bert.encoder.layer[0].attention
+    for linear in (attention.self.query, attention.self.key, attention.self.value):
+        linear.weight = nn.Parameter(linear.weight[:24])
+        linear.bias = nn.Parameter(linear.bias[:24])
+    attention.output.dense.weight = nn.Parameter(attention.output.dense.weight[:, :24])
+
+    assert_close(removed(input_ids, attention_mask)[-1], silenced(input_ids, attention_mask)[-1])
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only(model):
+    input_ids, _ = padded_batch(model.config.model_type, vocab_size=20)
+    assert torch.equal(model(input_ids)[-1], model(input_ids)[-1])
+    model.train()
+    assert not torch.equal(model(input_ids)[-1], model(input_ids)[-1])
+
+
+def assert_mean_is(draws, expected):
+    draws = torch.stack(draws).detach()
+    standard_error = draws.std(dim=0).max() / len(draws) ** 0.5
+    assert (draws.mean(dim=0) - expected).abs().max() < 6 * standard_error
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_dropout_of_hidden_states_keeps_their_expected_value(world):
+    """What survives is scaled up."""
+    dropout = bert.load(world / "bert").train().bert.encoder.layer[0].attention.output.dropout
+    states = torch.randn(6, 32)
+    assert_mean_is([dropout(states) for _ in range(2000)], states)
+
+
+def test_dropout_of_attention_keeps_the_expected_value_of_the_context_vectors(world):
+    attention = bert.load(world / "bert").bert.encoder.layer[0].attention.self
+    states = torch.randn(1, 6, 32)
+    expected = attention(states, None)
+    attention.train()
+    assert_mean_is([attention(states, None) for _ in range(2000)], expected)

@@ -1,0 +1,199 @@
+"""The ranking in corners: thresholds, infinities, entries without a gradient, and masks between two refreshes.
+
+    python -m pytest dev/test_ranking.py
+"""
+
+import math
+import random
+
+import pytest
+import torch
+
+import tamt
+from test_tamt import (
+    assert_masks_moved,
+    begin,
+    expected_pins,
+    mask_settings,
+    masks_of,
+    num_different,
+    num_entries,
+    num_pruned,
+    random_case,
+    same_masks,
+)
+
+
+def prune_from_a_fixed_guess(values, count):
+    """prune_smallest_near() around the threshold 0.5 -> mask, the new threshold."""
+    mask = torch.zeros(len(values), dtype=torch.bool)
+    threshold = tamt.prune_smallest_near(values, count, 0.5, 0.1, mask)
+    return mask, threshold
+
+
+def test_the_threshold_of_prune_smallest_near_lies_between_pruned_and_kept_values():
+    """Of tied values some may be kept and some pruned; then all of them equal the threshold."""
+    generator = random.Random(2)
+    for _ in range(300):
+        values, count = random_case(generator)
+        mask, threshold = prune_from_a_fixed_guess(values, count)
+        assert (values[~mask] <= threshold).all() and (values[mask] >= threshold).all()
+
+
+def test_without_ties_the_values_above_the_threshold_are_those_that_are_kept():
+    generator = random.Random(3)
+    for _ in range(50):
+        values = torch.randn(1000)
+        mask, threshold = prune_from_a_fixed_guess(values, generator.randint(0, 1000))
+        assert torch.equal(values > threshold, mask)
+
+
+def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
+    assert tamt.PIECE_SIZE < 300_000  # as many values are compared at a time
+    values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])
+    mask = torch.empty(600_000, dtype=torch.bool)
+    for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
+        tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)  # no value is near .5
+        assert torch.equal(mask, tamt.prune_smallest(values, count))
+
+
+def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
+    """This is how scores are pinned. (The number to prune leaves room for them.)"""
+    values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
+    for count in (2, 3, 4, 5):
+        mask = torch.empty(7, dtype=torch.bool)
+        tamt.prune_smallest_near(values, count, 5.0, 0.001, mask)
+        assert mask[[0, 5]].all() and not mask[[2, 6]].any()
+        assert torch.equal(mask, tamt.prune_smallest(values, count))
+
+
+def test_more_than_255_entries_of_a_group_may_be_kept():
+    """Eight bits would be too few to count them."""
+    mask = tamt.keep_largest_of_groups(torch.zeros(2, 800), 300, 400)
+    expected = torch.arange(800).remainder(400) < 300  # of equal entries the first stay
+    assert torch.equal(mask, expected.expand(2, 800))
+
+
+def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
+    start, scores = local_scores
+    scores.mask.fill_(False)
+    scores.update_masks()
+    assert same_masks(masks_of(layers), start)
+
+
+def test_thresholding_at_phi_gives_the_start_mask(layers, local_scores):
+    start, scores = local_scores
+    for pool in scores.pools:
+        assert pool.threshold == tamt.PHI
+    scores.mask.fill_(False)
+    scores.apply_old_thresholds()
+    assert same_masks(masks_of(layers), start)
+
+
+@pytest.fixture
+def global_scores(layers):
+    """Scores that start from OMP at 70 %, ranked over all matrices -> the start mask, and the scores. OMP rounds in
+    each matrix, so its total may differ from 70 % of all entries by a few."""
+    start = tamt.magnitude_masks(layers, 0.7, "local")
+    assert num_pruned(start) != round(num_entries(start) * 0.7)
+    return start, tamt.Scores(layers, start, 0.7, "global", without_gradient={})
+
+
+@pytest.mark.usefixtures("global_scores")
+def test_the_first_global_mask_prunes_the_exact_total(layers):
+    masks = masks_of(layers)
+    assert num_pruned(masks) == round(num_entries(masks) * 0.7)
+
+
+def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_are_matrices(layers, global_scores):
+    """OMP rounds once in each matrix, so its total is off by less than that."""
+    start, _ = global_scores
+    assert num_different(masks_of(layers), start) <= len(layers)
+
+
+def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
+    _, scores = global_scores
+    assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)
+
+
+def found_pins(training):
+    """{name: bool tensor}: (V, 1) for the word embeddings, of which rows are pinned, (1, 1) for the pooler."""
+    return tamt.entries_without_gradient(training.layers, training.run, training.vocabulary, training.rows)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd"])
+def test_the_pooler_is_pinned(world, objective):
+    training = begin(mask_settings(world, objective=objective))
+    assert found_pins(training)["bert.pooler.dense.weight"].all()
+
+
+def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
+    training = begin(mask_settings(world, objective="kd"))
+    vocabulary = training.vocabulary
+    is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
+    assert is_pinned[vocabulary.pad_id]
+    assert is_pinned[vocabulary.tokenizer.token_to_id("here")]  # no line of the text has this word
+    assert not is_pinned[vocabulary.tokenizer.token_to_id("the")]
+
+
+def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(world):
+    """Corruption may put any word anywhere."""
+    training = begin(mask_settings(world, objective="mlm"))
+    is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
+    assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
+
+
+@pytest.fixture(params=["mlm", "kd"])
+def trained(request, world):
+    """Thirty updates at a high rate -> the training, its start masks, and the masks after each update."""
+    training = begin(mask_settings(world, objective=request.param, sparsity=0.7, rank="global", steps=30))
+    start = masks_of(training.layers)
+    masks = []
+    for step in range(30):
+        tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, t=step + 1)
+        training.step += 1
+        training.scores.update_masks()
+        masks.append(masks_of(training.layers))
+    assert_masks_moved(start, masks[-1])
+    [pool] = training.scores.pools
+    # The threshold has left the range between 0 and 2 phi, where the scores without gradient still are. Without pins
+    # all of them would have become kept, or all pruned.
+    assert not 0 <= pool.threshold < 2 * tamt.PHI
+    return training, start, masks
+
+
+def test_pinned_entries_keep_their_start_mask_at_every_update(trained):
+    training, start, masks = trained
+    for name, rows in expected_pins(training).items():
+        for masks_of_update in masks:
+            assert torch.equal(masks_of_update[name][rows], start[name][rows])
+
+
+def test_with_pinned_entries_the_total_stays_exact(trained):
+    _, start, masks = trained
+    for masks_of_update in masks:
+        assert num_pruned(masks_of_update) == round(num_entries(start) * 0.7)
+
+
+@pytest.fixture
+def between_refreshes(layers, local_scores):
+    """Scores that have moved since the last refresh -> the layers, their pools, and the thresholds of that refresh."""
+    _, scores = local_scores
+    scores.vector.normal_()
+    scores.update_masks()
+    thresholds = [pool.threshold for pool in scores.pools]
+    assert thresholds != [tamt.PHI] * len(layers)
+    scores.vector.normal_()
+    scores.apply_old_thresholds()
+    return layers, scores.pools, thresholds
+
+
+def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
+    _, pools, thresholds = between_refreshes
+    assert [pool.threshold for pool in pools] == thresholds
+
+
+def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_refreshes):
+    layers, _, thresholds = between_refreshes
+    for layer, threshold in zip(layers.values(), thresholds, strict=True):
+        assert torch.equal(layer.mask, layer.scores > threshold)

@@ -1,0 +1,223 @@
+"""Runs of mask training: logs, reports, options, fresh heads, and work that several processes share.
+
+    python -m pytest dev/test_runs.py
+"""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import bert
+import data
+import tamt
+from test_commands import exit_status
+from test_tamt import (
+    ROOT,
+    assert_masks_moved,
+    mask_settings,
+    masks_of,
+    num_different,
+    num_entries,
+    num_pruned,
+    read_log,
+    same_masks,
+    share_of_flips,
+    stop_mask_training_after,
+    watch_updates,
+)
+
+
+def test_find_mask_returns_the_content_of_mask_json(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path))
+    assert content == json.loads((tmp_path / "mask.json").read_text())
+
+
+def test_the_report_counts_the_entries_of_the_mask(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path))
+    masks = tamt.load_mask(tmp_path)
+    assert content["sparsity"]["pruned"] == num_pruned(masks)
+    assert content["sparsity"]["entries"] == num_entries(masks)
+
+
+def test_the_log_has_a_line_every_few_updates_and_for_each_evaluation(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, log_every=4, eval_every=6))
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines] == [4, 6, 8, 12]
+    assert "dev_mlm_loss" in lines[1] and "dev_kd_loss" in lines[1]
+
+
+def test_the_log_says_how_much_is_kept(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, lr=1e-2))
+    assert [line["kept"] for line in read_log(tmp_path)] == pytest.approx([0.3] * 3, abs=1e-4)
+
+
+def test_the_log_says_which_share_of_the_entries_changed_sides(world, tmp_path, monkeypatch):
+    masks = []
+    watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
+    tamt.find_mask(mask_settings(world, tmp_path, lr=1e-2, log_every=1, refresh_every=1))
+    expected = [num_different(a, b) / num_entries(a) for a, b in itertools.pairwise(masks)]
+    assert max(expected) > 0
+    assert [line["flips"] for line in read_log(tmp_path)][1:] == pytest.approx(expected)
+
+
+def test_masks_are_saved_on_the_way(world, tmp_path, monkeypatch):
+    masks = {}
+    watch_updates(monkeypatch, lambda layers, step: masks.update({step: masks_of(layers)}))
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5, lr=1e-2))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-5"]
+    assert same_masks(tamt.load_mask(tmp_path / "step-5"), masks[5])
+    assert same_masks(tamt.load_mask(tmp_path / "step-10"), masks[10])
+    assert_masks_moved(masks[5], masks[10])
+
+
+def test_at_sparsity_0_the_student_is_the_teacher(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path, objective="kd", steps=3, sparsity=0.0))
+    assert content["sparsity"]["pruned"] == 0
+    assert content["dev_kd_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_at_sparsity_0_999_one_entry_of_a_thousand_is_left(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path, objective="kd", steps=3, sparsity=0.999))
+    assert content["sparsity"]["pruned"] == round(content["sparsity"]["entries"] * 0.999)
+
+
+def test_scope_encoder_leaves_the_word_embeddings_dense(world, tmp_path):
+    content = tamt.find_mask(mask_settings(world, tmp_path, scope="encoder", steps=3))
+    masks = tamt.load_mask(tmp_path)
+    assert not any("word_embeddings" in name for name in masks)
+    assert content["sparsity"]["masked_set"] == pytest.approx(0.7, abs=1e-4)
+
+
+def test_init_random_starts_from_a_random_mask(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path / "start", method="random"))
+    # The learning rate is too small to flip anything.
+    tamt.find_mask(mask_settings(world, tmp_path / "run", init="random", lr=1e-6, rank="local"))
+    assert same_masks(tamt.load_mask(tmp_path / "start"), tamt.load_mask(tmp_path / "run"))
+
+
+def test_with_lines_each_row_is_a_line_of_the_text_padded(world, tmp_path, monkeypatch):
+    rows = []
+    next_batch = tamt.next_batch
+
+    def look(training):
+        batch = next_batch(training)
+        for input_ids, is_token in zip(batch.input_ids, batch.is_token, strict=True):
+            rows.append(tuple(input_ids[is_token]))
+        return batch
+
+    monkeypatch.setattr(tamt, "next_batch", look)
+    tamt.find_mask(mask_settings(world, tmp_path, lines=True, objective="mlm+kd", steps=3))
+    tokenizer = data.vocabulary(world / "bert").tokenizer
+    lines = {tuple(tokenizer.encode("[CLS]" + line + "[SEP]", add_special_tokens=False).ids)
+             for line in (world / "text.txt").read_text().splitlines()}
+    assert len(rows) == 3 * 8
+    assert set(rows) <= lines
+
+
+@pytest.fixture
+def headless(world, tmp_path):
+    """A checkpoint without a masked-LM head."""
+    tensors = {}
+    for name, parameter in bert.load(world / "bert").named_parameters():
+        if not name.startswith("cls."):
+            tensors[name] = parameter
+    shutil.copytree(world / "bert", tmp_path / "headless")
+    bert.save(tmp_path / "headless", bert.load(world / "bert").config, tensors, "Model")
+    return str(tmp_path / "headless")
+
+
+@pytest.fixture
+def with_fresh_head(world, tmp_path, headless, capsys):  # capsys comes first, to see what the run prints
+    """A run of masked LM on a checkpoint without a head -> the content of its mask.json, and its export."""
+    export = tmp_path / "export"
+    settings = mask_settings(world, tmp_path / "run", model=headless, objective="mlm", export=export)
+    return tamt.find_mask(settings), export
+
+
+@pytest.mark.usefixtures("with_fresh_head")
+def test_a_fresh_masked_lm_head_is_announced(capsys):
+    assert "has no masked-LM head: a fresh one is trained" in capsys.readouterr().out
+
+
+def test_a_fresh_masked_lm_head_is_not_scored(with_fresh_head):
+    content, _ = with_fresh_head
+    assert "dev_kd_loss" in content and "dev_mlm_loss" not in content
+
+
+def test_a_fresh_masked_lm_head_is_not_exported(with_fresh_head):
+    _, export = with_fresh_head
+    assert not any(name.startswith("cls.") for name in bert.read_safetensors(export / "model.safetensors"))
+
+
+def test_for_kd_a_model_without_masked_lm_head_needs_none_and_reports_no_mlm_loss(world, tmp_path, headless):
+    content = tamt.find_mask(mask_settings(world, tmp_path / "run", model=headless, objective="kd"))
+    assert "dev_mlm_loss" not in content
+
+
+def test_a_resumed_run_continues_at_its_last_saved_state(world, tmp_path, monkeypatch):
+    stop_mask_training_after(monkeypatch, 9)
+    with pytest.raises(KeyboardInterrupt):
+        tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
+    steps = []
+    watch_updates(monkeypatch, lambda layers, step: steps.append(step))
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5, resume=True))
+    assert steps == [6, 7, 8, 9, 10, 11, 12]
+
+
+def test_accumulated_micro_batches_learn_the_mask_of_one_big_batch(world, tmp_path):
+    """Without dropout, but for rounding."""
+    contents = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        contents.append(tamt.find_mask(mask_settings(
+            world, tmp_path / str(accumulate), "no-dropout", objective="mlm+kd", batch_size=batch_size,
+            accumulate=accumulate, lr=1e-2)))
+    masks = [tamt.load_mask(tmp_path / name) for name in ("1", "4")]
+    assert num_different(*masks) <= 1e-3 * num_entries(masks[0])
+    assert share_of_flips(tmp_path / "1") > 0.1
+    assert contents[0]["dev_mlm_loss"] == pytest.approx(contents[1]["dev_mlm_loss"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_learn_the_mask_of_one(world, tmp_path, accumulate):
+    common = ["--model", world / "no-dropout", "--data", world / "text.txt", "--steps", 6, "--seq-len", 16,
+              "--lr", 1e-2, "--objective", "mlm+kd", "--device", "cpu", "--batch-size", 8 // accumulate]
+    assert exit_status(tamt.main, *common, "--accumulate", accumulate, "--out", tmp_path / "one") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tamt.py",
+               *common, "--accumulate", accumulate, "--out", tmp_path / "two"]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True, cwd=tmp_path,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = (tamt.load_mask(tmp_path / name) for name in ("one", "two"))
+    assert num_different(one, two) <= 1e-3 * num_entries(one)
+    assert share_of_flips(tmp_path / "one") > 0.01
+    contents = [json.loads((tmp_path / name / "mask.json").read_text()) for name in ("one", "two")]
+    assert contents[0]["dev_mlm_loss"] == pytest.approx(contents[1]["dev_mlm_loss"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+def test_compiled_training_has_nearly_the_losses_and_the_mask_of_the_usual_one(world, tmp_path):
+    """With dropout: the compiled network draws the same numbers."""
+    losses = []
+    for is_compiled in (False, True):
+        out = tmp_path / str(is_compiled)
+        tamt.find_mask(mask_settings(world, out, objective="mlm+kd", compile=is_compiled, lr=1e-2))
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(*losses, atol=1e-4)
+    assert share_of_flips(tmp_path / "True") > 0.1
+    assert tamt.similarity(tamt.load_mask(tmp_path / "False"), tamt.load_mask(tmp_path / "True")) > 0.99
+
+
+def test_a_mask_says_how_it_was_found(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, objective="kd", steps=4))
+    _, meta = tamt.read_mask(tmp_path)
+    assert meta["model"] == str(world / "bert")
+    assert meta["method"] == "tamt" and meta["objective"] == "kd"
+    assert meta["sparsity"] == 0.7 and meta["step"] == 4
+    assert "dev_kd_loss" in meta

@@ -1,0 +1,142 @@
+"""Searches for tickets on a task: how they resume, what they refuse, and what --find super reports.
+
+    python -m pytest dev/test_searches.py
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import bert
+import finetune
+import tamt
+from test_experiments import logits_of_export
+from test_tamt import (
+    IMP,
+    NUM_HEADS,
+    REMOVED_HEADS,
+    assert_close,
+    dense_settings,
+    finetune_settings,
+    lines_of_results,
+    open_in_eval_mode,
+    stop_fine_tuning_at,
+    updates_made,
+)
+
+
+def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
+    rounds = json.loads((imp_folder / "mask.json").read_text())["rounds"]
+    assert [entry["sparsity"] for entry in rounds] == pytest.approx([0, 0.1, 0.2], abs=1e-3)
+
+
+def test_resume_of_imp_goes_on_in_the_round_that_was_interrupted(tasks, tmp_path, monkeypatch, imp_folder):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 8 + 6)  # eight updates of the first round, five of the second
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
+
+    numbers = updates_made(monkeypatch)
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
+    assert numbers == [6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]  # the rest of the second round, and the third
+    assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
+
+
+def test_resume_of_a_finished_imp_trains_nothing(tasks, tmp_path, monkeypatch, imp_folder):
+    shutil.copytree(imp_folder, tmp_path / "run")
+    numbers = updates_made(monkeypatch)
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
+    assert numbers == []
+
+
+def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folder):
+    shutil.copytree(imp_folder, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
+        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
+
+
+def test_another_search_is_refused_in_the_folder_of_an_interrupted_one(tasks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 8 + 6)  # in the second round
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
+    with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
+        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
+
+
+def test_a_result_on_another_task_names_the_task_of_its_ticket(tasks, tmp_path, imp_folder):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder)))
+    assert result["mask"]["task"] == "rte"
+
+
+def test_the_export_of_a_super_ticket_has_full_sizes_with_zeros_where_heads_are_gone(small):
+    finetune.export_model(small, small.all_task_data[0])
+    tensors = bert.read_safetensors(small.run.export / "model.safetensors")
+    query = tensors[f"{small.model.config.model_type}.encoder.layer.0.attention.self.query.weight"]
+    assert query.shape == (32, 32)
+    is_left = query.view(NUM_HEADS, -1).any(dim=1)
+    assert is_left.tolist() == (~REMOVED_HEADS[0]).tolist()
+
+
+def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(small):
+    task_data = small.all_task_data[0]
+    finetune.export_model(small, task_data)
+    with torch.no_grad():
+        ours = finetune.task_logits(small.model, task_data, task_data.train[:8])
+    theirs, _ = logits_of_export(small, task_data.train[:8])
+    assert_close(ours, theirs)
+
+
+def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_ticket):
+    masks, meta = tamt.read_mask(super_ticket)
+    next(iter(masks.values()))[0, 0] ^= True
+    tamt.save_mask(super_ticket, masks, meta)
+    with pytest.raises(ValueError, match="a Super Ticket takes out whole heads"):
+        open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
+
+
+def test_tamt_does_not_mistake_a_super_ticket_for_an_ordinary_mask(super_ticket):
+    """It would leave the bias of an FFN that is taken out."""
+    _, meta = tamt.read_mask(super_ticket)
+    settings = tamt.Settings(model=meta["model"], mask=super_ticket, evaluate=True, data="toy")
+    with pytest.raises(ValueError, match="a Super Ticket removes whole units: finetune.py scores and exports it"):
+        tamt.evaluate_mask(settings)
+
+
+@pytest.fixture(scope="session")
+def super_search(tasks, tmp_path_factory):
+    """A finished --find super with two orders -> its content, {ticket: its point of the curve}, and its folder."""
+    out = tmp_path_factory.mktemp("super")
+    settings = dense_settings(tasks, out, find="super", orders=("winning", "random"), epochs=1)
+    content = finetune.find_super(settings)
+    return content, {point["ticket"]: point for point in content["curve"]}, out
+
+
+def test_the_curve_has_a_point_for_the_whole_model_and_for_each_order_and_level(super_search):
+    _, curve, _ = super_search
+    tickets = [f"{order}-{level}" for order in ("winning", "random") for level in range(1, 9)]
+    assert list(curve) == ["dense", *tickets]
+
+
+def test_each_ticket_of_the_curve_adds_a_line_to_the_results(super_search):
+    _, curve, out = super_search
+    assert len(lines_of_results(out)) == len(curve)
+
+
+def test_along_the_curve_each_level_leaves_less_than_the_whole_and_no_more_than_the_one_before(super_search):
+    _, curve, _ = super_search
+    remaining = [curve[f"winning-{level}"]["remaining"] for level in range(1, 9)]
+    assert curve["dense"]["remaining"] == 1
+    assert sorted(remaining, reverse=True) == remaining
+    assert remaining[-1] < 0.7  # six of eight heads and one of two FFNs are gone
+
+
+def test_mask_json_holds_the_curve(super_search):
+    content, _, out = super_search
+    assert json.loads((out / "run/mask.json").read_text())["curve"] == content["curve"]
+
+
+def test_without_winning_tickets_there_is_no_super_ticket(tasks, tmp_path, capsys):
+    finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=("losing",), epochs=1, limit=8))
+    assert "no super ticket" in capsys.readouterr().out
+    assert not (tmp_path / "run/mask.pt").exists()

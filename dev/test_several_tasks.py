@@ -1,0 +1,88 @@
+"""Several tasks with one encoder: reports, exports, and --resume.
+
+    python -m pytest dev/test_several_tasks.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import bert
+import finetune
+from test_experiments import transformers_logits
+from test_tamt import (
+    assert_close,
+    dense_settings,
+    finetune_settings,
+    open_in_eval_mode,
+    stop_fine_tuning_at,
+    updates_made,
+    weight_bytes,
+    write,
+)
+
+
+def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    assert list(result["best"]) == ["rte_accuracy", "stsb_pearson", "stsb_spearman"]
+
+
+@pytest.mark.parametrize("name", ["keys", "train", "a.b"])
+def test_a_task_that_shares_an_encoder_may_have_any_name(tasks, tmp_path, name):
+    """Also one that a module of torch has for itself."""
+    mood = json.loads((tasks / "mood.json").read_text())
+    for split in ("train", "dev", "test"):
+        mood[split] = str(tasks / mood[split])
+    write(tmp_path / "own.json", mood | {"name": name})
+    result = finetune.fine_tune(dense_settings(tasks, tmp_path, task=f"rte,{tmp_path / 'own.json'}"))
+    assert f"{name}_f1" in result["best"]
+
+
+@pytest.fixture
+def exported_tasks(tasks, tmp_path, two_masks):
+    """The experiment of two tasks after training and export."""
+    settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x")
+    experiment = open_in_eval_mode(settings)
+    finetune.train(experiment)
+    finetune.finish(experiment)
+    return experiment
+
+
+def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tasks):
+    for task_data in exported_tasks.all_task_data:
+        tensors = bert.read_safetensors(exported_tasks.run.export / task_data.task.name / "model.safetensors")
+        for name, mask in task_data.own_parts.masks.items():
+            assert torch.equal(tensors[name], exported_tasks.model.get_parameter(name).data * mask)
+
+
+@pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
+def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks, tmp_path, request, tickets):
+    masks = request.getfixturevalue(tickets)
+    settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=masks, export=tmp_path / "x")
+    experiment = open_in_eval_mode(settings)
+    finetune.train(experiment)
+    finetune.finish(experiment)
+    for task_data in experiment.all_task_data:
+        sequences = task_data.train[:8]
+        folder = tmp_path / "x" / task_data.task.name
+        theirs, _ = transformers_logits(folder, task_data, sequences, experiment.model.config)
+        ours = np.stack(finetune.predict_logits(experiment, task_data, sequences))
+        assert_close(torch.from_numpy(ours), theirs)
+
+
+@pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
+def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request, tickets):
+    values = {"task": "rte,stsb", "mask": request.getfixturevalue(tickets), "results": None}
+    expected = finetune.fine_tune(finetune_settings(tasks, tmp_path / "a", export=tmp_path / "a/x", **values))
+    values["export"] = tmp_path / "b/x"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 6)
+        finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", **values))
+    numbers = updates_made(monkeypatch)
+    resumed = finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", resume=True, **values))
+    assert numbers[0] == 6  # it does not start over
+    assert resumed["evaluations"] == expected["evaluations"]
+    for task in ("rte", "stsb"):
+        assert weight_bytes(tmp_path / "b/x" / task) == weight_bytes(tmp_path / "a/x" / task)
