@@ -358,11 +358,6 @@ def test_attention_is_the_softmax_of_products_times_the_values(padded):
 
 
 # ---------------------------------------------------------------------------------------------------
-# bert: what save() writes
-# ---------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------
 # data: text to rows
 # ---------------------------------------------------------------------------------------------------
 
@@ -542,18 +537,6 @@ def watch_updates(monkeypatch, look):
         write_line(log, step, *arguments)
 
     monkeypatch.setattr(tamt.Log, "step", look_and_write_line)
-
-
-def stop_mask_training_after(monkeypatch, number):
-    """Ctrl-C after an update, once."""
-    write_line = tamt.Log.step
-
-    def look(layers, step):
-        if step == number:
-            monkeypatch.setattr(tamt.Log, "step", write_line)
-            raise KeyboardInterrupt
-
-    watch_updates(monkeypatch, look)
 
 
 def read_log(folder):
@@ -1167,11 +1150,6 @@ def test_a_batch_depends_on_seed_and_step_alone(world):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: what the released code computed
-# ---------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------
 # tamt: runs
 # ---------------------------------------------------------------------------------------------------
 
@@ -1245,6 +1223,19 @@ def test_a_run_reports_what_evaluate_finds_for_its_mask_under_the_pretrained_hea
     assert found["dev_kd_loss"] == content["dev_kd_loss"]
 
 
+def test_equal_runs_give_equal_bytes(world, tmp_path):
+    for name in ("a", "b"):
+        tamt.find_mask(mask_settings(world, tmp_path / name, lr=1e-2))
+    assert share_of_flips(tmp_path / "a") > 0.01
+    assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
+
+
+def test_another_seed_gives_another_mask(world, tmp_path):
+    for seed in (1, 2):
+        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed))
+    assert not same_masks(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
+
+
 def test_distillation_brings_the_student_nearer_to_its_teacher_than_the_start_mask_is(world, tmp_path):
     start = tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp"))
     learned = tamt.find_mask(mask_settings(world, tmp_path / "tamt", objective="kd", steps=120, lr=5e-3))
@@ -1293,6 +1284,18 @@ RESUMED = {
     "imp": {"method": "imp", "prune_every": 4, "sparsity": 0.35},
     "imp without rewinding": {"method": "imp", "prune_every": 4, "sparsity": 0.35, "no_rewind": True},
 }
+
+
+def stop_mask_training_after(monkeypatch, number):
+    """Ctrl-C after an update, once."""
+    write_line = tamt.Log.step
+
+    def look(layers, step):
+        if step == number:
+            monkeypatch.setattr(tamt.Log, "step", write_line)
+            raise KeyboardInterrupt
+
+    watch_updates(monkeypatch, look)
 
 
 @pytest.mark.parametrize("case", RESUMED)
@@ -1417,19 +1420,6 @@ def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
     assert same_masks(tamt.load_mask(tmp_path), masks)  # the folder of a run
 
 
-def test_equal_runs_give_equal_bytes(world, tmp_path):
-    for name in ("a", "b"):
-        tamt.find_mask(mask_settings(world, tmp_path / name, lr=1e-2))
-    assert share_of_flips(tmp_path / "a") > 0.01
-    assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
-
-
-def test_another_seed_gives_another_mask(world, tmp_path):
-    for seed in (1, 2):
-        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed))
-    assert not same_masks(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
-
-
 def test_similarity_is_the_mean_over_matrices_of_the_jaccard_index_of_what_is_kept():
     a = {"x": torch.tensor([True, True, False, False]), "y": torch.tensor([True, False])}
     b = {"x": torch.tensor([True, False, True, False]), "y": torch.tensor([True, False])}
@@ -1518,6 +1508,23 @@ def test_real_tables_have_the_known_numbers_of_rows(name, num_train, num_dev):
 # ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory):
+    """{"bert": a WordPiece vocabulary of a few words, "roberta": a byte-level BPE that knows " Rome" and all bytes}"""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    words = "where ? anna met bob in rome last may".split()
+    write(folder / "bert/vocab.txt", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    write(folder / "bert/tokenizer_config.json", {"do_lower_case": True})
+
+    merges = ["Ġ R", "o m", "ĠR om", "ĠRom e"]  # Ġ stands for a space
+    all_bytes = sorted(data.pre_tokenizers.ByteLevel.alphabet())
+    merged = [merge.replace(" ", "") for merge in merges]
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *all_bytes, *merged, "<mask>"]
+    write(folder / "roberta/vocab.json", {token: number for number, token in enumerate(tokens)})
+    write(folder / "roberta/merges.txt", ["#version: 0.2", *merges])
+    return {family: data.vocabulary(folder / family) for family in ("bert", "roberta")}
+
+
 def test_truncation_drops_tokens_of_the_longer_text_one_by_one():
     for num_a, num_b, room in itertools.product(range(12), range(12), range(26)):
         a = list(range(num_a))
@@ -1528,8 +1535,8 @@ def test_truncation_drops_tokens_of_the_longer_text_one_by_one():
         assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)
 
 
-def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(odd_vocabularies):
-    vocabulary = odd_vocabularies["bert"]
+def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(vocabularies):
+    vocabulary = vocabularies["bert"]
     a = ids_of("Anna met Bob", vocabulary)
     b = ids_of("in Rome", vocabulary)
     [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("Anna met Bob", "in Rome")], vocabulary, 99)
@@ -1537,8 +1544,8 @@ def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(odd_vo
     assert token_type_ids.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
 
-def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(odd_vocabularies):
-    vocabulary = odd_vocabularies["roberta"]
+def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(vocabularies):
+    vocabulary = vocabularies["roberta"]
     a = ids_of("Anna met Bob", vocabulary)
     b = ids_of("in Rome", vocabulary)
     [(input_ids, token_type_ids)] = glue_squad.encode([glue_squad.Example("Anna met Bob", "in Rome")], vocabulary, 99)
@@ -1548,18 +1555,18 @@ def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(odd
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_no_sequence_is_longer_than_max_len(odd_vocabularies, family):
+def test_no_sequence_is_longer_than_max_len(vocabularies, family):
     pair = glue_squad.Example("Anna met Bob in Rome", "last May")
     single = glue_squad.Example("Anna met Bob in Rome last May")
     for max_len in range(6, 20):
-        for input_ids, token_type_ids in glue_squad.encode([pair, single], odd_vocabularies[family], max_len):
+        for input_ids, token_type_ids in glue_squad.encode([pair, single], vocabularies[family], max_len):
             assert len(input_ids) == len(token_type_ids) <= max_len
-            assert input_ids[-1] == odd_vocabularies[family].sep_id
+            assert input_ids[-1] == vocabularies[family].sep_id
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_the_attention_mask_tells_tokens_from_padding(odd_vocabularies, family):
-    vocabulary = odd_vocabularies[family]
+def test_the_attention_mask_tells_tokens_from_padding(vocabularies, family):
+    vocabulary = vocabularies[family]
     examples = [glue_squad.Example("Anna met Bob", "in Rome"), glue_squad.Example("")]
     sequences = glue_squad.encode(examples, vocabulary, 6)
     input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, vocabulary.pad_id)
@@ -1632,15 +1639,15 @@ def test_load_squad_reads_questions_with_their_paragraph_and_answers(tmp_path):
 
 
 @pytest.fixture
-def two_windows(odd_vocabularies):
+def two_windows(vocabularies):
     """The two windows of ten tokens into which a stride of two cuts WORKED_EXAMPLE."""
-    return glue_squad.make_windows([WORKED_EXAMPLE], odd_vocabularies["bert"], max_len=10, doc_stride=2, training=True)
+    return glue_squad.make_windows([WORKED_EXAMPLE], vocabularies["bert"], max_len=10, doc_stride=2, training=True)
 
 
-def test_windows_overlap_and_each_holds_the_question(odd_vocabularies, two_windows):
+def test_windows_overlap_and_each_holds_the_question(vocabularies, two_windows):
     texts = []
     for window in two_windows:
-        texts.append(" ".join(odd_vocabularies["bert"].tokenizer.id_to_token(number) for number in window.input_ids))
+        texts.append(" ".join(vocabularies["bert"].tokenizer.id_to_token(number) for number in window.input_ids))
     assert texts == ["[CLS] where ? [SEP] anna met bob in rome [SEP]",
                      "[CLS] where ? [SEP] bob in rome last may [SEP]"]
 
@@ -1655,8 +1662,8 @@ def test_a_token_has_its_maximum_context_in_the_window_that_shows_most_around_it
     assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # rome last may
 
 
-def test_an_answer_begins_only_where_its_first_token_has_maximum_context(odd_vocabularies):
-    windows = glue_squad.make_windows([WORKED_EXAMPLE], odd_vocabularies["bert"], max_len=10, doc_stride=2)
+def test_an_answer_begins_only_where_its_first_token_has_maximum_context(vocabularies):
+    windows = glue_squad.make_windows([WORKED_EXAMPLE], vocabularies["bert"], max_len=10, doc_stride=2)
     start_logits = np.zeros((2, 10))
     end_logits = np.zeros((2, 10))
     start_logits[0, 8] = end_logits[0, 8] = 9  # window 0 is sure of "rome", its last token
@@ -1666,13 +1673,13 @@ def test_an_answer_begins_only_where_its_first_token_has_maximum_context(odd_voc
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_an_answer_of_plain_words_comes_back_exactly(odd_vocabularies, family):
+def test_an_answer_of_plain_words_comes_back_exactly(vocabularies, family):
     words = "anna met bob in rome last may".split()
     for first, last in itertools.combinations(range(len(words) + 1), 2):
         answer = " ".join(words[first:last])
         start = len(" ".join([*words[:first], ""]))
         question = glue_squad.Question("q", "Where?", " ".join(words), [(answer, start)])
-        [window] = glue_squad.make_windows([question], odd_vocabularies[family], max_len=99, training=True)
+        [window] = glue_squad.make_windows([question], vocabularies[family], max_len=99, training=True)
         start_logits = np.eye(99)[[window.start_position]]
         end_logits = np.eye(99)[[window.end_position]]
         found = glue_squad.best_answers([question], [window], start_logits, end_logits)
@@ -1773,48 +1780,34 @@ def test_the_floor_is_what_always_answering_the_most_frequent_class_scores():
 # ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def tasks(world):
-    """A folder with small tables in GLUE's layout, a small SQuAD, an own task, and a mask of each model.
-
-    The label of RTE and STS-B depends on how many words the two sentences share."""
+def write_tasks(world):
+    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored, and a mask of
+    each model -> the folder. The labels depend on how many words the two sentences share."""
     folder = world / "tasks"
     generator = random.Random(0)
-    pairs = []
+    classes = ["sentence1\tsentence2\tlabel"]
+    numbers = ["sentence1\tsentence2\tscore"]
     for _ in range(48):
-        pairs.append((" ".join(generator.sample(WORDS[:9], 4)), " ".join(generator.sample(WORDS[:9], 3))))
-
-    for name, label_column in (("RTE", "label"), ("STS-B", "score")):
-        rows = []
-        for a, b in pairs:
-            num_common = len(set(a.split()) & set(b.split()))
-            label = num_common
-            if name == "RTE":
-                label = "entailment" if num_common >= 2 else "not_entailment"
-            rows.append(f"{a}\t{b}\t{label}")
-        header = f"sentence1\tsentence2\t{label_column}"
+        a = generator.sample(WORDS[:9], 4)
+        b = generator.sample(WORDS[:9], 3)
+        num_common = len({*a} & {*b})
+        row = " ".join(a) + "\t" + " ".join(b)
+        classes.append(row + ("\tentailment" if num_common >= 2 else "\tnot_entailment"))
+        numbers.append(f"{row}\t{num_common}")
+    for name, [header, *rows] in (("RTE", classes), ("STS-B", numbers)):
         write(folder / name / "train.tsv", [header, *rows[:32]])
         write(folder / name / "dev.tsv", [header, *rows[32:]])
-        write(folder / name / "test.tsv", [header, *rows])
-
-    paragraphs = []
-    for a, b in pairs[:24]:
-        answer = {"text": "red tree", "answer_start": len(a) + 1}
-        question = {"id": a + b, "question": "where", "answers": [answer]}
-        paragraphs.append({"context": f"{a} red tree {b} " + "the dog runs " * 5, "qas": [question]})
-    for split in ("train", "dev"):
-        write(folder / "squad" / f"{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
-
-    write(folder / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 24)
-    files = {"train": "mood.tsv", "dev": "mood.tsv", "test": "mood.tsv"}
-    write(folder / "mood.json", {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"],
-                                      "metric": "f1", **files})
 
     for family in ("bert", "roberta"):
         layers = tamt.mask_model(bert.load(world / family))
         masks = tamt.magnitude_masks(layers, 0.6, "local")
         tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(world / family), "method": "omp"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tasks(world):
+    return write_tasks(world)
 
 
 def finetune_settings(tasks, out, task="rte", **changes):
@@ -1839,72 +1832,20 @@ def open_in_eval_mode(settings):
     return experiment
 
 
-def lines_of_results(out):
-    """The lines of a results file."""
-    file = out / "results.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def stop_fine_tuning_at(monkeypatch, number):
-    """Ctrl-C in update `number` (from 1); the state is saved after every update before it."""
-    task_loss = finetune.task_loss
-    num_calls = 0
-
-    def interrupted(*arguments):
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls == number:
-            raise KeyboardInterrupt
-        return task_loss(*arguments)
-
-    monkeypatch.setattr(tamt, "SAVE_SECONDS", -1)
-    monkeypatch.setattr(finetune, "task_loss", interrupted)
-
-
-def updates_made(monkeypatch):
-    """A list that gets the number, within its round, of every update that is made from now on."""
-    numbers = []
-    update = finetune.update
-
-    def counted(*arguments, t):
-        numbers.append(t)
-        return update(*arguments, t=t)
-
-    monkeypatch.setattr(finetune, "update", counted)
-    return numbers
-
-
-def weight_bytes(folder):
-    return (folder / "model.safetensors").read_bytes()
-
-
 # ---------------------------------------------------------------------------------------------------
 # finetune: one experiment
 # ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def result(tasks, tmp_path):
-    """The result of a short run on rte."""
-    return finetune.fine_tune(finetune_settings(tasks, tmp_path))
-
-
-def test_fine_tune_returns_what_result_json_holds(result, tmp_path):
+def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
 
 
-def test_a_result_says_how_much_its_mask_removes(result, tasks):
+def test_a_result_says_how_much_its_mask_removes(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     mask = tamt.load_mask(tasks / "bert.pt")
     assert result["sparsity"] == num_pruned(mask) / num_entries(mask)
-
-
-def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
-    """A line leaves out the evaluations on the way; result.json has them."""
-    file = tmp_path / "results.jsonl"
-    first = finetune.fine_tune(finetune_settings(tasks, tmp_path / "first", seed=1, results=file))
-    second = finetune.fine_tune(finetune_settings(tasks, tmp_path / "second", seed=2, results=file))
-    del first["evaluations"], second["evaluations"]
-    assert lines_of_results(tmp_path) == [first, second]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2021,27 +1962,6 @@ def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
         module = theirs.model.get_submodule(name.rpartition(".")[0])
         expected = module.weight_orig * masks[name] if name in masks else theirs.model.get_parameter(name)
         assert torch.equal(parameter, expected), name
-
-
-# ---------------------------------------------------------------------------------------------------
-# finetune: what a run leaves
-# ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("task", ["rte", "squad"])
-def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp_path, monkeypatch, task):
-    expected = finetune.fine_tune(finetune_settings(tasks, tmp_path / "a", task, export=tmp_path / "a/x"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_fine_tuning_at(patch, 6)
-        finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x"))
-
-    numbers = updates_made(monkeypatch)
-    resumed = finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x", resume=True))
-    assert numbers[0] == 6  # it does not start over
-    for each in (expected, resumed):
-        del each["seconds"]
-    assert resumed == expected
-    assert weight_bytes(tmp_path / "b/x") == weight_bytes(tmp_path / "a/x")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2293,22 +2213,6 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
         found = finetune.task_logits(small.model, small.all_task_data[0], sequences)
         expected = finetune.task_logits(full.model, full.all_task_data[0], sequences)
     assert_close(found, expected)
-
-
-def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_path, monkeypatch):
-    """The scores are made up, and a random ticket has an even better one."""
-    finish = finetune.finish
-
-    def finish_with_made_up_score(experiment):
-        finish(experiment)
-        scores = {"winning-5": 0.9, "random-3": 0.95}
-        experiment.result["best"] = {"accuracy": scores.get(experiment.run.out.name, 0.5)}
-
-    monkeypatch.setattr(finetune, "finish", finish_with_made_up_score)
-    settings = dense_settings(tasks, tmp_path, find="super", orders=("winning", "random"), epochs=1, limit=8)
-    finetune.find_super(settings)
-    _, meta = tamt.read_mask(tmp_path / "run")
-    assert (meta["order"], meta["level"]) == ("winning", 5)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,11 @@
-"""The fixtures of test_tamt.py, for the tests in this folder."""
+"""Fixtures for the tests in this folder: those of test_tamt.py, and more tasks."""
 
-from test_tamt import (  # noqa: F401
+import pytest
+
+pytest.register_assert_rewrite("helpers")
+
+from test_tamt import (  # noqa: E402, F401
+    WORDS,
     corrupted,
     fixed_seed,
     imp_folder,
@@ -10,9 +15,36 @@ from test_tamt import (  # noqa: F401
     model,
     small,
     super_ticket,
-    tasks,
     two_masks,
     two_super_tickets,
     vocabulary,
     world,
+    write,
+    write_tasks,
 )
+
+
+@pytest.fixture(scope="session")
+def tasks(world):  # noqa: F811
+    """The tasks of test_tamt.py with test tables, a small SQuAD, and an own task."""
+    folder = write_tasks(world)
+    pairs = []
+    for name in ("RTE", "STS-B"):
+        header, *train = (folder / name / "train.tsv").read_text().splitlines()
+        _, *dev = (folder / name / "dev.tsv").read_text().splitlines()
+        write(folder / name / "test.tsv", [header, *train, *dev])
+        pairs = [row.split("\t")[:2] for row in train]
+
+    paragraphs = []
+    for a, b in pairs[:24]:
+        answer = {"text": "red tree", "answer_start": len(a) + 1}
+        question = {"id": a + b, "question": "where", "answers": [answer]}
+        paragraphs.append({"context": f"{a} red tree {b} " + "the dog runs " * 5, "qas": [question]})
+    for split in ("train", "dev"):
+        write(folder / "squad" / f"{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
+
+    write(folder / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 24)
+    files = {"train": "mood.tsv", "dev": "mood.tsv", "test": "mood.tsv"}
+    write(folder / "mood.json", {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"],
+                                 "metric": "f1", **files})
+    return folder

@@ -18,14 +18,8 @@ from torch.nn.utils import prune
 
 import bert
 from dev import fuzz
-from test_tamt import (
-    REAL,
-    assert_close,
-    both_families,
-    needs_real_inputs,
-    padded_batch,
-    transformers_model,
-)
+from helpers import raises_one_line
+from test_tamt import REAL, assert_close, both_families, needs_real_inputs, padded_batch, transformers_model
 
 
 def assert_equal(found, expected):
@@ -67,16 +61,6 @@ def assert_loads_as(folder, expected_folder):
     model = bert.load(folder)
     assert_equal(model.state_dict(), bert.load(expected_folder).state_dict())
     assert not model.training
-
-
-def raises_one_line(call, *args, match):
-    """The error is one line; -> its text."""
-    with pytest.raises((ValueError, OSError), match=match) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 1500
-    return message
 
 
 DECODERS = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder"}
@@ -944,7 +928,6 @@ def test_snappy_copies_may_overlap_themselves():
 def test_snappy_literals_of_all_sizes_are_read(length, tag):
     content = bytes(number % 251 for number in range(length))
     assert bert.decompress_snappy(fuzz.write_varint(length) + tag + content) == content
-
 
 
 def test_load_reads_what_save_writes(model, tmp_path):

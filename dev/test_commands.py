@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import json
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,63 +18,26 @@ import bert
 import data
 import finetune
 import tamt
+from helpers import (
+    assert_one_error_line,
+    edit_json,
+    exit_status,
+    lines_of_results,
+    run_finetune,
+    run_tamt,
+    stop_fine_tuning_at,
+    weight_bytes,
+)
 from test_tamt import (
     ROOT,
     finetune_settings,
-    lines_of_results,
     mask_settings,
     share_of_flips,
-    stop_fine_tuning_at,
     stop_mask_training_after,
     tiny,
     watch_updates,
-    weight_bytes,
     write,
 )
-
-
-def exit_status(main, *argv) -> int:
-    """Calls a program as its command line does -> exit status."""
-    def call():
-        main([str(word) for word in argv])
-
-    try:
-        tamt.run_command(call)
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def edit_json(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def run_tamt(world, out, *more):
-    """mask_settings() from the command line, without its learning rate and device -> exit status."""
-    return exit_status(
-        tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--steps", 12, "--seq-len", 16,
-        "--batch-size", 8, "--log-every", 4, "--eval-every", 100, "--save-every", 5, "--out", out, *more)
-
-
-def run_finetune(tasks, out, task="rte", *more, mask="bert.pt"):
-    """The same as finetune_settings(), from the command line -> exit status."""
-    out.mkdir(parents=True, exist_ok=True)
-    argv = ["--task", task, "--data", tasks, "--max-len", 48, "--lr", 1e-3, "--batch-size", 8, "--epochs", 2,
-            "--out", out / "run", "--results", out / "results.jsonl"]
-    if mask:
-        argv += ["--mask", tasks / mask]
-    return exit_status(finetune.main, *argv, *more)
-
-
-def assert_one_error_line(capsys, words, main, *argv):
-    """Runs the program, which must end with exit status 2 and one line on stderr; the pattern `words` matches it."""
-    capsys.readouterr()
-    status = exit_status(main, *argv)
-    line = capsys.readouterr().err.strip()
-    assert status == 2
-    assert line.startswith("error: ") and "\n" not in line
-    assert re.search(words, line), line
-
 
 # ---------------------------------------------------------------------------------------------------
 # tamt: folders and --resume

@@ -16,7 +16,23 @@ import bert
 import finetune
 import glue_squad
 import tamt
+from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made, weight_bytes
 from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode
+
+
+def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
+    """A line leaves out the evaluations on the way; result.json has them."""
+    file = tmp_path / "results.jsonl"
+    first = finetune.fine_tune(finetune_settings(tasks, tmp_path / "first", seed=1, results=file))
+    second = finetune.fine_tune(finetune_settings(tasks, tmp_path / "second", seed=2, results=file))
+    del first["evaluations"], second["evaluations"]
+    assert lines_of_results(tmp_path) == [first, second]
+
+
+@pytest.fixture
+def result(tasks, tmp_path):
+    """The result of a short run on rte."""
+    return finetune.fine_tune(finetune_settings(tasks, tmp_path))
 
 
 def test_a_result_counts_its_updates(result):
@@ -105,26 +121,6 @@ def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, n
     assert result["versions"]["torch"] == torch.__version__
 
 
-def logits_of_export(experiment, sequences):
-    """The logits of the exported model in transformers, (B, C) or (B, T, 2), and the attention mask, (B, T)."""
-    return transformers_logits(experiment.run.export, experiment.all_task_data[0], sequences, experiment.model.config)
-
-
-def transformers_logits(folder, task_data, sequences, config):
-    transformers = pytest.importorskip("transformers")
-    batch = glue_squad.pad_batch(sequences, config.pad_token_id)
-    input_ids, attention_mask, token_type_ids = (torch.from_numpy(array) for array in batch)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if config.type_vocab_size > 1:
-        inputs["token_type_ids"] = token_type_ids
-    with torch.no_grad():
-        if task_data.task.predicts == "span":
-            output = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()(**inputs)
-            return torch.stack([output.start_logits, output.end_logits], dim=-1), attention_mask.bool()
-        output = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs)
-        return output.logits, attention_mask.bool()
-
-
 @all_runs
 @torch.no_grad()
 def test_transformers_loads_the_export_with_equal_logits(finished, name, family):
@@ -170,6 +166,22 @@ def test_the_answers_in_the_file_score_what_the_run_reports(finished, name, fami
     answers = json.loads((experiment.run.out / "predictions.json").read_text())
     scores = glue_squad.squad_scores(answers, experiment.all_task_data[0].examples["dev"])
     assert scores == pytest.approx(experiment.result["final"])
+
+
+@pytest.mark.parametrize("task", ["rte", "squad"])
+def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp_path, monkeypatch, task):
+    expected = finetune.fine_tune(finetune_settings(tasks, tmp_path / "a", task, export=tmp_path / "a/x"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 6)
+        finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x"))
+
+    numbers = updates_made(monkeypatch)
+    resumed = finetune.fine_tune(finetune_settings(tasks, tmp_path / "b", task, export=tmp_path / "b/x", resume=True))
+    assert numbers[0] == 6  # it does not start over
+    for each in (expected, resumed):
+        del each["seconds"]
+    assert resumed == expected
+    assert weight_bytes(tmp_path / "b/x") == weight_bytes(tmp_path / "a/x")
 
 
 def matrices(tasks, out, weights):

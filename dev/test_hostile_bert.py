@@ -17,7 +17,7 @@ import torch
 
 import bert
 from dev import fuzz
-from test_checkpoints import raises_one_line
+from helpers import raises_one_line
 
 # ---------------------------------------------------------------------------------------------------
 # safetensors

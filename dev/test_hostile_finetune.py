@@ -16,15 +16,8 @@ import bert
 import data
 import finetune
 import tamt
-from test_commands import run_finetune
-from test_tamt import (
-    dense_settings,
-    finetune_settings,
-    lines_of_results,
-    stop_fine_tuning_at,
-    tiny,
-    write,
-)
+from helpers import lines_of_results, run_finetune, stop_fine_tuning_at
+from test_tamt import dense_settings, finetune_settings, tiny, write
 
 
 def refused(capsys, tasks, out, *argv, **more):

@@ -13,14 +13,8 @@ import torch
 
 import bert
 import tamt
-from test_commands import assert_one_error_line, run_tamt
-from test_tamt import (
-    folder_content,
-    mask_settings,
-    same_masks,
-    stop_mask_training_after,
-    watch_updates,
-)
+from helpers import assert_one_error_line, run_tamt
+from test_tamt import folder_content, mask_settings, same_masks, stop_mask_training_after, watch_updates
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import bert
 import tamt
-from test_commands import edit_json
+from helpers import edit_json
 from test_tamt import REAL, assert_close, masks_of, needs_real_inputs, num_different
 
 # shared/data/released holds what the released code did with 40 (mlm) and 60 (kd) batches: the batches, the loss at each

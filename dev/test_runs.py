@@ -16,7 +16,7 @@ import pytest
 import bert
 import data
 import tamt
-from test_commands import exit_status
+from helpers import exit_status
 from test_tamt import (
     ROOT,
     assert_masks_moved,

@@ -12,19 +12,8 @@ import torch
 import bert
 import finetune
 import tamt
-from test_experiments import logits_of_export
-from test_tamt import (
-    IMP,
-    NUM_HEADS,
-    REMOVED_HEADS,
-    assert_close,
-    dense_settings,
-    finetune_settings,
-    lines_of_results,
-    open_in_eval_mode,
-    stop_fine_tuning_at,
-    updates_made,
-)
+from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made
+from test_tamt import IMP, NUM_HEADS, REMOVED_HEADS, assert_close, dense_settings, finetune_settings, open_in_eval_mode
 
 
 def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
@@ -129,6 +118,22 @@ def test_along_the_curve_each_level_leaves_less_than_the_whole_and_no_more_than_
     assert curve["dense"]["remaining"] == 1
     assert sorted(remaining, reverse=True) == remaining
     assert remaining[-1] < 0.7  # six of eight heads and one of two FFNs are gone
+
+
+def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_path, monkeypatch):
+    """The scores are made up, and a random ticket has an even better one."""
+    finish = finetune.finish
+
+    def finish_with_made_up_score(experiment):
+        finish(experiment)
+        scores = {"winning-5": 0.9, "random-3": 0.95}
+        experiment.result["best"] = {"accuracy": scores.get(experiment.run.out.name, 0.5)}
+
+    monkeypatch.setattr(finetune, "finish", finish_with_made_up_score)
+    settings = dense_settings(tasks, tmp_path, find="super", orders=("winning", "random"), epochs=1, limit=8)
+    finetune.find_super(settings)
+    _, meta = tamt.read_mask(tmp_path / "run")
+    assert (meta["order"], meta["level"]) == ("winning", 5)
 
 
 def test_mask_json_holds_the_curve(super_search):

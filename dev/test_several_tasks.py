@@ -11,17 +11,8 @@ import torch
 
 import bert
 import finetune
-from test_experiments import transformers_logits
-from test_tamt import (
-    assert_close,
-    dense_settings,
-    finetune_settings,
-    open_in_eval_mode,
-    stop_fine_tuning_at,
-    updates_made,
-    weight_bytes,
-    write,
-)
+from helpers import stop_fine_tuning_at, transformers_logits, updates_made, weight_bytes
+from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode, write
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 import bert
 import data
 import glue_squad
-from test_checkpoints import raises_one_line
+from helpers import raises_one_line
 from test_tamt import REAL, needs_real_inputs
 
 # ---------------------------------------------------------------------------------------------------

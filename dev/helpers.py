@@ -1,0 +1,123 @@
+"""What several files of tests in this folder share."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import finetune
+import glue_squad
+import tamt
+
+
+def exit_status(main, *argv) -> int:
+    """Calls a program as its command line does -> exit status."""
+    def call():
+        main([str(word) for word in argv])
+
+    try:
+        tamt.run_command(call)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def run_tamt(world, out, *more):
+    """mask_settings() from the command line, without its learning rate and device -> exit status."""
+    return exit_status(
+        tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--steps", 12, "--seq-len", 16,
+        "--batch-size", 8, "--log-every", 4, "--eval-every", 100, "--save-every", 5, "--out", out, *more)
+
+
+def run_finetune(tasks, out, task="rte", *more, mask="bert.pt"):
+    """The same as finetune_settings(), from the command line -> exit status."""
+    out.mkdir(parents=True, exist_ok=True)
+    argv = ["--task", task, "--data", tasks, "--max-len", 48, "--lr", 1e-3, "--batch-size", 8, "--epochs", 2,
+            "--out", out / "run", "--results", out / "results.jsonl"]
+    if mask:
+        argv += ["--mask", tasks / mask]
+    return exit_status(finetune.main, *argv, *more)
+
+
+def assert_one_error_line(capsys, words, main, *argv):
+    """Runs the program, which must end with exit status 2 and one line on stderr; the pattern `words` matches it."""
+    capsys.readouterr()
+    status = exit_status(main, *argv)
+    line = capsys.readouterr().err.strip()
+    assert status == 2
+    assert line.startswith("error: ") and "\n" not in line
+    assert re.search(words, line), line
+
+
+def stop_fine_tuning_at(monkeypatch, number):
+    """Ctrl-C in update `number` (from 1); the state is saved after every update before it."""
+    task_loss = finetune.task_loss
+    num_calls = 0
+
+    def interrupted(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == number:
+            raise KeyboardInterrupt
+        return task_loss(*arguments)
+
+    monkeypatch.setattr(tamt, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(finetune, "task_loss", interrupted)
+
+
+def updates_made(monkeypatch):
+    """A list that gets the number, within its round, of every update that is made from now on."""
+    numbers = []
+    update = finetune.update
+
+    def counted(*arguments, t):
+        numbers.append(t)
+        return update(*arguments, t=t)
+
+    monkeypatch.setattr(finetune, "update", counted)
+    return numbers
+
+
+def weight_bytes(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def lines_of_results(out):
+    """The lines of a results file."""
+    file = out / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def logits_of_export(experiment, sequences):
+    """The logits of the exported model in transformers, (B, C) or (B, T, 2), and the attention mask, (B, T)."""
+    return transformers_logits(experiment.run.export, experiment.all_task_data[0], sequences, experiment.model.config)
+
+
+def transformers_logits(folder, task_data, sequences, config):
+    transformers = pytest.importorskip("transformers")
+    batch = glue_squad.pad_batch(sequences, config.pad_token_id)
+    input_ids, attention_mask, token_type_ids = (torch.from_numpy(array) for array in batch)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if config.type_vocab_size > 1:
+        inputs["token_type_ids"] = token_type_ids
+    with torch.no_grad():
+        if task_data.task.predicts == "span":
+            output = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()(**inputs)
+            return torch.stack([output.start_logits, output.end_logits], dim=-1), attention_mask.bool()
+        output = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs)
+        return output.logits, attention_mask.bool()
+
+
+def raises_one_line(call, *args, match):
+    """The error is one line; -> its text."""
+    with pytest.raises((ValueError, OSError), match=match) as caught:
+        call(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1500
+    return message
