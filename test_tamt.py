@@ -1,40 +1,29 @@
 """The promises of the method, in the order of the modules: bert, data, tamt, glue_squad, finetune.
 
-Tests make their own models, texts and tables. Those that are marked @needs_real_inputs use real ones, and are skipped
-where these are missing. What surrounds the method is tested in dev/: files as others write them (test_checkpoints,
-test_texts, test_tables, test_downloads), the command lines (test_commands), and damaged files, full disks and killed
-programs (test_hostile_*).
+Tests make their own models, texts and tables; those that are marked @needs_real_inputs use real ones, and are skipped
+where these are missing. The tests in dev/ are written in the same manner, about what surrounds the method: corners of
+each part, the masks of the released code, files as others write them, command lines, exports, killed programs.
 
-    bert        the network; what save() writes
+    bert        the network
     data        text to rows; batches
-    tamt        helpers; masked layers; the ranking; scores; losses; training; what the released code computed; runs;
-                resuming, and sharing the work out; iterative magnitude pruning; mask files, reports, export
-    glue_squad  tables; token ids and batches; SQuAD; metrics and submissions
-    finetune    helpers; one experiment; training under a fixed mask; what a run leaves; IMP on a task; Super Tickets;
-                several tasks, one encoder
+    tamt        helpers; masked layers; the ranking; scores; losses; training; runs; resuming; iterative magnitude
+                pruning; masks and exports
+    glue_squad  tables; token ids and batches; SQuAD; metrics
+    finetune    helpers; training under a fixed mask; IMP on a task; Super Tickets; several tasks, one encoder
 
 Words that recur:
 
-    the paper       Liu et al. 2022, on task-agnostic mask training (TAMT); for Super Tickets Liang et al. 2021. The
-                    "released code" is that of its authors
+    the paper       Liu et al. 2022, on task-agnostic mask training (TAMT). The "released code" is that of its authors
+    mask            which weights are kept: {name of a weight: bool tensor, True = kept}. A ticket is a mask that stays
+                    fixed while the weights are fine-tuned
     OMP, IMP        one-shot and iterative magnitude pruning (the smallest weights go, at once or in rounds)
     KD              knowledge distillation: the hidden states of the whole model are the target
     phi             0.01: scores start at 2 phi where a weight is kept, at 0 where it is pruned (Eq. 5)
     rank            which scores compete: those of all matrices (global), of one matrix (local), or of M consecutive
                     entries of a row (N:M, such as 2:4). Those that compete are a pool; its threshold lies between its
                     pruned and its kept scores
-    refresh         a new ranking; between two of them the thresholds stand still (--refresh-every)
     pinned          entries of the mask whose scores never get a gradient: a global ranking leaves them as they started
-    floor           the score of always answering the most frequent class
-    scope           which matrices have masks: all, or those of the encoder (without word embeddings)
-    unit            an attention head or an FFN: a Super Ticket removes whole units. Its order says which of them go
-                    first: the least important ones ("winning"), the most important ones ("losing"), or random ones
-    gate            a factor of 1 at the output of a unit, whose gradient says how much the loss depends on that unit
     FFN             the feed-forward network of a layer: its intermediate and its output matrix
-    level           of IMP: a sparsity on the way, .1, .2, ...; of Super Tickets: 1 to 8, each removes more units than
-                    the one before
-    mask            which weights are kept: {name of a weight: bool tensor, True = kept}. A ticket is a mask that
-                    fine-tuning keeps fixed
 """
 
 import itertools
@@ -494,11 +483,6 @@ def test_each_combination_of_seed_and_purpose_and_step_has_its_own_random_stream
     assert len(first_draws) == len(keys)
 
 
-def test_tokens_in_finds_the_ids_that_occur(vocabulary):
-    rows = np.array([[2, 5, 5, 3], [2, 9, 5, 3]], np.uint16)
-    assert np.flatnonzero(data.tokens_in(rows, vocabulary)).tolist() == [2, 3, 5, 9]
-
-
 # ---------------------------------------------------------------------------------------------------
 # tamt: helpers
 # ---------------------------------------------------------------------------------------------------
@@ -599,7 +583,7 @@ def ordinary_ids(model):
     return torch.randint(6, model.config.vocab_size - 1, (4, 20))
 
 
-def toy_loss(model, states, dense_states, input_ids):
+def both_losses(model, states, dense_states, input_ids):
     """The sum of both losses. The decoder is the unmasked matrix of the word embeddings, in the oracle, too: there
     functional_call has put it back by now."""
     logits = model.mlm_logits(states[-1].flatten(0, 1))
@@ -615,7 +599,7 @@ def test_straight_through_gives_scores_the_gradient_with_respect_to_the_mask(mod
     layers = tamt.mask_model(model.requires_grad_(False))
     start = tamt.magnitude_masks(layers, 0.6, "local")
     tamt.Scores(layers, start, 0.6, "local", without_gradient={})  # gives each layer its scores and its mask
-    loss = toy_loss(model, model(input_ids), dense_states, input_ids)
+    loss = both_losses(model, model(input_ids), dense_states, input_ids)
     loss.backward()
 
     oracle = bert.Model(model.config)
@@ -624,7 +608,7 @@ def test_straight_through_gives_scores_the_gradient_with_respect_to_the_mask(mod
     real_masks = {name: mask.float().requires_grad_() for name, mask in start.items()}
     products = {name: pretrained[name] * mask for name, mask in real_masks.items()}
     states = torch.func.functional_call(oracle, products, input_ids)
-    oracle_loss = toy_loss(oracle, states, dense_states, input_ids)
+    oracle_loss = both_losses(oracle, states, dense_states, input_ids)
     oracle_loss.backward()
 
     assert loss.item() == pytest.approx(oracle_loss.item(), abs=1e-6)
@@ -753,26 +737,6 @@ def test_magnitude_masks_keep_the_largest_weights_of_each_pool(model, rank, spar
         pool_size = 4 if rank == "2:4" else len(values)
         for pool, pool_mask in zip(values.split(pool_size), mask.split(pool_size), strict=True):
             assert pool_mask.tolist() == brute_force(pool.tolist(), round(pool_size * sparsity))
-
-
-@pytest.mark.parametrize("rank", ["local", "global"])
-def test_pruned_weights_stay_pruned_at_the_next_level(model, rank):
-    """The levels of IMP are nested, even if a pruned weight has grown since."""
-    layers = tamt.mask_model(model)
-    before = masks_of(layers)
-    for level in tamt.imp_levels(0.65):
-        masks = tamt.magnitude_masks(layers, level, rank)
-        assert is_subset(masks, before) and num_pruned(masks) > num_pruned(before)
-        tamt.set_masks(layers, masks)
-        before = masks
-        for layer in layers.values():
-            layer.weight.data[~layer.mask] = 100.0
-
-
-def test_levels_of_imp_are_tenths_and_then_the_rest():
-    assert tamt.imp_levels(0.35) == [0.1, 0.2, 0.3, 0.35]
-    assert tamt.imp_levels(0.3) == [0.1, 0.2, 0.3]
-    assert tamt.imp_levels(0.05) == [0.05]
 
 
 def test_random_masks_depend_on_their_seed_alone(layers):
@@ -1154,48 +1118,37 @@ def test_a_batch_depends_on_seed_and_step_alone(world):
 # ---------------------------------------------------------------------------------------------------
 
 
-def share_of_flips(folder):
-    """How many entries changed sides along a run, as a share of all, summed over the lines of its log."""
-    return sum(line["flips"] for line in read_log(folder))
+@pytest.fixture(params=itertools.product(["bert", "roberta"], ["mlm", "kd", "mlm+kd"]), ids="-".join)
+def six_updates(request, world, tmp_path, monkeypatch):
+    """six_updates(rank="global") -> the masks after each of six updates, ranked anew each time; for both families and
+    all objectives."""
+    family, objective = request.param
+
+    def run(**changes):
+        masks = []
+        watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
+        tamt.find_mask(mask_settings(
+            world, tmp_path, family, objective=objective, steps=6, lr=1e-2, refresh_every=1, **changes))
+        assert len(masks) == 6
+        assert_masks_moved(masks[0], masks[-1])
+        return masks
+
+    return run
 
 
-def masks_after_each_update(monkeypatch, world, out, family, **changes) -> list:
-    """The masks of a run of six updates, ranked after each of them."""
-    masks = []
-    watch_updates(monkeypatch, lambda layers, step: masks.append(masks_of(layers)))
-    tamt.find_mask(mask_settings(world, out, family, steps=6, lr=1e-2, refresh_every=1, **changes))
-    assert len(masks) == 6
-    assert_masks_moved(masks[0], masks[-1])
-    return masks
-
-
-all_objectives = pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
-
-
-@both_families
-@all_objectives
-def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(
-        world, tmp_path, monkeypatch, family, objective):
-    for masks in masks_after_each_update(
-            monkeypatch, world, tmp_path, family, objective=objective, rank="global", sparsity=0.7):
+def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(six_updates):
+    for masks in six_updates(rank="global", sparsity=0.7):
         assert num_pruned(masks) == round(num_entries(masks) * 0.7)
 
 
-@both_families
-@all_objectives
-def test_after_every_update_local_ranking_prunes_exactly_70_percent_of_each_matrix(
-        world, tmp_path, monkeypatch, family, objective):
-    for masks in masks_after_each_update(
-            monkeypatch, world, tmp_path, family, objective=objective, rank="local", sparsity=0.7):
+def test_after_every_update_local_ranking_prunes_exactly_70_percent_of_each_matrix(six_updates):
+    for masks in six_updates(rank="local", sparsity=0.7):
         for mask in masks.values():
             assert int((~mask).sum()) == round(mask.numel() * 0.7)
 
 
-@both_families
-@all_objectives
-def test_after_every_update_2_4_ranking_keeps_two_of_every_four_entries(
-        world, tmp_path, monkeypatch, family, objective):
-    for masks in masks_after_each_update(monkeypatch, world, tmp_path, family, objective=objective, rank="2:4"):
+def test_after_every_update_2_4_ranking_keeps_two_of_every_four_entries(six_updates):
+    for masks in six_updates(rank="2:4"):
         for mask in masks.values():
             assert (mask.view(-1, 4).sum(dim=1) == 2).all()
 
@@ -1221,6 +1174,11 @@ def test_a_run_reports_what_evaluate_finds_for_its_mask_under_the_pretrained_hea
     found = tamt.evaluate_mask(mask_settings(world, evaluate=True, mask=tmp_path / "run" / "mask.pt"))
     assert found["dev_mlm_loss"] == content["dev_mlm_loss"]
     assert found["dev_kd_loss"] == content["dev_kd_loss"]
+
+
+def share_of_flips(folder):
+    """How many entries changed sides along a run, as a share of all, summed over the lines of its log."""
+    return sum(line["flips"] for line in read_log(folder))
 
 
 def test_equal_runs_give_equal_bytes(world, tmp_path):
@@ -1272,7 +1230,7 @@ def test_on_the_toy_omp_has_a_lower_kd_loss_than_a_random_mask(toy_losses):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: resuming, and sharing the work out
+# tamt: resuming
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1328,20 +1286,51 @@ def folder_content(folder):
 # ---------------------------------------------------------------------------------------------------
 
 
+def test_levels_of_imp_are_tenths_and_then_the_rest():
+    assert tamt.imp_levels(0.35) == [0.1, 0.2, 0.3, 0.35]
+    assert tamt.imp_levels(0.3) == [0.1, 0.2, 0.3]
+    assert tamt.imp_levels(0.05) == [0.05]
+
+
 @pytest.mark.parametrize("rank", ["local", "global"])
-def test_the_levels_of_imp_are_exact_and_nested(world, tmp_path, rank):
-    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.35, rank=rank))
-    levels = {0: 0.1, 3: 0.2, 6: 0.3, 9: 0.35}
-    before = None
-    for step, level in levels.items():
-        masks = tamt.load_mask(tmp_path / f"step-{step}")
-        exact = round(num_entries(masks) * level)
-        if rank == "local":
-            exact = sum(round(mask.numel() * level) for mask in masks.values())
-        assert num_pruned(masks) == exact
-        assert before is None or is_subset(masks, before)
+def test_pruned_weights_stay_pruned_at_the_next_level(model, rank):
+    """Even if a pruned weight has grown since."""
+    layers = tamt.mask_model(model)
+    before = masks_of(layers)
+    for level in tamt.imp_levels(0.65):
+        masks = tamt.magnitude_masks(layers, level, rank)
+        assert is_subset(masks, before) and num_pruned(masks) > num_pruned(before)
+        tamt.set_masks(layers, masks)
         before = masks
-    assert same_masks(tamt.load_mask(tmp_path), before)
+        for layer in layers.values():
+            layer.weight.data[~layer.mask] = 100.0
+
+
+def imp_masks(world, out, rank):
+    """The masks of a run of IMP to 35 %, which prunes before its first update and after each third one."""
+    tamt.find_mask(mask_settings(world, out, method="imp", prune_every=3, sparsity=0.35, rank=rank))
+    return [tamt.load_mask(out / f"step-{step}") for step in (0, 3, 6, 9)]
+
+
+def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(world, tmp_path):
+    for masks, level in zip(imp_masks(world, tmp_path, "global"), (0.1, 0.2, 0.3, 0.35), strict=True):
+        assert num_pruned(masks) == round(num_entries(masks) * level)
+
+
+def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path):
+    for masks, level in zip(imp_masks(world, tmp_path, "local"), (0.1, 0.2, 0.3, 0.35), strict=True):
+        for mask in masks.values():
+            assert int((~mask).sum()) == round(mask.numel() * level)
+
+
+@pytest.mark.parametrize("rank", ["local", "global"])
+def test_what_imp_has_pruned_stays_pruned(world, tmp_path, rank):
+    for earlier, later in itertools.pairwise(imp_masks(world, tmp_path, rank)):
+        assert is_subset(later, earlier)
+
+
+def test_the_mask_of_imp_is_that_of_its_last_pruning(world, tmp_path):
+    assert same_masks(imp_masks(world, tmp_path, "local")[-1], tamt.load_mask(tmp_path))
 
 
 def watch_prunings(monkeypatch, look):
@@ -1409,7 +1398,7 @@ def test_after_imp_the_model_is_the_pretrained_one_again(world, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: mask files, reports, export
+# tamt: masks and exports
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1426,20 +1415,13 @@ def test_similarity_is_the_mean_over_matrices_of_the_jaccard_index_of_what_is_ke
     assert tamt.similarity(a, b) == pytest.approx((1 / 3 + 1) / 2)
 
 
-def test_the_report_gives_the_sparsity_of_the_masked_set_the_encoder_and_the_whole_model(model, masks):
+def test_the_report_divides_what_is_pruned_by_the_sizes_of_masked_set_encoder_and_whole_model(model, masks):
     report = tamt.sparsity_report(model, masks)
     encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
-    backbone_size = sum(parameter.numel() for parameter in model.backbone.parameters())
-    assert report["pruned"] == num_pruned(masks) and report["entries"] == num_entries(masks)
+    whole_size = sum(parameter.numel() for parameter in model.backbone.parameters())
     assert report["masked_set"] == num_pruned(masks) / num_entries(masks)
     assert report["encoder"] == num_pruned(encoder) / num_entries(encoder)
-    assert report["whole_model"] == num_pruned(masks) / backbone_size
-    for name, mask in masks.items():
-        assert report["matrices"][name] == int((~mask).sum()) / mask.numel()
-
-
-def ids_of(text, vocabulary):
-    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    assert report["whole_model"] == num_pruned(masks) / whole_size
 
 
 def test_an_export_holds_the_zeros_of_its_mask(world, tmp_path):
@@ -1457,7 +1439,7 @@ def test_an_export_is_the_pretrained_model_below_the_mask(world, tmp_path):
     pretrained = dict(bert.load(world / "bert").named_parameters())
     for method in ("tamt", "imp"):
         tamt.find_mask(mask_settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3,
-                                export=tmp_path / f"{method}-export"))
+                                     export=tmp_path / f"{method}-export"))
         masks = tamt.load_mask(tmp_path / method)
         exported = dict(bert.load(tmp_path / f"{method}-export").named_parameters())
         for name, weight in pretrained.items():
@@ -1533,6 +1515,10 @@ def test_truncation_drops_tokens_of_the_longer_text_one_by_one():
             longer = a if len(a) > len(b) else b
             longer.pop()
         assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)
+
+
+def ids_of(text, vocabulary):
+    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(vocabularies):
@@ -1728,7 +1714,7 @@ def test_scores_equal_those_of_the_official_program():
 
 
 # ---------------------------------------------------------------------------------------------------
-# glue_squad: metrics and submissions
+# glue_squad: metrics
 # ---------------------------------------------------------------------------------------------------
 
 

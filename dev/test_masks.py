@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 import bert
 import data
 import tamt
-from test_tamt import assert_close, ids_of, mask_settings, ordinary_ids, same_masks
+from test_tamt import assert_close, ids_of, mask_settings, num_entries, num_pruned, ordinary_ids, same_masks
 
 
 def test_a_mask_file_can_be_read_with_torch_load_and_unpackbits_alone(tmp_path, masks):
@@ -98,6 +98,16 @@ def test_only_masks_of_the_same_matrices_have_a_similarity():
     mask = torch.tensor([True, False])
     with pytest.raises(ValueError, match="masks of different models or scopes"):
         tamt.similarity({"x": mask, "y": mask}, {"x": mask})
+
+
+def test_the_report_counts_what_is_pruned(model, masks):
+    report = tamt.sparsity_report(model, masks)
+    assert (report["pruned"], report["entries"]) == (num_pruned(masks), num_entries(masks))
+
+
+def test_the_report_gives_the_sparsity_of_each_matrix(model, masks):
+    report = tamt.sparsity_report(model, masks)
+    assert report["matrices"] == {name: int((~mask).sum()) / mask.numel() for name, mask in masks.items()}
 
 
 @pytest.fixture(params=itertools.product(["bert", "roberta"], ["local", "2:4"]), ids="-".join)

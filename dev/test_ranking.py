@@ -6,9 +6,11 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import tamt
 from test_tamt import (
     assert_masks_moved,
@@ -114,6 +116,11 @@ def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_ar
 def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
     _, scores = global_scores
     assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)
+
+
+def test_tokens_in_finds_the_ids_that_occur(vocabulary):
+    rows = np.array([[2, 5, 5, 3], [2, 9, 5, 3]], np.uint16)
+    assert np.flatnonzero(data.tokens_in(rows, vocabulary)).tolist() == [2, 3, 5, 9]
 
 
 def found_pins(training):
