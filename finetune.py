@@ -96,19 +96,21 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads all that the run will need, so that what is wrong shows before anything is written.
 
-    The learning rate falls linearly, and would reach 0 after horizon_rounds runs as long as this one. IMP passes 10:
-    one round is a tenth of its schedule (find_imp)."""
-    # The tickets, and the network that they belong to. What the settings leave open is filled in.
+    The learning rate falls linearly: to 0, or, with the horizon_rounds = 10 that IMP passes for each of its rounds, a
+    tenth of the way to 0."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
+
+    # The tickets, and the network that they belong to.
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model(settings, tickets))
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
-    run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
 
+    # The settings with every default filled in, and the examples.
+    run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
     examples = {task.name: read_examples(task, run) for task in tasks}
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
@@ -120,7 +122,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     # The data, and the network with its task head and its ticket, or with those of several tasks.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
     experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
-    experiment.prunable = list(layers)  # matrices of the checkpoint; a fresh pooler is not one: each run draws another
+    experiment.checkpoint_matrices = list(layers)  # not a fresh pooler, which prune_trained() has to leave alone
     torch.manual_seed(run.seed)  # before the first draw: task heads, a fresh pooler, --weights random or shuffled
     if len(tasks) == 1:
         experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)  # update() applies them
@@ -142,7 +144,7 @@ class Experiment:
     vocabulary: data.Vocabulary | None = None
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
-    prunable: list[str] = field(default_factory=list)  # weights of the checkpoint that IMP may prune
+    checkpoint_matrices: list[str] = field(default_factory=list)  # names of the weights that may have a mask
     gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
     # Set by train.
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # all that trains
@@ -319,7 +321,7 @@ def task_logits(model, task_data: TaskData, sequences: list):
     token_type_ids = tamt.to_device(token_type_ids, device) if has_token_types else None
 
     last_hidden_state = model(input_ids, attention_mask, token_type_ids)[-1].float()
-    with torch.autocast(device.type, enabled=False):  # the three digits of bf16 are too few for the scores of a task
+    with torch.autocast(device.type, enabled=False):  # bf16 has three digits: too few to tell predictions apart
         if task_data.task.predicts != "span":
             return model.class_logits(last_hidden_state)
         logits = model.span_logits(last_hidden_state)
@@ -385,7 +387,7 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
                 scores = glue_squad.squad_scores(predictions, task_data.examples[split])
             else:
                 scores = glue_squad.score(task, predictions, task_data.examples[split], split)
-            for name, value in scores.items():  # of dev_mm the names end in _mm
+            for name, value in scores.items():  # those of dev_mm end in _mm
                 metrics[task_data.prefix + name] = value
     return metrics
 
@@ -398,7 +400,7 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
 def train(experiment: Experiment):
     """Trains all weights under the fixed masks, and evaluates every --eval-every updates and after each epoch.
 
-    Order and dropout depend on nothing but the seed and the number of the update, so that an interrupted run
+    Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
     run = experiment.run
     model = experiment.model
@@ -412,7 +414,7 @@ def train(experiment: Experiment):
         step = experiment.state["step"]
         total_loss = experiment.state["total_loss"]
 
-    # As many as epoch_batches() makes.
+    # epoch_batches() makes as many batches.
     updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
@@ -518,13 +520,13 @@ def finish(experiment: Experiment):
         for split in task_data.dev:
             for name, value in glue_squad.majority_scores(task_data.task, task_data.examples[split], split).items():
                 floor[task_data.prefix + name] = value
-    metric_names = list(floor)  # the main metric first; best and final hold "step" and "loss", too
+    metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
     metas = [ticket.meta for ticket in experiment.tickets]
     only_meta = metas[0] if metas else None
     experiment.result = {
         "task": task_names(experiment.all_task_data),
         "model": run.model,
-        # Not the mask itself, but how it was made.
+        # Not the mask itself, but how it was made: a dict or None, and of several tasks a list of them.
         "mask": metas if len(experiment.all_task_data) > 1 else only_meta,
         "sparsity": experiment.identity["sparsity"],  # removed share of the entries that have a mask
         "seed": run.seed,
@@ -558,10 +560,6 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 # 6. Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
 
-# A search has three helpers in the appendices: resolve_search fills in its defaults, settings_of_one_run gives the
-# Settings of one of its experiments, and finish_search copies the best mask to mask.pt and writes mask.json.
-
-
 def find_imp(settings) -> dict:
     """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
     left), go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as one
@@ -569,6 +567,8 @@ def find_imp(settings) -> dict:
 
     A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
     at the end fine-tunes it. --resume does not repeat a finished round."""
+    # resolve_search fills in defaults, settings_of_one_run gives the Settings of one experiment, and finish_search copies
+    # the best mask to mask.pt and writes mask.json; all three are in the appendices.
     start_time = time.time()
     search = resolve_search(settings)
     sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -600,7 +600,7 @@ def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, 
     """Masks that prune the smallest trained weights, up to this sparsity. What was pruned before stays pruned."""
     magnitudes = {}
     for name in tamt.maskable_layers(experiment.model, search.scope):
-        if name in experiment.prunable:  # not a fresh pooler: the next round draws another
+        if name in experiment.checkpoint_matrices:  # not a fresh pooler: the next round draws another
             magnitudes[name] = experiment.parameters[name].detach().abs()
             if name in experiment.gradient_masks:
                 magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
@@ -631,7 +631,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
 # ---------------------------------------------------------------------------------------------------
 
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of the FFNs (BERT-base has 12)
+LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
 
 def find_super(settings) -> dict:
@@ -640,7 +640,7 @@ def find_super(settings) -> dict:
 
     Tickets come in three orders of removal (the least important units first, "winning"; the most important ones
     first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score
-    becomes mask.pt (the paper calls only this one the super ticket)."""
+    becomes mask.pt. (The paper calls only this one the super ticket; here all tickets that remove units are.)"""
     start_time = time.time()
     search = resolve_search(settings)
 
@@ -688,9 +688,9 @@ def find_super(settings) -> dict:
 def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
     """How sensitive the loss is to each head and each FFN, in eval mode over the training set.
 
-    o is the context vector of a head, or the output of an FFN, at one position of one sequence. |<d loss / d o, o>| is
-    summed over all positions of a batch, and the importance is the mean over batches. In each layer the importances of
-    the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
+    o is what a head gives (its context vector, a weighted sum of values), or an FFN, at one position of one sequence.
+    |<d loss / d o, o>| is summed over all positions of a batch, and the importance is the mean over batches. In each
+    layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
     model = experiment.model
     run = experiment.run
     task_data = experiment.all_task_data[0]
@@ -763,11 +763,12 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         head_sort_keys = -head_importance.numpy()
         ffn_sort_keys = -ffn_importance.numpy()
     else:  # "winning"
-        head_sort_keys = head_importance.numpy().copy()  # changed below
+        head_sort_keys = head_importance.numpy().copy()  # np.inf is written into it below
         ffn_sort_keys = ffn_importance.numpy()
 
     last_heads = head_sort_keys.argmax(axis=1)  # the head of each layer that would go last
     head_sort_keys[np.arange(num_layers), last_heads] = np.inf
+    # The heads at np.inf are left in any case.
     num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     removed_heads = np.zeros(num_layers * num_heads, bool)
     removed_heads[np.argsort(head_sort_keys.flatten(), kind="stable")[:num_removed]] = True
@@ -788,7 +789,7 @@ def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
         for name in ("query", "key", "value"):
             masks[f"{layer}.attention.self.{name}.weight"] = kept_dims[:, None].repeat(1, D)
         masks[f"{layer}.attention.output.dense.weight"] = kept_dims.repeat(D, 1)
-        is_kept = bool(~removed_ffns[index])
+        is_kept = not removed_ffns[index]
         masks[f"{layer}.intermediate.dense.weight"] = torch.full((config.intermediate_size, D), is_kept)
         masks[f"{layer}.output.dense.weight"] = torch.full((D, config.intermediate_size), is_kept)
     return masks
@@ -811,7 +812,8 @@ def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
     expected = unit_masks(config, removed_heads, removed_ffns)
     is_whole = ticket.masks.keys() == expected.keys()
     is_whole = is_whole and all(torch.equal(ticket.masks[name].cpu(), expected[name]) for name in expected)
-    if removed_heads.all(axis=1).any() or not is_whole:
+    leaves_no_head = removed_heads.all(axis=1).any()  # in some layer
+    if leaves_no_head or not is_whole:
         raise ValueError(f"{ticket.file}: a Super Ticket takes out whole heads, not all of a layer, and whole "
                          "feed-forward networks")
     return removed_heads, removed_ffns
@@ -821,8 +823,8 @@ class SkippableResidual(nn.Module):
     """The last part of an FFN, with a switch that leaves the FFN out: for good (cut_out_units), or for the batches of a
     task (switch_to). Then the LayerNorm is applied to the residual alone.
 
-    For an FFN a mask is not enough, since its output bias would remain. For heads a mask suffices: their columns of the
-    output matrix become zero, so that nothing of them gets through."""
+    Several tasks that share an encoder mask units instead of cutting them out. Heads need no such switch then: nothing
+    passes the columns of the output matrix that are zero. The output bias of an FFN would pass."""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
@@ -864,7 +866,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
 @dataclass
 class OwnParts:
     """What each of several tasks has of its own. Everything else of the model serves all of them."""
-    head: nn.Module  # its task head, a classifier
+    task_head: nn.Module  # a classifier
     masks: dict[str, torch.Tensor]  # its ticket; {} without tickets
     skipped: list[bool]  # (L,) the layers whose FFN its ticket takes out
 
@@ -880,7 +882,7 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     if tickets:
         model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
-            layer.output = SkippableResidual(layer.output)
+            layer.output = SkippableResidual(layer.output)  # it goes on using the masked layer
 
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for index, task_data in enumerate(all_task_data):
@@ -904,8 +906,8 @@ def switch_to(model, task_data: TaskData):
     parts = task_data.own_parts
     if parts is None:
         return  # the only task
-    model.classifier = parts.head
-    if parts.masks:
+    model.classifier = parts.task_head
+    if parts.masks:  # with tickets every task has masks
         tamt.set_masks(model.masked_layers, parts.masks)
         for layer, is_skipped in zip(model.backbone.encoder.layer, parts.skipped, strict=True):
             layer.output.is_skipped = is_skipped

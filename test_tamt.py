@@ -2233,7 +2233,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         name = task_data.task.name
         alone = open_in_eval_mode(finetune_settings(tasks, tmp_path / name, task=name, mask=mask))
-        alone.model.classifier = task_data.own_parts.head
+        alone.model.classifier = task_data.own_parts.task_head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
@@ -2254,8 +2254,8 @@ def test_a_task_head_gets_gradients_from_its_own_task(tasks, tmp_path, two_masks
     experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
-    assert rte.own_parts.head.weight.grad is not None
-    assert stsb.own_parts.head.weight.grad is None
+    assert rte.own_parts.task_head.weight.grad is not None
+    assert stsb.own_parts.task_head.weight.grad is None
 
 
 def train_two_tasks_by_hand(experiment, masks):

@@ -266,4 +266,4 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
-    assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.prunable])
+    assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.checkpoint_matrices])
