@@ -567,8 +567,8 @@ def find_imp(settings) -> dict:
 
     A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
     at the end fine-tunes it. --resume does not repeat a finished round."""
-    # resolve_search fills in defaults, settings_of_one_run gives the Settings of one experiment, and finish_search copies
-    # the best mask to mask.pt and writes mask.json; all three are in the appendices.
+    # In the appendices: resolve_search fills in defaults, settings_of_one_run gives the Settings of one experiment, and
+    # finish_search copies the best mask to mask.pt and writes mask.json.
     start_time = time.time()
     search = resolve_search(settings)
     sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
