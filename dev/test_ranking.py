@@ -13,9 +13,7 @@ import torch
 import data
 import tamt
 from test_tamt import (
-    assert_masks_moved,
     begin,
-    expected_pins,
     mask_settings,
     masks_of,
     num_different,
@@ -148,38 +146,6 @@ def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(world):
     training = begin(mask_settings(world, objective="mlm"))
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
-
-
-@pytest.fixture(params=["mlm", "kd"])
-def trained(request, world):
-    """Thirty updates at a high rate -> the training, its start masks, and the masks after each update."""
-    training = begin(mask_settings(world, objective=request.param, sparsity=0.7, rank="global", steps=30))
-    start = masks_of(training.layers)
-    masks = []
-    for step in range(30):
-        tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, t=step + 1)
-        training.step += 1
-        training.scores.update_masks()
-        masks.append(masks_of(training.layers))
-    assert_masks_moved(start, masks[-1])
-    [pool] = training.scores.pools
-    # The threshold has left the range between 0 and 2 phi, where the scores without gradient still are. Without pins
-    # all of them would have become kept, or all pruned.
-    assert not 0 <= pool.threshold < 2 * tamt.PHI
-    return training, start, masks
-
-
-def test_pinned_entries_keep_their_start_mask_at_every_update(trained):
-    training, start, masks = trained
-    for name, rows in expected_pins(training).items():
-        for masks_of_update in masks:
-            assert torch.equal(masks_of_update[name][rows], start[name][rows])
-
-
-def test_with_pinned_entries_the_total_stays_exact(trained):
-    _, start, masks = trained
-    for masks_of_update in masks:
-        assert num_pruned(masks_of_update) == round(num_entries(start) * 0.7)
 
 
 @pytest.fixture

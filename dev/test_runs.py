@@ -19,7 +19,7 @@ import tamt
 from helpers import exit_status
 from test_tamt import (
     ROOT,
-    assert_masks_moved,
+    assert_masks_differ,
     mask_settings,
     masks_of,
     num_different,
@@ -73,7 +73,7 @@ def test_masks_are_saved_on_the_way(world, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-10", "step-5"]
     assert same_masks(tamt.load_mask(tmp_path / "step-5"), masks[5])
     assert same_masks(tamt.load_mask(tmp_path / "step-10"), masks[10])
-    assert_masks_moved(masks[5], masks[10])
+    assert_masks_differ(masks[5], masks[10])
 
 
 def test_at_sparsity_0_the_student_is_the_teacher(world, tmp_path):

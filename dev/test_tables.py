@@ -7,7 +7,7 @@
 import pytest
 
 import glue_squad
-from test_tamt import squad_file, write, write_mrpc
+from test_tamt import squad_file, write
 
 MOOD = {"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "f1",
         "train": "a.tsv", "dev": "a.tsv"}
@@ -136,6 +136,18 @@ def test_in_all_other_tasks_a_short_row_is_an_error(tmp_path):
     write(tmp_path / "RTE/dev.tsv", ["index\tsentence1\tsentence2\tlabel", "0\tx\ty\tentailment", "4\tcut"])
     with pytest.raises(ValueError, match="dev.tsv line 3: 2 fields where line 1 has 4"):
         glue_squad.load_glue("rte", "dev", tmp_path)
+
+
+def write_mrpc(folder):
+    names = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    write(folder / "MRPC/msr_paraphrase_train.txt", names + '1\t7\t8\ta "\tb\r\n0\t8\t7\tc\td\r\n')
+
+
+def test_mrpcs_file_may_have_a_byte_order_mark_windows_line_ends_and_stray_quotes(tmp_path):
+    write_mrpc(tmp_path)
+    write(tmp_path / "MRPC/dev_ids.tsv", "8\t7\n")
+    assert glue_squad.load_glue("mrpc", "train", tmp_path) == [('a "', "b", 1)]
+    assert glue_squad.load_glue("mrpc", "dev", tmp_path) == [("c", "d", 0)]
 
 
 def test_without_the_list_of_ids_mrpc_has_no_dev_set(tmp_path):
