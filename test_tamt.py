@@ -9,13 +9,12 @@ each part, the masks of the released code, files as others write them, command l
     tamt        helpers; masked layers; the ranking; scores; losses; training; runs; resuming; iterative magnitude
                 pruning; masks and exports
     glue_squad  tables; token ids and batches; SQuAD; metrics
-    finetune    helpers; one experiment, trained under a fixed mask; IMP on a task; Super Tickets; several tasks, one
+    finetune    helpers; training under a fixed mask; IMP on a task; Super Tickets; several tasks, one
                 encoder
 
 Words that recur:
 
-    the paper       Liu et al. 2022, on task-agnostic mask training (TAMT); in the last three chapters also Chen et al.
-                    2020 (IMP on a task) and Liang et al. 2021 (Super Tickets). "Released code" is that of the authors
+    the paper       Liu et al. 2022, on task-agnostic mask training (TAMT). The "released code" is that of its authors
     mask            which weights are kept: {name of a weight: bool tensor, True = kept}. A ticket is a mask that stays
                     fixed while the weights are fine-tuned
     OMP, IMP        one-shot and iterative magnitude pruning (the smallest weights go, at once or in rounds)
@@ -63,7 +62,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Draws from torch without a seed of their own repeat from run to run."""
+    """Draws from torch that have no seed of their own are the same in every run."""
     torch.manual_seed(0)
 
 
@@ -320,7 +319,7 @@ def test_bert_counts_positions_from_0(world):
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_roberta_counts_positions_from_pad_plus_1_and_padding_stays_at_pad(world):
+def test_roberta_counts_positions_from_pad_plus_1_and_gives_padding_the_position_pad(world):
     """The positions depend on the padding of each row."""
     model = bert.load(world / "roberta")
     input_ids = torch.tensor([[0, 7, 8, 2, 1, 1]])  # <s> two letters </s> <pad> <pad>
@@ -581,7 +580,7 @@ def test_the_scope_encoder_leaves_out_the_word_embeddings(model):
 
 
 def ordinary_ids(model):
-    """Four rows of 20 token ids, none of which is special: those are the first six and, of RoBERTa, the last."""
+    """Four rows of 20 token ids, none of them special: special ones come before 6 or, <mask> of RoBERTa, at the end."""
     return torch.randint(6, model.config.vocab_size - 1, (4, 20))
 
 
@@ -707,14 +706,14 @@ def masks_at_random(layers, sparsity, rank):
 
 
 @pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, masks_at_random])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.7, 0.999])
 def test_local_masks_prune_the_requested_share_of_each_matrix_exactly(layers, sparsity, make_masks):
     for mask in make_masks(layers, sparsity, "local").values():
         assert int((~mask).sum()) == round(mask.numel() * sparsity)
 
 
 @pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, masks_at_random])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.29, 0.5, 0.7, 0.9, 0.999])
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.7, 0.999])
 def test_global_masks_prune_the_requested_share_of_all_entries_exactly(layers, sparsity, make_masks):
     masks = make_masks(layers, sparsity, "global")
     assert num_pruned(masks) == round(num_entries(masks) * sparsity)
@@ -780,6 +779,30 @@ def test_scores_start_at_two_phi_where_the_mask_keeps_and_at_zero_elsewhere(loca
     assert torch.equal(scores.vector, 0.02 * scores.mask)
 
 
+@pytest.fixture
+def between_refreshes(layers, local_scores):
+    """Scores that have moved since the last refresh -> the layers, their pools, and the thresholds of that refresh."""
+    _, scores = local_scores
+    scores.vector.normal_()
+    scores.update_masks()
+    thresholds = [pool.threshold for pool in scores.pools]
+    assert thresholds != [tamt.PHI] * len(layers)
+    scores.vector.normal_()
+    scores.apply_old_thresholds()
+    return layers, scores.pools, thresholds
+
+
+def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
+    _, pools, thresholds = between_refreshes
+    assert [pool.threshold for pool in pools] == thresholds
+
+
+def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_refreshes):
+    layers, _, thresholds = between_refreshes
+    for layer, threshold in zip(layers.values(), thresholds, strict=True):
+        assert torch.equal(layer.mask, layer.scores > threshold)
+
+
 # ---------------------------------------------------------------------------------------------------
 # tamt: losses
 # ---------------------------------------------------------------------------------------------------
@@ -790,15 +813,6 @@ def test_kd_loss_is_0_for_equal_states_and_2_for_opposite_ones():
     opposite = [-state for state in states]
     assert tamt.kd_loss(states, states).item() == pytest.approx(0, abs=1e-6)
     assert tamt.kd_loss(states, opposite).item() == pytest.approx(2, abs=1e-6)
-
-
-def test_kd_loss_counts_every_token_once_however_long_its_sequence():
-    """Three tokens in one sequence and one in the other; the last one alone is orthogonal."""
-    is_token = torch.tensor([[True, True, True], [True, False, False]])
-    teacher = torch.tensor([1.0, 0.0]).expand(2, 3, 2)
-    student = teacher.clone()
-    student[1, 0] = torch.tensor([0.0, 1.0])
-    assert tamt.kd_loss([teacher, teacher], [teacher, student], is_token).item() == pytest.approx(1 / 4)
 
 
 EMBEDDINGS = torch.ones(1, 2, 2)  # kd_loss skips the embeddings, so even opposite ones cost nothing
@@ -820,6 +834,13 @@ def test_kd_loss_is_a_mean_over_layers_without_the_embeddings():
 def test_kd_loss_leaves_padding_out(is_token, expected):
     loss = tamt.kd_loss([EMBEDDINGS, EAST_NORTH], [-EMBEDDINGS, NORTH_NORTH], torch.tensor([is_token]))
     assert loss.item() == expected
+
+
+def test_kd_loss_counts_every_token_once_however_long_its_sequence():
+    teacher = torch.tensor([[EAST, EAST, EAST], [EAST, EAST, EAST]])
+    student = torch.tensor([[EAST, EAST, EAST], [NORTH, EAST, EAST]])
+    is_token = torch.tensor([[True, True, True], [True, False, False]])
+    assert tamt.kd_loss([teacher, teacher], [teacher, student], is_token).item() == pytest.approx(1 / 4)
 
 
 def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
@@ -881,6 +902,7 @@ def test_the_dev_mlm_loss_is_the_mean_of_the_losses_of_its_batches(dev_batches):
         is_chosen = torch.from_numpy(batch.is_chosen)
         logits = model.mlm_logits(model(torch.from_numpy(batch.corrupted_ids))[-1])
         losses.append(F.cross_entropy(logits[is_chosen], torch.from_numpy(batch.input_ids)[is_chosen]).item())
+    # The batch of 8 weighs as much as one of 16; so it does in the released evaluation.
     assert found["dev_mlm_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
@@ -935,11 +957,11 @@ RELEASED_OPTIMIZERS = {"mlm": ReleasedAdamW, "kd": ReleasedBertAdam, "mlm+kd": R
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_torch_adamw_with_our_settings_matches_the_released_optimizer(objective, dtype, tolerance):
+def test_our_optimizer_takes_the_steps_of_the_released_one(objective, dtype, tolerance):
     """Gradients of all sizes down to 1e-9, where the eps decides."""
-    x = torch.randn(200, dtype=dtype)
-    expected = x.clone()
-    parameter = torch.nn.Parameter(x.clone())
+    start = torch.randn(200, dtype=dtype)
+    expected = start.clone()
+    parameter = torch.nn.Parameter(start.clone())
     optimizer = tamt.make_optimizer([parameter], torch.device("cpu"))
     released = RELEASED_OPTIMIZERS[objective]()
     sizes = 10.0 ** torch.linspace(-9, 1, 200, dtype=dtype)
@@ -949,7 +971,7 @@ def test_torch_adamw_with_our_settings_matches_the_released_optimizer(objective,
         released.step(expected, parameter.grad, learning_rate)
         optimizer.param_groups[0].update(tamt.optimizer_settings(objective, learning_rate, t))
         optimizer.step()
-    assert (expected - x).abs().median() > 1e-3
+    assert (expected - start).abs().median() > 1e-3  # they have moved, so that equality means something
     torch.testing.assert_close(parameter.detach(), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -990,7 +1012,7 @@ def test_a_global_ranking_leaves_pinned_entries_as_the_start_mask_has_them(train
             assert torch.equal(masks_of_update[name][rows], start[name][rows])
 
 
-def test_with_pinned_entries_the_total_stays_exact(trained):
+def test_with_pinned_entries_exactly_70_percent_are_pruned(trained):
     _, start, masks = trained
     for masks_of_update in masks:
         assert num_pruned(masks_of_update) == round(num_entries(start) * 0.7)
@@ -999,13 +1021,14 @@ def test_with_pinned_entries_the_total_stays_exact(trained):
 class PlainLoop:
     """Mask training as one would write it down: real-valued masks that autograd differentiates, the released
     optimizers as written out above, and prune_smallest() over all scores. It shares the network, the start mask, the
-    batches and prune_smallest() with tamt, and nothing else."""
+    pins, the batches and prune_smallest() with tamt, and nothing else."""
 
-    def __init__(self, model, objective, rank, clip, masks, pinned):
+    def __init__(self, model, objective, rank, sparsity, clip, masks, pinned):
         self.model = model
         self.clip = clip
         self.objective = objective
         self.rank = rank
+        self.sparsity = sparsity
         self.norms = []  # of the gradients, before clipping
         self.pretrained = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.masks = dict(masks)  # {name: bool matrix}
@@ -1023,8 +1046,8 @@ class PlainLoop:
                 self.head.append(parameter)
         self.optimizers = {}
 
-    def update(self, batch, learning_rate, sparsity) -> float:
-        """The loss under the masks; scores and masks are the next ones after it."""
+    def update(self, batch, learning_rate) -> float:
+        """One update under the current masks -> its loss. Afterwards self.masks are those of the next update."""
         real_masks = {name: mask.float().requires_grad_() for name, mask in self.masks.items()}
         products = {name: self.pretrained[name] * mask for name, mask in real_masks.items()}
         loss = self.loss(products, batch)
@@ -1039,7 +1062,7 @@ class PlainLoop:
             optimizer.step(values, gradient * min(self.clip / (norm + 1e-6), 1.0), learning_rate)
         for parameter in self.head:
             parameter.grad = None
-        self.rank_scores(sparsity)
+        self.rank_scores()
         return loss.item()
 
     def loss(self, products, batch):
@@ -1058,28 +1081,27 @@ class PlainLoop:
             loss = loss + 1 - sum(cosines) / len(cosines)
         return loss
 
-    def rank_scores(self, sparsity):
-        if self.rank == "2:4":  # of every four consecutive scores the two largest are kept, of equal ones the first
-            for name, scores in self.scores.items():
-                largest = scores.view(-1, 4).sort(dim=1, descending=True, stable=True).indices[:, :2]
-                kept = torch.zeros(scores.view(-1, 4).shape, dtype=torch.bool).scatter_(1, largest, True)
+    def rank_scores(self):
+        if self.rank == "global":
+            vector = torch.cat([(self.scores[name] + self.pins[name]).flatten() for name in self.masks])
+            kept = tamt.prune_smallest(vector, round(len(vector) * self.sparsity))
+            pieces = kept.split([mask.numel() for mask in self.masks.values()])
+            for (name, mask), piece in zip(list(self.masks.items()), pieces, strict=True):
+                self.masks[name] = piece.view(mask.shape)
+        for name, scores in self.scores.items():
+            if self.rank == "local":  # without pins: the pooler gets no gradients, so it keeps its scores and its mask
+                kept = tamt.prune_smallest(scores.flatten(), round(scores.numel() * self.sparsity))
                 self.masks[name] = kept.view(scores.shape)
-            return
-        if self.rank == "local":  # nothing is pinned: without gradients the pooler keeps its scores, and so its mask
-            for name, scores in self.scores.items():
-                kept = tamt.prune_smallest(scores.flatten(), round(scores.numel() * sparsity))
+            if self.rank == "2:4":  # of every four scores the two largest are kept, of equal ones the first
+                groups = scores.view(-1, 4)
+                largest = groups.sort(dim=1, descending=True, stable=True).indices[:, :2]
+                kept = torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, largest, True)
                 self.masks[name] = kept.view(scores.shape)
-            return
-        vector = torch.cat([(self.scores[name] + self.pins[name]).flatten() for name in self.masks])
-        kept = tamt.prune_smallest(vector, round(len(vector) * sparsity))
-        pieces = kept.split([mask.numel() for mask in self.masks.values()])
-        for (name, mask), piece in zip(list(self.masks.items()), pieces, strict=True):
-            self.masks[name] = piece.view(mask.shape)
 
 
 @pytest.mark.parametrize("rank, sparsity", [("global", 0.7), ("local", 0.7), ("2:4", 0.5)])
 @pytest.mark.parametrize("objective, clip", [("mlm", 1.0), ("kd", 0.01), ("mlm+kd", 1.0)])
-def test_thirty_updates_match_a_plain_loop_mask_for_mask(
+def test_thirty_updates_give_the_losses_and_masks_of_a_plain_loop(
         world, tmp_path, monkeypatch, objective, clip, rank, sparsity):
     """All of find_mask, its schedule and its shortcuts included, against PlainLoop."""
     settings = mask_settings(world, tmp_path, "no-dropout", objective=objective, rank=rank, sparsity=sparsity,
@@ -1092,9 +1114,9 @@ def test_thirty_updates_match_a_plain_loop_mask_for_mask(
     training = begin(settings)  # for the start mask and the batches
     start = masks_of(training.layers)
     model = bert.load(world / "no-dropout").train()
-    plain = PlainLoop(model, objective, rank, clip=clip, masks=start, pinned=expected_pins(training))
+    plain = PlainLoop(model, objective, rank, sparsity, clip, masks=start, pinned=expected_pins(training))
     for step in range(30):
-        loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30), sparsity=sparsity)
+        loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30))
         training.step += 1
         assert losses[step] == pytest.approx(loss, abs=2e-6)
         assert same_masks(masks[step], plain.masks), f"after update {step + 1}"
@@ -1104,6 +1126,12 @@ def test_thirty_updates_match_a_plain_loop_mask_for_mask(
 
 MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.bias",
             "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
+
+
+def test_the_learning_rate_falls_linearly_to_0(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, lr=2e-3, log_every=1))
+    expected = [2e-3 * (1 - step / 12) for step in range(12)]  # 0 would be that of update 13
+    assert [line["lr"] for line in read_log(tmp_path)] == pytest.approx(expected)
 
 
 def trained_names(world, objective):
@@ -1118,7 +1146,7 @@ def test_the_scores_of_all_matrices_but_the_pooler_are_trained(world, objective)
 
 
 @pytest.mark.parametrize("objective, expected", [("mlm", MLM_HEAD), ("mlm+kd", MLM_HEAD), ("kd", set())])
-def test_besides_the_scores_masked_lm_trains_its_head_and_kd_trains_nothing_else(world, objective, expected):
+def test_the_masked_lm_head_is_trained_only_if_the_objective_has_masked_lm(world, objective, expected):
     assert {name for name in trained_names(world, objective) if not name.endswith(".scores")} == expected
 
 
@@ -1185,7 +1213,7 @@ def test_after_every_update_2_4_ranking_keeps_two_of_every_four_entries(six_upda
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
-def test_the_weights_themselves_stay_frozen(world, tmp_path, monkeypatch, objective):
+def test_masked_matrices_stay_frozen(world, tmp_path, monkeypatch, objective):
     pretrained = dict(bert.load(world / "bert").named_parameters())
     steps = []
 
@@ -1206,7 +1234,6 @@ def share_of_flips(folder):
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])
 def test_reported_dev_losses_are_those_of_the_mask_on_the_pretrained_model(world, tmp_path, method):
-    """What was trained besides the mask, the masked-LM head or all weights, is thrown away."""
     content = tamt.find_mask(mask_settings(world, tmp_path, method=method, prune_every=3, lr=1e-2))
     found = tamt.evaluate_mask(mask_settings(world, evaluate=True, mask=tmp_path / "mask.pt"))
     assert found["dev_mlm_loss"] == content["dev_mlm_loss"]
@@ -1222,8 +1249,8 @@ def test_equal_runs_give_equal_bytes(world, tmp_path):
 
 def test_another_seed_gives_another_mask(world, tmp_path):
     for seed in (1, 2):
-        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed))
-    assert not same_masks(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
+        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed, lr=1e-2))
+    assert_masks_differ(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
 
 
 def test_distillation_brings_the_student_nearer_to_its_teacher_than_the_start_mask_is(world, tmp_path):
@@ -1244,12 +1271,12 @@ def toy_losses(world, tmp_path_factory):
     return losses
 
 
-# The factors leave room for other processors.
+# What was measured here with one thread stands beside each; the factors leave room for other processors.
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["omp", "random"])
-def test_on_the_toy_the_mlm_mask_has_a_lower_mlm_loss_than_omp_and_a_random_mask(toy_losses, baseline):
+def test_on_the_toy_the_mlm_mask_has_a_lower_mlm_loss_than_a_baseline(toy_losses, baseline):
     assert toy_losses["mlm"]["dev_mlm_loss"] < 0.8 * toy_losses[baseline]["dev_mlm_loss"]
 
 
@@ -1273,6 +1300,17 @@ RESUMED = {
 }
 
 
+def folder_content(folder):
+    """{file: bytes} of a run, but for times, the name of the folder and state.pt."""
+    content = {}
+    for file in folder.rglob("*"):
+        if file.is_file():
+            text = re.sub(rb'"(time|ms_per_step|seconds)": [\d.]+', b"", file.read_bytes())
+            content[str(file.relative_to(folder))] = text
+    content.pop("state.pt", None)
+    return content
+
+
 def stop_mask_training_after(monkeypatch, number):
     """Ctrl-C after an update, once."""
     write_line = tamt.Log.step
@@ -1285,14 +1323,21 @@ def stop_mask_training_after(monkeypatch, number):
     watch_updates(monkeypatch, look)
 
 
+def test_an_interrupted_run_leaves_no_mask(world, tmp_path, monkeypatch):
+    stop_mask_training_after(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
+    assert not (tmp_path / "mask.pt").exists()
+
+
 @pytest.mark.parametrize("case", RESUMED)
 def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(world, tmp_path, monkeypatch, case):
-    tamt.find_mask(mask_settings(world, tmp_path / "whole", **RESUMED[case]))
-    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **RESUMED[case])  # no state yet: it starts
+    changes = {"steps": 12, "save_every": 5} | RESUMED[case]
+    tamt.find_mask(mask_settings(world, tmp_path / "whole", **changes))
+    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # no state yet: it starts
     stop_mask_training_after(monkeypatch, 7)  # the last state is that of update 5
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(resumed)
-    assert not (tmp_path / "resumed" / "mask.pt").exists()
     steps = []
     watch_updates(monkeypatch, lambda layers, step: steps.append(step))
     tamt.find_mask(resumed)
@@ -1302,31 +1347,19 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
     assert folder_content(tmp_path / "resumed") == expected
 
 
-def folder_content(folder):
-    """{file: bytes} of a run, but for times, the name of the folder and state.pt."""
-    content = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            text = re.sub(rb'"(time|ms_per_step|seconds)": [\d.]+', b"", file.read_bytes())
-            content[str(file.relative_to(folder))] = text
-    content.pop("state.pt", None)
-    return content
-
-
 # ---------------------------------------------------------------------------------------------------
 # tamt: iterative magnitude pruning
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_levels_of_imp_are_tenths_and_then_the_rest():
+def test_the_levels_of_imp_rise_by_tenths_and_end_at_the_sparsity_asked_for():
     assert tamt.imp_levels(0.35) == [0.1, 0.2, 0.3, 0.35]
     assert tamt.imp_levels(0.3) == [0.1, 0.2, 0.3]
     assert tamt.imp_levels(0.05) == [0.05]
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])
-def test_pruned_weights_stay_pruned_at_the_next_level(model, rank):
-    """Even if a pruned weight has grown since."""
+def test_a_pruned_weight_stays_pruned_even_if_it_has_grown(model, rank):
     layers = tamt.mask_model(model)
     before = masks_of(layers)
     for level in tamt.imp_levels(0.65):
@@ -1431,8 +1464,8 @@ def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(world, tmp_path,
 def test_imp_prunes_other_weights_than_omp(world, tmp_path):
     """So the training between its prunings matters."""
     for method in ("imp", "omp"):
-        tamt.find_mask(mask_settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3))
-    assert not same_masks(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
+        tamt.find_mask(mask_settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3, lr=1e-2))
+    assert_masks_differ(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1458,34 +1491,29 @@ def test_similarity_is_the_mean_over_matrices_of_the_jaccard_index_of_what_is_ke
     assert tamt.similarity(a, b) == pytest.approx((1 / 3 + 1) / 2)
 
 
-def test_the_report_divides_what_is_pruned_by_the_sizes_of_masked_set_encoder_and_whole_model(model, masks):
-    report = tamt.sparsity_report(model, masks)
+def test_the_sparsity_of_the_masked_set_is_the_share_of_its_entries_that_are_pruned(model, masks):
+    assert tamt.sparsity_report(model, masks)["masked_set"] == num_pruned(masks) / num_entries(masks)
+
+
+def test_the_sparsity_of_the_encoder_leaves_out_word_embeddings_and_pooler(model, masks):
     encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
-    whole_size = sum(parameter.numel() for parameter in model.backbone.parameters())
-    assert report["masked_set"] == num_pruned(masks) / num_entries(masks)
-    assert report["encoder"] == num_pruned(encoder) / num_entries(encoder)
-    assert report["whole_model"] == num_pruned(masks) / whole_size
+    assert tamt.sparsity_report(model, masks)["encoder"] == num_pruned(encoder) / num_entries(encoder)
 
 
-def test_an_export_holds_the_zeros_of_its_mask(world, tmp_path):
-    mask_file = tmp_path / "run" / "mask.pt"
-    tamt.find_mask(mask_settings(world, tmp_path / "run", rank="2:4", steps=3))
-    tamt.evaluate_mask(mask_settings(world, mask=mask_file, export=tmp_path / "export"))
-    tensors = bert.read_safetensors(tmp_path / "export" / "model.safetensors")
-    for name, mask in tamt.load_mask(mask_file).items():
-        assert torch.equal(tensors[name] != 0, mask)
+def test_the_sparsity_of_the_whole_model_counts_all_its_weights_but_the_head(model, masks):
+    num_weights = sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert tamt.sparsity_report(model, masks)["whole_model"] == num_pruned(masks) / num_weights
 
 
-def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path):
+@pytest.mark.parametrize("method", ["tamt", "imp"])
+def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, method):
     """Whatever was trained on the way, head or weights, is not in it."""
     pretrained = dict(bert.load(world / "bert").named_parameters())
-    for method in ("tamt", "imp"):
-        tamt.find_mask(mask_settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3,
-                                     export=tmp_path / f"{method}-export"))
-        masks = tamt.load_mask(tmp_path / method)
-        exported = dict(bert.load(tmp_path / f"{method}-export").named_parameters())
-        for name, weight in pretrained.items():
-            assert torch.equal(exported[name], weight * masks[name] if name in masks else weight)
+    tamt.find_mask(mask_settings(world, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
+    masks = tamt.load_mask(tmp_path)
+    exported = dict(bert.load(tmp_path / "export").named_parameters())
+    for name, weight in pretrained.items():
+        assert torch.equal(exported[name], weight * masks[name] if name in masks else weight)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1497,8 +1525,8 @@ def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
     write(tmp_path / "MNLI/train.tsv", "gold_label\tsentence2\tsentence1\nneutral\tb\ta\n")
     names = "sentence1\tsentence2\tlabel1\tgold_label\n"
     write(tmp_path / "MNLI/dev_mismatched.tsv", names + "a\tb\tneutral\tentailment\n")
-    assert glue_squad.load_glue("mnli", "train", tmp_path) == [("a", "b", 1)]
-    assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]
+    assert glue_squad.load_glue("mnli", "train", tmp_path) == [("a", "b", 1)]  # neutral
+    assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]  # entailment
 
 
 def test_labels_of_stsb_are_numbers(tmp_path):
@@ -1545,7 +1573,7 @@ def vocabularies(tmp_path_factory):
     return {family: data.vocabulary(folder / family) for family in ("bert", "roberta")}
 
 
-def test_truncation_drops_tokens_of_the_longer_text_one_by_one():
+def test_truncation_drops_the_last_token_of_the_longer_text_or_of_the_second_until_both_fit():
     for num_a, num_b, room in itertools.product(range(12), range(12), range(26)):
         a = list(range(num_a))
         b = list(range(num_b))
@@ -1559,7 +1587,7 @@ def ids_of(text, vocabulary):
     return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(vocabularies):
+def test_bert_encodes_a_pair_with_one_separator_between_and_two_token_types(vocabularies):
     vocabulary = vocabularies["bert"]
     a = ids_of("Anna met Bob", vocabulary)
     b = ids_of("in Rome", vocabulary)
@@ -1568,7 +1596,7 @@ def test_bert_reads_a_pair_with_one_separator_between_and_two_token_types(vocabu
     assert token_type_ids.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
 
 
-def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(vocabularies):
+def test_roberta_encodes_a_pair_with_two_separators_between_and_one_token_type(vocabularies):
     vocabulary = vocabularies["roberta"]
     a = ids_of("Anna met Bob", vocabulary)
     b = ids_of("in Rome", vocabulary)
@@ -1579,13 +1607,14 @@ def test_roberta_reads_a_pair_with_two_separators_between_and_one_token_type(voc
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_no_sequence_is_longer_than_max_len(vocabularies, family):
+def test_a_sequence_is_cut_to_max_len_and_only_then(vocabularies, family):
     pair = glue_squad.Example("Anna met Bob in Rome", "last May")
     single = glue_squad.Example("Anna met Bob in Rome last May")
+    whole = glue_squad.encode([pair, single], vocabularies[family], 99)
     for max_len in range(6, 20):
-        for input_ids, token_type_ids in glue_squad.encode([pair, single], vocabularies[family], max_len):
-            assert len(input_ids) == len(token_type_ids) <= max_len
-            assert input_ids[-1] == vocabularies[family].sep_id
+        cut = glue_squad.encode([pair, single], vocabularies[family], max_len)
+        for (input_ids, token_type_ids), (all_ids, _) in zip(cut, whole, strict=True):
+            assert len(input_ids) == len(token_type_ids) == min(len(all_ids), max_len)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -1614,7 +1643,7 @@ def test_at_most_one_batch_is_not_full(num_examples, batch_size):
     assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
 
 
-def test_batches_of_like_lengths_hold_less_padding_than_a_tenth_of_their_tokens_and_random_batches_more():
+def test_batching_by_length_keeps_padding_below_a_tenth_of_the_tokens():
     lengths = np.random.default_rng(0).integers(3, 60, 3000)
 
     def size_with_padding(batches):
@@ -1622,7 +1651,8 @@ def test_batches_of_like_lengths_hold_less_padding_than_a_tenth_of_their_tokens_
 
     bucketed = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
     in_random_order = np.array_split(np.random.default_rng(1).permutation(3000), 3000 // 32)
-    assert size_with_padding(bucketed) < 1.1 * lengths.sum() < size_with_padding(in_random_order)
+    assert size_with_padding(bucketed) < 1.1 * lengths.sum()
+    assert size_with_padding(in_random_order) > 1.1 * lengths.sum()  # it is no matter of course
 
 
 def batches_of(seed):
@@ -1647,19 +1677,11 @@ def test_another_seed_puts_other_examples_together():
 WORKED_EXAMPLE = glue_squad.Question("q", "Where?", "Anna met Bob in Rome last May", [("Rome last", 16)])
 
 
-def squad_file(*starts):
-    """The content of a file with a question for each start that is given for the answer "Rome"."""
-    entries = []
-    for start in starts:
-        answers = [{"text": "Rome", "answer_start": start}]
-        entries.append({"id": str(start), "question": "Where?", "answers": answers})
-    return {"version": "1.1", "data": [{"paragraphs": [{"context": "in Rome", "qas": entries}]}]}
-
-
 def test_load_squad_reads_questions_with_their_paragraph_and_answers(tmp_path):
-    questions = glue_squad.load_squad(write(tmp_path / "dev.json", squad_file(3, 2)))
-    assert questions[0] == ("3", "Where?", "in Rome", [("Rome", 3)])
-    assert [question.id for question in questions] == ["3", "2"]
+    question = {"id": "q", "question": "Where?", "answers": [{"text": "Rome", "answer_start": 3}]}
+    paragraph = {"context": "in Rome", "qas": [question]}
+    file = write(tmp_path / "dev.json", {"version": "1.1", "data": [{"paragraphs": [paragraph]}]})
+    assert glue_squad.load_squad(file) == [("q", "Where?", "in Rome", [("Rome", 3)])]
 
 
 @pytest.fixture
@@ -1681,9 +1703,10 @@ def test_a_window_that_cuts_the_answer_trains_the_position_of_cls(two_windows):
     assert positions == [(0, 0), (6, 7)]  # "rome last" is whole in the second one
 
 
-def test_a_token_has_its_maximum_context_in_the_window_that_shows_most_around_it(two_windows):
-    assert two_windows[0].is_max_context.tolist() == [True, True, True, True, False]  # anna met bob in; not rome
-    assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # rome last may
+def test_a_token_has_its_maximum_context_where_its_shorter_side_is_longest(two_windows):
+    assert two_windows[0].is_max_context.tolist() == [True, True, True, True, False]  # anna met bob in rome
+    assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # bob in rome last may
+    # "in" has one token on its shorter side in both windows: the earlier one wins.
 
 
 def test_an_answer_begins_only_where_its_first_token_has_maximum_context(vocabularies):
@@ -1792,11 +1815,11 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
         assert abs(getattr(glue_squad, name)(predicted, labels) - expected) < 1e-12
 
 
-def test_the_floor_is_what_always_answering_the_most_frequent_class_scores():
+def test_majority_scores_are_those_of_always_answering_the_most_frequent_class():
     examples = [glue_squad.Example("", "", int(i < 279)) for i in range(408)]  # as in MRPC's dev set
-    precision, recall = 279 / 408, 1.0
-    floor = glue_squad.majority_scores(glue_squad.TASKS["mrpc"], examples)
-    assert floor == {"accuracy": precision, "f1": pytest.approx(2 * precision * recall / (precision + recall))}
+    share = 279 / 408  # the accuracy, and the precision, too; the recall is 1
+    expected = {"accuracy": share, "f1": pytest.approx(2 * share / (share + 1))}
+    assert glue_squad.majority_scores(glue_squad.TASKS["mrpc"], examples) == expected
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1857,19 +1880,8 @@ def open_in_eval_mode(settings):
 
 
 # ---------------------------------------------------------------------------------------------------
-# finetune: one experiment, trained under a fixed mask
+# finetune: training under a fixed mask
 # ---------------------------------------------------------------------------------------------------
-
-
-def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
-    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
-    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
-
-
-def test_a_result_says_how_much_its_mask_removes(tasks, tmp_path):
-    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
-    mask = tamt.load_mask(tasks / "bert.pt")
-    assert result["sparsity"] == num_pruned(mask) / num_entries(mask)
 
 
 def test_the_loss_of_a_class_is_its_negative_log_probability():
@@ -1963,7 +1975,7 @@ def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
     values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
     ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
     theirs = open_in_eval_mode(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
-    names = {name for name, _ in theirs.model.named_parameters()}  # RoBERTa has no pooler here
+    names = {name for name, _ in theirs.model.named_parameters()}  # without RoBERTa's pooler: its task head replaces it
     masks = {name: mask for name, mask in tamt.load_mask(tasks / f"{family}.pt").items() if name in names}
 
     finetune.train(ours)
@@ -1972,6 +1984,23 @@ def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
         module = theirs.model.get_submodule(name.rpartition(".")[0])
         expected = module.weight_orig * masks[name] if name in masks else theirs.model.get_parameter(name)
         assert torch.equal(parameter, expected), name
+
+
+def test_fine_tuning_learns_what_decides_the_label(tasks, tmp_path):
+    """Whether a dog is big or small; both classes are equally frequent."""
+    write(tmp_path / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 16)
+    mood = {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"], "metric": "accuracy",
+            "train": "mood.tsv", "dev": "mood.tsv"}
+    task = str(write(tmp_path / "mood.json", mood))
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, epochs=10, lr=5e-3))
+    assert result["floor"] == {"accuracy": 0.5}
+    assert result["best"] == {"accuracy": 1.0}
+
+
+def test_a_result_says_how_much_its_mask_removes(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    mask = tamt.load_mask(tasks / "bert.pt")
+    assert result["sparsity"] == num_pruned(mask) / num_entries(mask)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1990,19 +2019,10 @@ def imp_folder(tasks, tmp_path_factory):
     return out / "run"
 
 
-@pytest.fixture
-def imp_rounds(imp_folder):
-    return [tamt.load_mask(imp_folder / f"round-{number}") for number in (1, 2, 3)]
-
-
-def test_rounds_of_imp_prune_exactly_10_and_20_and_25_percent(imp_rounds):
-    for masks, level in zip(imp_rounds, (0.1, 0.2, 0.25), strict=True):
+def test_rounds_of_imp_prune_exactly_10_and_20_and_25_percent(imp_folder):
+    for number, level in enumerate((0.1, 0.2, 0.25), 1):
+        masks = tamt.load_mask(imp_folder / f"round-{number}")
         assert num_pruned(masks) == round(num_entries(masks) * level)
-
-
-def test_what_a_round_of_imp_prunes_stays_pruned(imp_rounds):
-    for earlier, later in itertools.pairwise(imp_rounds):
-        assert is_subset(later, earlier)
 
 
 def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
@@ -2012,8 +2032,8 @@ def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
     assert "bert.embeddings.word_embeddings.weight" not in names
 
 
-def test_each_round_of_imp_uses_the_first_tenth_of_a_schedule_of_ten_rounds(tasks, tmp_path, monkeypatch):
-    """As in the released code, whose schedule is that of all its ten rounds, and begins anew with each of them."""
+def test_each_round_of_imp_begins_anew_with_a_schedule_of_ten_rounds(tasks, tmp_path, monkeypatch):
+    """As in the code of Chen et al. 2020, whose schedule is that of all its ten rounds, and begins anew with each."""
     learning_rates = []
 
     def no_update(experiment, task_data, indices, learning_rate, t):
@@ -2068,12 +2088,15 @@ def test_weights_that_a_ticket_prunes_stay_zero_on_another_task(tasks, tmp_path,
 # ---------------------------------------------------------------------------------------------------
 
 
+# A Super Ticket removes whole units, heads and FFNs (Liang et al. 2021). Which of them go first is its order: the least
+# important ones ("winning"), the most important ones ("losing"), or random ones; how many go is its level, 1 to 8.
+
 NUM_HEADS, HEAD_SIZE = 4, 8  # of the tiny model
 
 
 def importance_by_gates(experiment, num_batches=4, batch_size=8):
-    """The definition of the paper: a gate of 1 stands in front of every context vector and every output of an FFN, and
-    importance is the absolute gradient of the loss at the gates -> (L, H), (L,), means over the batches of rte."""
+    """The definition of Liang et al. 2021: a gate of 1 stands in front of every context vector and every output of an
+    FFN, and importance is the absolute gradient of the loss at the gates -> (L, H), (L,), means over batches of rte."""
     task_data = experiment.all_task_data[0]
     layers = experiment.model.backbone.encoder.layer
     head_gates = {}
@@ -2110,7 +2133,7 @@ def test_the_importance_of_ffns_is_the_gradient_of_gates(tasks, tmp_path):
 
 
 def test_the_importance_of_heads_is_the_gradient_of_gates_scaled_to_length_1_in_each_layer(tasks, tmp_path):
-    """The scaling is that of the released code."""
+    """The scaling is that of the code of Liang et al."""
     experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
     found, _ = finetune.measure_importance(experiment)
     expected, _ = importance_by_gates(experiment)
@@ -2139,7 +2162,7 @@ def test_what_one_level_removes_the_next_one_removes_as_well(order):
 
 
 @pytest.mark.parametrize("order, importances", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
-def test_the_order_decides_which_heads_go_first(order, importances):
+def test_winning_tickets_remove_the_least_important_heads_and_losing_ones_the_most_important(order, importances):
     """Level 3 takes int(8 * 3 / 10) = 2 of the 8 heads."""
     heads = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
     is_removed, _ = finetune.choose_units(heads, torch.rand(2), order, level=3, seed=1)
@@ -2147,7 +2170,7 @@ def test_the_order_decides_which_heads_go_first(order, importances):
 
 
 @pytest.mark.parametrize("order, removed_ones", [("winning", [0, 1]), ("losing", [10, 11])])
-def test_the_order_decides_which_ffns_go_first(order, removed_ones):
+def test_winning_tickets_remove_the_least_important_ffns_and_losing_ones_the_most_important(order, removed_ones):
     """Level 2: two of the twelve, of which number 11 is the most important."""
     _, is_removed = finetune.choose_units(torch.rand(12, 12), torch.arange(12.0), order, level=2, seed=1)
     assert np.flatnonzero(is_removed).tolist() == removed_ones
@@ -2157,7 +2180,7 @@ def test_the_order_decides_which_ffns_go_first(order, removed_ones):
 def test_a_layer_keeps_at_least_one_head(order):
     heads = torch.ones(12, 12)
     heads[3] = 1e-6  # a layer whose heads are all unimportant
-    heads[5] = 1e6
+    heads[5] = 1e6  # would be emptied first in the losing order
     for seed in range(20):  # without the rule about half of the random orders would empty a layer
         removed, _ = finetune.choose_units(heads, torch.ones(12), order, 8, seed)
         assert removed.sum() == int(144 * 8 / 10)
@@ -2191,26 +2214,26 @@ def super_ticket(request, tasks, tmp_path):
 
 
 @pytest.fixture
-def small(tasks, tmp_path, super_ticket):
+def cut_experiment(tasks, tmp_path, super_ticket):
     """An experiment with the Super Ticket, before its first update."""
     settings = finetune_settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export")
     return open_in_eval_mode(settings)
 
 
-def test_heads_are_cut_out_of_the_matrices(small):
-    first, second = small.model.backbone.encoder.layer
+def test_heads_are_cut_out_of_the_matrices(cut_experiment):
+    first, second = cut_experiment.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.output.dense.weight.shape == (32, 3 * HEAD_SIZE)
 
 
-def test_an_ffn_that_is_cut_out_leaves_no_weights(small):
-    _, second = small.model.backbone.encoder.layer
+def test_an_ffn_that_is_cut_out_leaves_no_weights(cut_experiment):
+    _, second = cut_experiment.model.backbone.encoder.layer
     ffn = [name for name, _ in second.named_parameters() if name.startswith(("intermediate.", "output.dense."))]
     assert ffn == []
 
 
-def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, small):
-    full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=small.run.model))
+def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, cut_experiment):
+    full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=cut_experiment.run.model))
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
         output_gate = float(not REMOVED_FFNS[index])
@@ -2218,11 +2241,22 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, inputs, output, gate=output_gate: output * gate)
-    sequences = small.all_task_data[0].train[:8]
+    sequences = cut_experiment.all_task_data[0].train[:8]
     with torch.no_grad():
-        found = finetune.task_logits(small.model, small.all_task_data[0], sequences)
+        found = finetune.task_logits(cut_experiment.model, cut_experiment.all_task_data[0], sequences)
         expected = finetune.task_logits(full.model, full.all_task_data[0], sequences)
     assert_close(found, expected)
+
+
+def test_find_super_writes_tickets_that_remove_the_units_of_its_importances(tasks, tmp_path):
+    finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=("winning",), epochs=1, limit=8))
+    folder = tmp_path / "run"
+    importance = json.loads((folder / "importance.json").read_text())
+    heads, ffns = torch.tensor(importance["heads"]), torch.tensor(importance["ffn"])
+    config = bert.load(tasks.parent / "bert").config
+    for order, level in itertools.product(finetune.ORDERS, finetune.LEVELS):
+        removed_units = finetune.choose_units(heads, ffns, order, level, seed=1)
+        assert same_masks(tamt.load_mask(folder / f"{order}-{level}.pt"), finetune.unit_masks(config, *removed_units))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2232,7 +2266,7 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
 
 @pytest.fixture
 def two_masks(tasks, tmp_path):
-    """For rte the mask of all tests, for stsb a random one."""
+    """For rte bert.pt, as everywhere; for stsb a random one -> both paths, with a comma."""
     layers = tamt.mask_model(bert.load(tasks.parent / "bert"))
     masks = tamt.random_masks(layers, 0.5, "local", seed=1)
     tamt.save_mask(tmp_path / "second.pt", masks, {"model": str(tasks.parent / "bert")})
@@ -2263,7 +2297,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 
-def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
+def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
     experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for task_data in experiment.all_task_data:
         experiment.model.zero_grad()
@@ -2274,7 +2308,7 @@ def test_a_shared_weight_gets_gradients_from_the_tasks_that_keep_it(tasks, tmp_p
             assert gradient[mask].any()
 
 
-def test_a_task_head_gets_gradients_from_its_own_task(tasks, tmp_path, two_masks):
+def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()

@@ -121,3 +121,12 @@ def raises_one_line(call, *args, match):
     assert "\n" not in message
     assert len(message) < 1500
     return message
+
+
+def squad_file(*starts):
+    """The content of a file with a question for each start that is given for the answer "Rome"."""
+    entries = []
+    for start in starts:
+        answers = [{"text": "Rome", "answer_start": start}]
+        entries.append({"id": str(start), "question": "Where?", "answers": answers})
+    return {"version": "1.1", "data": [{"paragraphs": [{"context": "in Rome", "qas": entries}]}]}

@@ -20,6 +20,11 @@ from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, upd
 from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode
 
 
+def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+
+
 def test_each_run_adds_a_line_to_the_results(tasks, tmp_path):
     """A line leaves out the evaluations on the way; result.json has them."""
     file = tmp_path / "results.jsonl"

@@ -148,25 +148,3 @@ def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(world):
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
 
-@pytest.fixture
-def between_refreshes(layers, local_scores):
-    """Scores that have moved since the last refresh -> the layers, their pools, and the thresholds of that refresh."""
-    _, scores = local_scores
-    scores.vector.normal_()
-    scores.update_masks()
-    thresholds = [pool.threshold for pool in scores.pools]
-    assert thresholds != [tamt.PHI] * len(layers)
-    scores.vector.normal_()
-    scores.apply_old_thresholds()
-    return layers, scores.pools, thresholds
-
-
-def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
-    _, pools, thresholds = between_refreshes
-    assert [pool.threshold for pool in pools] == thresholds
-
-
-def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_refreshes):
-    layers, _, thresholds = between_refreshes
-    for layer, threshold in zip(layers.values(), thresholds, strict=True):
-        assert torch.equal(layer.mask, layer.scores > threshold)

@@ -3,6 +3,7 @@
     python -m pytest dev/test_searches.py
 """
 
+import itertools
 import json
 import shutil
 
@@ -13,12 +14,32 @@ import bert
 import finetune
 import tamt
 from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made
-from test_tamt import IMP, NUM_HEADS, REMOVED_HEADS, assert_close, dense_settings, finetune_settings, open_in_eval_mode
+from test_tamt import (
+    IMP,
+    NUM_HEADS,
+    REMOVED_HEADS,
+    assert_close,
+    dense_settings,
+    finetune_settings,
+    is_subset,
+    open_in_eval_mode,
+)
 
 
 def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
     rounds = json.loads((imp_folder / "mask.json").read_text())["rounds"]
     assert [entry["sparsity"] for entry in rounds] == pytest.approx([0, 0.1, 0.2], abs=1e-3)
+
+
+@pytest.fixture
+def imp_rounds(imp_folder):
+    """The masks after the three rounds of --find imp."""
+    return [tamt.load_mask(imp_folder / f"round-{number}") for number in (1, 2, 3)]
+
+
+def test_what_a_round_of_imp_prunes_stays_pruned(imp_rounds):
+    for earlier, later in itertools.pairwise(imp_rounds):
+        assert is_subset(later, earlier)
 
 
 def test_resume_of_imp_goes_on_in_the_round_that_was_interrupted(tasks, tmp_path, monkeypatch, imp_folder):
@@ -58,21 +79,21 @@ def test_a_result_on_another_task_names_the_task_of_its_ticket(tasks, tmp_path, 
     assert result["mask"]["task"] == "rte"
 
 
-def test_the_export_of_a_super_ticket_has_full_sizes_with_zeros_where_heads_are_gone(small):
-    finetune.export_model(small, small.all_task_data[0])
-    tensors = bert.read_safetensors(small.run.export / "model.safetensors")
-    query = tensors[f"{small.model.config.model_type}.encoder.layer.0.attention.self.query.weight"]
+def test_the_export_of_a_super_ticket_has_full_sizes_with_zeros_where_heads_are_gone(cut_experiment):
+    finetune.export_model(cut_experiment, cut_experiment.all_task_data[0])
+    tensors = bert.read_safetensors(cut_experiment.run.export / "model.safetensors")
+    query = tensors[f"{cut_experiment.model.config.model_type}.encoder.layer.0.attention.self.query.weight"]
     assert query.shape == (32, 32)
     is_left = query.view(NUM_HEADS, -1).any(dim=1)
     assert is_left.tolist() == (~REMOVED_HEADS[0]).tolist()
 
 
-def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(small):
-    task_data = small.all_task_data[0]
-    finetune.export_model(small, task_data)
+def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(cut_experiment):
+    task_data = cut_experiment.all_task_data[0]
+    finetune.export_model(cut_experiment, task_data)
     with torch.no_grad():
-        ours = finetune.task_logits(small.model, task_data, task_data.train[:8])
-    theirs, _ = logits_of_export(small, task_data.train[:8])
+        ours = finetune.task_logits(cut_experiment.model, task_data, task_data.train[:8])
+    theirs, _ = logits_of_export(cut_experiment, task_data.train[:8])
     assert_close(ours, theirs)
 
 

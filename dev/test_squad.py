@@ -10,7 +10,8 @@ import pytest
 
 import data
 import glue_squad
-from test_tamt import WORKED_EXAMPLE, squad_file, write
+from helpers import squad_file
+from test_tamt import WORKED_EXAMPLE, write
 
 # Words whose characters and tokens do not match one to one: composed and separate accents, scripts without
 # spaces, emoji of several code points, ligatures, letters that grow in lower case, invisible characters.

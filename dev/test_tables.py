@@ -7,7 +7,8 @@
 import pytest
 
 import glue_squad
-from test_tamt import squad_file, write
+from helpers import squad_file
+from test_tamt import write
 
 MOOD = {"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "f1",
         "train": "a.tsv", "dev": "a.tsv"}
