@@ -105,6 +105,13 @@ def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_
         open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
+@pytest.mark.parametrize("order", finetune.ORDERS)
+def test_layers_of_few_heads_keep_one_each_even_if_the_level_removes_more(order):
+    """Of 3 x 2 heads level 8 would remove int(6 * .8) = 4."""
+    removed, _ = finetune.choose_units(torch.rand(3, 2), torch.rand(3), order, 8, seed=1)
+    assert removed.sum(axis=1).tolist() == [1, 1, 1]
+
+
 def test_tamt_does_not_mistake_a_super_ticket_for_an_ordinary_mask(super_ticket):
     """It would leave the bias of an FFN that is taken out."""
     _, meta = tamt.read_mask(super_ticket)

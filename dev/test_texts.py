@@ -22,7 +22,7 @@ import bert
 import data
 import glue_squad
 from helpers import raises_one_line
-from test_tamt import REAL, needs_real_inputs
+from test_tamt import REAL, needs_real_inputs, write
 
 # ---------------------------------------------------------------------------------------------------
 # data: vocabularies
@@ -347,6 +347,33 @@ def test_in_a_hub_cache_the_path_as_given_counts_not_where_its_links_lead(tmp_pa
     (blobs / "4567").write_bytes(b"")
     (snapshot / "model.safetensors").symlink_to(blobs / "4567")
     assert data.vocabulary(snapshot / "model.safetensors").size == 6
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 1000])
+def test_windows_line_ends_are_newlines_however_the_file_is_cut(tmp_path, monkeypatch, chunk_size):
+    monkeypatch.setattr(data, "CHUNK", chunk_size)
+    content = b"one\r\ntwo\rthree\r\n\r\nfour\r"
+    (tmp_path / "text.txt").write_bytes(content)
+    found = "".join(data.read_text(tmp_path / "text.txt", 0, len(content), quiet=True))
+    assert found == "one\ntwo\rthree\n\nfour\r"
+
+
+def lengths_of_splits(tmp_path, content, one_row_per_line):
+    file = write(tmp_path / "text.txt", content)
+    border = data.dev_border(file, len(content), one_row_per_line)
+    return border, len(content) - border
+
+
+def test_twenty_lines_are_cut_between_lines_and_nineteen_at_a_space(tmp_path):
+    line = "three more words\n"  # 17 bytes
+    assert lengths_of_splits(tmp_path, 20 * line, one_row_per_line=False) == (19 * 17, 17)
+    # 95 % of 19 * 17 bytes are 306, and the last space before that is the 300th byte.
+    assert lengths_of_splits(tmp_path, 19 * line, one_row_per_line=False) == (299, 24)
+
+
+def test_a_single_line_is_cut_at_a_space_also_when_each_line_is_a_row(tmp_path):
+    content = "ten bytes " * 10 + "\n"
+    assert lengths_of_splits(tmp_path, content, one_row_per_line=True) == (93, 8)
 
 
 @pytest.mark.parametrize("make_folder, names", [
