@@ -17,7 +17,7 @@ import finetune
 import glue_squad
 import tamt
 from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode
+from test_tamt import assert_close, dense_settings, finetune_settings, num_entries, num_pruned, open_in_eval_mode
 
 
 def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
@@ -272,3 +272,19 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
     assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.checkpoint_matrices])
+
+
+def test_each_epoch_of_fine_tuning_has_its_own_order(tasks, tmp_path):
+    experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
+    orders = []
+    for epoch in (0, 1, 0):
+        batches = finetune.epoch_batches(experiment.all_task_data, experiment.run, epoch)
+        orders.append(np.concatenate([indices for _, indices in batches]).tolist())
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(32))
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_a_result_says_how_much_its_mask_removes(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
+    mask = tamt.load_mask(tasks / "bert.pt")
+    assert result["sparsity"] == num_pruned(mask) / num_entries(mask)

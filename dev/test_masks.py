@@ -147,3 +147,18 @@ def test_the_tokenizer_of_an_export_gives_the_ids_of_the_model_here_and_in_trans
     expected = ids_of(text, data.vocabulary(world / model.config.model_type))
     assert ids_of(text, data.vocabulary(folder)) == expected
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"][1:-1] == expected
+
+
+def test_the_folder_of_a_run_stands_for_its_mask(tmp_path, masks):
+    tamt.save_mask(tmp_path / "mask.pt", masks, {})
+    assert same_masks(tamt.load_mask(tmp_path), masks)
+
+
+def test_the_sparsity_of_the_encoder_leaves_out_word_embeddings_and_pooler(model, masks):
+    encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
+    assert tamt.sparsity_report(model, masks)["encoder"] == num_pruned(encoder) / num_entries(encoder)
+
+
+def test_the_sparsity_of_the_whole_model_counts_all_its_weights_but_the_head(model, masks):
+    num_weights = sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert tamt.sparsity_report(model, masks)["whole_model"] == num_pruned(masks) / num_weights

@@ -122,3 +122,14 @@ def test_dropout_of_attention_keeps_the_expected_value_of_the_context_vectors(wo
     expected = attention(states, None)
     attention.train()
     assert_mean_is([attention(states, None) for _ in range(2000)], expected)
+
+
+def test_max_tokens_is_the_number_of_positions_that_tokens_can_have(world):
+    assert bert.load(world / "bert").config.max_tokens == 64  # all 64 rows of the table
+    assert bert.load(world / "roberta").config.max_tokens == 64  # of 66: nothing is at 0, and only padding at 1
+
+
+def test_more_tokens_than_positions_are_an_error(model):
+    assert model(torch.full((1, 64), 5))[-1].shape == (1, 64, 32)
+    with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
+        model(torch.full((1, 65), 5))

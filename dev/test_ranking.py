@@ -19,6 +19,7 @@ from test_tamt import (
     num_different,
     num_entries,
     num_pruned,
+    ordinary_ids,
     random_case,
     same_masks,
 )
@@ -148,3 +149,54 @@ def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(world):
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
 
+def test_the_scope_encoder_leaves_out_the_word_embeddings(model):
+    names = list(tamt.maskable_layers(model))
+    assert list(tamt.maskable_layers(model, "encoder")) == names[1:]
+
+
+def test_a_mask_that_keeps_everything_changes_nothing(model):
+    input_ids = ordinary_ids(model)
+    dense = model(input_ids)
+    layers = tamt.mask_model(model)
+    tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.0, "global"))
+    for expected, found in zip(dense, model(input_ids), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_random_masks_depend_on_their_seed_alone(layers):
+    """Not on the weights, and not on what torch has drawn before."""
+    first = tamt.random_masks(layers, 0.6, "local", 3)
+    torch.manual_seed(99)
+    for layer in layers.values():
+        layer.weight.data.normal_()
+    assert same_masks(first, tamt.random_masks(layers, 0.6, "local", 3))
+    assert not same_masks(first, tamt.random_masks(layers, 0.6, "local", 4))
+
+
+def test_locally_ranked_scores_start_with_the_mask_that_they_were_given(layers, local_scores):
+    start, _ = local_scores
+    assert same_masks(masks_of(layers), start)
+
+
+@pytest.fixture
+def between_refreshes(layers, local_scores):
+    """Scores that have moved since the last refresh -> the layers, their pools, and the thresholds of that refresh."""
+    _, scores = local_scores
+    scores.vector.normal_()
+    scores.update_masks()
+    thresholds = [pool.threshold for pool in scores.pools]
+    assert thresholds != [tamt.PHI] * len(layers)
+    scores.vector.normal_()
+    scores.apply_old_thresholds()
+    return layers, scores.pools, thresholds
+
+
+def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
+    _, pools, thresholds = between_refreshes
+    assert [pool.threshold for pool in pools] == thresholds
+
+
+def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_refreshes):
+    layers, _, thresholds = between_refreshes
+    for layer, threshold in zip(layers.values(), thresholds, strict=True):
+        assert torch.equal(layer.mask, layer.scores > threshold)

@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import bert
 import data
@@ -20,6 +21,7 @@ from helpers import exit_status
 from test_tamt import (
     ROOT,
     assert_masks_differ,
+    imp_masks,
     mask_settings,
     masks_of,
     num_different,
@@ -29,6 +31,7 @@ from test_tamt import (
     same_masks,
     share_of_flips,
     stop_mask_training_after,
+    watch_prunings,
     watch_updates,
 )
 
@@ -221,3 +224,46 @@ def test_a_mask_says_how_it_was_found(world, tmp_path):
     assert meta["method"] == "tamt" and meta["objective"] == "kd"
     assert meta["sparsity"] == 0.7 and meta["step"] == 4
     assert "dev_kd_loss" in meta
+
+
+def test_seed_dropout_gives_each_update_and_each_seed_its_own_draws():
+    draws = []
+    for seed, step in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        tamt.seed_dropout(seed, step)
+        draws.append(torch.rand(4).tolist())
+    assert draws[0] == draws[3]
+    assert draws[0] != draws[1] and draws[0] != draws[2]
+
+
+def test_another_seed_gives_another_mask(world, tmp_path):
+    for seed in (1, 2):
+        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed, lr=1e-2))
+    assert_masks_differ(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
+
+
+def test_an_interrupted_run_leaves_no_mask(world, tmp_path, monkeypatch):
+    stop_mask_training_after(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
+    assert not (tmp_path / "mask.pt").exists()
+
+
+def test_imp_trains_all_weights_except_the_pooler(world, tmp_path, monkeypatch):
+    untrained = []
+    watch_prunings(monkeypatch, lambda training, weights, masks: untrained.append(
+        weights.keys() - training.parameters.keys()))
+    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
+    assert untrained == [{"bert.pooler.dense.weight", "bert.pooler.dense.bias"}] * 3
+
+
+def test_imp_prunes_other_weights_than_omp(world, tmp_path):
+    """So the training between its prunings matters."""
+    for method in ("imp", "omp"):
+        tamt.find_mask(mask_settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3, lr=1e-2))
+    assert_masks_differ(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
+
+
+def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path):
+    for masks, level in zip(imp_masks(world, tmp_path, "local"), (0.1, 0.2, 0.3, 0.35), strict=True):
+        for mask in masks.values():
+            assert int((~mask).sum()) == round(mask.numel() * level)

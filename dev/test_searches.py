@@ -19,6 +19,7 @@ from test_tamt import (
     NUM_HEADS,
     REMOVED_HEADS,
     assert_close,
+    assert_masks_differ,
     dense_settings,
     finetune_settings,
     is_subset,
@@ -173,3 +174,25 @@ def test_without_winning_tickets_there_is_no_super_ticket(tasks, tmp_path, capsy
     finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=("losing",), epochs=1, limit=8))
     assert "no super ticket" in capsys.readouterr().out
     assert not (tmp_path / "run/mask.pt").exists()
+
+
+def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
+    names = tamt.load_mask(imp_folder).keys()
+    assert len(names) == 2 * 6 + 1  # six in each layer, and the pooler
+    assert "bert.pooler.dense.weight" in names
+    assert "bert.embeddings.word_embeddings.weight" not in names
+
+
+def test_weights_that_a_ticket_prunes_stay_zero_on_another_task(tasks, tmp_path, imp_folder):
+    finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder), export=tmp_path / "x"))
+    weights = bert.read_safetensors(tmp_path / "x/model.safetensors")
+    for name, mask in tamt.load_mask(imp_folder).items():
+        assert not weights[name][~mask].any()
+        assert weights[name][mask].any()  # the ticket keeps something
+
+
+def test_a_round_of_imp_prunes_other_weights_than_one_shot_pruning(tasks, imp_folder):
+    layers = tamt.mask_model(bert.load(tasks.parent / "bert"), "encoder")
+    one_shot = tamt.magnitude_masks(layers, 0.1, "global")
+    first_round = tamt.load_mask(imp_folder / "round-1")
+    assert_masks_differ(one_shot, first_round)

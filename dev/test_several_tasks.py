@@ -77,3 +77,11 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
     assert resumed["evaluations"] == expected["evaluations"]
     for task in ("rte", "stsb"):
         assert weight_bytes(tmp_path / "b/x" / task) == weight_bytes(tmp_path / "a/x" / task)
+
+
+def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    rte, stsb = experiment.all_task_data
+    finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
+    assert rte.own_parts.task_head.weight.grad is not None
+    assert stsb.own_parts.task_head.weight.grad is None

@@ -11,7 +11,7 @@ import pytest
 import data
 import glue_squad
 from helpers import squad_file
-from test_tamt import WORKED_EXAMPLE, write
+from test_tamt import WORKED_EXAMPLE, question_with, write
 
 # Words whose characters and tokens do not match one to one: composed and separate accents, scripts without
 # spaces, emoji of several code points, ligatures, letters that grow in lower case, invisible characters.
@@ -132,3 +132,15 @@ def test_answers_in_odd_characters_come_back_with_at_most_their_neighbours(odd_v
                 assert answer.strip().strip("\u200b") in found
                 assert len(found) <= len(answer) + 2 * max(len(word) for word in words)
     assert num_windows > 300
+
+
+def test_load_squad_reads_questions_with_their_paragraph_and_answers(tmp_path):
+    question = {"id": "q", "question": "Where?", "answers": [{"text": "Rome", "answer_start": 3}]}
+    paragraph = {"context": "in Rome", "qas": [question]}
+    file = write(tmp_path / "dev.json", {"version": "1.1", "data": [{"paragraphs": [paragraph]}]})
+    assert glue_squad.load_squad(file) == [("q", "Where?", "in Rome", [("Rome", 3)])]
+
+
+def test_a_question_without_a_prediction_counts_as_wrong():
+    questions = [question_with("Rome"), question_with("Paris", question_id="2")]
+    assert glue_squad.squad_scores({"1": "Rome"}, questions) == {"em": 50, "f1": 50}

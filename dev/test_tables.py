@@ -4,11 +4,12 @@
 """
 
 
+import numpy as np
 import pytest
 
 import glue_squad
 from helpers import squad_file
-from test_tamt import write
+from test_tamt import REAL, needs_real_inputs, write
 
 MOOD = {"name": "mood", "columns": ["text"], "label": "mood", "labels": ["sad", "glad"], "metric": "f1",
         "train": "a.tsv", "dev": "a.tsv"}
@@ -168,3 +169,55 @@ def test_a_task_of_your_own_is_a_json_file_beside_its_tables(tmp_path, monkeypat
     assert (task.predicts, task.num_outputs, task.metrics) == ("class", 2, ("f1",))
     monkeypatch.chdir("/")
     assert glue_squad.load_glue(task, "dev", ".") == [("hello", None, 1)]
+
+
+def test_labels_of_stsb_are_numbers(tmp_path):
+    write(tmp_path / "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t3.200\n")
+    assert glue_squad.load_glue("stsb", "dev", tmp_path) == [("a", "b", 3.2)]
+
+
+def test_mrpcs_dev_set_is_the_rows_whose_ids_are_listed_and_the_others_train(tmp_path):
+    rows = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\ta\tb", "0\t8\t7\tc\td"]
+    write(tmp_path / "MRPC/msr_paraphrase_train.txt", rows)
+    write(tmp_path / "MRPC/dev_ids.tsv", "8\t7\n")
+    assert glue_squad.load_glue("mrpc", "dev", tmp_path) == [("c", "d", 0)]
+    assert glue_squad.load_glue("mrpc", "train", tmp_path) == [("a", "b", 1)]
+
+
+@needs_real_inputs
+@pytest.mark.parametrize("name, num_train, num_dev", [
+    ("cola", 8551, 1043), ("sst2", 67349, 872), ("mrpc", 3668, 408), ("stsb", 5749, 1500), ("rte", 2490, 277),
+    ("wnli", 635, 71)])
+def test_real_tables_have_the_known_numbers_of_rows(name, num_train, num_dev):
+    assert len(glue_squad.load_glue(name, "train", REAL / "glue")) == num_train
+    assert len(glue_squad.load_glue(name, "dev", REAL / "glue")) == num_dev
+
+
+def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
+    write(tmp_path / "MNLI/train.tsv", "gold_label\tsentence2\tsentence1\nneutral\tb\ta\n")
+    names = "sentence1\tsentence2\tlabel1\tgold_label\n"
+    write(tmp_path / "MNLI/dev_mismatched.tsv", names + "a\tb\tneutral\tentailment\n")
+    assert glue_squad.load_glue("mnli", "train", tmp_path) == [("a", "b", 1)]  # neutral
+    assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]  # entailment
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_at_most_one_batch_is_not_full(num_examples, batch_size):
+    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
+    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    full, rest = divmod(num_examples, batch_size)
+    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
+
+
+def batches_of(seed):
+    lengths = np.random.default_rng(0).integers(3, 60, 300)
+    return [tuple(batch) for batch in glue_squad.bucketed_batches(lengths, 4, np.random.default_rng(seed))]
+
+
+def test_the_same_seed_gives_the_same_batches():
+    assert batches_of(seed=1) == batches_of(seed=1)
+
+
+def test_another_seed_puts_other_examples_together():
+    first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (1, 2))
+    assert len(first & second) < 0.1 * len(first)

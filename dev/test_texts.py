@@ -660,3 +660,34 @@ def test_a_text_without_any_known_token_is_refused(vocabulary, tmp_path):
     (tmp_path / "wiki.valid.raw").write_text("αβγ δεζ " * 100)
     with pytest.raises(ValueError, match="valid.raw: nothing to predict, 100% of its tokens are unknown"):
         data.corpus_rows(tmp_path, vocabulary, 18, "dev")
+
+
+def test_what_does_not_fill_a_row_is_dropped(vocabulary, tmp_path):
+    (tmp_path / "wiki.train.raw").write_text("zero one two three four")
+    assert data.corpus_rows(tmp_path, vocabulary, 6, "train").tolist() == [[2, 5, 6, 7, 8, 3]]
+
+
+def test_rows_come_shuffled():
+    order = data.row_indices(99, seed=1, start=0, count=99).tolist()
+    assert order != sorted(order)
+
+
+def test_another_seed_gives_another_order_of_rows():
+    first = data.row_indices(99, seed=1, start=0, count=99).tolist()
+    assert first != data.row_indices(99, seed=2, start=0, count=99).tolist()
+
+
+def test_the_next_epoch_has_another_order_of_rows():
+    first = data.row_indices(99, seed=1, start=0, count=99).tolist()
+    assert first != data.row_indices(99, seed=1, start=99, count=99).tolist()
+
+
+def test_the_same_seed_gives_the_same_corruption(vocabulary):
+    input_ids = np.full((3, 20), 7)
+
+    def corrupt(seed):
+        corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, np.random.default_rng(seed))
+        return [corrupted_ids.tolist(), is_chosen.tolist()]
+
+    assert corrupt(seed=1) == corrupt(seed=1)
+    assert corrupt(seed=1) != corrupt(seed=2)
