@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 import bert
 from dev import fuzz
 from helpers import raises_one_line
-from test_tamt import REAL, assert_close, both_families, needs_real_inputs, padded_batch, transformers_model
+from test_tamt import REAL, assert_close, both_families, needs_real_inputs, padded_batch, transformers_model, write
 
 
 def assert_equal(found, expected):
@@ -935,6 +935,25 @@ def test_load_reads_what_save_writes(model, tmp_path):
     found = bert.load(tmp_path / "new" / "folder")
     assert_equal(found.state_dict(), model.state_dict())
     assert found.config == model.config
+
+
+def test_a_loaded_model_does_not_depend_on_its_file_any_more(model, tmp_path):
+    bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
+    loaded = bert.load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    size = file.stat().st_size
+    with open(file, "r+b") as stream:  # the same file, written over
+        stream.write(bytes(size))
+    assert_equal(loaded.state_dict(), model.state_dict())
+
+
+def test_dropout_is_a_tenth_if_config_json_does_not_say(model, tmp_path):
+    bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
+    settings = bert.read_json(tmp_path / "config.json")
+    del settings["hidden_dropout_prob"], settings["attention_probs_dropout_prob"]
+    write(tmp_path / "config.json", settings)
+    config = bert.load(tmp_path).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import glue_squad
 import tamt
 from test_tamt import mask_settings, masks_of, num_entries, num_pruned, share_of_flips, watch_updates
 
@@ -107,3 +108,13 @@ def test_the_sparsity_is_exact_at_a_refresh_at_a_save_and_at_the_end(refreshed_e
     folder, counts, exact = refreshed_every_six
     assert [counts[step] for step in (5, 6, 10, 12)] == [exact] * 4
     assert num_pruned(tamt.load_mask(folder / "step-5")) == num_pruned(tamt.load_mask(folder)) == exact
+
+
+@pytest.mark.parametrize("name, lr, epochs, batch_size, max_len, eval_every", [
+    ("cola", 2e-5, 3, 32, 128, 50), ("sst2", 2e-5, 3, 32, 128, 50), ("rte", 2e-5, 3, 32, 128, 50),
+    ("mrpc", 2e-5, 3, 32, 128, 50), ("stsb", 2e-5, 3, 32, 128, 50), ("mnli", 2e-5, 3, 32, 128, 500),
+    ("squad", 3e-5, 2, 16, 384, 1000)])
+def test_fine_tuning_has_the_settings_of_the_released_scripts(name, lr, epochs, batch_size, max_len, eval_every):
+    task = glue_squad.TASKS[name]
+    assert (task.lr, task.epochs, task.batch_size) == (lr, epochs, batch_size)
+    assert (task.max_len, task.eval_every) == (max_len, eval_every)
