@@ -11,7 +11,6 @@ from test_tamt import (  # noqa: E402, F401
     fixed_seed,
     imp_folder,
     layers,
-    local_scores,
     masks,
     model,
     super_ticket,

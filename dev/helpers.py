@@ -9,6 +9,7 @@ import torch
 import finetune
 import glue_squad
 import tamt
+from test_tamt import read_log, watch_updates
 
 
 def exit_status(main, *argv) -> int:
@@ -68,6 +69,18 @@ def stop_fine_tuning_at(monkeypatch, number):
 
     monkeypatch.setattr(tamt, "SAVE_SECONDS", -1)
     monkeypatch.setattr(finetune, "task_loss", interrupted)
+
+
+def stop_mask_training_after(monkeypatch, number):
+    """Ctrl-C after an update, once."""
+    write_line = tamt.Log.step
+
+    def look(layers, step):
+        if step == number:
+            monkeypatch.setattr(tamt.Log, "step", write_line)
+            raise KeyboardInterrupt
+
+    watch_updates(monkeypatch, look)
 
 
 def updates_made(monkeypatch):
@@ -130,3 +143,8 @@ def squad_file(*starts):
         answers = [{"text": "Rome", "answer_start": start}]
         entries.append({"id": str(start), "question": "Where?", "answers": answers})
     return {"version": "1.1", "data": [{"paragraphs": [{"context": "in Rome", "qas": entries}]}]}
+
+
+def share_of_flips(folder):
+    """How many entries changed sides along a run, as a share of all, summed over the lines of its log."""
+    return sum(line["flips"] for line in read_log(folder))

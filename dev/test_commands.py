@@ -25,15 +25,15 @@ from helpers import (
     lines_of_results,
     run_finetune,
     run_tamt,
+    share_of_flips,
     stop_fine_tuning_at,
+    stop_mask_training_after,
     weight_bytes,
 )
 from test_tamt import (
     ROOT,
     finetune_settings,
     mask_settings,
-    share_of_flips,
-    stop_mask_training_after,
     tiny,
     watch_updates,
     write,

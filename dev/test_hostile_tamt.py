@@ -13,8 +13,8 @@ import torch
 
 import bert
 import tamt
-from helpers import assert_one_error_line, run_tamt
-from test_tamt import folder_content, mask_settings, same_masks, stop_mask_training_after, watch_updates
+from helpers import assert_one_error_line, run_tamt, stop_mask_training_after
+from test_tamt import folder_content, mask_settings, same_masks, watch_updates
 
 ROOT = Path(__file__).resolve().parent.parent
 

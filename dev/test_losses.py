@@ -8,7 +8,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 import tamt
@@ -97,36 +96,3 @@ def test_without_any_chosen_token_there_is_no_dev_mlm_loss(world, empty_row):
     assert losses.keys() == {"dev_kd_loss"}
 
 
-@pytest.fixture
-def dev_batches(world):
-    """A model, its dev losses on 40 rows (any will do), and these rows in batches of 16, 16 and 8, corrupted with the
-    seed of the released evaluation."""
-    training = begin(mask_settings(world))
-    rows = training.rows[:40]
-    found = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine, batch_size=16)
-    training.model.eval()
-    generator = np.random.default_rng(42)
-    batches = [tamt.make_batch(rows[start:start + 16], training.vocabulary, generator) for start in (0, 16, 32)]
-    return training.model, found, batches
-
-
-def test_the_dev_mlm_loss_is_the_mean_of_the_losses_of_its_batches(dev_batches):
-    model, found, batches = dev_batches
-    losses = []
-    for batch in batches:
-        is_chosen = torch.from_numpy(batch.is_chosen)
-        logits = model.mlm_logits(model(torch.from_numpy(batch.corrupted_ids))[-1])
-        losses.append(F.cross_entropy(logits[is_chosen], torch.from_numpy(batch.input_ids)[is_chosen]).item())
-    # The batch of 8 weighs as much as one of 16; so it does in the released evaluation.
-    assert found["dev_mlm_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
-
-
-def test_the_dev_kd_loss_is_the_mean_of_the_losses_of_its_batches_before_corruption(dev_batches):
-    model, found, batches = dev_batches
-    losses = []
-    for batch in batches:
-        student = model(torch.from_numpy(batch.input_ids))
-        with tamt.dense_teacher(model):
-            teacher = model(torch.from_numpy(batch.input_ids))
-        losses.append(tamt.kd_loss(teacher, student).item())
-    assert found["dev_kd_loss"] == pytest.approx(np.mean(losses), abs=1e-5)

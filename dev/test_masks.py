@@ -154,6 +154,10 @@ def test_the_folder_of_a_run_stands_for_its_mask(tmp_path, masks):
     assert same_masks(tamt.load_mask(tmp_path), masks)
 
 
+def test_the_sparsity_of_the_masked_set_is_the_share_of_its_entries_that_are_pruned(model, masks):
+    assert tamt.sparsity_report(model, masks)["masked_set"] == num_pruned(masks) / num_entries(masks)
+
+
 def test_the_sparsity_of_the_encoder_leaves_out_word_embeddings_and_pooler(model, masks):
     encoder = {name: mask for name, mask in masks.items() if ".encoder." in name}
     assert tamt.sparsity_report(model, masks)["encoder"] == num_pruned(encoder) / num_entries(encoder)

@@ -75,6 +75,13 @@ def test_more_than_255_entries_of_a_group_may_be_kept():
     assert torch.equal(mask, expected.expand(2, 800))
 
 
+@pytest.fixture
+def local_scores(layers):
+    """Scores that start from OMP at 70 %, ranked inside each matrix -> the start mask, and the scores."""
+    start = tamt.magnitude_masks(layers, 0.7, "local")
+    return start, tamt.Scores(layers, start, 0.7, "local", without_gradient={})
+
+
 def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
     start, scores = local_scores
     scores.mask.fill_(False)
@@ -161,16 +168,6 @@ def test_a_mask_that_keeps_everything_changes_nothing(model):
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.0, "global"))
     for expected, found in zip(dense, model(input_ids), strict=True):
         assert torch.equal(expected, found)
-
-
-def test_random_masks_depend_on_their_seed_alone(layers):
-    """Not on the weights, and not on what torch has drawn before."""
-    first = tamt.random_masks(layers, 0.6, "local", 3)
-    torch.manual_seed(99)
-    for layer in layers.values():
-        layer.weight.data.normal_()
-    assert same_masks(first, tamt.random_masks(layers, 0.6, "local", 3))
-    assert not same_masks(first, tamt.random_masks(layers, 0.6, "local", 4))
 
 
 def test_locally_ranked_scores_start_with_the_mask_that_they_were_given(layers, local_scores):

@@ -17,7 +17,7 @@ import torch
 import bert
 import data
 import tamt
-from helpers import exit_status
+from helpers import exit_status, share_of_flips, stop_mask_training_after
 from test_tamt import (
     ROOT,
     assert_masks_differ,
@@ -29,8 +29,6 @@ from test_tamt import (
     num_pruned,
     read_log,
     same_masks,
-    share_of_flips,
-    stop_mask_training_after,
     watch_prunings,
     watch_updates,
 )
@@ -250,7 +248,7 @@ def test_an_interrupted_run_leaves_no_mask(world, tmp_path, monkeypatch):
 
 def test_imp_trains_all_weights_except_the_pooler(world, tmp_path, monkeypatch):
     untrained = []
-    watch_prunings(monkeypatch, lambda training, weights, masks: untrained.append(
+    watch_prunings(monkeypatch, lambda training, level, weights, masks: untrained.append(
         weights.keys() - training.parameters.keys()))
     tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
     assert untrained == [{"bert.pooler.dense.weight", "bert.pooler.dense.bias"}] * 3

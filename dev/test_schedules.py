@@ -11,7 +11,8 @@ import pytest
 
 import glue_squad
 import tamt
-from test_tamt import mask_settings, masks_of, num_entries, num_pruned, share_of_flips, watch_updates
+from helpers import share_of_flips
+from test_tamt import mask_settings, masks_of, num_entries, num_pruned, watch_updates
 
 PAPER_RATES = {"mlm": 5e-5, "kd": 2e-5}
 

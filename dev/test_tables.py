@@ -4,6 +4,8 @@
 """
 
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -221,3 +223,13 @@ def test_the_same_seed_gives_the_same_batches():
 def test_another_seed_puts_other_examples_together():
     first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (1, 2))
     assert len(first & second) < 0.1 * len(first)
+
+
+def test_truncation_drops_tokens_one_by_one():
+    for num_a, num_b, room in itertools.product(range(12), range(12), range(26)):
+        a = list(range(num_a))
+        b = list(range(num_b))
+        while len(a) + len(b) > room:
+            longer = a if len(a) > len(b) else b
+            longer.pop()
+        assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)

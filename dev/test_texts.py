@@ -638,7 +638,6 @@ def test_progress_says_how_far_how_fast_and_how_long(capsys):
     assert re.fullmatch(r"f: 2.0 of 2.0 MB, 0 s left, [0-9.]+ MB/s\n", capsys.readouterr().err)
 
 
-
 @pytest.mark.parametrize("num_unknown, warned", [(4, False), (5, True)])
 def test_a_text_with_5_percent_unknown_tokens_gets_a_warning(vocabulary, tmp_path, capsys, num_unknown, warned):
     words = ["one"] * (100 - num_unknown) + ["Ω", "xyz", "Ω", "?", "!"][:num_unknown]
@@ -665,21 +664,6 @@ def test_a_text_without_any_known_token_is_refused(vocabulary, tmp_path):
 def test_what_does_not_fill_a_row_is_dropped(vocabulary, tmp_path):
     (tmp_path / "wiki.train.raw").write_text("zero one two three four")
     assert data.corpus_rows(tmp_path, vocabulary, 6, "train").tolist() == [[2, 5, 6, 7, 8, 3]]
-
-
-def test_rows_come_shuffled():
-    order = data.row_indices(99, seed=1, start=0, count=99).tolist()
-    assert order != sorted(order)
-
-
-def test_another_seed_gives_another_order_of_rows():
-    first = data.row_indices(99, seed=1, start=0, count=99).tolist()
-    assert first != data.row_indices(99, seed=2, start=0, count=99).tolist()
-
-
-def test_the_next_epoch_has_another_order_of_rows():
-    first = data.row_indices(99, seed=1, start=0, count=99).tolist()
-    assert first != data.row_indices(99, seed=1, start=99, count=99).tolist()
 
 
 def test_the_same_seed_gives_the_same_corruption(vocabulary):
