@@ -26,6 +26,7 @@ Words that recur:
     FFN             the feed-forward network of a layer: its intermediate and its output matrix
 """
 
+import copy
 import itertools
 import json
 import math
@@ -33,6 +34,7 @@ import os
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,7 +55,7 @@ ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 
 needs_real_inputs = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
-# One thread each: two workers share two cores, and so do the programs that they start.
+# One thread for each process: two workers share two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -698,7 +700,7 @@ def test_random_masks_depend_on_their_seed_alone(layers):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_update_masks_ranks_the_scores_that_the_layers_hold(model):
+def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
     """A layer's scores and mask are views of the long vectors that are ranked."""
     layers = tamt.mask_model(model)
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", without_gradient={})
@@ -741,7 +743,7 @@ NORTH_NORTH = torch.tensor([[NORTH, NORTH]])
 def test_kd_loss_is_a_mean_over_layers_without_the_embeddings():
     teacher = [EMBEDDINGS, EAST_NORTH, EAST_NORTH]
     student = [-EMBEDDINGS, NORTH_NORTH, EAST_NORTH]
-    assert tamt.kd_loss(teacher, student).item() == 0.25
+    assert tamt.kd_loss(teacher, student).item() == 0.25  # one of two tokens differs, in one of two layers
 
 
 @pytest.mark.parametrize("is_token, expected", [([True, False], 1.0), ([False, True], 0.0)])
@@ -909,7 +911,9 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
         for name, rows in expected_pins(training).items():
             assert torch.equal(training.layers[name].mask[rows], start[name][rows])
     [pool] = training.scores.pools
-    assert not 0 <= pool.threshold < 2 * tamt.PHI  # without pins all of them would now be kept, or all pruned
+    # Pinned scores are 0 or 2 phi for ever. The threshold has left that interval, so that unpinned all of them would be
+    # kept now, or all pruned.
+    assert not 0 <= pool.threshold < 2 * tamt.PHI
 
 
 def keep_largest(scores, num_kept):
@@ -921,7 +925,7 @@ def keep_largest(scores, num_kept):
 class PlainLoop:
     """Mask training as one would write it down: run the network with W * M, let autograd differentiate the loss with
     respect to real-valued masks M, clip, step the scores by the released optimizers as written out above, and keep the
-    largest. It shares the network, the start mask, the pins and the batches with tamt, and nothing else."""
+    largest. It shares the network, the start mask and the batches with tamt, and nothing else."""
 
     def __init__(self, model, objective, rank, sparsity, clip, masks, pinned):
         self.model = model
@@ -1142,7 +1146,7 @@ def test_equal_runs_write_the_same_mask_file_byte_for_byte(world, tmp_path):
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
 
 
-def test_distillation_brings_the_student_nearer_to_its_teacher_than_the_start_mask_is(world, tmp_path):
+def test_distillation_brings_the_student_nearer_to_its_teacher(world, tmp_path):
     start = tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp"))
     learned = tamt.find_mask(mask_settings(world, tmp_path / "tamt", objective="kd", steps=120, lr=5e-3))
     assert learned["dev_kd_loss"] < 0.9 * start["dev_kd_loss"]
@@ -1150,7 +1154,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher_than_the_start_ma
 
 @pytest.fixture(scope="session")
 def toy_losses(world, tmp_path_factory):
-    """{method: the dev losses of its mask of 70 %} on the toy, the small BERT that README begins with."""
+    """{method: the dev losses of its mask of 70 %} on the toy, a small BERT that the program makes on the spot."""
     out = tmp_path_factory.mktemp("toy")
     losses = {}
     for name in ("mlm", "kd"):
@@ -1232,7 +1236,7 @@ def test_the_levels_of_imp_rise_by_tenths_and_end_at_the_sparsity_asked_for():
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])
-def test_a_pruned_weight_stays_pruned_even_if_it_has_grown(model, rank):
+def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
     layers = tamt.mask_model(model)
     before = masks_of(layers)
     for level in tamt.imp_levels(0.65):
@@ -1241,7 +1245,7 @@ def test_a_pruned_weight_stays_pruned_even_if_it_has_grown(model, rank):
         tamt.set_masks(layers, masks)
         before = masks
         for layer in layers.values():
-            layer.weight.data[~layer.mask] = 100.0
+            layer.weight.data[~layer.mask] = 100.0  # as if pruned weights had grown
 
 
 def imp_masks(world, out, rank):
@@ -1261,75 +1265,64 @@ def test_what_imp_has_pruned_stays_pruned(world, tmp_path, rank):
         assert is_subset(later, earlier)
 
 
-def watch_prunings(monkeypatch, look):
-    """Calls look(training, level, weights, masks) after every pruning of IMP; weights: {name of a parameter: its value
-    before it}, masks: those before it."""
-    prune_and_rewind = tamt.prune_and_rewind
+@pytest.fixture
+def imp_prunings(world, tmp_path, monkeypatch):
+    """imp_prunings(rank="local") -> a record of each pruning of a run of IMP to 30 %: trained and masks_before are the
+    weights and the masks before it, weights and masks those after it."""
 
-    def prune_and_look(training, level):
-        weights = {name: parameter.detach().clone() for name, parameter in training.model.named_parameters()}
-        masks = masks_of(training.layers)
-        prune_and_rewind(training, level)
-        look(training, level, weights, masks)
+    def run(**changes):
+        records = []
+        prune_and_rewind = tamt.prune_and_rewind
 
-    monkeypatch.setattr(tamt, "prune_and_rewind", prune_and_look)
+        def record(training, level):
+            before = copy.deepcopy(dict(training.model.named_parameters()))
+            masks_before = masks_of(training.layers)
+            prune_and_rewind(training, level)
+            records.append(SimpleNamespace(
+                trained=before, masks_before=masks_before, masks=masks_of(training.layers),
+                weights=copy.deepcopy(dict(training.model.named_parameters()))))
+
+        monkeypatch.setattr(tamt, "prune_and_rewind", record)
+        tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3, **changes))
+        assert len(records) == 3  # before the first update, and after every third one
+        return records
+
+    return run
 
 
-def test_imp_rewinds_all_weights_but_the_head(world, tmp_path, monkeypatch):
+def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(world, imp_prunings):
+    """No loss reads the pooler."""
     pretrained = dict(bert.load(world / "bert").named_parameters())
-    levels = []
-
-    def look(training, level, weights, masks):
-        levels.append(level)
-        for name in training.parameters.keys() - MLM_HEAD:
-            assert torch.equal(training.parameters[name], pretrained[name])
-            assert level == 0.1 or not torch.equal(weights[name], pretrained[name])  # they had been trained
-
-    watch_prunings(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
-    assert levels == pytest.approx([0.1, 0.2, 0.3])
+    _, second, third = imp_prunings()
+    for pruning in (second, third):
+        for name, weight in pretrained.items():
+            assert torch.equal(pruning.trained[name], weight) == ("pooler" in name), name
 
 
-def test_imp_leaves_all_weights_as_they_were_trained_if_told_so(world, tmp_path, monkeypatch):
-    levels = []
-
-    def look(training, level, weights, masks):
-        levels.append(level)
-        for name, parameter in training.parameters.items():
-            assert torch.equal(parameter, weights[name])
-
-    watch_prunings(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3, no_rewind=True))
-    assert levels == pytest.approx([0.1, 0.2, 0.3])
-
-
-def test_imp_leaves_the_head_as_it_was_trained(world, tmp_path, monkeypatch):
+def test_each_pruning_of_imp_rewinds_all_weights_but_the_head(world, imp_prunings):
     pretrained = dict(bert.load(world / "bert").named_parameters())
-    levels = []
+    for pruning in imp_prunings():
+        for name in pretrained.keys() - MLM_HEAD:
+            assert torch.equal(pruning.weights[name], pretrained[name])
 
-    def look(training, level, weights, masks):
-        levels.append(level)
+
+def test_each_pruning_of_imp_leaves_the_head_as_it_was_trained(imp_prunings):
+    for pruning in imp_prunings():
         for name in MLM_HEAD:
-            assert torch.equal(training.parameters[name], weights[name])
-            assert level == 0.1 or not torch.equal(weights[name], pretrained[name])
-
-    watch_prunings(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
-    assert levels == pytest.approx([0.1, 0.2, 0.3])
+            assert torch.equal(pruning.weights[name], pruning.trained[name])
 
 
-def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(world, tmp_path, monkeypatch):
-    levels = []
+def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(imp_prunings):
+    for pruning in imp_prunings(no_rewind=True):
+        for name, weight in pruning.weights.items():
+            assert torch.equal(weight, pruning.trained[name])
 
-    def look(training, level, weights, masks):
-        levels.append(level)
-        for name, layer in training.layers.items():
-            magnitudes = weights[name].abs() * masks[name]  # what was pruned before counts as 0
-            assert magnitudes[~layer.mask].max() <= magnitudes[layer.mask].min()
 
-    watch_prunings(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, tmp_path / "imp", method="imp", rank="local", prune_every=3, sparsity=0.3))
-    assert levels == pytest.approx([0.1, 0.2, 0.3])
+def test_imp_prunes_the_smallest_trained_weights_of_each_matrix(imp_prunings):
+    for pruning in imp_prunings(rank="local"):
+        for name, mask in pruning.masks.items():
+            magnitudes = pruning.trained[name].abs() * pruning.masks_before[name]  # what was pruned counts as 0
+            assert magnitudes[~mask].max() <= magnitudes[mask].min()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1415,28 +1408,30 @@ def test_roberta_encodes_a_pair_with_two_separators_between_and_one_token_type(v
     assert not token_type_ids.any()
 
 
-@both_families
-def test_a_sequence_that_is_too_long_is_cut_to_max_len_and_still_ends_with_a_separator(vocabularies, family):
-    pair = glue_squad.Example("Anna met Bob in Rome", "last May")
-    single = glue_squad.Example("Anna met Bob in Rome last May")
-    whole = glue_squad.encode([pair, single], vocabularies[family], 99)
-    for max_len in range(6, 20):  # less than 6 is refused
-        cut = glue_squad.encode([pair, single], vocabularies[family], max_len)
-        for (input_ids, token_type_ids), (all_ids, _) in zip(cut, whole, strict=True):
-            assert len(input_ids) == len(token_type_ids) == min(len(all_ids), max_len)
-            assert input_ids[-1] == vocabularies[family].sep_id
-        assert input_ids[:-1].tolist() == all_ids[:len(input_ids) - 1].tolist()  # the single text loses its end
+EXAMPLES = [glue_squad.Example("Anna met Bob in Rome", "last May"), glue_squad.Example("Anna met Bob in Rome last May")]
 
 
 @both_families
-def test_the_attention_mask_tells_tokens_from_padding(vocabularies, family):
-    vocabulary = vocabularies[family]
-    examples = [glue_squad.Example("Anna met Bob", "in Rome"), glue_squad.Example("")]
-    sequences = glue_squad.encode(examples, vocabulary, 6)
-    input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, vocabulary.pad_id)
-    assert input_ids.shape == attention_mask.shape == token_type_ids.shape == (2, 6)
-    assert attention_mask.sum(axis=1).tolist() == [6, 2]
-    assert (input_ids[~attention_mask] == vocabulary.pad_id).all()
+@pytest.mark.parametrize("max_len", range(6, 20))  # less than 6 is refused
+def test_only_what_is_longer_than_max_len_is_cut_to_it(vocabularies, family, max_len):
+    whole = glue_squad.encode(EXAMPLES, vocabularies[family], 99)
+    cut = glue_squad.encode(EXAMPLES, vocabularies[family], max_len)
+    assert [len(input_ids) for input_ids, _ in cut] == [min(len(input_ids), max_len) for input_ids, _ in whole]
+
+
+@both_families
+def test_a_text_that_is_too_long_loses_its_end_but_not_the_separator(vocabularies, family):
+    [(whole, _)] = glue_squad.encode(EXAMPLES[1:], vocabularies[family], 99)
+    [(cut, _)] = glue_squad.encode(EXAMPLES[1:], vocabularies[family], 6)
+    assert cut.tolist() == [*whole[:5], vocabularies[family].sep_id]
+
+
+def test_pad_batch_fills_rows_up_and_marks_what_is_token():
+    sequences = [(np.array([2, 7, 3, 8, 3]), np.array([0, 0, 0, 1, 1])), (np.array([2, 9, 3]), np.array([0, 0, 0]))]
+    input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, pad_id=1)
+    assert input_ids.tolist() == [[2, 7, 3, 8, 3], [2, 9, 3, 1, 1]]
+    assert attention_mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    assert token_type_ids.tolist() == [[0, 0, 0, 1, 1], [0] * 5]
 
 
 @pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
@@ -1444,6 +1439,14 @@ def test_batches_hold_each_example_once(num_examples, batch_size):
     lengths = np.random.default_rng(0).integers(3, 60, num_examples)
     batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == list(range(num_examples))
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_at_most_one_batch_is_not_full(num_examples, batch_size):
+    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
+    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    full, rest = divmod(num_examples, batch_size)
+    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
 
 
 def test_batching_by_length_keeps_padding_below_a_tenth_of_the_tokens():
@@ -1455,7 +1458,7 @@ def test_batching_by_length_keeps_padding_below_a_tenth_of_the_tokens():
     bucketed = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
     in_random_order = np.array_split(np.random.default_rng(1).permutation(3000), 3000 // 32)
     assert size_with_padding(bucketed) < 1.1 * lengths.sum()
-    assert size_with_padding(in_random_order) > 1.1 * lengths.sum()  # which random order does not manage
+    assert size_with_padding(in_random_order) > 1.1 * lengths.sum()  # more than that
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1485,7 +1488,7 @@ def test_a_window_without_the_whole_answer_has_cls_as_its_target(two_windows):
     assert positions == [(0, 0), (6, 7)]  # "rome last" is whole in the second one
 
 
-def test_a_token_counts_in_the_window_that_gives_it_most_context_on_its_shorter_side(two_windows):
+def test_a_token_counts_in_the_window_where_its_shorter_context_is_longest(two_windows):
     assert two_windows[0].is_max_context.tolist() == [True, True, True, True, False]  # anna met bob in rome
     assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # bob in rome last may
     # "in" has one token on its shorter side in both windows: the earlier one wins.
@@ -1650,8 +1653,7 @@ def dense_settings(tasks, out, task="rte", **changes):
 
 
 def open_in_eval_mode(settings):
-    """An opened experiment, its network in eval mode: to be compared, or to be trained by train(), which has to switch
-    to train mode itself."""
+    """An experiment whose network is in eval mode; train() has to switch to train mode itself."""
     experiment = finetune.open_experiment(settings)
     experiment.model.eval()
     return experiment
@@ -1759,8 +1761,8 @@ def test_training_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
         assert torch.equal(parameter, expected), name
 
 
-def test_fine_tuning_fits_a_task_of_two_sentences(tasks, tmp_path):
-    """Whether a dog is big or small; both classes are equally frequent."""
+def test_fine_tuning_learns_to_tell_two_texts_apart(tasks, tmp_path):
+    """Sixteen times each, so guessing scores one half."""
     write(tmp_path / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 16)
     mood = {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"], "metric": "accuracy",
             "train": "mood.tsv", "dev": "mood.tsv"}
@@ -1784,6 +1786,11 @@ def imp_folder(tasks, tmp_path_factory):
     out = tmp_path_factory.mktemp("imp")
     finetune.find_imp(dense_settings(tasks, out, **IMP))
     return out / "run"
+
+
+def test_imp_on_a_task_prunes_encoder_and_pooler_but_not_the_word_embeddings(tasks, imp_folder):
+    every_name = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))
+    assert list(tamt.load_mask(imp_folder)) == every_name[1:]  # the first one is that of the word embeddings
 
 
 def test_rounds_of_imp_prune_exactly_10_and_20_and_25_percent(imp_folder):
@@ -1877,7 +1884,7 @@ def test_the_importance_of_an_ffn_is_the_absolute_gradient_at_its_gates(tasks, t
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
-def test_the_importance_of_heads_is_the_same_scaled_to_length_1_in_each_layer(tasks, tmp_path):
+def test_the_importance_of_heads_is_that_gradient_normalized_within_each_layer(tasks, tmp_path):
     """The scaling is that of the code of Liang et al."""
     experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
     found, _ = finetune.measure_importance(experiment)
@@ -1930,7 +1937,7 @@ def test_random_tickets_differ_from_seed_to_seed():
 def test_a_layer_keeps_at_least_one_head(order):
     heads = torch.ones(12, 12)
     heads[3] = 1e-6  # a layer whose heads are all unimportant
-    heads[5] = 1e6  # would be emptied first in the losing order
+    heads[5] = 1e6  # would else be emptied first in the losing order
     for seed in range(20):  # without the rule about half of the random orders would empty a layer
         removed, _ = finetune.choose_units(heads, torch.ones(12), order, 8, seed)
         assert removed.sum() == int(144 * 8 / 10)
@@ -1982,7 +1989,7 @@ def test_an_ffn_that_is_cut_out_leaves_no_weights(cut_experiment):
     assert ffn == []
 
 
-def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_path, cut_experiment):
+def test_cutting_units_out_gives_the_logits_that_gating_them_gives(tasks, tmp_path, cut_experiment):
     full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=cut_experiment.run.model))
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
@@ -1999,15 +2006,17 @@ def test_the_smaller_model_gives_the_logits_that_gates_would_give(tasks, tmp_pat
 
 
 def test_find_super_writes_the_tickets_of_the_measured_importance_for_every_order_and_level(tasks, tmp_path):
+    values = {"epochs": 1, "limit": 8}
     orders = ("winning",)  # those whose tickets are fine-tuned as well
-    finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, epochs=1, limit=8))
-    folder = tmp_path / "run"
-    importance = json.loads((folder / "importance.json").read_text())
-    heads, ffns = torch.tensor(importance["heads"]), torch.tensor(importance["ffn"])
-    config = bert.load(tasks.parent / "bert").config
+    finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, **values))
+
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / "by hand", **values))
+    finetune.train(experiment)
+    importance = finetune.measure_importance(experiment)
     for order, level in itertools.product(finetune.ORDERS, finetune.LEVELS):
-        removed_units = finetune.choose_units(heads, ffns, order, level, seed=1)  # the default seed
-        assert same_masks(tamt.load_mask(folder / f"{order}-{level}.pt"), finetune.unit_masks(config, *removed_units))
+        removed_units = finetune.choose_units(*importance, order, level, seed=1)  # the default seed
+        expected = finetune.unit_masks(experiment.model.config, *removed_units)
+        assert same_masks(tamt.load_mask(tmp_path / f"run/{order}-{level}.pt"), expected)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2060,7 +2069,7 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
 
 
 def test_training_of_two_tasks_matches_a_plain_loop(tasks, tmp_path, two_masks):
-    """There the weights are multiplied by the mask of a task before its batch, and get their values back after it."""
+    """The plain loop multiplies the weights by a task's mask before its batch, and restores them afterwards."""
     ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
     theirs = open_in_eval_mode(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
     parameters = dict(theirs.model.named_parameters())

@@ -29,7 +29,6 @@ from test_tamt import (
     num_pruned,
     read_log,
     same_masks,
-    watch_prunings,
     watch_updates,
 )
 
@@ -244,14 +243,6 @@ def test_an_interrupted_run_leaves_no_mask(world, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
     assert not (tmp_path / "mask.pt").exists()
-
-
-def test_imp_trains_all_weights_except_the_pooler(world, tmp_path, monkeypatch):
-    untrained = []
-    watch_prunings(monkeypatch, lambda training, level, weights, masks: untrained.append(
-        weights.keys() - training.parameters.keys()))
-    tamt.find_mask(mask_settings(world, tmp_path, method="imp", prune_every=3, sparsity=0.3))
-    assert untrained == [{"bert.pooler.dense.weight", "bert.pooler.dense.bias"}] * 3
 
 
 def test_imp_prunes_other_weights_than_omp(world, tmp_path):

@@ -176,13 +176,6 @@ def test_without_winning_tickets_there_is_no_super_ticket(tasks, tmp_path, capsy
     assert not (tmp_path / "run/mask.pt").exists()
 
 
-def test_imp_prunes_encoder_and_pooler_by_default(imp_folder):
-    names = tamt.load_mask(imp_folder).keys()
-    assert len(names) == 2 * 6 + 1  # six in each layer, and the pooler
-    assert "bert.pooler.dense.weight" in names
-    assert "bert.embeddings.word_embeddings.weight" not in names
-
-
 def test_weights_that_a_ticket_prunes_stay_zero_on_another_task(tasks, tmp_path, imp_folder):
     finetune.fine_tune(finetune_settings(tasks, tmp_path, task="stsb", mask=str(imp_folder), export=tmp_path / "x"))
     weights = bert.read_safetensors(tmp_path / "x/model.safetensors")

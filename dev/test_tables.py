@@ -118,7 +118,6 @@ def test_the_submission_of_your_own_numbers_has_seven_digits(tmp_path):
     assert (tmp_path / "rate.tsv").read_text() == "index\tprediction\n0\t0.0004123457\n1\t1234567\n"
 
 
-
 def test_quotation_marks_in_a_table_mean_nothing(tmp_path):
     write(tmp_path / "SST-2/dev.tsv", 'sentence\tlabel\n"half a quote\t1\n"b" c"\t0\n')
     assert glue_squad.load_glue("sst2", "dev", tmp_path) == [('"half a quote', None, 1), ('"b" c"', None, 0)]
@@ -201,14 +200,6 @@ def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
     write(tmp_path / "MNLI/dev_mismatched.tsv", names + "a\tb\tneutral\tentailment\n")
     assert glue_squad.load_glue("mnli", "train", tmp_path) == [("a", "b", 1)]  # neutral
     assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]  # entailment
-
-
-@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
-def test_at_most_one_batch_is_not_full(num_examples, batch_size):
-    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
-    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
-    full, rest = divmod(num_examples, batch_size)
-    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
 
 
 def batches_of(seed):
