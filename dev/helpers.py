@@ -148,3 +148,8 @@ def squad_file(*starts):
 def share_of_flips(folder):
     """How many entries changed sides along a run, as a share of all, summed over the lines of its log."""
     return sum(line["flips"] for line in read_log(folder))
+
+
+def is_subset(a, b):
+    """Whether mask b keeps all that mask a keeps."""
+    return not any((a[name] & ~b[name]).any() for name in a)

@@ -5,6 +5,7 @@
 
 import functools
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -104,11 +105,8 @@ def finished(tasks, tmp_path_factory):
     return run
 
 RUNS = [("rte", "bert"), ("mood", "bert"), ("stsb", "roberta"), ("squad", "bert"), ("squad", "roberta")]
-
 all_runs = pytest.mark.parametrize("name, family", RUNS)
-
 squad_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] == "squad"])
-
 glue_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] != "squad"])
 
 
@@ -288,3 +286,22 @@ def test_a_result_says_how_much_its_mask_removes(tasks, tmp_path):
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path))
     mask = tamt.load_mask(tasks / "bert.pt")
     assert result["sparsity"] == num_pruned(mask) / num_entries(mask)
+
+
+def test_the_loss_of_classes_is_the_mean_negative_log_probability_of_the_right_ones():
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
+    loss = finetune.task_loss(glue_squad.TASKS["mnli"], probabilities.log(), torch.tensor([0, 2]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
+
+
+def test_the_loss_of_numbers_is_the_mean_squared_error():
+    loss = finetune.task_loss(glue_squad.TASKS["stsb"], torch.tensor([[1.0], [5.0]]), torch.tensor([3.0, 4.0]))
+    assert loss.item() == (2**2 + 1**2) / 2
+
+
+def test_the_loss_of_an_answer_is_the_mean_of_the_losses_of_its_first_and_its_last_position():
+    starts = torch.tensor([0.5, 0.25, 0.25])
+    ends = torch.tensor([0.125, 0.125, 0.75])
+    logits = torch.stack([starts, ends], dim=-1).log()[None]  # (1, 3, 2): one sequence of three tokens
+    loss = finetune.task_loss(glue_squad.TASKS["squad"], logits, torch.tensor([[0, 1]]))
+    assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)

@@ -16,7 +16,6 @@ from dev import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
-
 STEPS = 20
 # A file that runs tamt.py and dies like a killed host would, at the update that STOP_AT names.
 PROGRAM = f"""

@@ -8,10 +8,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import tamt
-from test_tamt import begin, mask_settings, ordinary_ids
+from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, begin, mask_settings, ordinary_ids
 
 
 def test_mlm_loss_of_a_batch_in_which_nothing_was_chosen_is_0():
@@ -96,3 +97,61 @@ def test_without_any_chosen_token_there_is_no_dev_mlm_loss(world, empty_row):
     assert losses.keys() == {"dev_kd_loss"}
 
 
+@pytest.mark.parametrize("is_token, expected", [([True, False], 1.0), ([False, True], 0.0)])
+def test_kd_loss_leaves_padding_out(is_token, expected):
+    loss = tamt.kd_loss([EMBEDDINGS, EAST_NORTH], [-EMBEDDINGS, NORTH_NORTH], torch.tensor([is_token]))
+    assert loss.item() == expected
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(world, objective):
+    """Row 3 is cut to nine tokens, so that the micro-batches hold different numbers of tokens and predictions."""
+    gradients = []
+    losses = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        training = begin(mask_settings(world, family="no-dropout", objective=objective, batch_size=batch_size,
+                                       accumulate=accumulate))
+        batch = tamt.next_batch(training)
+        batch.is_token[3, 9:] = False
+        batch.is_chosen[3, 9:] = False
+        losses.append(float(tamt.backpropagate(training, batch)))
+        gradients.append([parameter.grad for parameter in training.parameters.values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+@pytest.fixture
+def dev_batches(world):
+    """A model, its dev losses on 40 rows (any will do), and these rows in batches of 16, 16 and 8, corrupted with the
+    seed of the released evaluation."""
+    training = begin(mask_settings(world))
+    rows = training.rows[:40]
+    found = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine, batch_size=16)
+    training.model.eval()
+    generator = np.random.default_rng(42)
+    batches = [tamt.make_batch(rows[start:start + 16], training.vocabulary, generator) for start in (0, 16, 32)]
+    return training.model, found, batches
+
+
+def test_the_dev_mlm_loss_is_the_mean_of_the_losses_of_its_batches(dev_batches):
+    model, found, batches = dev_batches
+    losses = []
+    for batch in batches:
+        is_chosen = torch.from_numpy(batch.is_chosen)
+        logits = model.mlm_logits(model(torch.from_numpy(batch.corrupted_ids))[-1])
+        losses.append(F.cross_entropy(logits[is_chosen], torch.from_numpy(batch.input_ids)[is_chosen]).item())
+    # The batch of 8 weighs as much as one of 16; so it does in the released evaluation.
+    assert found["dev_mlm_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_the_dev_kd_loss_is_the_mean_over_batches_of_clean_text(dev_batches):
+    model, found, batches = dev_batches
+    losses = []
+    for batch in batches:
+        student = model(torch.from_numpy(batch.input_ids))
+        with tamt.dense_teacher(model):
+            teacher = model(torch.from_numpy(batch.input_ids))
+        losses.append(tamt.kd_loss(teacher, student).item())
+    assert found["dev_kd_loss"] == pytest.approx(np.mean(losses), abs=1e-5)

@@ -166,3 +166,10 @@ def test_the_sparsity_of_the_encoder_leaves_out_word_embeddings_and_pooler(model
 def test_the_sparsity_of_the_whole_model_counts_all_its_weights_but_the_head(model, masks):
     num_weights = sum(parameter.numel() for parameter in model.backbone.parameters())
     assert tamt.sparsity_report(model, masks)["whole_model"] == num_pruned(masks) / num_weights
+
+
+def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
+    tamt.save_mask(tmp_path / "mask.pt", masks, {"model": "x", "seed": 3})
+    found, meta = tamt.read_mask(tmp_path / "mask.pt")
+    assert same_masks(found, masks)
+    assert meta == {"model": "x", "seed": 3}

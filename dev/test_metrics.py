@@ -55,3 +55,10 @@ def test_a_submission_of_numbers_has_three_decimals(tmp_path):
 
 def test_a_submission_of_answers_is_a_json_object(tmp_path):
     assert json.loads(submission("squad", {"q": "Café"}, tmp_path)) == {"q": "Café"}
+
+
+def test_majority_scores_are_those_of_always_answering_the_most_frequent_class():
+    examples = [glue_squad.Example("", "", int(i < 279)) for i in range(408)]  # as in MRPC's dev set
+    share = 279 / 408  # the accuracy, and the precision, too; the recall is 1
+    expected = {"accuracy": share, "f1": pytest.approx(2 * share / (share + 1))}
+    assert glue_squad.majority_scores(glue_squad.TASKS["mrpc"], examples) == expected

@@ -4,12 +4,14 @@
 """
 
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import bert
-from test_tamt import assert_close, padded_batch
+from test_tamt import assert_close, padded_batch, transformers_model
 
 
 @torch.no_grad()
@@ -133,3 +135,40 @@ def test_more_tokens_than_positions_are_an_error(model):
     assert model(torch.full((1, 64), 5))[-1].shape == (1, 64, 32)
     with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
         model(torch.full((1, 65), 5))
+
+
+@torch.no_grad()
+def test_token_types_match_transformers(tmp_path):
+    theirs = transformers_model("bert")
+    theirs.save_pretrained(tmp_path)
+    input_ids, _ = padded_batch("bert")
+    token_type_ids = (torch.arange(40) > 20).long().expand(3, -1)  # a second sentence from token 21 on
+
+    expected = theirs.bert(input_ids, token_type_ids=token_type_ids).last_hidden_state
+    found = bert.load(tmp_path)(input_ids, token_type_ids=token_type_ids)[-1]
+
+    assert_close(found, expected)
+
+
+def test_bert_counts_positions_from_0(world):
+    model = bert.load(world / "bert")
+    input_ids = torch.tensor([[2, 7, 8, 3, 0, 0]])  # [CLS] two words [SEP] [PAD] [PAD]
+    assert model.backbone.embeddings.position_ids(input_ids).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_roberta_counts_positions_from_2_and_gives_padding_position_1(world):
+    """The positions depend on the padding of each row."""
+    model = bert.load(world / "roberta")
+    input_ids = torch.tensor([[0, 7, 8, 2, 1, 1]])  # <s> two letters </s> <pad> <pad>
+    assert model.backbone.embeddings.position_ids(input_ids).tolist() == [[2, 3, 4, 5, 1, 1]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_the_softmax_of_scaled_products_times_the_values(padded):
+    query, key, value = torch.randn(3, 5, 2, 16, 8).unbind()  # each (B, H, T, head size)
+    attention_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
+    products = query @ key.transpose(2, 3) / math.sqrt(8)
+    if padded:
+        products[..., 11:] = -math.inf
+    found = bert.scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob=0.0)
+    assert_close(found, products.softmax(dim=-1) @ value)

@@ -12,8 +12,10 @@ import torch
 
 import data
 import tamt
+from helpers import is_subset
 from test_tamt import (
     begin,
+    expected_pins,
     mask_settings,
     masks_of,
     num_different,
@@ -197,3 +199,72 @@ def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_r
     layers, _, thresholds = between_refreshes
     for layer, threshold in zip(layers.values(), thresholds, strict=True):
         assert torch.equal(layer.mask, layer.scores > threshold)
+
+
+def seeded_random_masks(layers, sparsity, rank):
+    return tamt.random_masks(layers, sparsity, rank, seed=1)
+
+
+@pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, seeded_random_masks])
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.7, 0.999])
+def test_local_masks_prune_the_requested_share_of_each_matrix_exactly(layers, sparsity, make_masks):
+    for mask in make_masks(layers, sparsity, "local").values():
+        assert int((~mask).sum()) == round(mask.numel() * sparsity)
+
+
+@pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, seeded_random_masks])
+@pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.7, 0.999])
+def test_global_masks_prune_the_requested_share_of_all_entries_exactly(layers, sparsity, make_masks):
+    masks = make_masks(layers, sparsity, "global")
+    assert num_pruned(masks) == round(num_entries(masks) * sparsity)
+
+
+def test_random_masks_depend_on_their_seed_alone(layers):
+    """Not on the weights, and not on what torch has drawn before."""
+    first = tamt.random_masks(layers, 0.6, "local", 3)
+    torch.manual_seed(99)
+    for layer in layers.values():
+        layer.weight.data.normal_()
+    assert same_masks(first, tamt.random_masks(layers, 0.6, "local", 3))
+    assert not same_masks(first, tamt.random_masks(layers, 0.6, "local", 4))
+
+
+def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
+    """A layer's scores and mask are views of the long vectors that are ranked."""
+    layers = tamt.mask_model(model)
+    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", without_gradient={})
+    for layer in layers.values():
+        layer.scores.data.normal_()
+    scores.update_masks()
+    learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
+    mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
+    assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd"])
+def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_their_scores(world, objective):
+    training = begin(mask_settings(world, objective=objective, sparsity=0.7, rank="global", steps=30))
+    start = masks_of(training.layers)
+    for step in range(30):
+        tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, t=step + 1)
+        training.step += 1
+        training.scores.update_masks()
+        for name, rows in expected_pins(training).items():
+            assert torch.equal(training.layers[name].mask[rows], start[name][rows])
+    [pool] = training.scores.pools
+    # Without pins these scores would stay at 0 or 2 phi. The threshold has left that interval, so all of them would now
+    # be kept, or all pruned.
+    assert not 0 <= pool.threshold < 2 * tamt.PHI
+
+
+@pytest.mark.parametrize("rank", ["local", "global"])
+def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
+    layers = tamt.mask_model(model)
+    before = masks_of(layers)
+    for level in tamt.imp_levels(0.65):
+        for layer in layers.values():
+            layer.weight.data[~layer.mask] = 100.0  # as if pruned weights had grown
+        masks = tamt.magnitude_masks(layers, level, rank)
+        assert is_subset(masks, before) and num_pruned(masks) > num_pruned(before)
+        tamt.set_masks(layers, masks)
+        before = masks

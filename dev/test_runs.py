@@ -19,8 +19,10 @@ import data
 import tamt
 from helpers import exit_status, share_of_flips, stop_mask_training_after
 from test_tamt import (
+    MLM_HEAD,
     ROOT,
     assert_masks_differ,
+    begin,
     imp_masks,
     mask_settings,
     masks_of,
@@ -256,3 +258,65 @@ def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path
     for masks, level in zip(imp_masks(world, tmp_path, "local"), (0.1, 0.2, 0.3, 0.35), strict=True):
         for mask in masks.values():
             assert int((~mask).sum()) == round(mask.numel() * level)
+
+
+def test_mask_training_has_dropout(world, tmp_path):
+    for family in ("bert", "no-dropout"):  # the same weights
+        tamt.find_mask(mask_settings(world, tmp_path / family, family, log_every=1))
+    with_dropout, without = (read_log(tmp_path / family)[0]["loss"] for family in ("bert", "no-dropout"))
+    assert with_dropout != pytest.approx(without, abs=1e-3)
+
+
+def test_the_learning_rate_falls_linearly_to_0(world, tmp_path):
+    tamt.find_mask(mask_settings(world, tmp_path, steps=12, lr=2e-3, log_every=1))
+    expected = [2e-3 * (1 - step / 12) for step in range(12)]  # 0 would be that of update 13
+    assert [line["lr"] for line in read_log(tmp_path)] == pytest.approx(expected)
+
+
+def trained_names(world, objective):
+    return begin(mask_settings(world, objective=objective)).parameters.keys()
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+def test_the_scores_of_all_matrices_but_the_pooler_are_trained(world, objective):
+    scores = [name for name in trained_names(world, objective) if name.endswith(".scores")]
+    assert len(scores) == 1 + 2 * 6  # word embeddings, and six in each layer
+    assert not any("pooler" in name for name in scores)
+
+
+@pytest.mark.parametrize("objective, expected", [("mlm", MLM_HEAD), ("mlm+kd", MLM_HEAD), ("kd", set())])
+def test_the_masked_lm_head_is_trained_only_if_the_objective_has_masked_lm(world, objective, expected):
+    assert {name for name in trained_names(world, objective) if not name.endswith(".scores")} == expected
+
+
+def batch_of(world, seed, step):
+    training = begin(mask_settings(world, seed=seed))
+    training.step = step
+    found = tamt.next_batch(training)
+    return [found.input_ids.tolist(), found.corrupted_ids.tolist(), found.is_chosen.tolist()]
+
+
+def test_a_batch_does_not_depend_on_what_torch_drew_before(world):
+    first = batch_of(world, seed=1, step=3)
+    torch.manual_seed(20)
+    assert batch_of(world, seed=1, step=3) == first
+
+
+@pytest.mark.parametrize("seed, step", [(1, 4), (2, 3)])
+def test_seed_and_step_each_change_the_batch(world, seed, step):
+    assert batch_of(world, seed, step)[0] != batch_of(world, seed=1, step=3)[0]  # the rows themselves
+
+
+@pytest.mark.parametrize("method", ["tamt", "imp"])
+def test_find_mask_and_evaluate_report_the_same_dev_losses(world, tmp_path, method):
+    """--evaluate knows the mask and the pretrained model, and nothing else of the run."""
+    content = tamt.find_mask(mask_settings(world, tmp_path, method=method, prune_every=3, lr=1e-2))
+    found = tamt.evaluate_mask(mask_settings(world, evaluate=True, mask=tmp_path / "mask.pt"))
+    assert found["dev_mlm_loss"] == content["dev_mlm_loss"]
+    assert found["dev_kd_loss"] == content["dev_kd_loss"]
+
+
+def test_distillation_brings_the_student_nearer_to_its_teacher(world, tmp_path):
+    start = tamt.find_mask(mask_settings(world, tmp_path / "omp", method="omp"))
+    learned = tamt.find_mask(mask_settings(world, tmp_path / "tamt", objective="kd", steps=120, lr=5e-3))
+    assert learned["dev_kd_loss"] < 0.9 * start["dev_kd_loss"]

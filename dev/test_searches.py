@@ -13,17 +13,21 @@ import torch
 import bert
 import finetune
 import tamt
-from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made
+from helpers import is_subset, lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made
 from test_tamt import (
+    HEAD_SIZE,
     IMP,
     NUM_HEADS,
     REMOVED_HEADS,
     assert_close,
     assert_masks_differ,
     dense_settings,
+    eight_levels,
     finetune_settings,
-    is_subset,
+    num_entries,
+    num_pruned,
     open_in_eval_mode,
+    same_masks,
 )
 
 
@@ -189,3 +193,72 @@ def test_a_round_of_imp_prunes_other_weights_than_one_shot_pruning(tasks, imp_fo
     one_shot = tamt.magnitude_masks(layers, 0.1, "global")
     first_round = tamt.load_mask(imp_folder / "round-1")
     assert_masks_differ(one_shot, first_round)
+
+
+def test_imp_on_a_task_prunes_encoder_and_pooler_but_not_the_word_embeddings(tasks, imp_folder):
+    every_name = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))
+    assert list(tamt.load_mask(imp_folder)) == every_name[1:]  # the first one is that of the word embeddings
+
+
+def test_rounds_of_imp_prune_exactly_10_and_20_and_25_percent(imp_folder):
+    for number, level in enumerate((0.1, 0.2, 0.25), 1):
+        masks = tamt.load_mask(imp_folder / f"round-{number}")
+        assert num_pruned(masks) == round(num_entries(masks) * level)
+
+
+def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_rounds(tasks, tmp_path, monkeypatch):
+    """As in the code of Chen et al. 2020, whose schedule is that of all its ten rounds, and begins anew with each."""
+    learning_rates = []
+
+    def no_update(experiment, task_data, indices, learning_rate, t):
+        learning_rates.append(learning_rate)
+        return 0.0
+
+    monkeypatch.setattr(finetune, "update", no_update)
+    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.2))
+    updates_per_round = 2 * 4  # two epochs of 32 examples in batches of 8
+    schedule = [1e-3 * (1 - step / (10 * updates_per_round)) for step in range(10 * updates_per_round)]
+    assert learning_rates == pytest.approx(2 * schedule[:updates_per_round])
+
+
+@pytest.mark.parametrize("order", finetune.ORDERS)
+def test_what_one_level_removes_the_next_one_removes_as_well(order):
+    levels = eight_levels(order)
+    for (heads_before, ffns_before), (heads_after, ffns_after) in itertools.pairwise(levels):
+        assert (heads_before <= heads_after).all()
+        assert (ffns_before <= ffns_after).all()
+
+
+def test_random_tickets_depend_on_the_seed_and_not_on_importance():
+    importance = torch.rand(12, 12), torch.rand(12)
+    first = finetune.choose_units(*importance, "random", 4, seed=1)
+    other_seed = finetune.choose_units(*importance, "random", 4, seed=2)
+    other_importance = finetune.choose_units(torch.rand(12, 12), torch.rand(12), "random", 4, seed=1)
+    assert (first[0] != other_seed[0]).any()
+    assert (first[0] == other_importance[0]).all() and (first[1] == other_importance[1]).all()
+
+
+def test_heads_are_cut_out_of_the_matrices(cut_experiment):
+    first, second = cut_experiment.model.backbone.encoder.layer
+    assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
+    assert second.attention.output.dense.weight.shape == (32, 3 * HEAD_SIZE)
+
+
+def test_an_ffn_that_is_cut_out_leaves_no_weights(cut_experiment):
+    _, second = cut_experiment.model.backbone.encoder.layer
+    ffn = [name for name, _ in second.named_parameters() if name.startswith(("intermediate.", "output.dense."))]
+    assert ffn == []
+
+
+def test_find_super_writes_a_ticket_for_each_order_and_level_from_what_it_measures(tasks, tmp_path):
+    values = {"epochs": 1, "limit": 8}
+    orders = ("winning",)  # those whose tickets are fine-tuned as well
+    finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, **values))
+
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / "by hand", **values))
+    finetune.train(experiment)
+    importance = finetune.measure_importance(experiment)
+    for order, level in itertools.product(finetune.ORDERS, finetune.LEVELS):
+        removed_units = finetune.choose_units(*importance, order, level, seed=1)  # the default seed
+        expected = finetune.unit_masks(experiment.model.config, *removed_units)
+        assert same_masks(tamt.load_mask(tmp_path / f"run/{order}-{level}.pt"), expected)

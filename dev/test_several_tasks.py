@@ -85,3 +85,14 @@ def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_
     finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
     assert rte.own_parts.task_head.weight.grad is not None
     assert stsb.own_parts.task_head.weight.grad is None
+
+
+def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
+    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    for task_data in experiment.all_task_data:
+        experiment.model.zero_grad()
+        finetune.task_logits(experiment.model, task_data, task_data.train[:8]).sum().backward()
+        for name, mask in task_data.own_parts.masks.items():
+            gradient = experiment.model.get_parameter(name).grad
+            assert not gradient[~mask].any()
+            assert gradient[mask].any()

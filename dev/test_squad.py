@@ -3,6 +3,7 @@
     python -m pytest dev/test_squad.py
 """
 
+import itertools
 import random
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import data
 import glue_squad
 from helpers import squad_file
-from test_tamt import WORKED_EXAMPLE, question_with, write
+from test_tamt import WORKED_EXAMPLE, both_families, write
 
 # Words whose characters and tokens do not match one to one: composed and separate accents, scripts without
 # spaces, emoji of several code points, ligatures, letters that grow in lower case, invisible characters.
@@ -141,6 +142,37 @@ def test_load_squad_reads_questions_with_their_paragraph_and_answers(tmp_path):
     assert glue_squad.load_squad(file) == [("q", "Where?", "in Rome", [("Rome", 3)])]
 
 
-def test_a_question_without_a_prediction_counts_as_wrong():
-    questions = [question_with("Rome"), question_with("Paris", question_id="2")]
-    assert glue_squad.squad_scores({"1": "Rome"}, questions) == {"em": 50, "f1": 50}
+@both_families
+def test_an_answer_of_plain_words_comes_back_exactly(vocabularies, family):
+    words = "anna met bob in rome last may".split()
+    for first, last in itertools.combinations(range(len(words) + 1), 2):
+        answer = " ".join(words[first:last])
+        start = len(" ".join([*words[:first], ""]))
+        question = glue_squad.Question("q", "Where?", " ".join(words), [(answer, start)])
+        [window] = glue_squad.make_windows([question], vocabularies[family], max_len=99, training=True)
+        start_logits = np.eye(99)[[window.start_position]]
+        end_logits = np.eye(99)[[window.end_position]]
+        found = glue_squad.best_answers([question], [window], start_logits, end_logits)
+        assert found == {"q": answer}
+
+
+def question_with(*answers, question_id="1"):
+    return glue_squad.Question(question_id, "?", "", [(answer, 0) for answer in answers])
+
+
+def test_squad_scores_forgive_case_punctuation_and_articles():
+    assert glue_squad.squad_scores({"1": "The US state!"}, [question_with("U.S. State")]) == {"em": 100, "f1": 100}
+
+
+def test_the_best_of_several_right_answers_counts():
+    assert glue_squad.squad_scores({"1": "two"}, [question_with("one", "two")]) == {"em": 100, "f1": 100}
+
+
+def test_f1_is_the_harmonic_mean_of_precision_and_recall_of_words():
+    scores = glue_squad.squad_scores({"1": "two"}, [question_with("two words")])
+    assert scores == {"em": 0, "f1": pytest.approx(100 * 2 / 3)}  # precision 1, recall 1/2
+
+
+def test_squad_scores_are_means_over_all_questions_and_an_unanswered_one_counts_0():
+    questions = [question_with("one"), question_with("two", question_id="2")]
+    assert glue_squad.squad_scores({"1": "one"}, questions) == {"em": 50, "f1": 50}

@@ -4,9 +4,6 @@
 """
 
 
-import itertools
-
-import numpy as np
 import pytest
 
 import glue_squad
@@ -202,25 +199,3 @@ def test_columns_are_found_by_their_names_wherever_they_are(tmp_path):
     assert glue_squad.load_glue("mnli", "dev_mm", tmp_path) == [("a", "b", 0)]  # entailment
 
 
-def batches_of(seed):
-    lengths = np.random.default_rng(0).integers(3, 60, 300)
-    return [tuple(batch) for batch in glue_squad.bucketed_batches(lengths, 4, np.random.default_rng(seed))]
-
-
-def test_the_same_seed_gives_the_same_batches():
-    assert batches_of(seed=1) == batches_of(seed=1)
-
-
-def test_another_seed_puts_other_examples_together():
-    first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (1, 2))
-    assert len(first & second) < 0.1 * len(first)
-
-
-def test_truncation_drops_tokens_one_by_one():
-    for num_a, num_b, room in itertools.product(range(12), range(12), range(26)):
-        a = list(range(num_a))
-        b = list(range(num_b))
-        while len(a) + len(b) > room:
-            longer = a if len(a) > len(b) else b
-            longer.pop()
-        assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)

@@ -1,0 +1,85 @@
+"""Token ids and batches of the tasks: what is cut, and which examples go together.
+
+    python -m pytest dev/test_batches.py
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import glue_squad
+from test_tamt import both_families
+
+
+@pytest.mark.parametrize("num_a, num_b, room, expected", [
+    (3, 5, 8, (3, 5)), (3, 5, 6, (3, 3)), (5, 3, 6, (3, 3)), (3, 5, 5, (3, 2)), (5, 5, 9, (5, 4)), (5, 5, 8, (4, 4)),
+    (9, 1, 4, (3, 1)), (0, 5, 2, (0, 2)), (2, 2, 0, (0, 0))])
+def test_truncation_takes_last_tokens_from_the_longer_text_and_from_the_second_if_equal(num_a, num_b, room, expected):
+    a, b = glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room)
+    assert (len(a), len(b)) == expected
+    assert a == list(range(len(a))) and b == list(range(len(b)))
+
+
+EXAMPLES = [glue_squad.Example("Anna met Bob in Rome", "last May"), glue_squad.Example("Anna met Bob in Rome last May")]
+
+
+@both_families
+@pytest.mark.parametrize("max_len", range(6, 20))  # less than 6 is refused
+def test_only_what_is_longer_than_max_len_is_cut_to_it(vocabularies, family, max_len):
+    whole = glue_squad.encode(EXAMPLES, vocabularies[family], 99)
+    cut = glue_squad.encode(EXAMPLES, vocabularies[family], max_len)
+    assert [len(input_ids) for input_ids, _ in cut] == [min(len(input_ids), max_len) for input_ids, _ in whole]
+
+
+@both_families
+def test_a_text_that_is_too_long_loses_its_end_but_not_the_separator(vocabularies, family):
+    [(whole, _)] = glue_squad.encode(EXAMPLES[1:], vocabularies[family], 99)
+    [(cut, _)] = glue_squad.encode(EXAMPLES[1:], vocabularies[family], 6)
+    assert cut.tolist() == [*whole[:5], vocabularies[family].sep_id]
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_batches_hold_each_example_once(num_examples, batch_size):
+    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
+    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches)) == list(range(num_examples))
+
+
+def test_batches_come_in_random_order():
+    lengths = np.random.default_rng(0).integers(3, 60, 3000)
+    batches = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_at_most_one_batch_is_not_full(num_examples, batch_size):
+    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
+    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    full, rest = divmod(num_examples, batch_size)
+    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
+
+
+def test_truncation_drops_tokens_one_by_one():
+    for num_a, num_b, room in itertools.product(range(12), range(12), range(26)):
+        a = list(range(num_a))
+        b = list(range(num_b))
+        while len(a) + len(b) > room:
+            longer = a if len(a) > len(b) else b
+            longer.pop()
+        assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)
+
+
+def batches_of(seed):
+    lengths = np.random.default_rng(0).integers(3, 60, 300)
+    return [tuple(batch) for batch in glue_squad.bucketed_batches(lengths, 4, np.random.default_rng(seed))]
+
+
+def test_the_same_seed_gives_the_same_batches():
+    assert batches_of(seed=1) == batches_of(seed=1)
+
+
+def test_another_seed_puts_other_examples_together():
+    first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (1, 2))
+    assert len(first & second) < 0.1 * len(first)
