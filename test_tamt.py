@@ -1,9 +1,9 @@
 """What the method promises, in the order of the modules: bert, data, tamt, glue_squad, finetune.
 
-These are the promises that all others rest on. The tests in dev/ are written in the same manner, and go into the corners
-of each part; the masks of the released code are there, files as others write them, command lines, exports, killed
-programs. Tests make their own models, texts and tables; those that are marked @needs_real_inputs use real ones, and are
-skipped where these are missing.
+These are the promises that all others rest on. The tests in dev/ are written in the same manner, and go into the
+corners of each part; the masks of the released code are there, files as others write them, command lines, exports,
+killed programs. Tests make their own models, texts and tables; those that are marked @needs_real_inputs use real ones,
+and are skipped where these are missing.
 
     bert        the network
     data        text to rows; batches
