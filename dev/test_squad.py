@@ -12,7 +12,7 @@ import pytest
 import data
 import glue_squad
 from helpers import squad_file
-from test_tamt import WORKED_EXAMPLE, both_families, write
+from test_tamt import WORKED_EXAMPLE, both_families, question_with, write
 
 # Words whose characters and tokens do not match one to one: composed and separate accents, scripts without
 # spaces, emoji of several code points, ligatures, letters that grow in lower case, invisible characters.
@@ -156,21 +156,8 @@ def test_an_answer_of_plain_words_comes_back_exactly(vocabularies, family):
         assert found == {"q": answer}
 
 
-def question_with(*answers, question_id="1"):
-    return glue_squad.Question(question_id, "?", "", [(answer, 0) for answer in answers])
-
-
-def test_squad_scores_forgive_case_punctuation_and_articles():
-    assert glue_squad.squad_scores({"1": "The US state!"}, [question_with("U.S. State")]) == {"em": 100, "f1": 100}
-
-
 def test_the_best_of_several_right_answers_counts():
     assert glue_squad.squad_scores({"1": "two"}, [question_with("one", "two")]) == {"em": 100, "f1": 100}
-
-
-def test_f1_is_the_harmonic_mean_of_precision_and_recall_of_words():
-    scores = glue_squad.squad_scores({"1": "two"}, [question_with("two words")])
-    assert scores == {"em": 0, "f1": pytest.approx(100 * 2 / 3)}  # precision 1, recall 1/2
 
 
 def test_squad_scores_are_means_over_all_questions_and_an_unanswered_one_counts_0():

@@ -684,27 +684,6 @@ def test_the_last_twentieth_of_the_lines_of_a_file_is_dev(vocabulary, tmp_path):
     assert data.corpus_rows(text, vocabulary, 4, "dev").tolist() == [[2, 8, 9, 3]] * 2
 
 
-def test_corruption_changes_chosen_tokens_only(corrupted):
-    _, input_ids, corrupted_ids, is_chosen = corrupted
-    assert np.array_equal(corrupted_ids[~is_chosen], input_ids[~is_chosen])
-
-
-def test_the_other_chosen_tokens_become_random_ones_spread_evenly_over_the_vocabulary(corrupted):
-    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
-    is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
-    counts = np.bincount(corrupted_ids[is_random], minlength=vocabulary.size)
-    counts = np.delete(counts, vocabulary.mask_id)
-    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-    degrees_of_freedom = len(counts) - 1  # the mean of chi-square; its variance is twice that
-    assert abs(chi_square - degrees_of_freedom) < 5 * (2 * degrees_of_freedom) ** 0.5
-
-
-def test_each_epoch_has_a_new_random_order():
-    order = data.row_indices(100, seed=1, start=0, count=200).tolist()
-    assert order[:100] != list(range(100))
-    assert order[100:] != order[:100]
-
-
 def test_another_seed_gives_another_order_of_rows():
     first = data.row_indices(99, seed=1, start=0, count=99).tolist()
     assert first != data.row_indices(99, seed=2, start=0, count=99).tolist()
