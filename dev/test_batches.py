@@ -39,26 +39,11 @@ def test_a_text_that_is_too_long_loses_its_end_but_not_the_separator(vocabularie
     assert cut.tolist() == [*whole[:5], vocabularies[family].sep_id]
 
 
-@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
-def test_batches_hold_each_example_once(num_examples, batch_size):
-    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
-    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
-    assert sorted(np.concatenate(batches)) == list(range(num_examples))
-
-
 def test_batches_come_in_random_order():
     lengths = np.random.default_rng(0).integers(3, 60, 3000)
     batches = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
     longest = [lengths[batch].max() for batch in batches]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
-
-
-@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
-def test_at_most_one_batch_is_not_full(num_examples, batch_size):
-    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
-    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
-    full, rest = divmod(num_examples, batch_size)
-    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
 
 
 def test_truncation_drops_tokens_one_by_one():
