@@ -57,7 +57,6 @@ import tamt
 ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 needs_real_inputs = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
-# One thread for each process: two workers share two cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -315,9 +314,9 @@ def vocabulary(tmp_path, monkeypatch):
 
 
 def test_text_is_one_stream_of_tokens_cut_into_rows_between_cls_and_sep(vocabulary, tmp_path):
-    (tmp_path / "wiki.train.raw").write_text("zero one\n two\n\nthree four five six\nseven\n")
+    (tmp_path / "wiki.train.raw").write_text("zero one\n two\n\nthree four five six\nseven eight\n")
     rows = data.corpus_rows(tmp_path, vocabulary, 6, "train")
-    # [CLS] zero one two three [SEP], [CLS] four five six seven [SEP]
+    # [CLS] zero one two three [SEP], [CLS] four five six seven [SEP]; eight fills no row, and is dropped.
     assert rows.tolist() == [[2, 5, 6, 7, 8, 3], [2, 9, 10, 11, 12, 3]]
 
 
@@ -410,22 +409,6 @@ def mask_settings(world, out=None, family="bert", **changes):
     return tamt.Settings(**values | changes)
 
 
-def begin(settings):
-    """A run as it stands before its first update: this repeats the opening lines of find_mask()."""
-    machine = tamt.start_machine("cpu")
-    model, vocabulary = tamt.open_model(settings, machine)
-    run = tamt.resolve(settings, machine, model)
-    rows = tamt.open_text(run, vocabulary, "train")
-    layers = tamt.mask_model(model, run.scope)
-    masks = tamt.start_masks(layers, run)
-    tamt.set_masks(layers, masks)
-    pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
-    scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
-    model.train()
-    identity = {}  # nothing is resumed
-    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
-
-
 def watch_updates(monkeypatch, look):
     """Calls look(layers, step) after every update of a run and its ranking. (All of them pass the log: this hooks in
     there.)"""
@@ -436,10 +419,6 @@ def watch_updates(monkeypatch, look):
         write_line(log, step, *arguments)
 
     monkeypatch.setattr(tamt.Log, "step", look_and_write_line)
-
-
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def num_pruned(masks):
@@ -484,7 +463,7 @@ def test_maskable_weights_are_the_embeddings_six_matrices_in_each_layer_and_the_
 
 
 def ordinary_ids(model):
-    """Four rows of 20 token ids, none of them special: ids 0 to 5 and the last one may be."""
+    """Four rows of 20 token ids, none of them special: ids 0 to 5 and the last one may be, so they are left out."""
     return torch.randint(6, model.config.vocab_size - 1, (4, 20))
 
 
@@ -492,6 +471,11 @@ def both_losses(model, states, dense_states, input_ids):
     """Masked LM plus KD."""
     logits = model.mlm_logits(states[-1].flatten(0, 1))
     return tamt.mlm_loss(logits, input_ids.flatten()) + tamt.kd_loss(dense_states, states)
+
+
+def give_scores(layers, masks, sparsity):
+    """Gives each layer its scores, as they are before the first update, and its mask."""
+    return tamt.Scores(layers, masks, sparsity, "local", without_gradient={})
 
 
 def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(model):
@@ -503,7 +487,7 @@ def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(model):
 
     layers = tamt.mask_model(model.requires_grad_(False))
     start = tamt.magnitude_masks(layers, 0.6, "local")
-    tamt.Scores(layers, start, 0.6, "local", without_gradient={})  # gives each layer its scores and its mask
+    give_scores(layers, start, 0.6)
     loss = both_losses(model, model(input_ids), dense_states, input_ids)
     loss.backward()
 
@@ -524,11 +508,11 @@ def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(model):
             assert (layer.scores.grad - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-def test_neither_loss_gives_the_pooler_a_gradient(model):
+def test_every_masked_matrix_but_the_pooler_gets_a_gradient(model):
     input_ids = ordinary_ids(model)
     dense_states = [states.detach() for states in model(input_ids)]
     layers = tamt.mask_model(model.requires_grad_(False))
-    tamt.Scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6, "local", without_gradient={})
+    give_scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6)
     both_losses(model, model(input_ids), dense_states, input_ids).backward()
     without_gradient = [name for name, layer in layers.items() if layer.scores.grad is None]
     assert without_gradient == [f"{model.config.model_type}.pooler.dense.weight"]
@@ -568,7 +552,7 @@ def random_case(generator):
     return torch.tensor(values), generator.randint(0, num_values)
 
 
-def test_prune_smallest_equals_prune_by_sorting_with_ties():
+def test_prune_smallest_prunes_the_smallest_and_of_equal_values_the_last():
     generator = random.Random(0)
     for _ in range(300):
         values, count = random_case(generator)
@@ -592,7 +576,7 @@ def test_prune_smallest_near_equals_prune_smallest_whatever_the_guess():
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
-def test_keep_largest_of_groups_equals_prune_by_sorting(n, m):
+def test_each_group_keeps_its_n_largest_and_of_equal_values_the_first(n, m):
     torch.manual_seed(n)
     values = torch.randint(-2, 3, (30, 2 * m)).float()
     mask = tamt.keep_largest_of_groups(values, n, m)
@@ -623,9 +607,9 @@ def test_magnitude_masks_keep_the_largest_weights_of_each_pool(model, rank, spar
 
 def test_scores_start_at_two_phi_where_the_mask_keeps_and_at_zero_elsewhere(layers, masks):
     """Eq. 5."""
-    tamt.Scores(layers, masks, 0.6, "local", without_gradient={})  # gives each layer its scores
+    give_scores(layers, masks, 0.6)
     for name, layer in layers.items():
-        assert torch.equal(layer.scores, 2 * tamt.PHI * masks[name])
+        assert torch.equal(layer.scores, 0.02 * masks[name])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -754,12 +738,12 @@ def toy_losses(world, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["omp", "random"])
-def test_on_the_toy_the_mlm_loss_of_the_mlm_mask_is_at_least_a_fifth_below_that_of_a_baseline(toy_losses, baseline):
+def test_on_the_toy_the_mlm_mask_beats_a_baseline_by_a_fifth(toy_losses, baseline):
     assert toy_losses["mlm"]["dev_mlm_loss"] < 0.8 * toy_losses[baseline]["dev_mlm_loss"]
 
 
 @pytest.mark.slow
-def test_on_the_toy_the_kd_loss_of_the_kd_mask_is_less_than_half_of_that_of_omp(toy_losses):
+def test_on_the_toy_the_kd_mask_halves_the_kd_loss_of_omp(toy_losses):
     assert toy_losses["kd"]["dev_kd_loss"] < 0.5 * toy_losses["omp"]["dev_kd_loss"]
 
 
@@ -769,6 +753,26 @@ def test_on_the_toy_the_kd_loss_of_the_kd_mask_is_less_than_half_of_that_of_omp(
 
 # The last test of this chapter compares all of mask training with the same thing written down plainly: the released
 # optimizers in four lines each, entries that are pinned, and a loop. The chapter may be skipped at a first reading.
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def begin(settings):
+    """A run as it stands before its first update: this repeats the opening lines of find_mask()."""
+    machine = tamt.start_machine("cpu")
+    model, vocabulary = tamt.open_model(settings, machine)
+    run = tamt.resolve(settings, machine, model)
+    rows = tamt.open_text(run, vocabulary, "train")
+    layers = tamt.mask_model(model, run.scope)
+    masks = tamt.start_masks(layers, run)
+    tamt.set_masks(layers, masks)
+    pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
+    scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
+    model.train()
+    identity = {}  # nothing is resumed
+    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
 
 
 class ReleasedAdamW:
@@ -1202,7 +1206,7 @@ def test_the_target_is_the_answer_where_it_is_whole_and_cls_elsewhere(two_window
     assert positions == [(0, 0), (6, 7)]  # "rome last" is whole in the second one
 
 
-def test_a_token_belongs_to_the_window_where_its_shorter_context_is_longest(two_windows):
+def test_a_token_belongs_to_the_window_that_gives_it_the_most_context_on_its_poorer_side(two_windows):
     assert two_windows[0].is_max_context.tolist() == [True, True, True, True, False]  # anna met bob in rome
     assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # bob in rome last may
     # "in" has one token on its shorter side in both windows: the earlier one wins.
@@ -1372,7 +1376,7 @@ def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
 
 
 def put_bias_last(module):
-    """Undoes torch's prune, which puts the weight last: clip_grad_norm_ sums in the order of the parameters."""
+    """torch's prune moves the weight behind the bias. This restores the order, in which clip_grad_norm_ sums up."""
     if "bias" in module._parameters:
         module._parameters["bias"] = module._parameters.pop("bias")
 
@@ -1455,8 +1459,9 @@ def imp_folder(tasks, tmp_path_factory):
 
 def test_imp_on_a_task_equals_doing_its_rounds_by_hand(tasks, tmp_path, imp_folder):
     """Each round starts from the pretrained weights under the mask so far, trains, and prunes the smallest of all
-    weights. Within it the learning rate falls by a tenth only: the schedule is long enough for ten rounds."""
-    names = tamt.load_mask(imp_folder).keys()  # encoder and pooler
+    weights of encoder and pooler. Within it the learning rate falls by a tenth only: the schedule is long enough for
+    ten rounds."""
+    names = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))[1:]  # without the word embeddings
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         round_settings = dense_settings(tasks, tmp_path / str(number), mask=mask_file)
@@ -1472,8 +1477,8 @@ def test_imp_on_a_task_equals_doing_its_rounds_by_hand(tasks, tmp_path, imp_fold
         mask_file = str(tmp_path / f"{number}.pt")
         tamt.save_mask(mask_file, masks, {})
 
-        expected = tamt.load_mask(imp_folder / f"round-{number}")
-        assert same_masks(masks, expected)
+        assert same_masks(masks, tamt.load_mask(imp_folder / f"round-{number}"))
+    assert same_masks(masks, tamt.load_mask(imp_folder))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1491,6 +1496,7 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
     """The definition of Liang et al. 2021: a gate of 1 stands in front of every context vector and every output of an
     FFN, and importance is the absolute gradient of the loss at the gates -> (L, H), (L,), means over batches of rte."""
     task_data = experiment.all_task_data[0]
+    experiment.model.eval()
     layers = experiment.model.backbone.encoder.layer
     head_gates = {}
     output_gates = {}
@@ -1519,16 +1525,18 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
 
 
 def test_the_importance_of_an_ffn_is_the_absolute_gradient_at_its_gates(tasks, tmp_path):
-    experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
-    _, found = finetune.measure_importance(experiment)
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment.model.train()
+    _, found = finetune.measure_importance(experiment)  # it switches dropout off
     _, expected = importance_by_gates(experiment)
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
 def test_the_importance_of_a_head_is_that_of_its_gates_divided_by_the_norm_of_all_heads_in_its_layer(tasks, tmp_path):
     """The scaling is that of the code of Liang et al."""
-    experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
-    found, _ = finetune.measure_importance(experiment)
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment.model.train()
+    found, _ = finetune.measure_importance(experiment)  # it switches dropout off
     expected, _ = importance_by_gates(experiment)
     assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4)
 
@@ -1636,13 +1644,13 @@ def two_masks(tasks, tmp_path):
 
 @pytest.fixture
 def two_super_tickets(tasks, tmp_path):
-    """They leave out the FFNs of different layers."""
+    """The paths of two Super Tickets, joined by a comma. They remove other heads, and the FFNs of different layers."""
     model = tasks.parent / "bert"
-    for index, feed_forward in enumerate(([True, False], [False, True])):
-        removed_heads = REMOVED_HEADS if index == 0 else REMOVED_HEADS[::-1]
-        masks = finetune.unit_masks(bert.load(model).config, removed_heads, np.array(feed_forward))
-        tamt.save_mask(tmp_path / f"{index}.pt", masks, {"method": "super", "model": str(model)})
-    return f"{tmp_path / '0.pt'},{tmp_path / '1.pt'}"
+    units = {"rte": (REMOVED_HEADS, [True, False]), "stsb": (REMOVED_HEADS[::-1], [False, True])}
+    for name, (heads, ffns) in units.items():
+        masks = finetune.unit_masks(bert.load(model).config, heads, np.array(ffns))
+        tamt.save_mask(tmp_path / f"{name}.pt", masks, {"method": "super", "model": str(model)})
+    return f"{tmp_path / 'rte.pt'},{tmp_path / 'stsb.pt'}"
 
 
 @pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
@@ -1658,8 +1666,9 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 
-def test_two_tasks_train_one_set_of_weights_each_under_its_own_mask(tasks, tmp_path, two_masks):
-    """The plain loop multiplies the weights by a task's mask before its batch, and restores them afterwards."""
+def test_two_tasks_train_shared_weights_and_each_updates_only_what_its_mask_keeps(tasks, tmp_path, two_masks):
+    """The plain loop multiplies the weights by a task's mask before its batch, restores them afterwards, and sets the
+    gradients of what the mask prunes to zero."""
     ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
     theirs = open_in_eval_mode(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
     parameters = dict(theirs.model.named_parameters())
