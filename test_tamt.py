@@ -839,8 +839,8 @@ def test_the_optimizer_takes_the_steps_of_the_released_one(objective, dtype, tol
 
 
 def expected_pins(training):
-    """The pooler, the row of [PAD], and with kd the rows of words that the text does not contain. With mlm,
-    corruption may put any word anywhere."""
+    """The pooler, the row of [PAD], whose embedding never gets a gradient (padding_idx), and with kd the rows of words
+    that the text does not contain. With mlm, corruption may put any other word anywhere."""
     vocabulary = training.vocabulary
     is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
     if training.run.objective == "kd":
@@ -995,7 +995,7 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
         if step == 7:
             raise KeyboardInterrupt
 
-    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # no state yet: it starts
+    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # with nothing saved it starts
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch_updates(patch, interrupt)
         tamt.find_mask(resumed)
@@ -1676,9 +1676,9 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 
-def test_two_tasks_train_shared_weights_and_each_updates_only_what_its_mask_keeps(tasks, tmp_path, two_masks):
+def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_the_tasks_whose_mask_keeps_it(tasks, tmp_path, two_masks):
     """The plain loop multiplies the weights by a task's mask before its batch, restores them afterwards, and sets the
-    gradients of what the mask prunes to zero."""
+    gradients of what the mask prunes to zero. By AdamW's momentum such a weight may still move."""
     ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
     theirs = open_in_eval_mode(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
     parameters = dict(theirs.model.named_parameters())
