@@ -1676,7 +1676,7 @@ def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_pat
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 
-def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_the_tasks_whose_mask_keeps_it(tasks, tmp_path, two_masks):
+def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mask_keeps_it(tasks, tmp_path, two_masks):
     """The plain loop multiplies the weights by a task's mask before its batch, restores them afterwards, and sets the
     gradients of what the mask prunes to zero. By AdamW's momentum such a weight may still move."""
     ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
