@@ -414,7 +414,7 @@ def train(experiment: Experiment):
         step = experiment.state["step"]
         total_loss = experiment.state["total_loss"]
 
-    # epoch_batches() makes as many batches.
+    # The number of batches that epoch_batches() makes.
     updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
@@ -560,6 +560,7 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 # 6. Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
 
+
 def find_imp(settings) -> dict:
     """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
     left), go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as one
@@ -640,7 +641,7 @@ def find_super(settings) -> dict:
 
     Tickets come in three orders of removal (the least important units first, "winning"; the most important ones
     first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score
-    becomes mask.pt. (The paper calls only this one the super ticket; here all tickets that remove units are.)"""
+    becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units are called so.)"""
     start_time = time.time()
     search = resolve_search(settings)
 

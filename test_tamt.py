@@ -137,8 +137,8 @@ def world(tmp_path_factory):
     generator = random.Random(0)
     lines = []
     for _ in range(900):
-        # The second word is one of three, so there is something to learn. The last of WORDS, "here", never occurs: the
-        # tests of pinned rows need such a word.
+        # The second word is one of three, so there is something to learn. The last of WORDS, "here", never occurs:
+        # pinned rows are tested with it.
         words = ["the", generator.choice(["tree", "sees", "likes"]), *generator.sample(WORDS[:-1], 5)]
         lines.append(" ".join(words) + " .\n")
     (folder / "text.txt").write_text("".join(lines))
@@ -1313,8 +1313,8 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 
 
 def write_tasks(world):
-    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored, and a mask of
-    each model -> the folder. The labels depend on how many words the two sentences share."""
+    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored, and a mask of each model ->
+    the folder. The labels depend on how many words the two sentences share."""
     folder = world / "tasks"
     generator = random.Random(0)
     classes = ["sentence1\tsentence2\tlabel"]

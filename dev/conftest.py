@@ -5,7 +5,6 @@ import pytest
 pytest.register_assert_rewrite("helpers")
 
 from test_tamt import (  # noqa: E402, F401
-    WORDS,
     corrupted,
     cut_experiment,
     fixed_seed,
@@ -30,15 +29,14 @@ from test_tamt import (  # noqa: E402, F401
 def tasks(world):  # noqa: F811
     """The tasks of test_tamt.py with test tables, a small SQuAD, and an own task."""
     folder = write_tasks(world)
-    pairs = []
     for name in ("RTE", "STS-B"):
         header, *train = (folder / name / "train.tsv").read_text().splitlines()
         _, *dev = (folder / name / "dev.tsv").read_text().splitlines()
         write(folder / name / "test.tsv", [header, *train, *dev])
-        pairs = [row.split("\t")[:2] for row in train]
 
     paragraphs = []
-    for a, b in pairs[:24]:
+    for row in train[:24]:
+        a, b, _ = row.split("\t")
         answer = {"text": "red tree", "answer_start": len(a) + 1}
         question = {"id": a + b, "question": "where", "answers": [answer]}
         paragraphs.append({"context": f"{a} red tree {b} " + "the dog runs " * 5, "qas": [question]})

@@ -11,16 +11,6 @@ import pytest
 import glue_squad
 from test_tamt import both_families
 
-
-@pytest.mark.parametrize("num_a, num_b, room, expected", [
-    (3, 5, 8, (3, 5)), (3, 5, 6, (3, 3)), (5, 3, 6, (3, 3)), (3, 5, 5, (3, 2)), (5, 5, 9, (5, 4)), (5, 5, 8, (4, 4)),
-    (9, 1, 4, (3, 1)), (0, 5, 2, (0, 2)), (2, 2, 0, (0, 0))])
-def test_truncation_takes_last_tokens_from_the_longer_text_and_from_the_second_if_equal(num_a, num_b, room, expected):
-    a, b = glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room)
-    assert (len(a), len(b)) == expected
-    assert a == list(range(len(a))) and b == list(range(len(b)))
-
-
 EXAMPLES = [glue_squad.Example("Anna met Bob in Rome", "last May"), glue_squad.Example("Anna met Bob in Rome last May")]
 
 

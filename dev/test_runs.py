@@ -162,16 +162,6 @@ def test_for_kd_a_model_without_masked_lm_head_needs_none_and_reports_no_mlm_los
     assert "dev_mlm_loss" not in content
 
 
-def test_a_resumed_run_continues_at_its_last_saved_state(world, tmp_path, monkeypatch):
-    stop_mask_training_after(monkeypatch, 9)
-    with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5))
-    steps = []
-    watch_updates(monkeypatch, lambda layers, step: steps.append(step))
-    tamt.find_mask(mask_settings(world, tmp_path, steps=12, save_every=5, resume=True))
-    assert steps == [6, 7, 8, 9, 10, 11, 12]
-
-
 def test_accumulated_micro_batches_learn_the_mask_of_one_big_batch(world, tmp_path):
     """Without dropout, but for rounding."""
     contents = []
@@ -232,12 +222,6 @@ def test_seed_dropout_gives_each_update_and_each_seed_its_own_draws():
         draws.append(torch.rand(4).tolist())
     assert draws[0] == draws[3]
     assert draws[0] != draws[1] and draws[0] != draws[2]
-
-
-def test_another_seed_gives_another_mask(world, tmp_path):
-    for seed in (1, 2):
-        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed, lr=1e-2))
-    assert_masks_differ(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
 
 
 def test_an_interrupted_run_leaves_no_mask(world, tmp_path, monkeypatch):
