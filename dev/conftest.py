@@ -9,7 +9,6 @@ from test_tamt import (  # noqa: E402, F401
     cut_experiment,
     fixed_seed,
     imp_folder,
-    imp_prunings,
     layers,
     masks,
     model,

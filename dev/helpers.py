@@ -3,13 +3,14 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import finetune
 import glue_squad
 import tamt
-from test_tamt import read_log, watch_updates
+from test_tamt import mask_settings, watch_updates
 
 
 def exit_status(main, *argv) -> int:
@@ -153,3 +154,41 @@ def share_of_flips(folder):
 def is_subset(a, b):
     """Whether mask b keeps all that mask a keeps."""
     return not any((a[name] & ~b[name]).any() for name in a)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def begin(settings):
+    """A run as it stands before its first update: this repeats the opening lines of find_mask()."""
+    machine = tamt.start_machine("cpu")
+    model, vocabulary = tamt.open_model(settings, machine)
+    run = tamt.resolve(settings, machine, model)
+    rows = tamt.open_text(run, vocabulary, "train")
+    layers = tamt.mask_model(model, run.scope)
+    masks = tamt.start_masks(layers, run)
+    tamt.set_masks(layers, masks)
+    pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
+    scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
+    model.train()
+    identity = {}  # nothing is resumed
+    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
+
+
+def expected_pins(training):
+    """The pooler, the row of [PAD], whose embedding never gets a gradient (padding_idx), and with kd the rows of words
+    that the text does not contain. With mlm, corruption may put any other word anywhere."""
+    vocabulary = training.vocabulary
+    is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
+    if training.run.objective == "kd":
+        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
+    is_unread[vocabulary.pad_id] = True
+    return {"bert.embeddings.word_embeddings.weight": is_unread, "bert.pooler.dense.weight": slice(None)}
+
+
+def imp_masks(world, out, rank):
+    """The masks of a run of IMP to 35 %, which prunes a tenth more before its first update and after each third one,
+    and at last the rest."""
+    tamt.find_mask(mask_settings(world, out, method="imp", steps=12, prune_every=3, sparsity=0.35, rank=rank))
+    return [tamt.load_mask(out / f"step-{step}") for step in (0, 3, 6, 9)]

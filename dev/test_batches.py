@@ -58,3 +58,13 @@ def test_the_same_seed_gives_the_same_batches():
 def test_another_seed_puts_other_examples_together():
     first, second = ({frozenset(batch) for batch in batches_of(seed)} for seed in (1, 2))
     assert len(first & second) < 0.1 * len(first)
+
+
+def test_the_other_chosen_tokens_become_random_ones_spread_evenly_over_the_vocabulary(corrupted):
+    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
+    is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
+    counts = np.bincount(corrupted_ids[is_random], minlength=vocabulary.size)
+    counts = np.delete(counts, vocabulary.mask_id)
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    degrees_of_freedom = len(counts) - 1  # the mean of chi-square; its variance is twice that
+    assert abs(chi_square - degrees_of_freedom) < 5 * (2 * degrees_of_freedom) ** 0.5

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tamt
-from helpers import is_subset
-from test_tamt import imp_masks
+from helpers import imp_masks, is_subset
+from test_tamt import run_imp
 
 
 def test_the_levels_of_imp_rise_by_tenths_and_end_at_the_sparsity_asked_for():
@@ -25,7 +25,7 @@ def test_what_imp_has_pruned_stays_pruned(world, tmp_path, rank):
         assert is_subset(later, earlier)
 
 
-def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(imp_prunings):
-    for pruning in imp_prunings(no_rewind=True):
+def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(world, tmp_path, monkeypatch):
+    for pruning in run_imp(world, tmp_path, monkeypatch, no_rewind=True):
         for name, weight in pruning.weights.items():
             assert torch.equal(weight, pruning.trained[name])

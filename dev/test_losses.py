@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import data
 import tamt
-from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, begin, mask_settings, ordinary_ids
+from helpers import begin
+from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, both_losses, give_scores, mask_settings, ordinary_ids
 
 
 def test_mlm_loss_of_a_batch_in_which_nothing_was_chosen_is_0():
@@ -155,3 +156,13 @@ def test_the_dev_kd_loss_is_the_mean_over_batches_of_clean_text(dev_batches):
             teacher = model(torch.from_numpy(batch.input_ids))
         losses.append(tamt.kd_loss(teacher, student).item())
     assert found["dev_kd_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_every_masked_matrix_but_the_pooler_gets_a_gradient(model):
+    input_ids = ordinary_ids(model)
+    dense_states = [states.detach() for states in model(input_ids)]
+    layers = tamt.mask_model(model.requires_grad_(False))
+    give_scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6)
+    both_losses(model, model(input_ids), dense_states, input_ids).backward()
+    without_gradient = [name for name, layer in layers.items() if layer.scores.grad is None]
+    assert without_gradient == [f"{model.config.model_type}.pooler.dense.weight"]

@@ -12,10 +12,8 @@ import torch
 
 import data
 import tamt
-from helpers import is_subset
+from helpers import begin, expected_pins, is_subset
 from test_tamt import (
-    begin,
-    expected_pins,
     mask_settings,
     masks_of,
     num_different,
@@ -268,3 +266,15 @@ def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
         assert is_subset(masks, before) and num_pruned(masks) > num_pruned(before)
         tamt.set_masks(layers, masks)
         before = masks
+
+
+def test_prune_smallest_near_equals_prune_smallest_whatever_the_guess():
+    """The guess may be far off, and the radius as small as a millionth."""
+    generator = random.Random(1)
+    for _ in range(300):
+        values, count = random_case(generator)
+        threshold = generator.uniform(-4, 4)
+        radius = 10 ** generator.uniform(-6, 1)
+        mask = torch.rand(len(values)) < 0.5  # whatever was there before
+        tamt.prune_smallest_near(values, count, threshold, radius, mask)
+        assert torch.equal(mask, tamt.prune_smallest(values, count))

@@ -17,19 +17,16 @@ import torch
 import bert
 import data
 import tamt
-from helpers import exit_status, share_of_flips, stop_mask_training_after
+from helpers import begin, exit_status, imp_masks, read_log, share_of_flips, stop_mask_training_after
 from test_tamt import (
     MLM_HEAD,
     ROOT,
     assert_masks_differ,
-    begin,
-    imp_masks,
     mask_settings,
     masks_of,
     num_different,
     num_entries,
     num_pruned,
-    read_log,
     same_masks,
     watch_updates,
 )

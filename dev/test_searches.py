@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bert
 import finetune
@@ -262,3 +263,52 @@ def test_find_super_writes_a_ticket_for_each_order_and_level_from_what_it_measur
         removed_units = finetune.choose_units(*importance, order, level, seed=1)  # the default seed
         expected = finetune.unit_masks(experiment.model.config, *removed_units)
         assert same_masks(tamt.load_mask(tmp_path / f"run/{order}-{level}.pt"), expected)
+
+
+def importance_by_gates(experiment, num_batches=4, batch_size=8):
+    """The definition of Liang et al. 2021: a gate of 1 multiplies every context vector and every output of an FFN, and
+    importance is the absolute gradient of the loss at the gates -> (L, H), (L,), means over batches of rte."""
+    task_data = experiment.all_task_data[0]
+    experiment.model.eval()
+    layers = experiment.model.backbone.encoder.layer
+    head_gates = {}
+    output_gates = {}
+
+    def gate_heads(module, inputs):  # (B, T, D)
+        head_gates[module] = torch.ones(*inputs[0].shape[:2], NUM_HEADS, 1, requires_grad=True)
+        return (inputs[0].unflatten(-1, (NUM_HEADS, HEAD_SIZE)) * head_gates[module]).flatten(-2)
+
+    def gate_output(module, inputs, output):  # (B, T, D)
+        output_gates[module] = torch.ones(*output.shape[:2], 1, requires_grad=True)
+        return output * output_gates[module]
+
+    for layer in layers:
+        layer.attention.output.dense.register_forward_pre_hook(gate_heads)
+        layer.output.dense.register_forward_hook(gate_output)
+    heads = torch.zeros(len(layers), NUM_HEADS)
+    ffns = torch.zeros(len(layers))
+    for start in range(0, num_batches * batch_size, batch_size):
+        batch = slice(start, start + batch_size)
+        logits = finetune.task_logits(experiment.model, task_data, task_data.train[batch])
+        F.cross_entropy(logits, torch.from_numpy(task_data.targets[batch])).backward()
+        for index, layer in enumerate(layers):
+            heads[index] += head_gates[layer.attention.output.dense].grad.abs().sum((0, 1, 3)) / num_batches
+            ffns[index] += output_gates[layer.output.dense].grad.abs().sum() / num_batches
+    return heads, ffns
+
+
+def test_the_importance_of_an_ffn_is_the_absolute_gradient_at_its_gates(tasks, tmp_path):
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment.model.train()
+    _, found = finetune.measure_importance(experiment)  # it switches dropout off
+    _, expected = importance_by_gates(experiment)
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_the_importance_of_a_head_is_that_of_its_gates_divided_by_the_norm_of_all_heads_in_its_layer(tasks, tmp_path):
+    """The scaling is that of the code of Liang et al."""
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment.model.train()
+    found, _ = finetune.measure_importance(experiment)  # it switches dropout off
+    expected, _ = importance_by_gates(experiment)
+    assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4)

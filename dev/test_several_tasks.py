@@ -8,11 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bert
 import finetune
+import tamt
 from helpers import stop_fine_tuning_at, transformers_logits, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode, write
+from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode, train_in_plain_torch, write
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
@@ -96,3 +98,32 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
             gradient = experiment.model.get_parameter(name).grad
             assert not gradient[~mask].any()
             assert gradient[mask].any()
+
+
+def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mask_keeps_it(tasks, tmp_path, two_masks):
+    """The plain loop multiplies the weights by a task's mask before its batch, restores them afterwards, and sets the
+    gradients of what the mask prunes to zero. By AdamW's momentum such a weight may still move."""
+    ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
+    theirs = open_in_eval_mode(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
+    parameters = dict(theirs.model.named_parameters())
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    masks = {name: tamt.load_mask(file) for name, file in zip(["rte", "stsb"], two_masks.split(","), strict=True)}
+
+    def backpropagate(task_data, sequences, targets):
+        masks_of_task = masks[task_data.task.name]
+        whole = {name: parameters[name].data.clone() for name in masks_of_task}
+        for name, mask in masks_of_task.items():
+            parameters[name].data.mul_(mask)
+        logits = finetune.task_logits(theirs.model, task_data, sequences)
+        is_rte = task_data.task.name == "rte"
+        loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
+        loss.backward()
+        for name, mask in masks_of_task.items():
+            parameters[name].data.copy_(whole[name])
+            parameters[name].grad.mul_(mask)
+
+    finetune.train(ours)
+    train_in_plain_torch(theirs, backpropagate)
+    for name, parameter in parameters.items():
+        assert not torch.equal(parameter, start[name]), name
+        assert_close(ours.model.get_parameter(name), parameter, 1e-6)
