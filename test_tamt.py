@@ -5,8 +5,8 @@ released code, file formats, command lines, exports, interrupted runs, hostile i
 
     bert        the network
     data        text to rows; batches
-    tamt        helpers; masked layers; the ranking; scores; losses; runs; all of mask training; resuming; iterative
-                magnitude pruning; masks and exports
+    tamt        masked layers; the ranking; scores; losses; runs; all of mask training; resuming; iterative magnitude
+                pruning; masks and exports
     glue_squad  token ids and batches; SQuAD; metrics
     finetune    helpers; training under a fixed mask; IMP on a task; Super Tickets; several tasks, one encoder
 
@@ -17,13 +17,13 @@ these are missing; those marked slow take longer than five seconds. Words that r
     mask            which weights are kept: {name of a weight: bool tensor, True = kept}. A ticket is a mask that stays
                     fixed while the weights are fine-tuned
     dense           without a mask
-    score           one number for each masked weight; the mask keeps the weights with the largest
+    score           one number for each masked weight; the mask keeps those whose scores are largest
     OMP, IMP        one-shot and iterative magnitude pruning (the smallest weights go, at once or in rounds)
     KD              knowledge distillation: the hidden states of the dense model are the target
     rank            which scores compete: those of all matrices (global), of one matrix (local), or of M consecutive
                     entries of a row, of which N are kept (N:M, such as 2:4)
     FFN             the feed-forward network of a layer: its intermediate and its output matrix
-    head            in the chapters on tamt the masked-LM head; in that on Super Tickets an attention head
+    head            alone: the masked-LM head, or in the chapter on Super Tickets an attention head
 """
 
 import copy
@@ -54,7 +54,7 @@ ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 needs_real_inputs = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of OpenMP
 
 
 @pytest.fixture(autouse=True)
@@ -133,8 +133,8 @@ def world(tmp_path_factory):
     generator = random.Random(0)
     lines = []
     for _ in range(900):
-        # The second word is one of three, so there is something to learn. The last of WORDS, "here", never occurs:
-        # dev/ tests with it what becomes of words that the text lacks.
+        # The second word is one of three, so there is something to learn. The last of WORDS, "here", never occurs;
+        # dev/ tests what becomes of such words.
         words = ["the", generator.choice(["tree", "sees", "likes"]), *generator.sample(WORDS[:-1], 5)]
         lines.append(" ".join(words) + " .\n")
     (folder / "text.txt").write_text("".join(lines))
@@ -352,14 +352,20 @@ def test_corruption_chooses_15_percent_of_the_tokens(corrupted):
 
 def test_four_fifths_of_the_chosen_tokens_become_the_mask_token(corrupted):
     vocabulary, _, corrupted_ids, is_chosen = corrupted
-    by_chance = 0.1 / vocabulary.size  # a random token may be [MASK], too
-    assert_share((corrupted_ids == vocabulary.mask_id)[is_chosen].sum(), is_chosen.sum(), 0.8 + by_chance)
+    assert_share((corrupted_ids == vocabulary.mask_id)[is_chosen].sum(), is_chosen.sum(), 0.8)
 
 
 def test_a_tenth_of_the_chosen_tokens_stay_as_they_are(corrupted):
+    _, input_ids, corrupted_ids, is_chosen = corrupted
+    assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1)
+
+
+def test_the_last_tenth_becomes_a_random_token_all_tokens_being_equally_likely(corrupted):
     vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
-    by_chance = 0.1 / vocabulary.size  # a random token may be the old one
-    assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1 + by_chance)
+    is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
+    for token in range(vocabulary.size):
+        if token != vocabulary.mask_id:
+            assert_share((corrupted_ids[is_random] == token).sum(), is_random.sum(), 1 / (vocabulary.size - 1))
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 7, 10])
@@ -383,61 +389,11 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: helpers
-# ---------------------------------------------------------------------------------------------------
-
-
-def mask_settings(world, out=None, family="bert", **changes):
-    """Settings of a short run at the default sparsity, 70 % (with rank="2:4" it is 50 %); changes: objective="kd",
-    steps=30 and so on."""
-    values = {"model": str(world / family), "data": str(world / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
-              "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out, "device": "cpu"}
-    return tamt.Settings(**values | changes)
-
-
-def watch_updates(monkeypatch, look):
-    """Calls look(layers, step) after every update of a run and its ranking. It hooks into the log, which every update
-    writes to."""
-    write_line = tamt.Log.step
-
-    def look_and_write_line(log, step, *arguments):
-        look(log.layers, step)
-        write_line(log, step, *arguments)
-
-    monkeypatch.setattr(tamt.Log, "step", look_and_write_line)
-
-
-def num_pruned(masks):
-    return sum(int((~mask).sum()) for mask in masks.values())
-
-
-def num_entries(masks):
-    return sum(mask.numel() for mask in masks.values())
-
-
-def masks_of(layers):
-    return {name: layer.mask.clone() for name, layer in layers.items()}
-
-
-def same_masks(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def num_different(a, b):
-    return sum(int((a[name] ^ b[name]).sum()) for name in a)
-
-
-def assert_masks_differ(before, after):
-    """At least 1 % of the entries differ. A guard against runs that change nothing."""
-    assert num_different(before, after) > 0.01 * num_entries(before)
-
-
-# ---------------------------------------------------------------------------------------------------
 # tamt: masked layers
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_maskable_weights_are_the_embeddings_six_matrices_in_each_layer_and_the_pooler(model):
+def test_maskable_weights_are_the_word_embeddings_six_matrices_in_each_layer_and_the_pooler(model):
     family = model.config.model_type
     six = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
            "intermediate.dense", "output.dense"]
@@ -494,7 +450,7 @@ def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(model):
             assert (layer.scores.grad - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-def test_the_mask_of_the_embeddings_leaves_the_tied_decoder_dense(model):
+def test_the_mask_of_the_word_embeddings_leaves_the_tied_decoder_dense(model):
     input_ids = ordinary_ids(model)
     states = model(input_ids)
     logits = model.mlm_logits(states[-1])
@@ -535,10 +491,6 @@ def test_prune_smallest_prunes_the_smallest_and_of_equal_values_the_last():
         assert tamt.prune_smallest(values, count).tolist() == prune_by_sorting(values.tolist(), count)
 
 
-# prune_smallest_near() is the fast way: it guesses that the threshold has moved by no more than a radius since the
-# last update, and sorts only the values within that radius.
-
-
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
 def test_each_group_keeps_its_n_largest_and_of_equal_values_the_first(n, m):
     torch.manual_seed(n)
@@ -575,8 +527,8 @@ def test_2_to_4_magnitude_masks_prune_the_two_smallest_weights_of_every_four(lay
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_scores_start_at_two_phi_where_the_mask_keeps_and_at_zero_elsewhere(layers, masks):
-    """Eq. 5."""
+def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(layers, masks):
+    """Eq. 5 of the paper: 2 phi and 0, with the threshold phi = 0.01 between them."""
     give_scores(layers, masks, 0.6)
     for name, layer in layers.items():
         assert torch.equal(layer.scores, 0.02 * masks[name])
@@ -637,6 +589,50 @@ def test_the_teacher_is_the_dense_model(model):
 # ---------------------------------------------------------------------------------------------------
 
 
+def mask_settings(world, out=None, family="bert", **changes):
+    """Settings of a short run at the default sparsity, 70 % (with rank="2:4" it is 50 %); changes: objective="kd",
+    steps=30 and so on."""
+    values = {"model": str(world / family), "data": str(world / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
+              "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out, "device": "cpu"}
+    return tamt.Settings(**values | changes)
+
+
+def watch_updates(monkeypatch, look):
+    """Calls look(layers, step) after every update of a run and its ranking: Log.step() is called there."""
+    write_line = tamt.Log.step
+
+    def look_and_write_line(log, step, *arguments):
+        look(log.layers, step)
+        write_line(log, step, *arguments)
+
+    monkeypatch.setattr(tamt.Log, "step", look_and_write_line)
+
+
+def num_pruned(masks):
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def num_entries(masks):
+    return sum(mask.numel() for mask in masks.values())
+
+
+def masks_of(layers):
+    return {name: layer.mask.clone() for name, layer in layers.items()}
+
+
+def same_masks(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def num_different(a, b):
+    return sum(int((a[name] ^ b[name]).sum()) for name in a)
+
+
+def assert_masks_differ(before, after):
+    """At least 1 % of the entries differ. A guard against runs that change nothing."""
+    assert num_different(before, after) > 0.01 * num_entries(before)
+
+
 def masks_after_each_update(monkeypatch, settings):
     """Runs mask training -> its masks after each update."""
     found = []
@@ -677,9 +673,8 @@ MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "c
             "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
 
 
-@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
-def test_of_the_weights_only_the_masked_lm_head_is_trained_and_that_only_for_masked_lm(
-        world, tmp_path, monkeypatch, objective):
+def weights_changed_by_updates(world, out, monkeypatch, objective):
+    """Runs three updates -> after each of them, the names of the weights that differ from their pretrained values."""
     model = bert.load(world / "bert").requires_grad_(False)
     pretrained = copy.deepcopy(dict(model.named_parameters()))
     changed = []
@@ -687,17 +682,32 @@ def test_of_the_weights_only_the_masked_lm_head_is_trained_and_that_only_for_mas
     def look(layers, step):
         changed.append({name for name in pretrained if not torch.equal(model.get_parameter(name), pretrained[name])})
 
+    # The run is given this model, so that its weights can be looked at.
     monkeypatch.setattr(tamt, "open_model", lambda settings, machine: (model, data.vocabulary(world / "bert")))
     watch_updates(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, tmp_path, objective=objective, steps=3))
-    assert changed == [set() if objective == "kd" else MLM_HEAD] * 3
+    tamt.find_mask(mask_settings(world, out, objective=objective, steps=3))
+    return changed
+
+
+def test_the_kd_loss_trains_no_weight(world, tmp_path, monkeypatch):
+    assert weights_changed_by_updates(world, tmp_path, monkeypatch, "kd") == [set()] * 3
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm+kd"])
+def test_masked_lm_trains_the_weights_of_its_head_and_no_others(world, tmp_path, monkeypatch, objective):
+    assert weights_changed_by_updates(world, tmp_path, monkeypatch, objective) == [MLM_HEAD] * 3
 
 
 def test_equal_runs_write_the_same_mask_file_byte_for_byte(world, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        tamt.find_mask(mask_settings(world, tmp_path / name, seed=seed, lr=1e-2))
-    assert_masks_differ(tamt.load_mask(tmp_path / "a"), tamt.load_mask(tmp_path / "c"))  # so training does count
-    assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
+    for name in ("first", "second"):
+        tamt.find_mask(mask_settings(world, tmp_path / name, lr=1e-2))
+    assert (tmp_path / "first" / "mask.pt").read_bytes() == (tmp_path / "second" / "mask.pt").read_bytes()
+
+
+def test_another_seed_gives_another_mask(world, tmp_path):
+    for seed in (1, 2):
+        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed, lr=1e-2))
+    assert_masks_differ(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
 
 
 @pytest.fixture(scope="session")
@@ -715,11 +725,13 @@ def toy_losses(world, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["omp", "random"])
 def test_on_the_toy_the_mlm_mask_beats_a_baseline_by_a_fifth(toy_losses, baseline):
+    """Measured: 2.2 by mlm, 3.2 by OMP, 6.0 at random."""
     assert toy_losses["mlm"]["dev_mlm_loss"] < 0.8 * toy_losses[baseline]["dev_mlm_loss"]
 
 
 @pytest.mark.slow
 def test_on_the_toy_the_kd_mask_halves_the_kd_loss_of_omp(toy_losses):
+    """Measured: .06 by kd, .23 by OMP."""
     assert toy_losses["kd"]["dev_kd_loss"] < 0.5 * toy_losses["omp"]["dev_kd_loss"]
 
 
@@ -750,7 +762,7 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypa
     mean = dict.fromkeys(weights, 0.0)  # of the gradients, and of their squares: the moments of Adam
     square = dict.fromkeys(weights, 0.0)
     for step in range(12):
-        input_ids = torch.from_numpy(rows[order[8 * step:8 * step + 8]].astype(np.int64))
+        input_ids = torch.from_numpy(rows[order[8 * step:8 * step + 8]].astype(np.int64))  # KD does not corrupt them
         real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
         masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
         student = torch.func.functional_call(model, masked_weights, input_ids)
@@ -805,7 +817,7 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
         if step == 7:
             raise KeyboardInterrupt
 
-    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # with nothing saved it starts
+    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # starts, where nothing is saved yet
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch_updates(patch, interrupt)
         tamt.find_mask(resumed)
@@ -840,6 +852,7 @@ def run_imp(world, out, monkeypatch, **changes):
 
     monkeypatch.setattr(tamt, "prune_and_rewind", record)
     tamt.find_mask(mask_settings(world, out, method="imp", steps=12, prune_every=3, sparsity=0.35, **changes))
+    assert len(records) == 4
     return records
 
 
@@ -851,11 +864,17 @@ def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(world, tmp_pat
         assert num_pruned(pruning.masks) == round(level * num_entries(pruning.masks))
 
 
-def test_imp_prunes_the_weights_that_are_smallest_after_training(world, tmp_path, monkeypatch):
+def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path, monkeypatch):
     for pruning, level in zip(run_imp(world, tmp_path, monkeypatch, rank="local"), IMP_LEVELS, strict=True):
-        for name, mask in pruning.masks.items():
+        for mask in pruning.masks.values():
             assert int((~mask).sum()) == round(level * mask.numel())
-            magnitudes = pruning.trained[name].abs() * pruning.masks_before[name]  # what was pruned counts as 0
+
+
+def test_imp_prunes_the_weights_that_are_smallest_after_training(world, tmp_path, monkeypatch):
+    """What is pruned already counts as 0, so it stays pruned."""
+    for pruning in run_imp(world, tmp_path, monkeypatch, rank="local"):
+        for name, mask in pruning.masks.items():
+            magnitudes = pruning.trained[name].abs() * pruning.masks_before[name]
             assert magnitudes[~mask].max() <= magnitudes[mask].min()
 
 
@@ -867,16 +886,16 @@ def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(world, tmp_p
         assert trained == pretrained.keys() - {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
-def test_each_pruning_of_imp_sets_all_weights_below_the_head_back(world, tmp_path, monkeypatch):
-    """Rewinding: to their pretrained values."""
+def test_each_pruning_of_imp_rewinds_all_weights_below_the_head(world, tmp_path, monkeypatch):
+    """They go back to their pretrained values."""
     pretrained = dict(bert.load(world / "bert").named_parameters())
-    for pruning in run_imp(world, tmp_path, monkeypatch):
+    for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:  # before the first one nothing was trained
         for name in pretrained.keys() - MLM_HEAD:
             assert torch.equal(pruning.weights[name], pretrained[name])
 
 
 def test_each_pruning_of_imp_leaves_the_head_as_it_was_trained(world, tmp_path, monkeypatch):
-    for pruning in run_imp(world, tmp_path, monkeypatch):
+    for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:
         for name in MLM_HEAD:
             assert torch.equal(pruning.weights[name], pruning.trained[name])
 
@@ -886,7 +905,7 @@ def test_each_pruning_of_imp_leaves_the_head_as_it_was_trained(world, tmp_path, 
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_similarity_is_the_mean_over_matrices_of_the_jaccard_index_of_what_is_kept():
+def test_similarity_is_the_jaccard_index_of_the_kept_weights_averaged_over_matrices():
     a = {"x": torch.tensor([True, True, False, False]), "y": torch.tensor([True, False])}
     b = {"x": torch.tensor([True, False, True, False]), "y": torch.tensor([True, False])}
     assert tamt.similarity(a, b) == pytest.approx((1 / 3 + 1) / 2)
@@ -894,7 +913,7 @@ def test_similarity_is_the_mean_over_matrices_of_the_jaccard_index_of_what_is_ke
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])
 def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, method):
-    """Whatever was trained on the way, head or weights, is not in it."""
+    """Nothing that was trained on the way, head or weights, is in it."""
     pretrained = dict(bert.load(world / "bert").named_parameters())
     tamt.find_mask(mask_settings(world, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
     masks = tamt.load_mask(tmp_path)
@@ -910,7 +929,7 @@ def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, met
 
 @pytest.fixture(scope="session")
 def vocabularies(tmp_path_factory):
-    """{"bert": a WordPiece vocabulary of a few words, "roberta": a byte-level BPE that knows " Rome" and all bytes}"""
+    """{"bert": a WordPiece vocabulary of a few words, "roberta": a byte-level BPE of all bytes and " Rome"}"""
     folder = tmp_path_factory.mktemp("vocabularies")
     words = "where ? anna met bob in rome last may".split()
     write(folder / "bert/vocab.txt", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
@@ -925,29 +944,23 @@ def vocabularies(tmp_path_factory):
     return {family: data.vocabulary(folder / family) for family in ("bert", "roberta")}
 
 
-def ids_of(text, vocabulary):
-    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+def encoded_pair(vocabulary):
+    """-> the tokens of a pair, and their token types."""
+    example = glue_squad.Example("Anna met", "in Rome")
+    [(input_ids, token_type_ids)] = glue_squad.encode([example], vocabulary, max_len=99)
+    return [vocabulary.tokenizer.id_to_token(number) for number in input_ids], token_type_ids.tolist()
 
 
 def test_bert_encodes_a_pair_with_one_separator_between_and_two_token_types(vocabularies):
-    vocabulary = vocabularies["bert"]
-    a = ids_of("Anna met Bob", vocabulary)
-    b = ids_of("in Rome", vocabulary)
-    example = glue_squad.Example("Anna met Bob", "in Rome")
-    [(input_ids, token_type_ids)] = glue_squad.encode([example], vocabulary, max_len=99)
-    assert input_ids.tolist() == [vocabulary.cls_id, *a, vocabulary.sep_id, *b, vocabulary.sep_id]
-    assert token_type_ids.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    tokens, token_types = encoded_pair(vocabularies["bert"])
+    assert tokens == ["[CLS]", "anna", "met", "[SEP]", "in", "rome", "[SEP]"]
+    assert token_types == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_roberta_encodes_a_pair_with_two_separators_between_and_one_token_type(vocabularies):
-    vocabulary = vocabularies["roberta"]
-    a = ids_of("Anna met Bob", vocabulary)
-    b = ids_of("in Rome", vocabulary)
-    example = glue_squad.Example("Anna met Bob", "in Rome")
-    [(input_ids, token_type_ids)] = glue_squad.encode([example], vocabulary, max_len=99)
-    separators = [vocabulary.sep_id, vocabulary.sep_id]
-    assert input_ids.tolist() == [vocabulary.cls_id, *a, *separators, *b, vocabulary.sep_id]
-    assert not token_type_ids.any()
+    tokens, token_types = encoded_pair(vocabularies["roberta"])
+    assert "".join(tokens) == "<s>AnnaĠmet</s></s>inĠRome</s>"  # a token for each letter but " Rome"; Ġ is a space
+    assert set(token_types) == {0}
 
 
 def test_pad_batch_fills_rows_up_and_marks_the_tokens():
@@ -958,31 +971,33 @@ def test_pad_batch_fills_rows_up_and_marks_the_tokens():
     assert token_type_ids.tolist() == [[0, 0, 0, 1, 1], [0] * 5]
 
 
-@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
-def test_batches_hold_each_example_once(num_examples, batch_size):
+def batches_of(num_examples, batch_size):
+    """-> the lengths of the examples, and batches of their numbers."""
     lengths = np.random.default_rng(0).integers(3, 60, num_examples)
-    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+    return lengths, glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
+def test_each_example_is_in_one_batch(num_examples, batch_size):
+    _, batches = batches_of(num_examples, batch_size)
     assert sorted(np.concatenate(batches)) == list(range(num_examples))
 
 
-@pytest.mark.parametrize("num_examples, batch_size", [(1, 4), (7, 4), (3000, 32), (10, 1)])
-def test_at_most_one_batch_is_not_full(num_examples, batch_size):
-    lengths = np.random.default_rng(0).integers(3, 60, num_examples)
-    batches = glue_squad.bucketed_batches(lengths, batch_size, np.random.default_rng(1))
-    full, rest = divmod(num_examples, batch_size)
-    assert sorted(len(batch) for batch in batches) == [rest] * (rest > 0) + [batch_size] * full
+def test_all_batches_but_one_are_full():
+    _, batches = batches_of(3001, 32)
+    assert sorted(len(batch) for batch in batches) == [25] + [32] * 93
+
+
+def test_batches_come_in_random_order():
+    lengths, batches = batches_of(3000, 32)
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
 def test_batching_by_length_keeps_padding_below_a_tenth_of_the_tokens():
-    lengths = np.random.default_rng(0).integers(3, 60, 3000)
-
-    def size_with_padding(batches):
-        return sum(len(batch) * lengths[batch].max() for batch in batches)
-
-    bucketed = glue_squad.bucketed_batches(lengths, 32, np.random.default_rng(1))
-    in_random_order = np.array_split(np.random.default_rng(1).permutation(3000), 3000 // 32)
-    assert size_with_padding(bucketed) < 1.1 * lengths.sum()
-    assert size_with_padding(in_random_order) > 1.1 * lengths.sum()  # random batches would fail
+    lengths, batches = batches_of(3000, 32)
+    size_with_padding = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert size_with_padding < 1.1 * lengths.sum()  # in random batches padding is nearly as much again
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1012,10 +1027,10 @@ def test_the_target_is_the_answer_where_it_is_whole_and_cls_elsewhere(two_window
     assert positions == [(0, 0), (6, 7)]  # "rome last" is whole in the second one
 
 
-def test_a_token_belongs_to_the_window_that_gives_it_the_most_context_on_its_poorer_side(two_windows):
+def test_a_token_belongs_to_the_window_where_the_shorter_side_of_its_context_is_longest(two_windows):
+    """"in" has one token on its shorter side in both windows: the earlier one wins."""
     assert two_windows[0].is_max_context.tolist() == [True, True, True, True, False]  # anna met bob in rome
     assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # bob in rome last may
-    # "in" has one token on its shorter side in both windows: the earlier one wins.
 
 
 def test_an_answer_begins_only_where_its_first_token_has_maximum_context(vocabularies):
@@ -1034,6 +1049,10 @@ def question_with(*answers, question_id="1"):
 
 def test_squad_scores_forgive_case_punctuation_and_articles():
     assert glue_squad.squad_scores({"1": "The US state!"}, [question_with("U.S. State")]) == {"em": 100, "f1": 100}
+
+
+def test_the_best_of_several_right_answers_counts():
+    assert glue_squad.squad_scores({"1": "two"}, [question_with("one", "two")]) == {"em": 100, "f1": 100}
 
 
 def test_f1_is_the_harmonic_mean_of_precision_and_recall_of_words():
@@ -1181,65 +1200,60 @@ def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
     assert num_nonzero == [0] * 8  # two epochs of 32 examples in batches of 8
 
 
-def train_in_plain_torch(experiment, backpropagate) -> float:
-    """Trains the network of an experiment as the released code does -> the largest norm of its gradients.
-    backpropagate(task_data, sequences, targets) leaves gradients in the model. The order of the examples and the seeds
-    of dropout are shared with finetune; clipping, the schedule and the optimizer are not."""
-    model = experiment.model
-    run = experiment.run
-    batches = []
-    for epoch in range(run.epochs):
-        batches += finetune.epoch_batches(experiment.all_task_data, run, epoch)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # fused, so that bits are equal
-    norms = []
-    model.train()
-    for step, (task_data, rows) in enumerate(batches):
-        tamt.seed_dropout(run.seed, step)
-        backpropagate(task_data, [task_data.train[row] for row in rows], torch.from_numpy(task_data.targets[rows]))
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        # The AdamW of transformers 2.10 adds eps before the bias correction, and torch's after it.
-        eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
-        optimizer.param_groups[0].update({"lr": run.lr * (1 - step / len(batches)), "eps": eps})
-        optimizer.step()
-        optimizer.zero_grad()
-    return max(norms)
-
-
 @both_families
-def test_fine_tuning_under_a_mask_matches_torch_prune_bit_for_bit(tasks, tmp_path, family):
-    """torch's prune multiplies by the mask in every forward pass; finetune sets weights and gradients to zero."""
-    values = {"task": "stsb", "epochs": 3, "model": str(tasks.parent / family)}
+def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp_path, family):
+    """torch's prune multiplies by the mask in every forward pass; finetune sets weights and gradients to zero. The loop
+    shares batches and seeds of dropout with finetune; its schedule, clipping and optimizer are its own."""
+    values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks.parent / family)}
     ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
+    finetune.train(ours)
+
     theirs = open_in_eval_mode(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
-    names = {name for name, _ in theirs.model.named_parameters()}  # without RoBERTa's pooler: its task head replaces it
+    model = theirs.model.train()
+    names = {name for name, _ in model.named_parameters()}  # without RoBERTa's pooler: its task head replaces it
     masks = {name: mask for name, mask in tamt.load_mask(tasks / f"{family}.pt").items() if name in names}
     for name, mask in masks.items():
-        module = theirs.model.get_submodule(name.removesuffix(".weight"))
+        module = model.get_submodule(name.removesuffix(".weight"))
         prune.custom_from_mask(module, "weight", mask)
         if "bias" in module._parameters:  # moved behind the weight again: gradients are summed up in this order
             module._parameters["bias"] = module._parameters.pop("bias")
 
-    def backpropagate(task_data, sequences, targets):
-        logits = finetune.task_logits(theirs.model, task_data, sequences)
-        F.mse_loss(logits[:, 0], targets).backward()
+    [task_data] = theirs.all_task_data
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # fused, so that bits are equal
+    batches = [indices for epoch in range(3) for _, indices in finetune.epoch_batches([task_data], theirs.run, epoch)]
+    for step, indices in enumerate(batches):
+        tamt.seed_dropout(theirs.run.seed, step)
+        predicted = finetune.task_logits(model, task_data, [task_data.train[index] for index in indices])[:, 0]
+        F.mse_loss(predicted, torch.from_numpy(task_data.targets[indices])).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # The released AdamW, that of transformers 2.10, adds eps before the bias correction, and torch's after it.
+        eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
+        optimizer.param_groups[0].update({"lr": 1e-3 * (1 - step / len(batches)), "eps": eps})
+        optimizer.step()
+        optimizer.zero_grad()
 
-    finetune.train(ours)
-    assert train_in_plain_torch(theirs, backpropagate) > 1  # some gradients were clipped
     for name, parameter in ours.model.named_parameters():
-        module = theirs.model.get_submodule(name.rpartition(".")[0])
-        expected = module.weight_orig * masks[name] if name in masks else theirs.model.get_parameter(name)
+        module = model.get_submodule(name.rpartition(".")[0])
+        expected = module.weight_orig * masks[name] if name in masks else model.get_parameter(name)
         assert torch.equal(parameter, expected), name
 
 
-def test_fine_tuning_learns_two_texts_by_heart(tasks, tmp_path):
-    """Each of them sixteen times, so that the floor, always answering the most frequent class, is one half."""
+@pytest.fixture
+def result_on_two_texts(tasks, tmp_path):
+    """The result of fine-tuning on two texts, sixteen times each, and scored on the same."""
     write(tmp_path / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 16)
     mood = {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"], "metric": "accuracy",
             "train": "mood.tsv", "dev": "mood.tsv"}
     task = str(write(tmp_path / "mood.json", mood))
-    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, epochs=10, lr=5e-3))
-    assert result["floor"] == {"accuracy": 0.5}
-    assert result["best"] == {"accuracy": 1.0}
+    return finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, epochs=10, lr=5e-3))
+
+
+def test_fine_tuning_learns_two_texts_by_heart(result_on_two_texts):
+    assert result_on_two_texts["best"] == {"accuracy": 1.0}
+
+
+def test_the_floor_is_the_score_of_always_giving_one_answer(result_on_two_texts):
+    assert result_on_two_texts["floor"] == {"accuracy": 0.5}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1247,25 +1261,27 @@ def test_fine_tuning_learns_two_texts_by_heart(tasks, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 
 
-IMP = {"find": "imp", "sparsity": 0.25}
+IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
 
 @pytest.fixture(scope="session")
 def imp_folder(tasks, tmp_path_factory):
     """The folder of a finished --find imp: rounds at 10 %, 20 % and 25 %, eight updates each."""
     out = tmp_path_factory.mktemp("imp")
-    finetune.find_imp(dense_settings(tasks, out, **IMP))
+    finetune.find_imp(dense_settings(tasks, out, **IMP_SEARCH))
     return out / "run"
 
 
-def test_imp_on_a_task_equals_doing_its_rounds_by_hand(tasks, tmp_path, imp_folder):
+def test_each_round_of_imp_on_a_task_trains_anew_and_prunes_the_smallest_of_all_weights(tasks, tmp_path, imp_folder):
     """Each round starts from the pretrained weights under the mask so far, trains, and prunes the smallest of all
-    weights of encoder and pooler. (Its learning rates are tested in dev/.)"""
-    names = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))[1:]  # without the word embeddings
+    weights of encoder and pooler."""
+    # On a task IMP leaves the word embeddings, the first of the maskable layers, dense.
+    names = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))[1:]
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         round_settings = finetune_settings(
             tasks, tmp_path / str(number), mask=mask_file, model=str(tasks.parent / "bert"))
+        # The learning rate falls as if ten such rounds followed each other, so only by a tenth in this one.
         experiment = finetune.open_experiment(round_settings, horizon_rounds=10)
         finetune.train(experiment)
         trained = {}
@@ -1300,25 +1316,44 @@ def eight_levels(order):
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
-def test_level_n_removes_n_tenths_of_the_heads_rounded_down_and_n_twelfths_of_the_ffns(order):
-    levels = eight_levels(order)
-    assert [int(heads.sum()) for heads, _ in levels] == [144 * level // 10 for level in range(1, 9)]
-    assert [int(ffns.sum()) for _, ffns in levels] == [1, 2, 3, 4, 5, 6, 7, 8]
+def test_level_n_removes_n_tenths_of_the_heads_rounded_down(order):
+    assert [int(heads.sum()) for heads, _ in eight_levels(order)] == [144 * level // 10 for level in range(1, 9)]
 
 
-@pytest.mark.parametrize("order, importances", [("winning", [0.1, 0.2]), ("losing", [0.9, 0.8])])
-def test_winning_tickets_remove_the_least_important_heads_and_losing_ones_the_most_important(order, importances):
-    """Level 3 takes int(8 * 3 / 10) = 2 of the 8 heads."""
-    heads = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
-    is_removed, _ = finetune.choose_units(heads, torch.rand(2), order, level=3, seed=1)
-    assert heads[torch.from_numpy(is_removed)].tolist() == pytest.approx(importances)
+@pytest.mark.parametrize("order", finetune.ORDERS)
+def test_level_n_removes_n_of_twelve_ffns(order):
+    assert [int(ffns.sum()) for _, ffns in eight_levels(order)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("order, removed_ones", [("winning", [0, 1]), ("losing", [10, 11])])
-def test_winning_tickets_remove_the_least_important_ffns_and_losing_ones_the_most_important(order, removed_ones):
-    """Level 2: two of the twelve, of which number 11 is the most important."""
+IMPORTANCE_OF_HEADS = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
+
+
+def importance_of_removed_heads(order):
+    """Of level 3, which takes int(8 * 3 / 10) = 2 of the 8 heads."""
+    is_removed, _ = finetune.choose_units(IMPORTANCE_OF_HEADS, torch.rand(2), order, level=3, seed=1)
+    return IMPORTANCE_OF_HEADS[torch.from_numpy(is_removed)].tolist()
+
+
+def test_winning_tickets_remove_the_least_important_heads():
+    assert importance_of_removed_heads("winning") == pytest.approx([0.1, 0.2])
+
+
+def test_losing_tickets_remove_the_most_important_heads():
+    assert importance_of_removed_heads("losing") == pytest.approx([0.9, 0.8])
+
+
+def removed_ffns(order):
+    """Of level 2, which takes two of the twelve; number 11 is the most important."""
     _, is_removed = finetune.choose_units(torch.rand(12, 12), torch.arange(12.0), order, level=2, seed=1)
-    assert np.flatnonzero(is_removed).tolist() == removed_ones
+    return np.flatnonzero(is_removed).tolist()
+
+
+def test_winning_tickets_remove_the_least_important_ffns():
+    assert removed_ffns("winning") == [0, 1]
+
+
+def test_losing_tickets_remove_the_most_important_ffns():
+    assert removed_ffns("losing") == [10, 11]
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
@@ -1326,7 +1361,7 @@ def test_a_layer_keeps_at_least_one_head(order):
     heads = torch.ones(12, 12)
     heads[3] = 1e-6  # a layer whose heads are all unimportant
     heads[5] = 1e6  # would otherwise be emptied first in the losing order
-    for seed in range(20):  # without the rule about half of the random orders would empty a layer
+    for seed in range(20):  # without this rule about half of the random orders would empty a layer
         removed, _ = finetune.choose_units(heads, torch.ones(12), order, 8, seed)
         assert removed.sum() == int(144 * 8 / 10)
         assert not removed.all(axis=1).any()
@@ -1364,20 +1399,22 @@ def cut_experiment(tasks, tmp_path, super_ticket):
     return open_in_eval_mode(settings)
 
 
-def test_cutting_units_out_gives_the_logits_that_gating_them_gives(tasks, tmp_path, cut_experiment):
+def test_cutting_units_out_gives_the_logits_that_multiplying_them_by_0_gives(tasks, tmp_path, cut_experiment):
     full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=cut_experiment.run.model))
+    sequences = full.all_task_data[0].train[:8]
+    with torch.no_grad():
+        found = finetune.task_logits(cut_experiment.model, full.all_task_data[0], sequences)
+        assert not torch.allclose(finetune.task_logits(full.model, full.all_task_data[0], sequences), found, atol=1e-3)
+
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
-        output_gate = float(not REMOVED_FFNS[index])
+        output_gate = float(not REMOVED_FFNS[index])  # an FFN goes with the bias of its output, a head does not
         layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, inputs, output, gate=output_gate: output * gate)
-    sequences = cut_experiment.all_task_data[0].train[:8]
     with torch.no_grad():
-        found = finetune.task_logits(cut_experiment.model, cut_experiment.all_task_data[0], sequences)
-        expected = finetune.task_logits(full.model, full.all_task_data[0], sequences)
-    assert_close(found, expected)
+        assert_close(finetune.task_logits(full.model, full.all_task_data[0], sequences), found)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1405,16 +1442,22 @@ def two_super_tickets(tasks, tmp_path):
     return f"{tmp_path / 'rte.pt'},{tmp_path / 'stsb.pt'}"
 
 
-@pytest.mark.parametrize("tickets", ["two_masks", "two_super_tickets"])
-def test_in_a_shared_encoder_each_task_predicts_as_it_would_alone(tasks, tmp_path, request, tickets):
-    masks = request.getfixturevalue(tickets)
-    shared = open_in_eval_mode(finetune_settings(tasks, tmp_path / "shared", task="rte,stsb", mask=masks))
+def assert_each_task_predicts_as_it_would_alone(tasks, out, masks):
+    shared = open_in_eval_mode(finetune_settings(tasks, out / "shared", task="rte,stsb", mask=masks))
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         name = task_data.task.name
-        alone = open_in_eval_mode(finetune_settings(tasks, tmp_path / name, task=name, mask=mask))
+        alone = open_in_eval_mode(finetune_settings(tasks, out / name, task=name, mask=mask))
         alone.model.classifier = task_data.own_parts.task_head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
+
+
+def test_two_tasks_with_a_mask_each_predict_as_they_would_alone(tasks, tmp_path, two_masks):
+    assert_each_task_predicts_as_it_would_alone(tasks, tmp_path, two_masks)
+
+
+def test_two_tasks_with_a_super_ticket_each_predict_as_they_would_alone(tasks, tmp_path, two_super_tickets):
+    assert_each_task_predicts_as_it_would_alone(tasks, tmp_path, two_super_tickets)
 
 

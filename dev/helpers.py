@@ -192,3 +192,7 @@ def imp_masks(world, out, rank):
     and at last the rest."""
     tamt.find_mask(mask_settings(world, out, method="imp", steps=12, prune_every=3, sparsity=0.35, rank=rank))
     return [tamt.load_mask(out / f"step-{step}") for step in (0, 3, 6, 9)]
+
+
+def ids_of(text, vocabulary):
+    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids

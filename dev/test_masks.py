@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 import bert
 import data
 import tamt
-from test_tamt import assert_close, ids_of, mask_settings, num_entries, num_pruned, ordinary_ids, same_masks
+from helpers import ids_of
+from test_tamt import assert_close, mask_settings, num_entries, num_pruned, ordinary_ids, same_masks
 
 
 def test_a_mask_file_can_be_read_with_torch_load_and_unpackbits_alone(tmp_path, masks):

@@ -268,6 +268,10 @@ def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
         before = masks
 
 
+# prune_smallest_near() is the fast way: it guesses that the threshold has moved by no more than a radius since the
+# last update, and sorts only the values within that radius.
+
+
 def test_prune_smallest_near_equals_prune_smallest_whatever_the_guess():
     """The guess may be far off, and the radius as small as a millionth."""
     generator = random.Random(1)

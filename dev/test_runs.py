@@ -17,7 +17,7 @@ import torch
 import bert
 import data
 import tamt
-from helpers import begin, exit_status, imp_masks, read_log, share_of_flips, stop_mask_training_after
+from helpers import begin, exit_status, read_log, share_of_flips, stop_mask_training_after
 from test_tamt import (
     MLM_HEAD,
     ROOT,
@@ -233,12 +233,6 @@ def test_imp_prunes_other_weights_than_omp(world, tmp_path):
     for method in ("imp", "omp"):
         tamt.find_mask(mask_settings(world, tmp_path / method, method=method, prune_every=3, sparsity=0.3, lr=1e-2))
     assert_masks_differ(tamt.load_mask(tmp_path / "imp"), tamt.load_mask(tmp_path / "omp"))
-
-
-def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path):
-    for masks, level in zip(imp_masks(world, tmp_path, "local"), (0.1, 0.2, 0.3, 0.35), strict=True):
-        for mask in masks.values():
-            assert int((~mask).sum()) == round(mask.numel() * level)
 
 
 def test_mask_training_has_dropout(world, tmp_path):

@@ -17,7 +17,7 @@ import tamt
 from helpers import is_subset, lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made
 from test_tamt import (
     HEAD_SIZE,
-    IMP,
+    IMP_SEARCH,
     NUM_HEADS,
     REMOVED_HEADS,
     assert_close,
@@ -51,10 +51,10 @@ def test_what_a_round_of_imp_prunes_stays_pruned(imp_rounds):
 def test_resume_of_imp_goes_on_in_the_round_that_was_interrupted(tasks, tmp_path, monkeypatch, imp_folder):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_fine_tuning_at(patch, 8 + 6)  # eight updates of the first round, five of the second
-        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP_SEARCH))
 
     numbers = updates_made(monkeypatch)
-    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP_SEARCH))
     assert numbers == [6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8]  # the rest of the second round, and the third
     assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
 
@@ -62,22 +62,22 @@ def test_resume_of_imp_goes_on_in_the_round_that_was_interrupted(tasks, tmp_path
 def test_resume_of_a_finished_imp_trains_nothing(tasks, tmp_path, monkeypatch, imp_folder):
     shutil.copytree(imp_folder, tmp_path / "run")
     numbers = updates_made(monkeypatch)
-    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP))
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, **IMP_SEARCH))
     assert numbers == []
 
 
 def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folder):
     shutil.copytree(imp_folder, tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
-        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
+        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP_SEARCH))
 
 
 def test_another_search_is_refused_in_the_folder_of_an_interrupted_one(tasks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_fine_tuning_at(patch, 8 + 6)  # in the second round
-        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP))
+        finetune.find_imp(dense_settings(tasks, tmp_path, **IMP_SEARCH))
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
-        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP))
+        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, rank="local", **IMP_SEARCH))
 
 
 def test_a_result_on_another_task_names_the_task_of_its_ticket(tasks, tmp_path, imp_folder):

@@ -4,17 +4,19 @@
 """
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import bert
 import finetune
 import tamt
 from helpers import stop_fine_tuning_at, transformers_logits, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode, train_in_plain_torch, write
+from test_tamt import assert_close, dense_settings, finetune_settings, open_in_eval_mode, write
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
@@ -98,6 +100,30 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
             gradient = experiment.model.get_parameter(name).grad
             assert not gradient[~mask].any()
             assert gradient[mask].any()
+
+
+def train_in_plain_torch(experiment, backpropagate) -> float:
+    """Trains the network of an experiment as the released code does -> the largest norm of its gradients.
+    backpropagate(task_data, sequences, targets) leaves gradients in the model. The order of the examples and the seeds
+    of dropout are shared with finetune; clipping, the schedule and the optimizer are not."""
+    model = experiment.model
+    run = experiment.run
+    batches = []
+    for epoch in range(run.epochs):
+        batches += finetune.epoch_batches(experiment.all_task_data, run, epoch)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # fused, so that bits are equal
+    norms = []
+    model.train()
+    for step, (task_data, rows) in enumerate(batches):
+        tamt.seed_dropout(run.seed, step)
+        backpropagate(task_data, [task_data.train[row] for row in rows], torch.from_numpy(task_data.targets[rows]))
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        # The AdamW of transformers 2.10 adds eps before the bias correction, and torch's after it.
+        eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
+        optimizer.param_groups[0].update({"lr": run.lr * (1 - step / len(batches)), "eps": eps})
+        optimizer.step()
+        optimizer.zero_grad()
+    return max(norms)
 
 
 def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mask_keeps_it(tasks, tmp_path, two_masks):
