@@ -3,13 +3,6 @@
 These are the promises that all others rest on. Corners are tested in dev/, in the same manner: the masks of the
 released code, file formats, command lines, exports, interrupted runs, hostile input.
 
-    bert        the network
-    data        text to rows; batches
-    tamt        masked layers; the ranking; scores; losses; runs; all of mask training; resuming; iterative magnitude
-                pruning; masks and exports
-    glue_squad  token ids and batches; SQuAD; metrics
-    finetune    helpers; training under a fixed mask; IMP on a task; Super Tickets; several tasks, one encoder
-
 Tests make their own models, texts and tables. Those marked @needs_real_inputs use real ones, and are skipped where
 these are missing; those marked slow take longer than five seconds. Words that recur:
 
@@ -27,6 +20,7 @@ these are missing; those marked slow take longer than five seconds. Words that r
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -64,19 +58,6 @@ def fixed_seed():
 
 
 WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
-
-
-def write(path, content):
-    """Writes a file: text and bytes as they are, a list as lines, a dict as JSON -> its path."""
-    if isinstance(content, dict):
-        content = json.dumps(content)
-    if isinstance(content, list):
-        content = "\n".join(content) + "\n"
-    if isinstance(content, str):
-        content = content.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
 
 
 def tiny(folder, family="bert", seed=0, **sizes):
@@ -149,18 +130,6 @@ def model(request, world):
     return bert.load(world / request.param)
 
 
-@pytest.fixture
-def layers(model):
-    """Puts masked layers into the model -> {name of a weight: its masked layer}."""
-    return tamt.mask_model(model)
-
-
-@pytest.fixture
-def masks(layers):
-    """Random masks for the layers, which prune 60 %."""
-    return tamt.random_masks(layers, 0.6, "local", 3)
-
-
 # ---------------------------------------------------------------------------------------------------
 # bert: the network
 # ---------------------------------------------------------------------------------------------------
@@ -219,6 +188,19 @@ def test_all_hidden_states_match_transformers(tmp_path, family, num_heads):
 
     for ours, other in zip(found, output.hidden_states, strict=True):
         assert_close(ours[attention_mask], other[attention_mask])
+
+
+@torch.no_grad()
+def test_token_types_count_as_they_do_in_transformers(tmp_path):
+    theirs = transformers_model("bert")
+    theirs.save_pretrained(tmp_path)
+    input_ids, _ = padded_batch("bert")
+    token_type_ids = (torch.arange(40) > 20).long().expand(3, -1)  # a second sentence from token 21 on
+
+    expected = theirs.bert(input_ids, token_type_ids=token_type_ids).last_hidden_state
+    found = bert.load(tmp_path)(input_ids, token_type_ids=token_type_ids)[-1]
+
+    assert_close(found, expected)
 
 
 @both_families
@@ -360,7 +342,7 @@ def test_a_tenth_of_the_chosen_tokens_stay_as_they_are(corrupted):
     assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1)
 
 
-def test_the_last_tenth_becomes_a_random_token_all_tokens_being_equally_likely(corrupted):
+def test_the_last_tenth_becomes_any_token_of_the_vocabulary_with_equal_probability(corrupted):
     vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
     is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
     for token in range(vocabulary.size):
@@ -393,6 +375,18 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 # ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def layers(model):
+    """Puts masked layers into the model -> {name of a weight: its masked layer}."""
+    return tamt.mask_model(model)
+
+
+@pytest.fixture
+def masks(layers):
+    """Random masks for the layers, which prune 60 %."""
+    return tamt.random_masks(layers, 0.6, "local", 3)
+
+
 def test_maskable_weights_are_the_word_embeddings_six_matrices_in_each_layer_and_the_pooler(model):
     family = model.config.model_type
     six = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
@@ -421,8 +415,8 @@ def give_scores(layers, masks, sparsity):
 
 
 def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(model):
-    """Eq. 4, the straight-through estimator. The oracle lets autograd differentiate W * M with respect to a real-valued
-    M."""
+    """Eq. 4, the straight-through estimator: dL/dS is taken to be dL/dM. In the oracle, M is real-valued, and autograd
+    finds its gradient."""
     input_ids = ordinary_ids(model)
     pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     dense_states = [states.detach() for states in model(input_ids)]
@@ -749,7 +743,7 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypa
     """The method in one function: twelve updates with the KD loss, each matrix ranked by itself, no dropout. (The same
     for masked LM, for global and 2:4 ranking, and with clipped gradients is in dev/test_training.py.)"""
     settings = mask_settings(world, tmp_path, "no-dropout", objective="kd", rank="local", refresh_every=1, sparsity=0.7,
-                             steps=12, lr=2e-3, batch_size=8, seq_len=16, seed=1)
+                             steps=12, lr=2e-3, batch_size=8, seq_len=16, seed=1)  # what the loop below repeats
     found = masks_after_each_update(monkeypatch, settings)
 
     model = bert.load(world / "no-dropout").requires_grad_(False)
@@ -817,7 +811,7 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
         if step == 7:
             raise KeyboardInterrupt
 
-    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # starts, where nothing is saved yet
+    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch_updates(patch, interrupt)
         tamt.find_mask(resumed)
@@ -837,8 +831,8 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
 
 
 def run_imp(world, out, monkeypatch, **changes):
-    """Runs IMP to 35 %, which prunes before its first update and after every third one -> a record of each pruning:
-    trained and masks_before are the weights and the masks before it, weights and masks those after it."""
+    """Runs IMP to 35 %, which prunes before its updates 1, 4, 7 and 10 -> a record of each pruning: trained and
+    masks_before are the weights and the masks before it, weights and masks those after it."""
     records = []
     prune_and_rewind = tamt.prune_and_rewind
 
@@ -900,6 +894,12 @@ def test_each_pruning_of_imp_leaves_the_head_as_it_was_trained(world, tmp_path, 
             assert torch.equal(pruning.weights[name], pruning.trained[name])
 
 
+def test_imp_goes_on_training_the_head_in_each_round(world, tmp_path, monkeypatch):
+    for before, after in itertools.pairwise(run_imp(world, tmp_path, monkeypatch)):
+        for name in MLM_HEAD:
+            assert not torch.equal(after.trained[name], before.weights[name])
+
+
 # ---------------------------------------------------------------------------------------------------
 # tamt: masks and exports
 # ---------------------------------------------------------------------------------------------------
@@ -917,6 +917,7 @@ def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, met
     pretrained = dict(bert.load(world / "bert").named_parameters())
     tamt.find_mask(mask_settings(world, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
     masks = tamt.load_mask(tmp_path)
+    assert num_pruned(masks) > 0
     exported = dict(bert.load(tmp_path / "export").named_parameters())
     for name, weight in pretrained.items():
         assert torch.equal(exported[name], weight * masks[name] if name in masks else weight)
@@ -925,6 +926,19 @@ def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, met
 # ---------------------------------------------------------------------------------------------------
 # glue_squad: token ids and batches
 # ---------------------------------------------------------------------------------------------------
+
+
+def write(path, content):
+    """Writes a file: text and bytes as they are, a list as lines, a dict as JSON -> its path."""
+    if isinstance(content, dict):
+        content = json.dumps(content)
+    if isinstance(content, list):
+        content = "\n".join(content) + "\n"
+    if isinstance(content, str):
+        content = content.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -959,7 +973,8 @@ def test_bert_encodes_a_pair_with_one_separator_between_and_two_token_types(voca
 
 def test_roberta_encodes_a_pair_with_two_separators_between_and_one_token_type(vocabularies):
     tokens, token_types = encoded_pair(vocabularies["roberta"])
-    assert "".join(tokens) == "<s>AnnaĠmet</s></s>inĠRome</s>"  # a token for each letter but " Rome"; Ġ is a space
+    # This vocabulary has a token for each letter, and one for " Rome". Ġ stands for a space.
+    assert tokens == ["<s>", *"AnnaĠmet", "</s>", "</s>", *"in", "ĠRome", "</s>"]
     assert set(token_types) == {0}
 
 
@@ -989,7 +1004,7 @@ def test_all_batches_but_one_are_full():
 
 
 def test_batches_come_in_random_order():
-    lengths, batches = batches_of(3000, 32)
+    lengths, batches = batches_of(1000, 32)
     longest = [lengths[batch].max() for batch in batches]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
@@ -1022,13 +1037,13 @@ def test_windows_overlap_and_each_holds_the_question(vocabularies, two_windows):
                      "[CLS] where ? [SEP] bob in rome last may [SEP]"]
 
 
-def test_the_target_is_the_answer_where_it_is_whole_and_cls_elsewhere(two_windows):
+def test_the_target_is_the_answer_if_the_window_holds_all_of_it_and_cls_otherwise(two_windows):
     positions = [(window.start_position, window.end_position) for window in two_windows]
     assert positions == [(0, 0), (6, 7)]  # "rome last" is whole in the second one
 
 
-def test_a_token_belongs_to_the_window_where_the_shorter_side_of_its_context_is_longest(two_windows):
-    """"in" has one token on its shorter side in both windows: the earlier one wins."""
+def test_a_token_belongs_to_the_window_that_gives_it_the_most_context(two_windows):
+    """The shorter side of the context counts. "in" has one token there in both windows: the earlier one wins."""
     assert two_windows[0].is_max_context.tolist() == [True, True, True, True, False]  # anna met bob in rome
     assert two_windows[1].is_max_context.tolist() == [False, False, True, True, True]  # bob in rome last may
 
@@ -1052,7 +1067,7 @@ def test_squad_scores_forgive_case_punctuation_and_articles():
 
 
 def test_the_best_of_several_right_answers_counts():
-    assert glue_squad.squad_scores({"1": "two"}, [question_with("one", "two")]) == {"em": 100, "f1": 100}
+    assert glue_squad.squad_scores({"1": "two"}, [question_with("one", "two", "three")]) == {"em": 100, "f1": 100}
 
 
 def test_f1_is_the_harmonic_mean_of_precision_and_recall_of_words():
@@ -1118,7 +1133,7 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
     for trial in range(200):
         size = int(rng.integers(2, 12 if trial % 2 else 300))
         predicted, labels = draw(rng, size)
-        expected = np.nan_to_num(references[name](predicted, labels))  # where those are undefined ours are 0
+        expected = np.nan_to_num(references[name](predicted, labels))  # where theirs are not defined ours are 0
         assert abs(getattr(glue_squad, name)(predicted, labels) - expected) < 1e-12
 
 
@@ -1240,8 +1255,8 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp
 
 @pytest.fixture
 def result_on_two_texts(tasks, tmp_path):
-    """The result of fine-tuning on two texts, sixteen times each, and scored on the same."""
-    write(tmp_path / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 16)
+    """The result of fine-tuning on two texts, 20 times the first and 12 times the other, scored on the same."""
+    write(tmp_path / "mood.tsv", ["the big dog\tglad"] * 20 + ["the small dog\tsad"] * 12)
     mood = {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"], "metric": "accuracy",
             "train": "mood.tsv", "dev": "mood.tsv"}
     task = str(write(tmp_path / "mood.json", mood))
@@ -1252,8 +1267,8 @@ def test_fine_tuning_learns_two_texts_by_heart(result_on_two_texts):
     assert result_on_two_texts["best"] == {"accuracy": 1.0}
 
 
-def test_the_floor_is_the_score_of_always_giving_one_answer(result_on_two_texts):
-    assert result_on_two_texts["floor"] == {"accuracy": 0.5}
+def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(result_on_two_texts):
+    assert result_on_two_texts["floor"] == {"accuracy": 20 / 32}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1272,7 +1287,7 @@ def imp_folder(tasks, tmp_path_factory):
     return out / "run"
 
 
-def test_each_round_of_imp_on_a_task_trains_anew_and_prunes_the_smallest_of_all_weights(tasks, tmp_path, imp_folder):
+def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(tasks, tmp_path, imp_folder):
     """Each round starts from the pretrained weights under the mask so far, trains, and prunes the smallest of all
     weights of encoder and pooler."""
     # On a task IMP leaves the word embeddings, the first of the maskable layers, dense.
@@ -1325,11 +1340,11 @@ def test_level_n_removes_n_of_twelve_ffns(order):
     assert [int(ffns.sum()) for _, ffns in eight_levels(order)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-IMPORTANCE_OF_HEADS = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.2, 0.3, 0.8, 0.4]])
+IMPORTANCE_OF_HEADS = torch.tensor([[0.1, 0.2, 0.5, 0.6], [0.9, 0.3, 0.8, 0.4]])
 
 
 def importance_of_removed_heads(order):
-    """Of level 3, which takes int(8 * 3 / 10) = 2 of the 8 heads."""
+    """Of level 3, which takes int(8 * 3 / 10) = 2 of the 8 heads, from wherever they are."""
     is_removed, _ = finetune.choose_units(IMPORTANCE_OF_HEADS, torch.rand(2), order, level=3, seed=1)
     return IMPORTANCE_OF_HEADS[torch.from_numpy(is_removed)].tolist()
 
@@ -1354,6 +1369,25 @@ def test_winning_tickets_remove_the_least_important_ffns():
 
 def test_losing_tickets_remove_the_most_important_ffns():
     assert removed_ffns("losing") == [10, 11]
+
+
+def test_random_tickets_ignore_importance():
+    first, second = (finetune.choose_units(torch.rand(12, 12), torch.rand(12), "random", 4, seed=1) for _ in range(2))
+    assert np.array_equal(first[0], second[0]) and np.array_equal(first[1], second[1])
+
+
+def test_random_tickets_of_two_seeds_differ():
+    importance = torch.rand(12, 12), torch.rand(12)
+    first, second = (finetune.choose_units(*importance, "random", 4, seed) for seed in (1, 2))
+    assert not np.array_equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("order", finetune.ORDERS)
+def test_what_one_level_removes_the_next_one_removes_as_well(order):
+    levels = eight_levels(order)
+    for (heads_before, ffns_before), (heads_after, ffns_after) in itertools.pairwise(levels):
+        assert (heads_before <= heads_after).all()
+        assert (ffns_before <= ffns_after).all()
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
@@ -1399,7 +1433,7 @@ def cut_experiment(tasks, tmp_path, super_ticket):
     return open_in_eval_mode(settings)
 
 
-def test_cutting_units_out_gives_the_logits_that_multiplying_them_by_0_gives(tasks, tmp_path, cut_experiment):
+def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks, tmp_path, cut_experiment):
     full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=cut_experiment.run.model))
     sequences = full.all_task_data[0].train[:8]
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import bert
-from test_tamt import assert_close, padded_batch, transformers_model
+from test_tamt import assert_close, padded_batch
 
 
 @torch.no_grad()
@@ -135,19 +135,6 @@ def test_more_tokens_than_positions_are_an_error(model):
     assert model(torch.full((1, 64), 5))[-1].shape == (1, 64, 32)
     with pytest.raises(ValueError, match="65 tokens, but the model has 64 positions"):
         model(torch.full((1, 65), 5))
-
-
-@torch.no_grad()
-def test_token_types_match_transformers(tmp_path):
-    theirs = transformers_model("bert")
-    theirs.save_pretrained(tmp_path)
-    input_ids, _ = padded_batch("bert")
-    token_type_ids = (torch.arange(40) > 20).long().expand(3, -1)  # a second sentence from token 21 on
-
-    expected = theirs.bert(input_ids, token_type_ids=token_type_ids).last_hidden_state
-    found = bert.load(tmp_path)(input_ids, token_type_ids=token_type_ids)[-1]
-
-    assert_close(found, expected)
 
 
 def test_bert_counts_positions_from_0(world):

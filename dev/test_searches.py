@@ -23,7 +23,6 @@ from test_tamt import (
     assert_close,
     assert_masks_differ,
     dense_settings,
-    eight_levels,
     finetune_settings,
     num_entries,
     num_pruned,
@@ -220,23 +219,6 @@ def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_round
     updates_per_round = 2 * 4  # two epochs of 32 examples in batches of 8
     schedule = [1e-3 * (1 - step / (10 * updates_per_round)) for step in range(10 * updates_per_round)]
     assert learning_rates == pytest.approx(2 * schedule[:updates_per_round])
-
-
-@pytest.mark.parametrize("order", finetune.ORDERS)
-def test_what_one_level_removes_the_next_one_removes_as_well(order):
-    levels = eight_levels(order)
-    for (heads_before, ffns_before), (heads_after, ffns_after) in itertools.pairwise(levels):
-        assert (heads_before <= heads_after).all()
-        assert (ffns_before <= ffns_after).all()
-
-
-def test_random_tickets_depend_on_the_seed_and_not_on_importance():
-    importance = torch.rand(12, 12), torch.rand(12)
-    first = finetune.choose_units(*importance, "random", 4, seed=1)
-    other_seed = finetune.choose_units(*importance, "random", 4, seed=2)
-    other_importance = finetune.choose_units(torch.rand(12, 12), torch.rand(12), "random", 4, seed=1)
-    assert (first[0] != other_seed[0]).any()
-    assert (first[0] == other_importance[0]).all() and (first[1] == other_importance[1]).all()
 
 
 def test_heads_are_cut_out_of_the_matrices(cut_experiment):
