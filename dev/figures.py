@@ -324,7 +324,7 @@ def save(figure, path: Path, caption: str, used: list[dict]):
 
     used: the masks and tunings that were drawn; the caption says how many they are."""
     width, height = figure.get_size_inches()
-    paragraphs = [caption, facts(figure, used)] if caption else []
+    paragraphs = [caption, facts(figure, used)]
     wrapped = [textwrap.fill(paragraph, int(width * 19.5), break_on_hyphens=False) for paragraph in paragraphs]
     text = "\n".join(wrapped)
 
@@ -399,13 +399,6 @@ def fig3(masks, tunings, args):
     names = [name for name in names_in_order(masks + with_usual_limit(tunings)) if "-" not in name]
     caption = "Our runs, drawn like Fig. 3 and 4 of the paper; methods stand side by side, so that bars can be seen."
     draw_against_sparsity(masks, tunings, names, panels, args.out / "fig3.png", caption)
-
-
-def headline(masks, tunings, args):
-    """The README's picture: the first panel of fig3 alone, with no words below it."""
-    task = common_tasks(after_last_step(tunings))[0]
-    names = [name for name in names_in_order(masks + with_usual_limit(tunings)) if "-" not in name]
-    draw_against_sparsity(masks, tunings, names, [[task]], args.out / "headline.png", caption="")
 
 
 def draw_against_sparsity(masks, tunings, names, panels, file, caption):
@@ -762,7 +755,6 @@ def super_tickets(masks, tunings, args):
 FIGURES = {
     "fig1": fig1,
     "fig3": fig3,
-    "headline": headline,
     "fig5": fig5,
     "fig6": fig6,
     "fig7": fig7,
