@@ -3,8 +3,10 @@
 These are the promises that all others rest on. Corners are tested in dev/, in the same manner: the masks of the
 released code, file formats, command lines, exports, interrupted runs, hostile input.
 
-Tests make their own models, texts and tables. Those marked @needs_real_inputs use real ones, and are skipped where
-these are missing; those marked slow take longer than five seconds. Words that recur:
+Tests make their own models, texts and tables; bert.load() gives a model in eval mode. Tests marked @needs_real_inputs
+use real ones, and are skipped where these are missing; those marked slow take longer than five seconds.
+
+Words that recur:
 
     the paper       Liu et al. 2022, on task-agnostic mask training (TAMT). The "released code" is that of its authors
     mask            which weights are kept: {name of a weight: bool tensor, True = kept}. A ticket is a mask that stays
@@ -342,7 +344,7 @@ def test_a_tenth_of_the_chosen_tokens_stay_as_they_are(corrupted):
     assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1)
 
 
-def test_the_last_tenth_becomes_any_token_of_the_vocabulary_with_equal_probability(corrupted):
+def test_the_last_tenth_becomes_any_other_token_with_equal_probability(corrupted):
     vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
     is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
     for token in range(vocabulary.size):
@@ -403,43 +405,29 @@ def ordinary_ids(model):
     return torch.randint(6, model.config.vocab_size - 1, (4, 20))
 
 
-def both_losses(model, states, dense_states, input_ids):
-    """Masked LM plus KD."""
-    logits = model.mlm_logits(states[-1].flatten(0, 1))
-    return tamt.mlm_loss(logits, input_ids.flatten()) + tamt.kd_loss(dense_states, states)
-
-
-def give_scores(layers, masks, sparsity):
-    """Gives each layer its scores, as they are before the first update, and its mask."""
-    return tamt.Scores(layers, masks, sparsity, "local", without_gradient={})
-
-
-def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(model):
-    """Eq. 4, the straight-through estimator: dL/dS is taken to be dL/dM. In the oracle, M is real-valued, and autograd
-    finds its gradient."""
+def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(world, model):
+    """Eq. 4, the straight-through estimator: dL/dS is taken to be dL/dM, for any loss L and any scores S. In the oracle
+    M is real-valued, and autograd finds its gradient."""
     input_ids = ordinary_ids(model)
-    pretrained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    dense_states = [states.detach() for states in model(input_ids)]
+    target = torch.randn(4, 20, model.config.hidden_size)
 
     layers = tamt.mask_model(model.requires_grad_(False))
-    start = tamt.magnitude_masks(layers, 0.6, "local")
-    give_scores(layers, start, 0.6)
-    loss = both_losses(model, model(input_ids), dense_states, input_ids)
+    masks = tamt.random_masks(layers, 0.6, "local", seed=3)
+    tamt.set_masks(layers, masks)
+    for layer in layers.values():
+        layer.scores = nn.Parameter(torch.randn_like(layer.weight))
+    loss = F.mse_loss(model(input_ids)[-1], target)
     loss.backward()
 
-    oracle = bert.Model(model.config)
-    oracle.load_state_dict(pretrained)
-    oracle.eval()
-    real_masks = {name: mask.float().requires_grad_() for name, mask in start.items()}
-    products = {name: pretrained[name] * mask for name, mask in real_masks.items()}
-    states = torch.func.functional_call(oracle, products, input_ids)
-    # mlm_logits() runs outside functional_call(), so that its tied decoder is dense, as ours is.
-    oracle_loss = both_losses(oracle, states, dense_states, input_ids)
+    oracle = bert.load(world / model.config.model_type)
+    real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
+    products = {name: oracle.get_parameter(name).detach() * mask for name, mask in real_masks.items()}
+    oracle_loss = F.mse_loss(torch.func.functional_call(oracle, products, input_ids)[-1], target)
     oracle_loss.backward()
 
     assert loss.item() == pytest.approx(oracle_loss.item(), abs=1e-6)
     for name, layer in layers.items():
-        if "pooler" not in name:  # neither loss reads it
+        if "pooler" not in name:  # hidden states do not depend on it
             expected = real_masks[name].grad
             assert (layer.scores.grad - expected).norm() <= 1e-5 * expected.norm(), name
 
@@ -488,11 +476,10 @@ def test_prune_smallest_prunes_the_smallest_and_of_equal_values_the_last():
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
 def test_each_group_keeps_its_n_largest_and_of_equal_values_the_first(n, m):
     torch.manual_seed(n)
-    values = torch.randint(-2, 3, (30, 2 * m)).float()
+    values = torch.randint(-2, 3, (30, 2 * m)).float()  # two groups in each row
     mask = tamt.keep_largest_of_groups(values, n, m)
-    for row, mask_row in zip(values.split(m, dim=1), mask.split(m, dim=1), strict=True):
-        for group, mask_group in zip(row.tolist(), mask_row.tolist(), strict=True):
-            assert mask_group == prune_by_sorting(group, m - n)
+    for group, mask_of_group in zip(values.view(-1, m).tolist(), mask.view(-1, m).tolist(), strict=True):
+        assert mask_of_group == prune_by_sorting(group, m - n)
 
 
 def test_local_magnitude_masks_prune_the_smallest_weights_of_each_matrix(layers):
@@ -523,9 +510,21 @@ def test_2_to_4_magnitude_masks_prune_the_two_smallest_weights_of_every_four(lay
 
 def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(layers, masks):
     """Eq. 5 of the paper: 2 phi and 0, with the threshold phi = 0.01 between them."""
-    give_scores(layers, masks, 0.6)
+    tamt.Scores(layers, masks, 0.6, "local", without_gradient={})
     for name, layer in layers.items():
         assert torch.equal(layer.scores, 0.02 * masks[name])
+
+
+def test_entries_that_get_no_gradient_keep_their_mask_wherever_the_other_scores_go(layers, masks):
+    """In a global ranking the pooler, which no loss reads, would otherwise be pruned or kept as a whole."""
+    pooler = next(name for name in layers if "pooler" in name)
+    everything = torch.tensor([[True]])
+    scores = tamt.Scores(layers, masks, 0.6, "global", without_gradient={pooler: everything})
+    for shift in (-1, 2):
+        for name in layers.keys() - {pooler}:
+            layers[name].scores.data += shift
+        scores.update_masks()
+        assert torch.equal(layers[pooler].mask, masks[pooler])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -557,7 +556,8 @@ def test_kd_loss_counts_every_token_once_however_long_its_sequence():
     teacher = torch.tensor([[EAST, EAST, EAST], [EAST, EAST, EAST]])
     student = torch.tensor([[EAST, EAST, EAST], [NORTH, EAST, EAST]])
     is_token = torch.tensor([[True, True, True], [True, False, False]])
-    assert tamt.kd_loss([teacher, teacher], [teacher, student], is_token).item() == pytest.approx(1 / 4)
+    embeddings = torch.ones(2, 3, 2)
+    assert tamt.kd_loss([embeddings, teacher], [embeddings, student], is_token).item() == pytest.approx(1 / 4)
 
 
 def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
@@ -566,12 +566,12 @@ def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
-def test_the_teacher_is_the_dense_model(model):
+def test_the_teacher_is_the_dense_model_without_dropout(model):
     input_ids = ordinary_ids(model)
     dense = model(input_ids)
     layers = tamt.mask_model(model)
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.5, "local"))
-    model.train()  # the teacher has no dropout even so
+    model.train()  # for the student; the teacher is in eval mode even so
     with tamt.dense_teacher(model):
         teacher = model(input_ids)
     for expected, found in zip(dense, teacher, strict=True):
@@ -579,7 +579,7 @@ def test_the_teacher_is_the_dense_model(model):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: runs
+# tamt: all of mask training
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -600,10 +600,6 @@ def watch_updates(monkeypatch, look):
         write_line(log, step, *arguments)
 
     monkeypatch.setattr(tamt.Log, "step", look_and_write_line)
-
-
-def num_pruned(masks):
-    return sum(int((~mask).sum()) for mask in masks.values())
 
 
 def num_entries(masks):
@@ -628,7 +624,7 @@ def assert_masks_differ(before, after):
 
 
 def masks_after_each_update(monkeypatch, settings):
-    """Runs mask training -> its masks after each update."""
+    """Runs mask training, which must change its masks -> those after each update."""
     found = []
     watch_updates(monkeypatch, lambda layers, step: found.append(masks_of(layers)))
     tamt.find_mask(settings)
@@ -636,11 +632,82 @@ def masks_after_each_update(monkeypatch, settings):
     return found
 
 
+MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.bias",
+            "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
+
+
+def rank_by_sorting(scores, sparsity):
+    """{name: scores} -> {name: mask}, which prunes the smallest scores of all matrices together."""
+    vector = torch.cat([matrix.flatten() for matrix in scores.values()])
+    mask = torch.tensor(prune_by_sorting(vector.tolist(), round(len(vector) * sparsity)))
+    pieces = mask.split([matrix.numel() for matrix in scores.values()])
+    return {name: piece.view_as(scores[name]) for name, piece in zip(scores, pieces, strict=True)}
+
+
+def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypatch):
+    """The method in one function: twelve updates with the sum of both losses, all scores ranked together, no dropout
+    and no clipping. The same for masked LM or KD alone, other rankings and clipped gradients is in
+    dev/test_training.py."""
+    settings = mask_settings(
+        world, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9, steps=12, lr=2e-3,
+        batch_size=8, seq_len=16, seed=1)
+    found = masks_after_each_update(monkeypatch, settings)
+
+    model = bert.load(world / "no-dropout").requires_grad_(False)
+    vocabulary = data.vocabulary(world / "no-dropout")
+    rows = data.corpus_rows(world / "text.txt", vocabulary, 16, "train")
+    weights = {name: model.get_parameter(name) for name in tamt.maskable_layers(model)}
+    head = {name: model.get_parameter(name).requires_grad_() for name in MLM_HEAD}
+
+    masks = {}
+    for name, weight in weights.items():  # magnitude pruning, in each matrix by itself
+        masks |= rank_by_sorting({name: weight.abs()}, 0.75)
+    scores = {name: 0.02 * mask for name, mask in masks.items()}  # Eq. 5
+    trained = scores | {name: parameter.data for name, parameter in head.items()}
+    mean_gradient = dict.fromkeys(trained, 0.0)
+    mean_square = dict.fromkeys(trained, 0.0)
+    for step in range(12):
+        input_ids = rows[data.row_indices(len(rows), seed=1, start=8 * step, count=8)].astype(np.int64)
+        corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, data.random_stream(1, "corruption", step))
+        input_ids, corrupted_ids, is_chosen = (torch.from_numpy(a) for a in (input_ids, corrupted_ids, is_chosen))
+
+        real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
+        masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
+        student = torch.func.functional_call(model, masked_weights, corrupted_ids)
+        teacher = model(corrupted_ids)
+        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, student, strict=True)]
+        kd_loss = 1 - sum(cosines[1:]) / (len(cosines) - 1)  # Eq. 6; the embeddings do not count
+        mlm_loss = F.cross_entropy(model.mlm_logits(student[-1])[is_chosen], input_ids[is_chosen])
+        (mlm_loss + kd_loss).backward()
+
+        # Eq. 4: the scores take the gradients of the masks. Adam moves scores and head. (The pooler has no gradient.)
+        gradients = {name: leaf.grad for name, leaf in (real_masks | head).items() if leaf.grad is not None}
+        learning_rate = 2e-3 * (1 - step / 12) * math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        for name, gradient in gradients.items():
+            mean_gradient[name] = 0.9 * mean_gradient[name] + 0.1 * gradient
+            mean_square[name] = 0.999 * mean_square[name] + 0.001 * gradient**2
+            trained[name] -= learning_rate * mean_gradient[name] / (mean_square[name].sqrt() + 1e-8)
+        model.zero_grad()
+        masks = rank_by_sorting(scores, 0.75)
+        assert same_masks(found[step], masks), f"after update {step + 1}"
+
+    assert same_masks(tamt.load_mask(tmp_path), masks)
+
+
+# ---------------------------------------------------------------------------------------------------
+# tamt: what holds after every update
+# ---------------------------------------------------------------------------------------------------
+
+
+def num_pruned(masks):
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
 @pytest.fixture(params=["bert-mlm", "bert-kd", "bert-mlm+kd", "roberta-mlm", "roberta-kd", "roberta-mlm+kd"])
 def short_run(request, world, tmp_path):
-    """Settings of six updates that rank anew each time, for both families and all objectives."""
+    """Settings of six updates, for both families and all objectives."""
     family, objective = request.param.split("-")
-    return mask_settings(world, tmp_path, family, objective=objective, steps=6, lr=1e-2, refresh_every=1)
+    return mask_settings(world, tmp_path, family, objective=objective, steps=6, lr=1e-2)
 
 
 def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(short_run, monkeypatch):
@@ -661,10 +728,6 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
     for masks in masks_after_each_update(monkeypatch, settings):
         for mask in masks.values():
             assert (mask.view(-1, 4).sum(dim=1) == 2).all()
-
-
-MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.bias",
-            "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
 
 
 def weights_changed_by_updates(world, out, monkeypatch, objective):
@@ -730,53 +793,6 @@ def test_on_the_toy_the_kd_mask_halves_the_kd_loss_of_omp(toy_losses):
 
 
 # ---------------------------------------------------------------------------------------------------
-# tamt: all of mask training
-# ---------------------------------------------------------------------------------------------------
-
-
-def prune_matrix_by_sorting(values, sparsity):
-    mask = prune_by_sorting(values.flatten().tolist(), round(values.numel() * sparsity))
-    return torch.tensor(mask).view(values.shape)
-
-
-def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypatch):
-    """The method in one function: twelve updates with the KD loss, each matrix ranked by itself, no dropout. (The same
-    for masked LM, for global and 2:4 ranking, and with clipped gradients is in dev/test_training.py.)"""
-    settings = mask_settings(world, tmp_path, "no-dropout", objective="kd", rank="local", refresh_every=1, sparsity=0.7,
-                             steps=12, lr=2e-3, batch_size=8, seq_len=16, seed=1)  # what the loop below repeats
-    found = masks_after_each_update(monkeypatch, settings)
-
-    model = bert.load(world / "no-dropout").requires_grad_(False)
-    weights = {name: model.get_parameter(name) for name in tamt.maskable_layers(model)}
-    rows = data.corpus_rows(world / "text.txt", data.vocabulary(world / "no-dropout"), 16, "train")
-    order = data.row_indices(len(rows), seed=1, start=0, count=12 * 8)
-
-    masks = {name: prune_matrix_by_sorting(weight.abs(), 0.7) for name, weight in weights.items()}
-    scores = {name: 0.02 * mask for name, mask in masks.items()}  # Eq. 5
-    mean = dict.fromkeys(weights, 0.0)  # of the gradients, and of their squares: the moments of Adam
-    square = dict.fromkeys(weights, 0.0)
-    for step in range(12):
-        input_ids = torch.from_numpy(rows[order[8 * step:8 * step + 8]].astype(np.int64))  # KD does not corrupt them
-        real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
-        masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
-        student = torch.func.functional_call(model, masked_weights, input_ids)
-        teacher = model(input_ids)
-        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, student, strict=True)]
-        loss = 1 - sum(cosines[1:]) / (len(cosines) - 1)  # Eq. 6, without the embeddings
-        loss.backward()
-
-        learning_rate = 2e-3 * (1 - step / 12)
-        for name, mask in real_masks.items():
-            if mask.grad is not None:  # no loss reads the pooler
-                mean[name] = 0.9 * mean[name] + 0.1 * mask.grad
-                square[name] = 0.999 * square[name] + 0.001 * mask.grad**2
-                # Eq. 4. The step is that of the released code for KD: Adam without bias correction, with decay.
-                scores[name] -= learning_rate * (mean[name] / (square[name].sqrt() + 1e-6) + 0.01 * scores[name])
-            masks[name] = prune_matrix_by_sorting(scores[name], 0.7)
-        assert same_masks(found[step], masks), f"after update {step + 1}"
-
-
-# ---------------------------------------------------------------------------------------------------
 # tamt: resuming
 # ---------------------------------------------------------------------------------------------------
 
@@ -830,19 +846,27 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
 # ---------------------------------------------------------------------------------------------------
 
 
+# IMP works in rounds: it trains all weights with masked LM, prunes the smallest, and sets the others back to their
+# pretrained values ("rewinds" them), but for the head. Its first pruning comes before any training.
+
+
+def weights_of(model):
+    return copy.deepcopy(dict(model.named_parameters()))
+
+
 def run_imp(world, out, monkeypatch, **changes):
-    """Runs IMP to 35 %, which prunes before its updates 1, 4, 7 and 10 -> a record of each pruning: trained and
-    masks_before are the weights and the masks before it, weights and masks those after it."""
+    """Runs IMP to 35 %, which prunes before its updates 1, 4, 7 and 10 -> a record of each pruning: the weights and the
+    masks before it and after it."""
     records = []
     prune_and_rewind = tamt.prune_and_rewind
 
     def record(training, level):
-        before = copy.deepcopy(dict(training.model.named_parameters()))
+        weights_before = weights_of(training.model)
         masks_before = masks_of(training.layers)
         prune_and_rewind(training, level)
         records.append(SimpleNamespace(
-            trained=before, masks_before=masks_before, masks=masks_of(training.layers),
-            weights=copy.deepcopy(dict(training.model.named_parameters()))))
+            weights_before=weights_before, masks_before=masks_before,
+            weights_after=weights_of(training.model), masks_after=masks_of(training.layers)))
 
     monkeypatch.setattr(tamt, "prune_and_rewind", record)
     tamt.find_mask(mask_settings(world, out, method="imp", steps=12, prune_every=3, sparsity=0.35, **changes))
@@ -855,20 +879,20 @@ IMP_LEVELS = (0.1, 0.2, 0.3, 0.35)  # each pruning removes another tenth, and th
 
 def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(world, tmp_path, monkeypatch):
     for pruning, level in zip(run_imp(world, tmp_path, monkeypatch, rank="global"), IMP_LEVELS, strict=True):
-        assert num_pruned(pruning.masks) == round(level * num_entries(pruning.masks))
+        assert num_pruned(pruning.masks_after) == round(level * num_entries(pruning.masks_after))
 
 
 def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path, monkeypatch):
     for pruning, level in zip(run_imp(world, tmp_path, monkeypatch, rank="local"), IMP_LEVELS, strict=True):
-        for mask in pruning.masks.values():
+        for mask in pruning.masks_after.values():
             assert int((~mask).sum()) == round(level * mask.numel())
 
 
 def test_imp_prunes_the_weights_that_are_smallest_after_training(world, tmp_path, monkeypatch):
-    """What is pruned already counts as 0, so it stays pruned."""
+    """What was pruned before counts as 0, so it stays pruned. (Its weight is still there, under the mask.)"""
     for pruning in run_imp(world, tmp_path, monkeypatch, rank="local"):
-        for name, mask in pruning.masks.items():
-            magnitudes = pruning.trained[name].abs() * pruning.masks_before[name]
+        for name, mask in pruning.masks_after.items():
+            magnitudes = pruning.weights_before[name].abs() * pruning.masks_before[name]
             assert magnitudes[~mask].max() <= magnitudes[mask].min()
 
 
@@ -876,7 +900,7 @@ def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(world, tmp_p
     """No loss reads the pooler."""
     pretrained = dict(bert.load(world / "bert").named_parameters())
     for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:
-        trained = {name for name, weight in pretrained.items() if not torch.equal(pruning.trained[name], weight)}
+        trained = {name for name, weight in pretrained.items() if not torch.equal(pruning.weights_before[name], weight)}
         assert trained == pretrained.keys() - {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
 
 
@@ -885,19 +909,19 @@ def test_each_pruning_of_imp_rewinds_all_weights_below_the_head(world, tmp_path,
     pretrained = dict(bert.load(world / "bert").named_parameters())
     for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:  # before the first one nothing was trained
         for name in pretrained.keys() - MLM_HEAD:
-            assert torch.equal(pruning.weights[name], pretrained[name])
+            assert torch.equal(pruning.weights_after[name], pretrained[name])
 
 
 def test_each_pruning_of_imp_leaves_the_head_as_it_was_trained(world, tmp_path, monkeypatch):
     for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:
         for name in MLM_HEAD:
-            assert torch.equal(pruning.weights[name], pruning.trained[name])
+            assert torch.equal(pruning.weights_after[name], pruning.weights_before[name])
 
 
 def test_imp_goes_on_training_the_head_in_each_round(world, tmp_path, monkeypatch):
-    for before, after in itertools.pairwise(run_imp(world, tmp_path, monkeypatch)):
+    for pruning, next_pruning in itertools.pairwise(run_imp(world, tmp_path, monkeypatch)):
         for name in MLM_HEAD:
-            assert not torch.equal(after.trained[name], before.weights[name])
+            assert not torch.equal(next_pruning.weights_before[name], pruning.weights_after[name])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -929,15 +953,13 @@ def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, met
 
 
 def write(path, content):
-    """Writes a file: text and bytes as they are, a list as lines, a dict as JSON -> its path."""
+    """Writes a file: text as it is, a list as lines, a dict as JSON -> its path."""
     if isinstance(content, dict):
         content = json.dumps(content)
     if isinstance(content, list):
         content = "\n".join(content) + "\n"
-    if isinstance(content, str):
-        content = content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    path.write_text(content)
     return path
 
 
@@ -998,17 +1020,6 @@ def test_each_example_is_in_one_batch(num_examples, batch_size):
     assert sorted(np.concatenate(batches)) == list(range(num_examples))
 
 
-def test_all_batches_but_one_are_full():
-    _, batches = batches_of(3001, 32)
-    assert sorted(len(batch) for batch in batches) == [25] + [32] * 93
-
-
-def test_batches_come_in_random_order():
-    lengths, batches = batches_of(1000, 32)
-    longest = [lengths[batch].max() for batch in batches]
-    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
-
-
 def test_batching_by_length_keeps_padding_below_a_tenth_of_the_tokens():
     lengths, batches = batches_of(3000, 32)
     size_with_padding = sum(len(batch) * lengths[batch].max() for batch in batches)
@@ -1058,8 +1069,8 @@ def test_an_answer_begins_only_where_its_first_token_has_maximum_context(vocabul
     assert answers == {"q": "Rome last"}
 
 
-def question_with(*answers, question_id="1"):
-    return glue_squad.Question(question_id, "?", "", [(answer, 0) for answer in answers])
+def question_with(*answers):
+    return glue_squad.Question("1", "?", "", [(answer, 0) for answer in answers])
 
 
 def test_squad_scores_forgive_case_punctuation_and_articles():
@@ -1215,42 +1226,51 @@ def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
     assert num_nonzero == [0] * 8  # two epochs of 32 examples in batches of 8
 
 
-@both_families
-def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp_path, family):
-    """torch's prune multiplies by the mask in every forward pass; finetune sets weights and gradients to zero. The loop
-    shares batches and seeds of dropout with finetune; its schedule, clipping and optimizer are its own."""
-    values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks.parent / family)}
-    ours = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ours", mask=str(tasks / f"{family}.pt"), **values))
-    finetune.train(ours)
-
-    theirs = open_in_eval_mode(finetune_settings(tasks, tmp_path / "theirs", mask=None, **values))
-    model = theirs.model.train()
-    names = {name for name, _ in model.named_parameters()}  # without RoBERTa's pooler: its task head replaces it
-    masks = {name: mask for name, mask in tamt.load_mask(tasks / f"{family}.pt").items() if name in names}
+def prune_with_torch(model, masks):
+    """From now on torch's prune multiplies these weights by their masks in every forward pass."""
     for name, mask in masks.items():
         module = model.get_submodule(name.removesuffix(".weight"))
         prune.custom_from_mask(module, "weight", mask)
-        if "bias" in module._parameters:  # moved behind the weight again: gradients are summed up in this order
+        # prune puts the weight behind the bias. The norm of all gradients is summed up in this order, so the bias goes
+        # to the end again.
+        if "bias" in module._parameters:
             module._parameters["bias"] = module._parameters.pop("bias")
 
-    [task_data] = theirs.all_task_data
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # fused, so that bits are equal
-    batches = [indices for epoch in range(3) for _, indices in finetune.epoch_batches([task_data], theirs.run, epoch)]
+
+@both_families
+def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp_path, family):
+    """finetune sets pruned weights and their gradients to zero, and torch's prune multiplies by the mask. The loop
+    takes the dense network, the batches and the seeds of dropout from finetune; schedule, clipping and optimizer are
+    its own."""
+    values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks.parent / family)}
+    mask_file = tasks / f"{family}.pt"
+    ticket = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ticket", mask=str(mask_file), **values))
+    finetune.train(ticket)
+
+    dense = open_in_eval_mode(finetune_settings(tasks, tmp_path / "dense", mask=None, **values))
+    model = dense.model.train()
+    masks = tamt.load_mask(mask_file)
+    if family == "roberta":
+        del masks["roberta.pooler.dense.weight"]  # in RoBERTa the task head replaces the pooler
+    prune_with_torch(model, masks)
+
+    [task_data] = dense.all_task_data
+    batches = [indices for epoch in range(3) for _, indices in finetune.epoch_batches([task_data], dense.run, epoch)]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # other variants round differently
     for step, indices in enumerate(batches):
-        tamt.seed_dropout(theirs.run.seed, step)
+        tamt.seed_dropout(dense.run.seed, step)
         predicted = finetune.task_logits(model, task_data, [task_data.train[index] for index in indices])[:, 0]
         F.mse_loss(predicted, torch.from_numpy(task_data.targets[indices])).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         # The released AdamW, that of transformers 2.10, adds eps before the bias correction, and torch's after it.
         eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
-        optimizer.param_groups[0].update({"lr": 1e-3 * (1 - step / len(batches)), "eps": eps})
+        optimizer.param_groups[0].update(lr=1e-3 * (1 - step / len(batches)), eps=eps)
         optimizer.step()
         optimizer.zero_grad()
 
-    for name, parameter in ours.model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        expected = module.weight_orig * masks[name] if name in masks else model.get_parameter(name)
-        assert torch.equal(parameter, expected), name
+    for name, weight in ticket.model.named_parameters():
+        expected = model.get_parameter(f"{name}_orig") * masks[name] if name in masks else model.get_parameter(name)
+        assert torch.equal(weight, expected), name
 
 
 @pytest.fixture
@@ -1276,6 +1296,8 @@ def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(resu
 # ---------------------------------------------------------------------------------------------------
 
 
+# On a task IMP leaves the word embeddings dense, and each round is an experiment of its own, with a new task head.
+
 IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
 
@@ -1290,8 +1312,7 @@ def imp_folder(tasks, tmp_path_factory):
 def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(tasks, tmp_path, imp_folder):
     """Each round starts from the pretrained weights under the mask so far, trains, and prunes the smallest of all
     weights of encoder and pooler."""
-    # On a task IMP leaves the word embeddings, the first of the maskable layers, dense.
-    names = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))[1:]
+    names = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))[1:]  # without the word embeddings
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         round_settings = finetune_settings(
@@ -1319,7 +1340,8 @@ def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(tasks, tmp_pa
 
 
 # A Super Ticket removes whole units, heads and FFNs (Liang et al. 2021). Which of them go first is its order: the least
-# important ones ("winning"), the most important ones ("losing"), or random ones; how many go is its level, 1 to 8.
+# important ones ("winning"), the most important ones ("losing"), or random ones; how many go is its level, 1 to 8. (How
+# importance is measured is tested in dev/test_searches.py.)
 
 NUM_HEADS, HEAD_SIZE = 4, 8  # of the tiny model
 
@@ -1417,28 +1439,24 @@ REMOVED_HEADS = np.array([[True, False, True, False], [False, False, True, False
 REMOVED_FFNS = np.array([False, True])
 
 
-@pytest.fixture(params=["bert", "roberta"])
-def super_ticket(request, tasks, tmp_path):
-    """A Super Ticket of each family that removes three heads and an FFN."""
-    model = tasks.parent / request.param
-    masks = finetune.unit_masks(bert.load(model).config, REMOVED_HEADS, REMOVED_FFNS)
-    tamt.save_mask(tmp_path / "super.pt", masks, {"method": "super", "model": str(model)})
-    return tmp_path / "super.pt"
+def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
+    """Saves a mask of whole units -> its path."""
+    masks = finetune.unit_masks(bert.load(model_folder).config, removed_heads, removed_ffns)
+    tamt.save_mask(path, masks, {"method": "super", "model": str(model_folder)})
+    return str(path)
 
 
-@pytest.fixture
-def cut_experiment(tasks, tmp_path, super_ticket):
-    """An experiment with the Super Ticket, before its first update."""
-    settings = finetune_settings(tasks, tmp_path, mask=str(super_ticket), export=tmp_path / "export")
-    return open_in_eval_mode(settings)
-
-
-def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks, tmp_path, cut_experiment):
-    full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=cut_experiment.run.model))
-    sequences = full.all_task_data[0].train[:8]
-    with torch.no_grad():
-        found = finetune.task_logits(cut_experiment.model, full.all_task_data[0], sequences)
-        assert not torch.allclose(finetune.task_logits(full.model, full.all_task_data[0], sequences), found, atol=1e-3)
+@both_families
+@torch.no_grad()
+def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks, tmp_path, family):
+    folder = tasks.parent / family
+    ticket = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
+    cut = open_in_eval_mode(finetune_settings(tasks, tmp_path / "cut", mask=ticket))
+    full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=str(folder)))
+    [task_data] = full.all_task_data
+    sequences = task_data.train[:8]
+    expected = finetune.task_logits(cut.model, task_data, sequences)
+    assert not torch.allclose(finetune.task_logits(full.model, task_data, sequences), expected, atol=1e-3)
 
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
@@ -1447,8 +1465,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks,
             lambda module, inputs, gate=head_gate: inputs[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, inputs, output, gate=output_gate: output * gate)
-    with torch.no_grad():
-        assert_close(finetune.task_logits(full.model, full.all_task_data[0], sequences), found)
+    assert_close(finetune.task_logits(full.model, task_data, sequences), expected)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1468,12 +1485,10 @@ def two_masks(tasks, tmp_path):
 @pytest.fixture
 def two_super_tickets(tasks, tmp_path):
     """The paths of two Super Tickets, joined by a comma. They remove different heads and FFNs."""
-    model = tasks.parent / "bert"
-    units = {"rte": (REMOVED_HEADS, [True, False]), "stsb": (REMOVED_HEADS[::-1], [False, True])}
-    for name, (heads, ffns) in units.items():
-        masks = finetune.unit_masks(bert.load(model).config, heads, np.array(ffns))
-        tamt.save_mask(tmp_path / f"{name}.pt", masks, {"method": "super", "model": str(model)})
-    return f"{tmp_path / 'rte.pt'},{tmp_path / 'stsb.pt'}"
+    folder = tasks.parent / "bert"
+    first = save_super_ticket(tmp_path / "rte.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
+    second = save_super_ticket(tmp_path / "stsb.pt", folder, REMOVED_HEADS[::-1], REMOVED_FFNS[::-1])
+    return f"{first},{second}"
 
 
 def assert_each_task_predicts_as_it_would_alone(tasks, out, masks):

@@ -6,13 +6,11 @@ pytest.register_assert_rewrite("helpers")
 
 from test_tamt import (  # noqa: E402, F401
     corrupted,
-    cut_experiment,
     fixed_seed,
     imp_folder,
     layers,
     masks,
     model,
-    super_ticket,
     two_masks,
     two_super_tickets,
     two_windows,

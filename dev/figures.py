@@ -322,9 +322,9 @@ def make_panels(num_panels: int, num_columns: int, width=3.0, height=2.4):
 def save(figure, path: Path, caption: str, used: list[dict]):
     """Writes the figure: the panels, one legend for all of them, and the caption.
 
-    used: the masks and tunings that were drawn; the caption says how many they are."""
+    used: the masks and tunings that were drawn; the caption, if there is one, says how many they are."""
     width, height = figure.get_size_inches()
-    paragraphs = [caption, facts(figure, used)]
+    paragraphs = [caption, facts(figure, used)] if caption else []
     wrapped = [textwrap.fill(paragraph, int(width * 19.5), break_on_hyphens=False) for paragraph in paragraphs]
     text = "\n".join(wrapped)
 
@@ -333,10 +333,10 @@ def save(figure, path: Path, caption: str, used: list[dict]):
         handles, labels = ax.get_legend_handles_labels()
         legend.update(zip(labels, handles, strict=True))
     longest = max((len(label) for label in legend), default=0)
-    num_columns = max(1, min(len(legend), int(width / (0.6 + 0.06 * longest))))
+    num_columns = max(1, min(len(legend), int(width / (0.5 + 0.06 * longest))))
 
     # In inches from the lower edge: the caption, the legend, then the panels.
-    caption_height = 0.132 * (text.count("\n") + 1) + 0.12
+    caption_height = 0.132 * len(text.splitlines()) + 0.12
     below_panels = caption_height + 0.17 * -(-len(legend) // num_columns)
     total_height = height + below_panels
     figure.set_size_inches(width, total_height)
@@ -399,6 +399,13 @@ def fig3(masks, tunings, args):
     names = [name for name in names_in_order(masks + with_usual_limit(tunings)) if "-" not in name]
     caption = "Our runs, drawn like Fig. 3 and 4 of the paper; methods stand side by side, so that bars can be seen."
     draw_against_sparsity(masks, tunings, names, panels, args.out / "fig3.png", caption)
+
+
+def headline(masks, tunings, args):
+    """The README's picture: scores alone, of one task, without a caption."""
+    [task] = common_tasks(after_last_step(tunings))
+    names = [name for name in names_in_order(tunings) if "-" not in name and name != "random"]
+    draw_against_sparsity([], tunings, names, [[task]], args.out / "headline.png", caption="")
 
 
 def draw_against_sparsity(masks, tunings, names, panels, file, caption):
@@ -755,6 +762,7 @@ def super_tickets(masks, tunings, args):
 FIGURES = {
     "fig1": fig1,
     "fig3": fig3,
+    "headline": headline,
     "fig5": fig5,
     "fig6": fig6,
     "fig7": fig7,

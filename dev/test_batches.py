@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import glue_squad
-from test_tamt import both_families
+from test_tamt import batches_of, both_families
 
 EXAMPLES = [glue_squad.Example("Anna met Bob in Rome", "last May"), glue_squad.Example("Anna met Bob in Rome last May")]
 
@@ -37,6 +37,17 @@ def test_truncation_drops_tokens_one_by_one():
             longer = a if len(a) > len(b) else b
             longer.pop()
         assert glue_squad.truncate_pair(list(range(num_a)), list(range(num_b)), room) == (a, b)
+
+
+def test_all_batches_but_one_are_full():
+    _, batches = batches_of(3001, 32)
+    assert sorted(len(batch) for batch in batches) == [25] + [32] * 93
+
+
+def test_batches_come_in_random_order():
+    lengths, batches = batches_of(1000, 32)
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
 def batches_with(seed):

@@ -27,5 +27,5 @@ def test_what_imp_has_pruned_stays_pruned(world, tmp_path, rank):
 
 def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(world, tmp_path, monkeypatch):
     for pruning in run_imp(world, tmp_path, monkeypatch, no_rewind=True):
-        for name, weight in pruning.weights.items():
-            assert torch.equal(weight, pruning.trained[name])
+        for name, weight in pruning.weights_after.items():
+            assert torch.equal(weight, pruning.weights_before[name])

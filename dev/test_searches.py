@@ -19,6 +19,7 @@ from test_tamt import (
     HEAD_SIZE,
     IMP_SEARCH,
     NUM_HEADS,
+    REMOVED_FFNS,
     REMOVED_HEADS,
     assert_close,
     assert_masks_differ,
@@ -28,7 +29,20 @@ from test_tamt import (
     num_pruned,
     open_in_eval_mode,
     same_masks,
+    save_super_ticket,
 )
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def super_ticket(request, tasks, tmp_path):
+    """The path of a Super Ticket of each family, which removes three heads and an FFN."""
+    return save_super_ticket(tmp_path / "super.pt", tasks.parent / request.param, REMOVED_HEADS, REMOVED_FFNS)
+
+
+@pytest.fixture
+def cut_experiment(tasks, tmp_path, super_ticket):
+    """An experiment with the Super Ticket, before its first update."""
+    return open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
 
 
 def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):

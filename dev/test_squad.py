@@ -157,5 +157,5 @@ def test_an_answer_of_plain_words_comes_back_exactly(vocabularies, family):
 
 
 def test_squad_scores_are_means_over_all_questions_and_an_unanswered_one_counts_0():
-    questions = [question_with("one"), question_with("two", question_id="2")]
+    questions = [question_with("one"), question_with("two")._replace(id="2")]
     assert glue_squad.squad_scores({"1": "one"}, questions) == {"em": 50, "f1": 50}
