@@ -403,9 +403,11 @@ def fig3(masks, tunings, args):
 
 def headline(masks, tunings, args):
     """The README's picture: scores alone, of one task, without a caption."""
-    [task] = common_tasks(after_last_step(tunings))
+    tasks = common_tasks(after_last_step(tunings))
+    if len(tasks) != 1:
+        raise NoData("fine-tunings on one task")
     names = [name for name in names_in_order(tunings) if "-" not in name and name != "random"]
-    draw_against_sparsity([], tunings, names, [[task]], args.out / "headline.png", caption="")
+    draw_against_sparsity([], tunings, names, [tasks], args.out / "headline.png", caption="")
 
 
 def draw_against_sparsity(masks, tunings, names, panels, file, caption):
@@ -428,7 +430,7 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
         else:
             runs_of = group_by(tunings, "name", "s")
             values = {key: mean_scores(runs, panel) for key, runs in runs_of.items()}
-            ax.set(ylabel=score_label(tunings, panel), title=f"fine-tuned: {panel[0]}" if len(panel) == 1 else "")
+            ax.set(ylabel=score_label(tunings, panel), title=f"fine-tuned on {panel[0]}" if len(panel) == 1 else "")
         ax.set(xlabel="sparsity (%)")
         for index, name in enumerate(names):
             points = {100 * key[1]: of_key for key, of_key in values.items() if key[0] == name}
