@@ -50,7 +50,7 @@ ROOT = Path(__file__).parent
 REAL = ROOT.parent / "shared" / "data"  # real weights, tables and text; not part of the repository
 needs_real_inputs = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real inputs")
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of OpenMP
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -334,6 +334,10 @@ def test_corruption_chooses_15_percent_of_the_tokens(corrupted):
     assert_share(is_chosen.sum(), is_ordinary.sum(), 0.15)
 
 
+# A random token, one of the V in the vocabulary, takes the place of a tenth of the chosen tokens. Once in V times it is
+# [MASK], and once in V times the token itself.
+
+
 def test_four_fifths_of_the_chosen_tokens_become_the_mask_token(corrupted):
     vocabulary, _, corrupted_ids, is_chosen = corrupted
     assert_share((corrupted_ids == vocabulary.mask_id)[is_chosen].sum(), is_chosen.sum(), 0.8 + 0.1 / vocabulary.size)
@@ -344,14 +348,13 @@ def test_a_tenth_of_the_chosen_tokens_stay_as_they_are(corrupted):
     assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1 + 0.1 / vocabulary.size)
 
 
-def test_the_last_tenth_becomes_a_random_token_of_the_whole_vocabulary(corrupted):
-    """Special ones are drawn, too. What became [MASK], or itself, does not show which tenth it belongs to, and is left
-    out here; the shares above count it."""
+def test_the_random_tokens_are_spread_evenly_over_the_whole_vocabulary(corrupted):
+    """Special tokens, too. [MASK] is counted above."""
     vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
-    is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
     for token in range(vocabulary.size):
         if token != vocabulary.mask_id:
-            assert_share((corrupted_ids[is_random] == token).sum(), is_random.sum(), 1 / (vocabulary.size - 1))
+            is_other = is_chosen & (input_ids != token)
+            assert_share((corrupted_ids == token)[is_other].sum(), is_other.sum(), 0.1 / vocabulary.size)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 7, 10])
@@ -518,10 +521,11 @@ def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(laye
 
 
 def test_the_pooler_which_gets_no_gradient_keeps_its_mask_wherever_the_other_scores_go(layers, masks):
-    """Its own scores stay at 0 and 0.02, so a global ranking would otherwise prune or keep all of it at once."""
+    """With scores that stay at 0 and 0.02 a global ranking would prune or keep all of it at once. So find_mask() says
+    which entries of which weight get no gradient."""
     pooler = next(name for name in layers if "pooler" in name)
-    without_gradient = {pooler: torch.ones_like(masks[pooler])}
-    scores = tamt.Scores(layers, masks, 0.6, "global", without_gradient)
+    every_entry = torch.ones_like(masks[pooler])
+    scores = tamt.Scores(layers, masks, 0.6, "global", without_gradient={pooler: every_entry})
     for value in (-1.0, 1.0):
         for name in layers.keys() - {pooler}:
             layers[name].scores.data.fill_(value)
@@ -655,8 +659,9 @@ def batch_of_update(step, rows, vocabulary):
 
 
 def released_step(optimizer, learning_rate, step):
-    """A step of the released code's AdamW, that of transformers 2.10, with torch's. It adds its eps before the bias
-    correction, and torch's adds it after. step counts from 0."""
+    """A step of torch's AdamW that equals one of the released code's, which is that of transformers 2.10. There eps is
+    added to sqrt(v), in torch to sqrt(v / (1 - 0.999 ** (step + 1))): so torch's is divided by the same root. v is the
+    mean of the squared gradients; step counts from 0."""
     eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
     optimizer.param_groups[0].update(lr=learning_rate, eps=eps)
     optimizer.step()
@@ -665,8 +670,8 @@ def released_step(optimizer, learning_rate, step):
 
 def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypatch):
     """The method in one function: twelve updates with the sum of both losses, all scores ranked together, no dropout
-    and no clipping. The same for masked LM or KD alone, other rankings and clipped gradients is in
-    dev/test_training.py."""
+    and no clipping. (dev/test_training.py has the same for masked LM, for KD, whose optimizer is another one, for other
+    rankings, and for clipped gradients.)"""
     settings = mask_settings(
         world, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9, steps=12, lr=2e-3,
         batch_size=8, seq_len=16, seed=1)
@@ -689,16 +694,17 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypa
         real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
         masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
         student = torch.func.functional_call(model, masked_weights, corrupted_ids)
-        teacher = model(corrupted_ids)
+        teacher = model(corrupted_ids)  # the same text, without a mask
 
-        mlm_loss = F.cross_entropy(model.mlm_logits(student[-1])[is_chosen], input_ids[is_chosen])
+        logits = model.mlm_logits(student[-1])  # outside functional_call(): the tied decoder has no mask
+        mlm_loss = F.cross_entropy(logits[is_chosen], input_ids[is_chosen])
         cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, student, strict=True)]
         kd_loss = 1 - sum(cosines[1:]) / (len(cosines) - 1)  # Eq. 6; the embeddings do not count
         (mlm_loss + kd_loss).backward()
 
         for name in scores:
             scores[name].grad = real_masks[name].grad  # Eq. 4. The pooler gets none: its scores stay at 0 and 0.02
-        released_step(optimizer, 2e-3 * (1 - step / 12), step)
+        released_step(optimizer, 2e-3 * (1 - step / 12), step)  # the learning rate falls linearly
         masks = rank_by_sorting(scores, 0.75)  # the threshold stays between 0 and 0.02, so the pooler keeps its mask
         assert same_masks(found[step], masks), f"after update {step + 1}"
 
@@ -743,7 +749,7 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(six_u
 
 def weights_changed_by_updates(world, out, monkeypatch, objective):
     """Runs three updates -> after each of them, the names of the weights that differ from their pretrained values."""
-    model = bert.load(world / "bert").requires_grad_(False)
+    model = bert.load(world / "bert")
     pretrained = copy.deepcopy(dict(model.named_parameters()))
     changed = []
 
@@ -794,12 +800,12 @@ RESUMED = {
 
 
 def folder_content(folder):
-    """{file: bytes} of a run, except for times, the name of the folder and state.pt."""
+    """{path inside the folder: bytes} of the files of a run, without times, and without state.pt."""
     content = {}
     for file in folder.rglob("*"):
         if file.is_file():
-            text = re.sub(rb'"(time|ms_per_step|seconds)": [\d.e+-]+', b"", file.read_bytes())
-            content[str(file.relative_to(folder))] = text
+            without_times = re.sub(rb'"(time|ms_per_step|seconds)": [\d.e+-]+', b"", file.read_bytes())
+            content[str(file.relative_to(folder))] = without_times
     content.pop("state.pt", None)
     return content
 
@@ -810,7 +816,7 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
     tamt.find_mask(mask_settings(world, tmp_path / "whole", **changes))
 
     def interrupt(layers, step):
-        if step == 7:
+        if step == 9:
             raise KeyboardInterrupt
 
     resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
@@ -821,7 +827,7 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
     watch_updates(monkeypatch, lambda layers, step: steps.append(step))
     tamt.find_mask(resumed)
 
-    assert steps == [6, 7, 8, 9, 10, 11, 12]  # the last saved state is that of update 5
+    assert steps == [6, 7, 8, 9, 10, 11, 12]  # the last saved state is that of update 5; a log line of update 8 must go
     expected = folder_content(tmp_path / "whole")
     assert {"mask.pt", "mask.json", "log.jsonl"} <= expected.keys()
     assert folder_content(tmp_path / "resumed") == expected
@@ -1135,14 +1141,17 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 
 
 # ---------------------------------------------------------------------------------------------------
-# finetune: helpers
+# finetune: experiments
 # ---------------------------------------------------------------------------------------------------
 
+# finetune.open_experiment() makes an experiment from settings, and finetune.train() trains it. It holds .model, the
+# network with a head for its task; .run, the settings with all defaults filled in; and .all_task_data: for each of its
+# tasks the token ids .train, the .targets, and the .task.
 
-def write_tasks(world):
-    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored, and a mask of each model ->
-    the folder. The labels depend on how many words the two sentences share."""
-    folder = world / "tasks"
+
+def write_tasks(folder):
+    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored, and a mask for each model.
+    The labels depend on how many words the two sentences share."""
     generator = random.Random(0)
     classes = ["sentence1\tsentence2\tlabel"]
     numbers = ["sentence1\tsentence2\tscore"]
@@ -1158,19 +1167,20 @@ def write_tasks(world):
         write(folder / name / "dev.tsv", [header, *rows[32:]])
 
     for family in ("bert", "roberta"):
-        layers = tamt.mask_model(bert.load(world / family))
+        layers = tamt.mask_model(bert.load(folder / family))
         masks = tamt.magnitude_masks(layers, 0.6, "local")
-        tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(world / family), "method": "omp"})
-    return folder
+        tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(folder / family), "method": "omp"})
 
 
 @pytest.fixture(scope="session")
 def tasks(world):
-    return write_tasks(world)
+    """The folder of the tiny models, with two tasks and a mask for each model beside them."""
+    write_tasks(world)
+    return world
 
 
 def finetune_settings(tasks, out, task="rte", **changes):
-    """Settings of a short run of the tiny BERT's ticket; changes: mask=None, model=... and so on."""
+    """Settings of a short run of the tiny BERT under its mask; changes: mask=None, model=... and so on."""
     out.mkdir(parents=True, exist_ok=True)
     values = {"task": task, "mask": str(tasks / "bert.pt"), "data": tasks, "max_len": 48, "lr": 1e-3,
               "batch_size": 8, "epochs": 2, "out": out / "run", "results": out / "results.jsonl"}
@@ -1178,13 +1188,13 @@ def finetune_settings(tasks, out, task="rte", **changes):
 
 
 def dense_settings(tasks, out, task="rte", **changes):
-    """Settings of a short run of the whole tiny BERT, without a ticket."""
-    values = {"mask": None, "model": str(tasks.parent / "bert")} | changes
+    """Settings of a short run of the tiny BERT without a mask."""
+    values = {"mask": None, "model": str(tasks / "bert")} | changes
     return finetune_settings(tasks, out, task, **values)
 
 
 def open_in_eval_mode(settings):
-    """An experiment whose network is in eval mode, so that nothing but train() itself can switch dropout on."""
+    """An experiment whose network has no dropout until finetune.train() switches it on."""
     experiment = finetune.open_experiment(settings)
     experiment.model.eval()
     return experiment
@@ -1223,12 +1233,23 @@ def prune_with_torch(model, masks):
             module._parameters["bias"] = module._parameters.pop("bias")
 
 
+def training_batches(experiment, num_epochs):
+    """The batches of an experiment with one task -> [(sequences of token ids, their targets)]"""
+    [task_data] = experiment.all_task_data
+    batches = []
+    for epoch in range(num_epochs):
+        for _, indices in finetune.epoch_batches([task_data], experiment.run, epoch):
+            sequences = [task_data.train[index] for index in indices]
+            batches.append((sequences, torch.from_numpy(task_data.targets[indices])))
+    return batches
+
+
 @both_families
 def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp_path, family):
-    """finetune sets pruned weights and their gradients to zero, and torch's prune multiplies by the mask. The loop
-    takes the unpruned network, the batches and the seeds of dropout from finetune; schedule, clipping and optimizer are
+    """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
+    the unpruned network, the batches and the seeds of dropout from finetune. Its schedule, clipping and optimizer are
     its own."""
-    values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks.parent / family)}
+    values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks / family)}
     mask_file = tasks / f"{family}.pt"
     ticket = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ticket", mask=str(mask_file), **values))
     finetune.train(ticket)
@@ -1240,17 +1261,14 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp
         del masks["roberta.pooler.dense.weight"]  # in RoBERTa the task head replaces the pooler
     prune_with_torch(model, masks)
 
-    [task_data] = reference.all_task_data
-    batches = []
-    for epoch in range(3):
-        batches += [indices for _, indices in finetune.epoch_batches([task_data], reference.run, epoch)]
+    batches = training_batches(reference, num_epochs=3)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # other variants round differently
-    for step, indices in enumerate(batches):
+    for step, (sequences, targets) in enumerate(batches):
         tamt.seed_dropout(reference.run.seed, step)
-        predicted = finetune.task_logits(model, task_data, [task_data.train[index] for index in indices])[:, 0]
-        F.mse_loss(predicted, torch.from_numpy(task_data.targets[indices])).backward()
+        logits = finetune.task_logits(model, reference.all_task_data[0], sequences)  # (8, 1): STS-B predicts a number
+        F.mse_loss(logits[:, 0], targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        released_step(optimizer, 1e-3 * (1 - step / len(batches)), step)
+        released_step(optimizer, 1e-3 * (1 - step / len(batches)), step)  # the learning rate falls linearly
 
     for name, weight in ticket.model.named_parameters():
         expected = model.get_parameter(f"{name}_orig") * masks[name] if name in masks else model.get_parameter(name)
@@ -1294,27 +1312,21 @@ def imp_folder(tasks, tmp_path_factory):
 
 
 def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(tasks, tmp_path, imp_folder):
-    """Each round starts from the pretrained weights under the mask so far, trains, and prunes the smallest of all
-    weights of encoder and pooler."""
-    names = list(tamt.maskable_layers(bert.load(tasks.parent / "bert")))[1:]  # without the word embeddings
+    """Each round opens an experiment with the pretrained weights under the mask so far, trains it, and prunes the
+    smallest of all weights of encoder and pooler."""
+    _, *names = tamt.maskable_layers(bert.load(tasks / "bert"))  # without the word embeddings, which come first
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
-        round_settings = finetune_settings(
-            tasks, tmp_path / str(number), mask=mask_file, model=str(tasks.parent / "bert"))
+        settings = dense_settings(tasks, tmp_path / str(number), mask=mask_file)
         # The learning rate falls as if ten such rounds followed each other, so only by a tenth in this one.
-        experiment = finetune.open_experiment(round_settings, horizon_rounds=10)
+        experiment = finetune.open_experiment(settings, horizon_rounds=10)
         finetune.train(experiment)
-        trained = {}
-        for name in names:
-            trained[name] = experiment.model.get_parameter(name).detach().abs()
+        magnitudes = {name: experiment.model.get_parameter(name).abs() for name in names}  # 0 where pruned
+        masks = rank_by_sorting(magnitudes, level)
+        assert same_masks(masks, tamt.load_mask(imp_folder / f"round-{number}"))
 
-        magnitudes = torch.cat([weight.flatten() for weight in trained.values()])  # pruned ones are 0
-        threshold = magnitudes.sort().values[round(level * len(magnitudes)) - 1]
-        masks = {name: weight > threshold for name, weight in trained.items()}
         mask_file = str(tmp_path / f"{number}.pt")
         tamt.save_mask(mask_file, masks, {})
-
-        assert same_masks(masks, tamt.load_mask(imp_folder / f"round-{number}"))
     assert same_masks(masks, tamt.load_mask(imp_folder))
 
 
@@ -1431,11 +1443,22 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 
 
 @both_families
+def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(tasks, tmp_path, family):
+    ticket = save_super_ticket(tmp_path / "super.pt", tasks / family, REMOVED_HEADS, REMOVED_FFNS)
+    cut = open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=ticket))
+    first, second = cut.model.backbone.encoder.layer
+    assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
+    assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
+    ffn = [name for name, _ in second.named_parameters() if name.startswith(("intermediate.", "output.dense."))]
+    assert ffn == []
+
+
+@both_families
 @torch.no_grad()
 def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks, tmp_path, family):
     """A head is multiplied by 0 where it enters the attention's output matrix, whose bias stays. An FFN goes together
     with the bias of its output. Both networks have the same seed, hence the same task head."""
-    folder = tasks.parent / family
+    folder = tasks / family
     ticket = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
     cut = open_in_eval_mode(finetune_settings(tasks, tmp_path / "cut", mask=ticket))
     full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=str(folder)))
@@ -1462,16 +1485,16 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks,
 @pytest.fixture
 def two_masks(tasks, tmp_path):
     """The paths of two masks, joined by a comma: bert.pt for rte, a random mask for stsb."""
-    layers = tamt.mask_model(bert.load(tasks.parent / "bert"))
+    layers = tamt.mask_model(bert.load(tasks / "bert"))
     masks = tamt.random_masks(layers, 0.5, "local", seed=1)
-    tamt.save_mask(tmp_path / "second.pt", masks, {"model": str(tasks.parent / "bert")})
+    tamt.save_mask(tmp_path / "second.pt", masks, {"model": str(tasks / "bert")})
     return f"{tasks / 'bert.pt'},{tmp_path / 'second.pt'}"
 
 
 @pytest.fixture
 def two_super_tickets(tasks, tmp_path):
     """The paths of two Super Tickets, joined by a comma. They remove different heads and FFNs."""
-    folder = tasks.parent / "bert"
+    folder = tasks / "bert"
     first = save_super_ticket(tmp_path / "rte.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
     second = save_super_ticket(tmp_path / "stsb.pt", folder, REMOVED_HEADS[::-1], REMOVED_FFNS[::-1])
     return f"{first},{second}"
@@ -1509,7 +1532,7 @@ def toy_folder(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("toy")
     for objective in ("mlm", "kd"):
         tamt.find_mask(tamt.Settings(model="toy", objective=objective, sparsity=0.9, out=out / objective))
-    for method in ("omp", "random"):
+    for method in ("omp", "random"):  # they need no text but for their losses
         tamt.find_mask(tamt.Settings(model="toy", data="toy", method=method, sparsity=0.9, out=out / method))
     return out
 

@@ -455,7 +455,7 @@ def test_resume_of_a_finished_run_refuses_the_predictions_for_another_test_file(
 @pytest.fixture
 def copied(tasks, tmp_path):
     """Copies of the model, the tables and the mask, to be changed."""
-    shutil.copytree(tasks.parent / "bert", tmp_path / "bert")
+    shutil.copytree(tasks / "bert", tmp_path / "bert")
     shutil.copytree(tasks, tmp_path / "tasks")
     return tmp_path
 
@@ -505,7 +505,7 @@ def test_runs_with_other_settings_get_other_folders_by_default(tasks, tmp_path, 
     for epochs in (1, 2):
         finetune.fine_tune(finetune.Settings(task="rte", mask=str(tasks / "bert.pt"), data=tasks, max_len=48,
                                              epochs=epochs))
-    assert len(list(tmp_path.glob("out/rte-tasks-s1-*/result.json"))) == 2
+    assert len(list(tmp_path.glob(f"out/rte-{tasks.name}-s1-*/result.json"))) == 2
 
 
 def test_mnli_is_reported_without_its_mismatched_file(tasks, tmp_path, capsys):
@@ -575,7 +575,7 @@ WRONG_INPUT = [
     ("--data {tmp}/none", "{tmp}/none: no such folder"),
     ("--data {tmp}", "task rte: no train file; expected {tmp}/RTE/train.tsv or"),
     ("--data {tmp}/bad", "dev.tsv line 3: 2 fields where line 1 has 3"),
-    ("--model {tasks}/../roberta", "mask of another model"),
+    ("--model {tasks}/roberta", "mask of another model"),
     ("--model {tmp}/none", "{tmp}/none"),
     ("--mask {tasks}/RTE/dev.tsv", "RTE/dev.tsv"),
     ("--mask {tmp}/none.pt", "{tmp}/none.pt: No such file"),
@@ -593,7 +593,7 @@ WRONG_INPUT = [
     ("--results {tmp}/run/result.json --out {tmp}/run", "expected a file in a folder that exists"),
     ("--export {tasks}/bert.pt", "--export {tasks}/bert.pt: a file stands there"),
     ("--export {tasks}/bert.pt/x", "a file stands there; expected a folder"),
-    ("--export {tasks}/../bert", "is the folder of the model"),
+    ("--export {tasks}/bert", "is the folder of the model"),
 ]
 
 

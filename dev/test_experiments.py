@@ -262,9 +262,9 @@ def test_for_squad_limit_is_a_number_of_windows(tasks, tmp_path):
 
 
 def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):
-    model = bert.load(tasks.parent / "bert")
+    model = bert.load(tasks / "bert")
     tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
-    shutil.copytree(tasks.parent / "bert", tmp_path / "bert")
+    shutil.copytree(tasks / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
     experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out

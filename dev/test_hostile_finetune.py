@@ -51,13 +51,13 @@ def test_a_foreign_result_json_is_refused(tasks, tmp_path, capsys, more):
 def test_a_foreign_mask_is_not_overwritten_by_a_search(tasks, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     shutil.copy(tasks / "roberta.pt", tmp_path / "run/mask.pt")
-    argv = ("rte", "--model", tasks.parent / "bert", "--find", "imp", "--resume")
+    argv = ("rte", "--model", tasks / "bert", "--find", "imp", "--resume")
     assert "holds another mask.pt" in refused(capsys, tasks, tmp_path, *argv, mask=None)
     assert (tmp_path / "run/mask.pt").read_bytes() == (tasks / "roberta.pt").read_bytes()
 
 
 def test_an_export_never_overwrites_its_model(tasks, tmp_path, capsys):
-    shutil.copytree(tasks.parent / "bert", tmp_path / "x/stsb")
+    shutil.copytree(tasks / "bert", tmp_path / "x/stsb")
     argv = ("rte,stsb", "--model", tmp_path / "x/stsb/model.safetensors", "--export", tmp_path / "x")
     assert "is the folder of the model" in refused(capsys, tasks, tmp_path, *argv, mask=None)
     assert not (tmp_path / "x/rte").exists()
@@ -251,9 +251,9 @@ def test_a_task_file_with_a_comma_in_its_path_is_one_task(tasks, tmp_path):
 
 
 def super_file(tasks, path, removed_heads, removed_feed_forward):
-    config = bert.load(tasks.parent / "bert").config
+    config = bert.load(tasks / "bert").config
     masks = finetune.unit_masks(config, np.array(removed_heads), np.array(removed_feed_forward))
-    tamt.save_mask(path, masks, {"method": "super", "model": str(tasks.parent / "bert")})
+    tamt.save_mask(path, masks, {"method": "super", "model": str(tasks / "bert")})
     return path
 
 
@@ -284,7 +284,7 @@ def test_a_super_ticket_without_any_feed_forward_network_trains_resumes_and_expo
 
 def test_a_mask_that_prunes_everything_still_trains(tasks, tmp_path):
     masks = {name: torch.zeros_like(mask) for name, mask in tamt.load_mask(tasks / "bert.pt").items()}
-    tamt.save_mask(tmp_path / "none.pt", masks, {"model": str(tasks.parent / "bert")})
+    tamt.save_mask(tmp_path / "none.pt", masks, {"model": str(tasks / "bert")})
     result = finetune.fine_tune(finetune_settings(tasks, tmp_path, mask=str(tmp_path / "none.pt")))
     assert result["sparsity"] == 1
     assert np.isfinite(result["evaluations"][-1]["loss"])
@@ -312,7 +312,7 @@ def test_imp_reaches_any_sparsity_exactly(tasks, tmp_path, sparsity):
 
 
 def test_imp_on_squad_and_on_roberta_has_no_pooler_to_prune(tasks, tmp_path):
-    model = str(tasks.parent / "roberta")
+    model = str(tasks / "roberta")
     finetune.find_imp(dense_settings(tasks, tmp_path, model=model, find="imp", sparsity=0.1, epochs=1))
     names = tamt.load_mask(tmp_path / "run").keys()
     assert len(names) == 12
