@@ -115,7 +115,7 @@ def settle_ties(scores) -> int:
 def released_mlm_run(tmp_path_factory):
     """After update 24 one score of 4,300,032 lies within rounding of its threshold. On which side it falls depends on
     the order in which a processor adds up, and decides 12 entries of the final mask. So it is put onto the threshold,
-    where the released run had it, at or below. (On a processor with AVX-512 it is further away, on the right side.)"""
+    where the released run had it, at or below. (With AVX-512 it is further away, on the right side.)"""
     run = released_run(tmp_path_factory.mktemp("released"), "mlm", settle_after=24)
     assert run.num_tied <= 1
     assert run.num_changed > 8000  # the released run moved the mask

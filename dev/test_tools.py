@@ -60,7 +60,9 @@ def test_every_mean_over_seeds_in_a_table_is_that_of_the_results():
     scores = defaultdict(dict)
     for line in sweep.read_lines(ROOT / "dev/results.jsonl"):
         if line.get("best"):
-            experiment = (line["model"], line["task"], json.dumps(line["mask"]), line["settings"]["limit"])
+            settings = line["settings"]
+            network = (line["model"], settings.get("checkpoint"))
+            experiment = (network, line["task"], json.dumps(line["mask"]), settings["limit"])
             scores[experiment][line["seed"]] = 100 * next(iter(line["best"].values()))
     known = set()
     for by_seed in scores.values():
