@@ -21,7 +21,6 @@ Words that recur:
     head            alone: the masked-LM head, or in the chapter on Super Tickets an attention head
 """
 
-import copy
 import itertools
 import json
 import math
@@ -38,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bert
 import data
@@ -109,9 +107,9 @@ def shake(model, size):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def models(tmp_path_factory):
     """A folder with a tiny model of each family, one without dropout, and a text with some order in it."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("models")
     os.environ["TAMT_CACHE"] = str(folder / "cache")
     generator = random.Random(0)
     lines = []
@@ -128,8 +126,8 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(params=["bert", "roberta"])
-def model(request, world):
-    return bert.load(world / request.param)
+def model(request, models):
+    return bert.load(models / request.param)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -306,9 +304,9 @@ def test_text_is_one_stream_of_tokens_cut_into_rows_between_cls_and_sep(vocabula
 
 
 @pytest.fixture(scope="session")
-def corrupted(world):
+def corrupted(models):
     """Two million random tokens -> vocabulary, input_ids, corrupted_ids, is_chosen."""
-    vocabulary = data.vocabulary(world / "bert")
+    vocabulary = data.vocabulary(models / "bert")
     input_ids = np.random.default_rng(0).integers(0, vocabulary.size, (4000, 500))
     return vocabulary, input_ids, *data.corrupt(input_ids, vocabulary, np.random.default_rng([1, 2]))
 
@@ -410,7 +408,7 @@ def ordinary_ids(model):
     return torch.randint(6, model.config.vocab_size - 1, (4, 20))
 
 
-def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(world, model):
+def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(models, model):
     """Eq. 4, the straight-through estimator: dL/dS is taken to be dL/dM, for any loss L and any scores S. In the oracle
     M is real-valued, and autograd finds its gradient."""
     input_ids = ordinary_ids(model)
@@ -424,7 +422,7 @@ def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(world, mod
     loss = F.mse_loss(model(input_ids)[-1], target)
     loss.backward()
 
-    oracle = bert.load(world / model.config.model_type)
+    oracle = bert.load(models / model.config.model_type)
     real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
     products = {name: oracle.get_parameter(name).detach() * mask for name, mask in real_masks.items()}
     oracle_loss = F.mse_loss(torch.func.functional_call(oracle, products, input_ids)[-1], target)
@@ -512,6 +510,9 @@ def test_2_to_4_magnitude_masks_prune_the_two_smallest_weights_of_every_four(lay
 # tamt: scores
 # ---------------------------------------------------------------------------------------------------
 
+# A masked layer has a weight, a mask and scores, all of one shape, and computes with weight * mask. Scores(layers, ...)
+# gives the layers their scores, and Scores.update_masks() ranks these into new masks.
+
 
 def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(layers, masks):
     """Eq. 5 of the paper: 2 phi and 0, with the threshold phi = 0.01 between them."""
@@ -589,23 +590,12 @@ def test_the_teacher_is_the_dense_model_without_dropout(model):
 # ---------------------------------------------------------------------------------------------------
 
 
-def mask_settings(world, out=None, family="bert", **changes):
+def mask_settings(models, out=None, name="bert", **changes):
     """Settings of a short run at the default sparsity, 70 % (with rank="2:4" it is 50 %); changes: objective="kd",
     steps=30 and so on."""
-    values = {"model": str(world / family), "data": str(world / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
+    values = {"model": str(models / name), "data": str(models / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
               "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out, "device": "cpu"}
     return tamt.Settings(**values | changes)
-
-
-def watch_updates(monkeypatch, look):
-    """Calls look(layers, step) after every update of a run: when its ranking is done, find_mask() calls Log.step()."""
-    log_step = tamt.Log.step
-
-    def look_and_log(log, step, *arguments):
-        look(log.layers, step)
-        log_step(log, step, *arguments)
-
-    monkeypatch.setattr(tamt.Log, "step", look_and_log)
 
 
 def num_entries(masks):
@@ -629,25 +619,29 @@ def assert_masks_differ(before, after):
     assert num_different(before, after) > 0.01 * num_entries(before)
 
 
-def masks_after_each_update(monkeypatch, settings):
-    """Runs mask training, which must change its masks -> those after each update."""
-    found = []
-    watch_updates(monkeypatch, lambda layers, step: found.append(masks_of(layers)))
-    tamt.find_mask(settings)
-    assert_masks_differ(found[0], found[-1])
-    return found
+def masks_after_each_update(settings):
+    """Runs mask training, which saves its masks after each update and must change them -> these masks."""
+    tamt.find_mask(replace(settings, save_every=1))
+    masks = [tamt.load_mask(settings.out / f"step-{step}") for step in range(1, settings.steps + 1)]
+    assert_masks_differ(masks[0], masks[-1])
+    return masks
 
 
 MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.bias",
             "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
 
 
-def rank_by_sorting(scores, sparsity):
-    """{name: scores} -> {name: mask}, which prunes the smallest scores of all matrices together."""
-    vector = torch.cat([matrix.flatten() for matrix in scores.values()])
-    mask = torch.tensor(prune_by_sorting(vector.tolist(), round(len(vector) * sparsity)))
-    pieces = mask.split([matrix.numel() for matrix in scores.values()])
-    return {name: piece.view_as(scores[name]) for name, piece in zip(scores, pieces, strict=True)}
+def prune_matrix_by_sorting(values, sparsity):
+    """The mask that prunes the smallest values of a matrix, or of a vector."""
+    mask = prune_by_sorting(values.flatten().tolist(), round(values.numel() * sparsity))
+    return torch.tensor(mask).view_as(values)
+
+
+def prune_all_by_sorting(matrices, sparsity):
+    """{name: matrix} -> {name: mask}, which prunes the smallest values of all matrices together."""
+    vector = torch.cat([matrix.flatten() for matrix in matrices.values()])
+    pieces = prune_matrix_by_sorting(vector, sparsity).split([matrix.numel() for matrix in matrices.values()])
+    return {name: piece.view_as(matrices[name]) for name, piece in zip(matrices, pieces, strict=True)}
 
 
 def batch_of_update(step, rows, vocabulary):
@@ -659,33 +653,30 @@ def batch_of_update(step, rows, vocabulary):
 
 
 def released_step(optimizer, learning_rate, step):
-    """A step of torch's AdamW that equals one of the released code's, which is that of transformers 2.10. There eps is
-    added to sqrt(v), in torch to sqrt(v / (1 - 0.999 ** (step + 1))): so torch's is divided by the same root. v is the
-    mean of the squared gradients; step counts from 0."""
-    eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
-    optimizer.param_groups[0].update(lr=learning_rate, eps=eps)
+    """A step of torch's AdamW, made to equal that of the released code: there eps is added before the second moment is
+    corrected for its bias, in torch afterwards. step counts from 0."""
+    bias_correction = math.sqrt(1 - 0.999 ** (step + 1))
+    optimizer.param_groups[0].update(lr=learning_rate, eps=1e-8 / bias_correction)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypatch):
+def test_mask_training_gives_the_masks_of_a_plain_loop(models, tmp_path, monkeypatch):
     """The method in one function: twelve updates with the sum of both losses, all scores ranked together, no dropout
     and no clipping. (dev/test_training.py has the same for masked LM, for KD, whose optimizer is another one, for other
     rankings, and for clipped gradients.)"""
     settings = mask_settings(
-        world, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9, steps=12, lr=2e-3,
+        models, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9, steps=12, lr=2e-3,
         batch_size=8, seq_len=16, seed=1)
-    found = masks_after_each_update(monkeypatch, settings)
+    found = masks_after_each_update(settings)
 
-    vocabulary = data.vocabulary(world / "no-dropout")
-    rows = data.corpus_rows(world / "text.txt", vocabulary, 16, "train")
-    model = bert.load(world / "no-dropout").requires_grad_(False)
+    vocabulary = data.vocabulary(models / "no-dropout")
+    rows = data.corpus_rows(models / "text.txt", vocabulary, 16, "train")
+    model = bert.load(models / "no-dropout").requires_grad_(False)
     weights = {name: model.get_parameter(name) for name in tamt.maskable_layers(model)}
     head = [model.get_parameter(name).requires_grad_() for name in MLM_HEAD]  # trains along with the scores
 
-    masks = {}
-    for name, weight in weights.items():
-        masks |= rank_by_sorting({name: weight.abs()}, 0.75)  # magnitude pruning, in each matrix by itself
+    masks = {name: prune_matrix_by_sorting(weight.abs(), 0.75) for name, weight in weights.items()}
     scores = {name: nn.Parameter(0.02 * mask) for name, mask in masks.items()}  # Eq. 5
     optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)
 
@@ -703,9 +694,9 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(world, tmp_path, monkeypa
         (mlm_loss + kd_loss).backward()
 
         for name in scores:
-            scores[name].grad = real_masks[name].grad  # Eq. 4. The pooler gets none: its scores stay at 0 and 0.02
+            scores[name].grad = real_masks[name].grad  # Eq. 4; the pooler gets none
         released_step(optimizer, 2e-3 * (1 - step / 12), step)  # the learning rate falls linearly
-        masks = rank_by_sorting(scores, 0.75)  # the threshold stays between 0 and 0.02, so the pooler keeps its mask
+        masks = prune_all_by_sorting(scores, 0.75)
         assert same_masks(found[step], masks), f"after update {step + 1}"
 
     assert same_masks(tamt.load_mask(tmp_path), masks)
@@ -721,66 +712,94 @@ def num_pruned(masks):
 
 
 @pytest.fixture(params=itertools.product(["bert", "roberta"], ["mlm", "kd", "mlm+kd"]), ids="-".join)
-def six_updates(request, world, tmp_path):
+def short_settings(request, models, tmp_path):
     """Settings of a run of six updates, for both families and all objectives."""
     family, objective = request.param
-    return mask_settings(world, tmp_path, family, objective=objective, steps=6, lr=1e-2)
+    return mask_settings(models, tmp_path, family, objective=objective, steps=6, lr=1e-2)
 
 
-def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(six_updates, monkeypatch):
-    settings = replace(six_updates, rank="global", sparsity=0.7)
-    for masks in masks_after_each_update(monkeypatch, settings):
+def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(short_settings):
+    settings = replace(short_settings, rank="global", sparsity=0.7)
+    for masks in masks_after_each_update(settings):
         assert num_pruned(masks) == round(0.7 * num_entries(masks))
 
 
-def test_after_every_update_local_ranking_prunes_exactly_70_percent_of_each_matrix(six_updates, monkeypatch):
-    settings = replace(six_updates, rank="local", sparsity=0.7)
-    for masks in masks_after_each_update(monkeypatch, settings):
+def test_after_every_update_local_ranking_prunes_exactly_70_percent_of_each_matrix(short_settings):
+    settings = replace(short_settings, rank="local", sparsity=0.7)
+    for masks in masks_after_each_update(settings):
         for mask in masks.values():
             assert int((~mask).sum()) == round(0.7 * mask.numel())
 
 
-def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(six_updates, monkeypatch):
-    settings = replace(six_updates, rank="2:4")
-    for masks in masks_after_each_update(monkeypatch, settings):
+def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short_settings):
+    settings = replace(short_settings, rank="2:4")
+    for masks in masks_after_each_update(settings):
         for mask in masks.values():
             assert (mask.view(-1, 4).sum(dim=1) == 2).all()
 
 
-def weights_changed_by_updates(world, out, monkeypatch, objective):
-    """Runs three updates -> after each of them, the names of the weights that differ from their pretrained values."""
-    model = bert.load(world / "bert")
-    pretrained = copy.deepcopy(dict(model.named_parameters()))
-    changed = []
+def begin(settings):
+    """A run before its first update. This repeats what find_mask() does up to there."""
+    machine = tamt.start_machine("cpu")
+    model, vocabulary = tamt.open_model(settings, machine)
+    run = tamt.resolve(settings, machine, model)  # the settings with all defaults filled in
+    rows = tamt.open_text(run, vocabulary, "train")
+    layers = tamt.mask_model(model, run.scope)
+    scores = None
+    if run.method == "tamt":
+        masks = tamt.start_masks(layers, run)
+        tamt.set_masks(layers, masks)
+        without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
+        scores = tamt.Scores(layers, masks, run.sparsity, run.rank, without_gradient)
+    model.train()
+    identity = {}  # nothing is resumed
+    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
 
-    def look(layers, step):
-        changed.append({name for name in pretrained if not torch.equal(model.get_parameter(name), pretrained[name])})
 
-    # The run is given this model, so that its weights can be looked at.
-    monkeypatch.setattr(tamt, "open_model", lambda settings, machine: (model, data.vocabulary(world / "bert")))
-    watch_updates(monkeypatch, look)
-    tamt.find_mask(mask_settings(world, out, objective=objective, steps=3))
-    return changed
+def three_updates(training):
+    for t in (1, 2, 3):
+        tamt.update(training, tamt.next_batch(training), learning_rate=2e-3, t=t)
+        training.step += 1
 
 
-def test_the_kd_loss_trains_no_weight(world, tmp_path, monkeypatch):
-    assert weights_changed_by_updates(world, tmp_path, monkeypatch, "kd") == [set()] * 3
+def weights_of(model):
+    """{name: tensor} of the weights, which are copied, without the scores."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if not name.endswith(".scores")}
+
+
+def names_of_changed(before, after):
+    return {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+
+
+def weights_that_train(models, objective):
+    """The names of the weights that differ from their pretrained values after three updates, which must change the
+    scores."""
+    training = begin(mask_settings(models, objective=objective))
+    pretrained = weights_of(training.model)
+    start_scores = training.scores.vector.clone()
+    three_updates(training)
+    assert not torch.equal(training.scores.vector, start_scores)
+    return names_of_changed(pretrained, weights_of(training.model))
+
+
+def test_the_kd_loss_trains_no_weight(models):
+    assert weights_that_train(models, "kd") == set()
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mlm+kd"])
-def test_masked_lm_trains_the_weights_of_its_head_and_no_others(world, tmp_path, monkeypatch, objective):
-    assert weights_changed_by_updates(world, tmp_path, monkeypatch, objective) == [MLM_HEAD] * 3
+def test_masked_lm_trains_the_weights_of_its_head_and_no_others(models, objective):
+    assert weights_that_train(models, objective) == MLM_HEAD
 
 
-def test_equal_runs_write_the_same_mask_file_byte_for_byte(world, tmp_path):
+def test_equal_runs_write_the_same_mask_file_byte_for_byte(models, tmp_path):
     for name in ("first", "second"):
-        tamt.find_mask(mask_settings(world, tmp_path / name, lr=1e-2))
+        tamt.find_mask(mask_settings(models, tmp_path / name, lr=1e-2))
     assert (tmp_path / "first" / "mask.pt").read_bytes() == (tmp_path / "second" / "mask.pt").read_bytes()
 
 
-def test_another_seed_gives_another_mask(world, tmp_path):
+def test_another_seed_gives_another_mask(models, tmp_path):
     for seed in (1, 2):
-        tamt.find_mask(mask_settings(world, tmp_path / str(seed), seed=seed, lr=1e-2))
+        tamt.find_mask(mask_settings(models, tmp_path / str(seed), seed=seed, lr=1e-2))
     assert_masks_differ(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
 
 
@@ -810,24 +829,35 @@ def folder_content(folder):
     return content
 
 
-@pytest.mark.parametrize("case", RESUMED)
-def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(world, tmp_path, monkeypatch, case):
-    changes = {"steps": 12, "save_every": 5} | RESUMED[case]
-    tamt.find_mask(mask_settings(world, tmp_path / "whole", **changes))
+def watch_updates(monkeypatch, module, look):
+    """Calls look(run) before each call of module.update(run, ...): tamt updates a Training, finetune an Experiment."""
+    update = module.update
 
-    def interrupt(layers, step):
-        if step == 9:
+    def look_and_update(run, *arguments, **keywords):
+        look(run)
+        return update(run, *arguments, **keywords)
+
+    monkeypatch.setattr(module, "update", look_and_update)
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(models, tmp_path, monkeypatch, case):
+    changes = {"steps": 12, "save_every": 5} | RESUMED[case]
+    tamt.find_mask(mask_settings(models, tmp_path / "whole", **changes))
+
+    def interrupt(training):
+        if training.step == 9:  # updates done
             raise KeyboardInterrupt
 
-    resumed = mask_settings(world, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
+    resumed = mask_settings(models, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch_updates(patch, interrupt)
+        watch_updates(patch, tamt, interrupt)
         tamt.find_mask(resumed)
     steps = []
-    watch_updates(monkeypatch, lambda layers, step: steps.append(step))
+    watch_updates(monkeypatch, tamt, lambda training: steps.append(training.step))
     tamt.find_mask(resumed)
 
-    assert steps == [6, 7, 8, 9, 10, 11, 12]  # the last saved state is that of update 5; a log line of update 8 must go
+    assert steps[0] == 5  # the last saved state. The log has a line of update 8, which must go
     expected = folder_content(tmp_path / "whole")
     assert {"mask.pt", "mask.json", "log.jsonl"} <= expected.keys()
     assert folder_content(tmp_path / "resumed") == expected
@@ -838,82 +868,79 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(wo
 # ---------------------------------------------------------------------------------------------------
 
 
-# IMP works in rounds: it trains all weights with masked LM, prunes the smallest, and sets the others back to their
-# pretrained values ("rewinds" them), but for the head. Its first pruning comes before any training.
+# IMP works in rounds: it trains all weights with masked LM, prunes the smallest, and sets the others but for those of
+# the head back to their pretrained values ("rewinds" them). Its first pruning comes before any training.
 
-
-def weights_of(model):
-    return copy.deepcopy(dict(model.named_parameters()))
-
-
-def run_imp(world, out, monkeypatch, **changes):
-    """Runs IMP to 35 %, which prunes before its updates 1, 4, 7 and 10 -> a record of each pruning: the weights and the
-    masks before it and after it."""
-    records = []
-    prune_and_rewind = tamt.prune_and_rewind
-
-    def record(training, level):
-        weights_before = weights_of(training.model)
-        masks_before = masks_of(training.layers)
-        prune_and_rewind(training, level)
-        records.append(SimpleNamespace(
-            weights_before=weights_before, masks_before=masks_before,
-            weights_after=weights_of(training.model), masks_after=masks_of(training.layers)))
-
-    monkeypatch.setattr(tamt, "prune_and_rewind", record)
-    tamt.find_mask(mask_settings(world, out, method="imp", steps=12, prune_every=3, sparsity=0.35, **changes))
-    assert len(records) == 4
-    return records
-
-
+IMP = {"method": "imp", "prune_every": 3, "sparsity": 0.35, "steps": None}  # as many updates as it takes
 IMP_LEVELS = (0.1, 0.2, 0.3, 0.35)  # each pruning removes another tenth, and the last one the rest
 
 
-def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(world, tmp_path, monkeypatch):
-    for pruning, level in zip(run_imp(world, tmp_path, monkeypatch, rank="global"), IMP_LEVELS, strict=True):
-        assert num_pruned(pruning.masks_after) == round(level * num_entries(pruning.masks_after))
+def imp_masks(models, out, rank):
+    """The masks of a run of IMP, which prunes before its first update and after its updates 3, 6 and 9."""
+    tamt.find_mask(mask_settings(models, out, rank=rank, **IMP))
+    return [tamt.load_mask(out / f"step-{step}") for step in (0, 3, 6, 9)]
 
 
-def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(world, tmp_path, monkeypatch):
-    for pruning, level in zip(run_imp(world, tmp_path, monkeypatch, rank="local"), IMP_LEVELS, strict=True):
-        for mask in pruning.masks_after.values():
+def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(models, tmp_path):
+    for masks, level in zip(imp_masks(models, tmp_path, "global"), IMP_LEVELS, strict=True):
+        assert num_pruned(masks) == round(level * num_entries(masks))
+
+
+def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(models, tmp_path):
+    for masks, level in zip(imp_masks(models, tmp_path, "local"), IMP_LEVELS, strict=True):
+        for mask in masks.values():
             assert int((~mask).sum()) == round(level * mask.numel())
 
 
-def test_imp_prunes_the_weights_that_are_smallest_after_training(world, tmp_path, monkeypatch):
-    """What was pruned before counts as 0, so it stays pruned. (Its weight is still there, under the mask.)"""
-    for pruning in run_imp(world, tmp_path, monkeypatch, rank="local"):
-        for name, mask in pruning.masks_after.items():
-            magnitudes = pruning.weights_before[name].abs() * pruning.masks_before[name]
-            assert magnitudes[~mask].max() <= magnitudes[mask].min()
+def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(models, tmp_path):
+    """The loop makes its updates by tamt.update(). When to prune, what to prune and what to rewind is its own."""
+    found = imp_masks(models, tmp_path, "global")
+    training = begin(mask_settings(models, **IMP))
+    pretrained = weights_of(training.model)
+    for round_number, level in enumerate(IMP_LEVELS):
+        # What was pruned before counts as 0, so it stays pruned. (Its weight is still there, under the mask.)
+        magnitudes = {name: layer.weight.abs() * layer.mask for name, layer in training.layers.items()}
+        masks = prune_all_by_sorting(magnitudes, level)
+        assert same_masks(masks, found[round_number])
 
-
-def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(world, tmp_path, monkeypatch):
-    """No loss reads the pooler."""
-    pretrained = dict(bert.load(world / "bert").named_parameters())
-    for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:
-        trained = {name for name, weight in pretrained.items() if not torch.equal(pruning.weights_before[name], weight)}
-        assert trained == pretrained.keys() - {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
-
-
-def test_each_pruning_of_imp_rewinds_all_weights_below_the_head(world, tmp_path, monkeypatch):
-    """They go back to their pretrained values."""
-    pretrained = dict(bert.load(world / "bert").named_parameters())
-    for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:  # before the first one nothing was trained
+        tamt.set_masks(training.layers, masks)
         for name in pretrained.keys() - MLM_HEAD:
-            assert torch.equal(pruning.weights_after[name], pretrained[name])
+            training.model.get_parameter(name).data.copy_(pretrained[name])
+        training.optimizer = tamt.make_optimizer(training.parameters.values(), torch.device("cpu"))
+        for t in (1, 2, 3):
+            learning_rate = 2e-3 * (1 - (t - 1) / 30)  # falls as if a round had ten times as many updates
+            tamt.update(training, tamt.next_batch(training), learning_rate, t)
+            training.step += 1
 
 
-def test_each_pruning_of_imp_leaves_the_head_as_it_was_trained(world, tmp_path, monkeypatch):
-    for pruning in run_imp(world, tmp_path, monkeypatch)[1:]:
-        for name in MLM_HEAD:
-            assert torch.equal(pruning.weights_after[name], pruning.weights_before[name])
+def second_pruning(models, out, **changes):
+    """The first two prunings of IMP, with three updates between them -> the weights at its start, and before and after
+    the second pruning."""
+    training = begin(mask_settings(models, out, **IMP, **changes))
+    pretrained = weights_of(training.model)
+    tamt.prune_and_rewind(training, 0.1)
+    three_updates(training)
+    trained = weights_of(training.model)
+    tamt.prune_and_rewind(training, 0.2)
+    return SimpleNamespace(pretrained=pretrained, trained=trained, rewound=weights_of(training.model))
 
 
-def test_imp_goes_on_training_the_head_in_each_round(world, tmp_path, monkeypatch):
-    for pruning, next_pruning in itertools.pairwise(run_imp(world, tmp_path, monkeypatch)):
-        for name in MLM_HEAD:
-            assert not torch.equal(next_pruning.weights_before[name], pruning.weights_after[name])
+def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(models, tmp_path):
+    """No loss reads the pooler."""
+    weights = second_pruning(models, tmp_path)
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert names_of_changed(weights.pretrained, weights.trained) == weights.pretrained.keys() - pooler
+
+
+def test_a_pruning_of_imp_rewinds_all_weights_but_those_of_the_head(models, tmp_path):
+    weights = second_pruning(models, tmp_path)
+    assert names_of_changed(weights.pretrained, weights.rewound) == MLM_HEAD
+
+
+def test_a_pruning_of_imp_leaves_the_head_as_it_was_trained(models, tmp_path):
+    weights = second_pruning(models, tmp_path)
+    for name in MLM_HEAD:
+        assert torch.equal(weights.rewound[name], weights.trained[name])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -928,10 +955,10 @@ def test_similarity_is_the_jaccard_index_of_the_kept_weights_averaged_over_matri
 
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])
-def test_an_export_is_the_pretrained_weights_times_the_mask(world, tmp_path, method):
+def test_an_export_is_the_pretrained_weights_times_the_mask(models, tmp_path, method):
     """Nothing that was trained on the way, head or weights, is in it."""
-    pretrained = dict(bert.load(world / "bert").named_parameters())
-    tamt.find_mask(mask_settings(world, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
+    pretrained = dict(bert.load(models / "bert").named_parameters())
+    tamt.find_mask(mask_settings(models, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
     masks = tamt.load_mask(tmp_path)
     assert num_pruned(masks) > 0
     exported = dict(bert.load(tmp_path / "export").named_parameters())
@@ -1173,10 +1200,10 @@ def write_tasks(folder):
 
 
 @pytest.fixture(scope="session")
-def tasks(world):
+def tasks(models):
     """The folder of the tiny models, with two tasks and a mask for each model beside them."""
-    write_tasks(world)
-    return world
+    write_tasks(models)
+    return models
 
 
 def finetune_settings(tasks, out, task="rte", **changes):
@@ -1193,33 +1220,24 @@ def dense_settings(tasks, out, task="rte", **changes):
     return finetune_settings(tasks, out, task, **values)
 
 
-def open_in_eval_mode(settings):
-    """An experiment whose network has no dropout until finetune.train() switches it on."""
-    experiment = finetune.open_experiment(settings)
-    experiment.model.eval()
-    return experiment
-
-
 # ---------------------------------------------------------------------------------------------------
 # finetune: training under a fixed mask
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_pruned_weights_are_exactly_zero_after_every_update(tasks, tmp_path):
-    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="stsb"))
+def test_pruned_weights_stay_exactly_zero_in_every_update(tasks, tmp_path, monkeypatch):
     masks = tamt.load_mask(tasks / "bert.pt")
     num_nonzero = []
 
-    def count(*_):
+    def count(experiment):
         pruned = torch.cat([experiment.model.get_parameter(name)[~mask] for name, mask in masks.items()])
         num_nonzero.append(int(pruned.count_nonzero()))
 
-    hook = register_optimizer_step_post_hook(count)
-    try:
-        finetune.train(experiment)
-    finally:
-        hook.remove()
-    assert num_nonzero == [0] * 8  # two epochs of 32 examples in batches of 8
+    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path))
+    watch_updates(monkeypatch, finetune, count)
+    finetune.train(experiment)
+    count(experiment)
+    assert num_nonzero == [0] * 9  # before each of eight updates, and at the end
 
 
 def prune_with_torch(model, masks):
@@ -1251,10 +1269,10 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp
     its own."""
     values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks / family)}
     mask_file = tasks / f"{family}.pt"
-    ticket = open_in_eval_mode(finetune_settings(tasks, tmp_path / "ticket", mask=str(mask_file), **values))
+    ticket = finetune.open_experiment(finetune_settings(tasks, tmp_path / "ticket", mask=str(mask_file), **values))
     finetune.train(ticket)
 
-    reference = open_in_eval_mode(finetune_settings(tasks, tmp_path / "reference", mask=None, **values))
+    reference = finetune.open_experiment(finetune_settings(tasks, tmp_path / "reference", mask=None, **values))
     model = reference.model.train()
     masks = tamt.load_mask(mask_file)
     if family == "roberta":
@@ -1322,7 +1340,7 @@ def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(tasks, tmp_pa
         experiment = finetune.open_experiment(settings, horizon_rounds=10)
         finetune.train(experiment)
         magnitudes = {name: experiment.model.get_parameter(name).abs() for name in names}  # 0 where pruned
-        masks = rank_by_sorting(magnitudes, level)
+        masks = prune_all_by_sorting(magnitudes, level)
         assert same_masks(masks, tamt.load_mask(imp_folder / f"round-{number}"))
 
         mask_file = str(tmp_path / f"{number}.pt")
@@ -1445,7 +1463,7 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 @both_families
 def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(tasks, tmp_path, family):
     ticket = save_super_ticket(tmp_path / "super.pt", tasks / family, REMOVED_HEADS, REMOVED_FFNS)
-    cut = open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=ticket))
+    cut = finetune.open_experiment(finetune_settings(tasks, tmp_path, mask=ticket))
     first, second = cut.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
@@ -1460,8 +1478,8 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks,
     with the bias of its output. Both networks have the same seed, hence the same task head."""
     folder = tasks / family
     ticket = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
-    cut = open_in_eval_mode(finetune_settings(tasks, tmp_path / "cut", mask=ticket))
-    full = open_in_eval_mode(dense_settings(tasks, tmp_path / "full", model=str(folder)))
+    cut = finetune.open_experiment(finetune_settings(tasks, tmp_path / "cut", mask=ticket))
+    full = finetune.open_experiment(dense_settings(tasks, tmp_path / "full", model=str(folder)))
     [task_data] = full.all_task_data
     sequences = task_data.train[:8]
     expected = finetune.task_logits(cut.model, task_data, sequences)
@@ -1502,10 +1520,10 @@ def two_super_tickets(tasks, tmp_path):
 
 def assert_each_task_predicts_as_it_would_alone(tasks, out, masks):
     """Nothing is trained, so task heads are random: a task alone is given the head that it has beside the other."""
-    shared = open_in_eval_mode(finetune_settings(tasks, out / "shared", task="rte,stsb", mask=masks))
+    shared = finetune.open_experiment(finetune_settings(tasks, out / "shared", task="rte,stsb", mask=masks))
     for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
         name = task_data.task.name
-        alone = open_in_eval_mode(finetune_settings(tasks, out / name, task=name, mask=mask))
+        alone = finetune.open_experiment(finetune_settings(tasks, out / name, task=name, mask=mask))
         alone.model.classifier = task_data.own_parts.task_head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
@@ -1526,7 +1544,7 @@ def test_two_tasks_with_a_super_ticket_each_predict_as_they_would_alone(tasks, t
 
 
 @pytest.fixture(scope="session")
-def toy_folder(world, tmp_path_factory):
+def toy_folder(models, tmp_path_factory):
     """A folder with masks of four methods, each of which prunes 90 % of the toy, a small BERT that the program makes on
     the spot."""
     out = tmp_path_factory.mktemp("toy")

@@ -11,21 +11,21 @@ from test_tamt import (  # noqa: E402, F401
     layers,
     masks,
     model,
+    models,
     two_masks,
     two_super_tickets,
     two_windows,
     vocabularies,
     vocabulary,
-    world,
     write,
     write_tasks,
 )
 
 
 @pytest.fixture(scope="session")
-def tasks(world):  # noqa: F811
+def tasks(models):  # noqa: F811
     """The tasks of test_tamt.py with test tables, a small SQuAD, and an own task."""
-    folder = world
+    folder = models
     write_tasks(folder)
     for name in ("RTE", "STS-B"):
         header, *train = (folder / name / "train.tsv").read_text().splitlines()

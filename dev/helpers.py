@@ -10,7 +10,6 @@ import torch
 import finetune
 import glue_squad
 import tamt
-from test_tamt import mask_settings, watch_updates
 
 
 def exit_status(main, *argv) -> int:
@@ -29,10 +28,10 @@ def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def run_tamt(world, out, *more):
+def run_tamt(models, out, *more):
     """mask_settings() from the command line, without its learning rate and device -> exit status."""
     return exit_status(
-        tamt.main, "--model", world / "bert", "--data", world / "text.txt", "--steps", 12, "--seq-len", 16,
+        tamt.main, "--model", models / "bert", "--data", models / "text.txt", "--steps", 12, "--seq-len", 16,
         "--batch-size", 8, "--log-every", 4, "--eval-every", 100, "--save-every", 5, "--out", out, *more)
 
 
@@ -72,6 +71,17 @@ def stop_fine_tuning_at(monkeypatch, number):
     monkeypatch.setattr(finetune, "task_loss", interrupted)
 
 
+def watch_rankings(monkeypatch, look):
+    """Calls look(layers, step) after every update of a run: when its ranking is done, find_mask() calls Log.step()."""
+    log_step = tamt.Log.step
+
+    def look_and_log(log, step, *arguments):
+        look(log.layers, step)
+        log_step(log, step, *arguments)
+
+    monkeypatch.setattr(tamt.Log, "step", look_and_log)
+
+
 def stop_mask_training_after(monkeypatch, number):
     """Ctrl-C after an update, once."""
     write_line = tamt.Log.step
@@ -81,7 +91,7 @@ def stop_mask_training_after(monkeypatch, number):
             monkeypatch.setattr(tamt.Log, "step", write_line)
             raise KeyboardInterrupt
 
-    watch_updates(monkeypatch, look)
+    watch_rankings(monkeypatch, look)
 
 
 def updates_made(monkeypatch):
@@ -160,22 +170,6 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def begin(settings):
-    """A run as it stands before its first update: this repeats the opening lines of find_mask()."""
-    machine = tamt.start_machine("cpu")
-    model, vocabulary = tamt.open_model(settings, machine)
-    run = tamt.resolve(settings, machine, model)
-    rows = tamt.open_text(run, vocabulary, "train")
-    layers = tamt.mask_model(model, run.scope)
-    masks = tamt.start_masks(layers, run)
-    tamt.set_masks(layers, masks)
-    pinned = tamt.entries_without_gradient(layers, run, vocabulary, rows)
-    scores = tamt.Scores(layers, masks, run.sparsity, run.rank, pinned)
-    model.train()
-    identity = {}  # nothing is resumed
-    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
-
-
 def expected_pins(training):
     """The pooler, the row of [PAD], whose embedding never gets a gradient (padding_idx), and with kd the rows of words
     that the text does not contain. With mlm, corruption may put any other word anywhere."""
@@ -185,13 +179,6 @@ def expected_pins(training):
         is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
     is_unread[vocabulary.pad_id] = True
     return {"bert.embeddings.word_embeddings.weight": is_unread, "bert.pooler.dense.weight": slice(None)}
-
-
-def imp_masks(world, out, rank):
-    """The masks of a run of IMP to 35 %, which prunes a tenth more before its first update and after each third one,
-    and at last the rest."""
-    tamt.find_mask(mask_settings(world, out, method="imp", steps=12, prune_every=3, sparsity=0.35, rank=rank))
-    return [tamt.load_mask(out / f"step-{step}") for step in (0, 3, 6, 9)]
 
 
 def ids_of(text, vocabulary):

@@ -18,7 +18,7 @@ import finetune
 import glue_squad
 import tamt
 from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, num_entries, num_pruned, open_in_eval_mode
+from test_tamt import assert_close, dense_settings, finetune_settings, num_entries, num_pruned
 
 
 def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
@@ -70,7 +70,7 @@ def test_final_is_the_last_evaluation():
 
 def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
     """A bf16 number has three digits: too few to order the predictions of STS-B."""
-    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
+    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
     task_data = experiment.all_task_data[0]
     with torch.no_grad(), tamt.autocast(experiment.run.machine):
         logits = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
@@ -189,7 +189,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp
 
 def matrices(tasks, out, weights):
     """{name: matrix} of the network at the start of a run with --weights."""
-    model = open_in_eval_mode(dense_settings(tasks, out, weights=weights)).model
+    model = finetune.open_experiment(dense_settings(tasks, out, weights=weights)).model
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.ndim == 2}
 
 
@@ -211,7 +211,7 @@ def test_the_option_weights_random_draws_each_matrix_as_berts_initialisation_doe
 
 
 def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path):
-    model = open_in_eval_mode(dense_settings(tasks, tmp_path, weights="random")).model
+    model = finetune.open_experiment(dense_settings(tasks, tmp_path, weights="random")).model
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert (parameter == (1 if name.endswith("LayerNorm.weight") else 0)).all(), name
@@ -220,13 +220,14 @@ def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path
 def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks, tmp_path):
     heads = []
     for kind in ("pretrained", "shuffled", "random"):
-        heads.append(open_in_eval_mode(dense_settings(tasks, tmp_path / kind, weights=kind)).model.classifier.weight)
+        experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / kind, weights=kind))
+        heads.append(experiment.model.classifier.weight)
     assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
 
 def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, tmp_path):
     for kind in ("shuffled", "random"):
-        experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path / kind, weights=kind))
+        experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path / kind, weights=kind))
         for name, mask in experiment.gradient_masks.items():
             assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
 
@@ -234,7 +235,7 @@ def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, 
 def limited_data(tasks, out, task, **changes):
     """[(input_ids, target)] of the training examples of a task, under --limit and other settings."""
     settings = dense_settings(tasks, out / str(changes), task=task, max_len=24, **changes)
-    task_data = open_in_eval_mode(settings).all_task_data[0]
+    task_data = finetune.open_experiment(settings).all_task_data[0]
     return [(tuple(input_ids), tuple(np.ravel(target)))
             for (input_ids, _), target in zip(task_data.train, task_data.targets, strict=True)]
 
@@ -254,11 +255,11 @@ def test_limit_draws_by_the_seed_alone(tasks, tmp_path, task):
 
 
 def test_for_squad_limit_is_a_number_of_windows(tasks, tmp_path):
-    task_data = open_in_eval_mode(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
+    task_data = finetune.open_experiment(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
     num_questions = len(task_data.examples["train"])
     assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
     settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
-    assert len(open_in_eval_mode(settings).all_task_data[0].train) == 30
+    assert len(finetune.open_experiment(settings).all_task_data[0].train) == 30
 
 
 def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):
@@ -266,14 +267,14 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
     shutil.copytree(tasks / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
-    experiment = open_in_eval_mode(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
+    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
     assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.checkpoint_matrices])
 
 
 def test_each_epoch_of_fine_tuning_has_its_own_order(tasks, tmp_path):
-    experiment = open_in_eval_mode(dense_settings(tasks, tmp_path))
+    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
     orders = []
     for epoch in (0, 1, 0):
         batches = finetune.epoch_batches(experiment.all_task_data, experiment.run, epoch)

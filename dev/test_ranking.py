@@ -12,8 +12,9 @@ import torch
 
 import data
 import tamt
-from helpers import begin, expected_pins, is_subset
+from helpers import expected_pins, is_subset
 from test_tamt import (
+    begin,
     mask_settings,
     masks_of,
     num_different,
@@ -135,13 +136,13 @@ def found_pins(training):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_pooler_is_pinned(world, objective):
-    training = begin(mask_settings(world, objective=objective))
+def test_the_pooler_is_pinned(models, objective):
+    training = begin(mask_settings(models, objective=objective))
     assert found_pins(training)["bert.pooler.dense.weight"].all()
 
 
-def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
-    training = begin(mask_settings(world, objective="kd"))
+def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(models):
+    training = begin(mask_settings(models, objective="kd"))
     vocabulary = training.vocabulary
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned[vocabulary.pad_id]
@@ -149,9 +150,9 @@ def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(world):
     assert not is_pinned[vocabulary.tokenizer.token_to_id("the")]
 
 
-def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(world):
+def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(models):
     """Corruption may put any word anywhere."""
-    training = begin(mask_settings(world, objective="mlm"))
+    training = begin(mask_settings(models, objective="mlm"))
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
@@ -240,8 +241,8 @@ def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(mod
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_their_scores(world, objective):
-    training = begin(mask_settings(world, objective=objective, sparsity=0.7, rank="global", steps=30))
+def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_their_scores(models, objective):
+    training = begin(mask_settings(models, objective=objective, sparsity=0.7, rank="global", steps=30))
     start = masks_of(training.layers)
     for step in range(30):
         tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, t=step + 1)

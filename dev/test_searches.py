@@ -27,7 +27,6 @@ from test_tamt import (
     finetune_settings,
     num_entries,
     num_pruned,
-    open_in_eval_mode,
     same_masks,
     save_super_ticket,
 )
@@ -42,7 +41,7 @@ def super_ticket(request, tasks, tmp_path):
 @pytest.fixture
 def cut_experiment(tasks, tmp_path, super_ticket):
     """An experiment with the Super Ticket, before its first update."""
-    return open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
+    return finetune.open_experiment(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
 
 
 def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
@@ -121,7 +120,7 @@ def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_
     next(iter(masks.values()))[0, 0] ^= True
     tamt.save_mask(super_ticket, masks, meta)
     with pytest.raises(ValueError, match="a Super Ticket takes out whole heads"):
-        open_in_eval_mode(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
+        finetune.open_experiment(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
