@@ -10,6 +10,7 @@ import torch
 import finetune
 import glue_squad
 import tamt
+from test_tamt import num_entries
 
 
 def exit_status(main, *argv) -> int:
@@ -168,6 +169,48 @@ def is_subset(a, b):
 
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def begin(settings):
+    """A run before its first update. This repeats what find_mask() does up to there."""
+    machine = tamt.start_machine("cpu")
+    model, vocabulary = tamt.open_model(settings, machine)
+    run = tamt.resolve(settings, machine, model)  # the settings with all defaults filled in
+    rows = tamt.open_text(run, vocabulary, "train")
+    layers = tamt.mask_model(model, run.scope)
+    scores = None
+    if run.method == "tamt":
+        masks = tamt.start_masks(layers, run)
+        tamt.set_masks(layers, masks)
+        without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
+        scores = tamt.Scores(layers, masks, run.sparsity, run.rank, without_gradient)
+    model.train()
+    identity = {}  # nothing is resumed
+    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
+
+
+def three_updates(training):
+    for t in (1, 2, 3):
+        tamt.update(training, tamt.next_batch(training), learning_rate=2e-3, t=t)
+        training.step += 1
+
+
+def weights_of(model):
+    """{name: tensor} of the weights, which are copied, without the scores."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if not name.endswith(".scores")}
+
+
+def masks_of(layers):
+    return {name: layer.mask.clone() for name, layer in layers.items()}
+
+
+def num_different(a, b):
+    return sum(int((a[name] ^ b[name]).sum()) for name in a)
+
+
+def assert_masks_differ(before, after):
+    """At least 1 % of the entries differ. A guard against runs that change nothing."""
+    assert num_different(before, after) > 0.01 * num_entries(before)
 
 
 def expected_pins(training):

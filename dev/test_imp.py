@@ -4,12 +4,23 @@
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tamt
-from helpers import is_subset
-from test_tamt import imp_masks, names_of_changed, second_pruning
+from helpers import begin, is_subset, three_updates, weights_of
+from test_tamt import (
+    IMP,
+    IMP_LEVELS,
+    MLM_HEAD,
+    imp_masks,
+    mask_settings,
+    names_of_changed,
+    prune_all_by_sorting,
+    same_masks,
+)
 
 
 def test_the_levels_of_imp_rise_by_tenths_and_end_at_the_sparsity_asked_for():
@@ -27,3 +38,44 @@ def test_what_imp_has_pruned_stays_pruned(models, tmp_path, rank):
 def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(models, tmp_path):
     weights = second_pruning(models, tmp_path, no_rewind=True)
     assert names_of_changed(weights.trained, weights.rewound) == set()
+
+
+def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(models, tmp_path):
+    """The loop makes its updates by tamt.update(). When to prune, what to prune and what to rewind is its own."""
+    found = imp_masks(models, tmp_path, "global")
+    training = begin(mask_settings(models, **IMP))
+    pretrained = weights_of(training.model)
+    for round_number, level in enumerate(IMP_LEVELS):
+        # What was pruned before counts as 0, so it stays pruned. (Its weight is still there, under the mask.)
+        magnitudes = {name: layer.weight.abs() * layer.mask for name, layer in training.layers.items()}
+        masks = prune_all_by_sorting(magnitudes, level)
+        assert same_masks(masks, found[round_number])
+
+        tamt.set_masks(training.layers, masks)
+        for name in pretrained.keys() - MLM_HEAD:
+            training.model.get_parameter(name).data.copy_(pretrained[name])
+        training.optimizer = tamt.make_optimizer(training.parameters.values(), torch.device("cpu"))
+        for t in (1, 2, 3):
+            learning_rate = 2e-3 * (1 - (t - 1) / 30)  # falls as if a round had 30 updates, ten times as many as it has
+            tamt.update(training, tamt.next_batch(training), learning_rate, t)
+            training.step += 1
+
+
+def second_pruning(models, out, **changes):
+    """The first two prunings of IMP, with three updates between them -> the weights at its start, and before and after
+    the second pruning."""
+    training = begin(mask_settings(models, out, **IMP, **changes))
+    pretrained = weights_of(training.model)
+    tamt.prune_and_rewind(training, 0.1)
+    three_updates(training)
+    trained = weights_of(training.model)
+    tamt.prune_and_rewind(training, 0.2)
+    return SimpleNamespace(pretrained=pretrained, trained=trained, rewound=weights_of(training.model))
+
+
+def test_a_pruning_of_imp_leaves_the_head_as_it_was_trained(models, tmp_path):
+    weights = second_pruning(models, tmp_path)
+    for name in MLM_HEAD:
+        assert torch.equal(weights.rewound[name], weights.trained[name])
+
+

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import data
 import tamt
-from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, begin, mask_settings, ordinary_ids
+from helpers import begin
+from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, mask_settings, ordinary_ids
 
 
 def test_mlm_loss_of_a_batch_in_which_nothing_was_chosen_is_0():

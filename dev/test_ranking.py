@@ -12,18 +12,8 @@ import torch
 
 import data
 import tamt
-from helpers import expected_pins, is_subset
-from test_tamt import (
-    begin,
-    mask_settings,
-    masks_of,
-    num_different,
-    num_entries,
-    num_pruned,
-    ordinary_ids,
-    random_case,
-    same_masks,
-)
+from helpers import begin, expected_pins, is_subset, masks_of, num_different
+from test_tamt import mask_settings, num_entries, num_pruned, ordinary_ids, random_case, same_masks
 
 
 def prune_from_a_fixed_guess(values, count):

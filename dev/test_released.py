@@ -15,8 +15,8 @@ from torch import nn
 
 import bert
 import tamt
-from helpers import edit_json
-from test_tamt import REAL, assert_close, masks_of, needs_real_inputs, num_different
+from helpers import edit_json, masks_of, num_different
+from test_tamt import REAL, assert_close, needs_real_inputs
 
 # shared/data/released holds what the released code did with 40 (mlm) and 60 (kd) batches: the batches, the loss at each
 # of them, and the mask at the end. The tests make the same updates, from the same start mask and without dropout, and

@@ -17,19 +17,18 @@ import torch
 import bert
 import data
 import tamt
-from helpers import exit_status, read_log, share_of_flips, stop_mask_training_after, watch_rankings
-from test_tamt import (
-    MLM_HEAD,
-    ROOT,
+from helpers import (
     assert_masks_differ,
     begin,
-    mask_settings,
+    exit_status,
     masks_of,
     num_different,
-    num_entries,
-    num_pruned,
-    same_masks,
+    read_log,
+    share_of_flips,
+    stop_mask_training_after,
+    watch_rankings,
 )
+from test_tamt import MLM_HEAD, ROOT, mask_settings, num_entries, num_pruned, same_masks
 
 
 def test_find_mask_returns_the_content_of_mask_json(models, tmp_path):

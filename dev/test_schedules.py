@@ -11,8 +11,8 @@ import pytest
 
 import glue_squad
 import tamt
-from helpers import share_of_flips, watch_rankings
-from test_tamt import mask_settings, masks_of, num_entries, num_pruned
+from helpers import masks_of, share_of_flips, watch_rankings
+from test_tamt import mask_settings, num_entries, num_pruned
 
 PAPER_RATES = {"mlm": 5e-5, "kd": 2e-5}
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import bert
 import tamt
-from helpers import expected_pins, read_log
-from test_tamt import assert_masks_differ, begin, mask_settings, masks_after_each_update, masks_of, same_masks
+from helpers import assert_masks_differ, begin, expected_pins, masks_of, read_log
+from test_tamt import mask_settings, masks_after_each_update, same_masks
 
 
 class ReleasedAdamW:
