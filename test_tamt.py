@@ -106,9 +106,10 @@ def shake(model, size):
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """A folder with a tiny model of each family, one without dropout, and a text with some order in it."""
-    folder = tmp_path_factory.mktemp("models")
+def inputs(tmp_path_factory):
+    """A folder with what a user would bring: a tiny model of each family, bert and roberta, one without dropout, a text
+    with some order in it, and for finetune two tasks and a mask for each model, bert.pt and roberta.pt."""
+    folder = tmp_path_factory.mktemp("inputs")
     os.environ["TAMT_CACHE"] = str(folder / "cache")
     generator = random.Random(0)
     lines = []
@@ -121,12 +122,14 @@ def models(tmp_path_factory):
     tiny(folder / "bert")
     tiny(folder / "roberta", "roberta")
     tiny(folder / "no-dropout", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    write_tasks(folder)
+    write_masks(folder)
     return folder
 
 
 @pytest.fixture(params=["bert", "roberta"])
-def model(request, models):
-    return bert.load(models / request.param)
+def model(request, inputs):
+    return bert.load(inputs / request.param)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -303,9 +306,9 @@ def test_text_is_one_stream_of_tokens_cut_into_rows_between_cls_and_sep(vocabula
 
 
 @pytest.fixture(scope="session")
-def corrupted(models):
+def corrupted(inputs):
     """Two million random tokens -> vocabulary, input_ids, corrupted_ids, is_chosen."""
-    vocabulary = data.vocabulary(models / "bert")
+    vocabulary = data.vocabulary(inputs / "bert")
     input_ids = np.random.default_rng(0).integers(0, vocabulary.size, (4000, 500))
     return vocabulary, input_ids, *data.corrupt(input_ids, vocabulary, np.random.default_rng([1, 2]))
 
@@ -410,7 +413,7 @@ def ordinary_ids(model):
     return torch.randint(6, model.config.vocab_size - 1, (4, 20))
 
 
-def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(models, model, layers, masks):
+def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(inputs, model, layers, masks):
     """Eq. 4, the straight-through estimator: dL/dS is taken to be dL/dM, for any loss L and any scores S. In the oracle
     M is real-valued, and autograd finds its gradient."""
     input_ids = ordinary_ids(model)
@@ -422,7 +425,7 @@ def test_scores_get_the_gradient_of_the_loss_with_respect_to_the_mask(models, mo
     loss = F.mse_loss(model(input_ids)[-1], target)
     loss.backward()
 
-    oracle = bert.load(models / model.config.model_type)
+    oracle = bert.load(inputs / model.config.model_type)
     real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
     masked_weights = {name: oracle.get_parameter(name) * mask for name, mask in real_masks.items()}
     oracle_loss = F.mse_loss(torch.func.functional_call(oracle, masked_weights, input_ids)[-1], target)
@@ -532,19 +535,6 @@ def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(laye
         assert torch.equal(layer.scores, 0.02 * masks[name])
 
 
-def test_the_pooler_which_gets_no_gradient_keeps_its_mask_wherever_the_other_scores_go(layers, masks):
-    """With scores that stay at 0 and 0.02 a global ranking would prune or keep all of it at once. So find_mask() says
-    which entries of which weight get no gradient."""
-    pooler = next(name for name in layers if "pooler" in name)
-    every_entry = torch.ones_like(masks[pooler])
-    scores = tamt.Scores(layers, masks, 0.6, "global", without_gradient={pooler: every_entry})
-    for value in (-1.0, 1.0):
-        for name in layers.keys() - {pooler}:
-            layers[name].scores.data.fill_(value)
-        scores.update_masks()
-        assert torch.equal(layers[pooler].mask, masks[pooler])
-
-
 # ---------------------------------------------------------------------------------------------------
 # tamt: losses
 # ---------------------------------------------------------------------------------------------------
@@ -601,57 +591,10 @@ def test_the_teacher_is_the_dense_model_without_dropout(model):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_mask_training_gives_the_masks_of_a_plain_loop(models, tmp_path):
-    """The method in one function: twelve updates with the sum of both losses, all scores ranked together, no dropout
-    and no clipping. (dev/test_training.py has the same for masked LM alone, for KD alone, which reads uncorrupted text
-    and has BertAdam as optimizer, for other rankings, and for clipped gradients.)"""
-    settings = mask_settings(
-        models, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9, steps=12, lr=2e-3,
-        batch_size=8, seq_len=16, seed=1)
-    found = masks_after_each_update(settings)
-    assert not same_masks(found[0], found[-1])
-
-    vocabulary = data.vocabulary(models / "no-dropout")
-    rows = data.corpus_rows(models / "text.txt", vocabulary, 16, "train")
-    model = bert.load(models / "no-dropout").requires_grad_(False)
-    weights = {name: model.get_parameter(name) for name in tamt.maskable_layers(model)}
-    head = [model.get_parameter(name).requires_grad_() for name in MLM_HEAD]  # trains along with the scores
-
-    masks = {name: prune_matrix_by_sorting(weight.abs(), 0.75) for name, weight in weights.items()}
-    scores = {name: nn.Parameter(0.02 * mask) for name, mask in masks.items()}  # Eq. 5
-    optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)
-
-    for step in range(12):
-        input_ids, corrupted_ids, is_chosen = batch_of_update(step, rows, vocabulary)
-        real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
-        masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
-        student = torch.func.functional_call(model, masked_weights, corrupted_ids)
-        teacher = model(corrupted_ids)  # the same text, without a mask
-
-        logits = model.mlm_logits(student[-1])  # outside functional_call(): the tied decoder has no mask
-        mlm_loss = F.cross_entropy(logits[is_chosen], input_ids[is_chosen])
-        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, student, strict=True)]
-        kd_loss = 1 - sum(cosines[1:]) / (len(cosines) - 1)  # Eq. 6; the embeddings do not count
-        (mlm_loss + kd_loss).backward()
-
-        for name in scores:
-            scores[name].grad = real_masks[name].grad  # Eq. 4
-        released_step(optimizer, 2e-3 * (1 - step / 12), step)  # the learning rate falls linearly
-        # The pooler gets no gradient. In these few updates the threshold stays between its scores, 0 and 0.02, so its
-        # mask stays even if it is ranked like all others.
-        masks = prune_all_by_sorting(scores, 0.75)
-        assert same_masks(found[step], masks), f"after update {step + 1}"
-
-    assert same_masks(tamt.load_mask(tmp_path), masks)
-
-
-# What this test calls:
-
-
-def mask_settings(models, out=None, name="bert", **changes):
-    """Settings of a short run at the default sparsity, 70 % (with rank="2:4" it is 50 %); changes: objective="kd",
-    steps=30 and so on."""
-    values = {"model": str(models / name), "data": str(models / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
+def mask_settings(inputs, out=None, name="bert", **changes):
+    """Settings of a short run of mask training; changes: objective="kd", steps=30 and so on. The default sparsity is
+    70 %, with rank="2:4" 50 %."""
+    values = {"model": str(inputs / name), "data": str(inputs / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
               "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out, "device": "cpu"}
     return tamt.Settings(**values | changes)
 
@@ -666,21 +609,63 @@ MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "c
             "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
 
 
-def batch_of_update(step, rows, vocabulary):
-    """What a run with seed 1 reads in an update, counted from 0 -> input_ids, corrupted_ids, is_chosen, all (8, 16)."""
-    indices = data.row_indices(len(rows), seed=1, start=8 * step, count=8)
+def batch_of_update(settings, rows, vocabulary, step):
+    """What a run reads in update number `step`, from 0 -> input_ids, corrupted_ids, is_chosen, all (B, T)."""
+    indices = data.row_indices(len(rows), settings.seed, start=settings.batch_size * step, count=settings.batch_size)
     input_ids = rows[indices].astype(np.int64)
-    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, data.random_stream(1, "corruption", step))
+    generator = data.random_stream(settings.seed, "corruption", step)
+    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, generator)
     return torch.from_numpy(input_ids), torch.from_numpy(corrupted_ids), torch.from_numpy(is_chosen)
 
 
-def released_step(optimizer, learning_rate, step):
-    """A step of torch's AdamW, made to equal that of the released code: there eps is added to the root of the second
-    moment before this is corrected for its bias, in torch afterwards. step counts from 0."""
+def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
+    """The method of the paper in one function: the sum of both losses, all scores ranked together; without dropout and
+    clipping. (Its other variants are in dev/test_training.py.)"""
+    settings = mask_settings(inputs, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9)
+    found = masks_after_each_update(settings)
+    assert not same_masks(found[0], found[-1])
+
+    vocabulary = data.vocabulary(inputs / "no-dropout")
+    rows = data.corpus_rows(inputs / "text.txt", vocabulary, settings.seq_len, "train")
+    model = bert.load(inputs / "no-dropout").requires_grad_(False)
+    weights = {name: model.get_parameter(name) for name in tamt.maskable_layers(model)}
+    head = [model.get_parameter(name).requires_grad_() for name in MLM_HEAD]  # trains along with the scores
+
+    masks = {name: prune_matrix_by_sorting(weight.abs(), 0.75) for name, weight in weights.items()}
+    scores = {name: nn.Parameter(0.02 * mask) for name, mask in masks.items()}  # Eq. 5
+    optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)
+
+    for step in range(settings.steps):
+        input_ids, corrupted_ids, is_chosen = batch_of_update(settings, rows, vocabulary, step)
+        real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
+        masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
+        student = torch.func.functional_call(model, masked_weights, corrupted_ids)
+        teacher = model(corrupted_ids)  # the same text, without a mask
+
+        logits = model.mlm_logits(student[-1])  # outside functional_call(): the tied decoder has no mask
+        mlm_loss = F.cross_entropy(logits[is_chosen], input_ids[is_chosen])
+        cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, student, strict=True)]
+        kd_loss = 1 - sum(cosines[1:]) / (len(cosines) - 1)  # Eq. 6; the embeddings do not count
+        (mlm_loss + kd_loss).backward()
+
+        for name in scores:
+            scores[name].grad = real_masks[name].grad  # Eq. 4
+        set_released_adamw(optimizer, settings.lr * (1 - step / settings.steps), step)  # linear decay
+        optimizer.step()
+        optimizer.zero_grad()
+        # The pooler gets no gradient. In these few updates the threshold stays between its scores, 0 and 0.02, so its
+        # mask stays even if it is ranked like all others.
+        masks = prune_all_by_sorting(scores, 0.75)
+        assert same_masks(found[step], masks), f"after update {step + 1}"
+
+    assert same_masks(tamt.load_mask(tmp_path), masks)
+
+
+def set_released_adamw(optimizer, learning_rate, step):
+    """Makes torch's AdamW take the released code's step number `step`, from 0. There eps is added to the root of the
+    second moment before this is corrected for its bias, in torch afterwards."""
     correction = math.sqrt(1 - 0.999 ** (step + 1))
     optimizer.param_groups[0].update(lr=learning_rate, eps=1e-8 / correction)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -697,10 +682,10 @@ def num_pruned(masks):
 
 
 @pytest.fixture(params=itertools.product(["bert", "roberta"], ["mlm", "kd", "mlm+kd"]), ids="-".join)
-def short_settings(request, models, tmp_path):
+def short_settings(request, inputs, tmp_path):
     """Settings of a run of six updates, for both families and all objectives."""
     family, objective = request.param
-    return mask_settings(models, tmp_path, family, objective=objective, steps=6, lr=1e-2)
+    return mask_settings(inputs, tmp_path, family, objective=objective, steps=6, lr=1e-2)
 
 
 def test_after_every_update_global_ranking_prunes_exactly_70_percent_of_all_entries(short_settings):
@@ -721,6 +706,14 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
     for masks in masks_after_each_update(settings):
         for mask in masks.values():
             assert (mask.view(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_the_pooler_which_gets_no_gradient_keeps_its_first_mask(inputs, tmp_path):
+    """The global threshold leaves the interval from 0 to 0.02, in which it begins. The scores of the pooler stay at
+    these two values; if they were ranked like all others, all of it would be kept or pruned at once."""
+    masks = masks_after_each_update(mask_settings(inputs, tmp_path, objective="kd", rank="global", lr=1e-2, steps=30))
+    first_masks = tamt.magnitude_masks(tamt.mask_model(bert.load(inputs / "bert")), 0.7, "local")
+    assert torch.equal(masks[-1]["bert.pooler.dense.weight"], first_masks["bert.pooler.dense.weight"])
 
 
 def watch_updates(monkeypatch, module, look):
@@ -754,28 +747,28 @@ def is_scores(name):
     return name.endswith(".scores")
 
 
-def test_the_kd_loss_trains_nothing_but_scores(models, tmp_path, monkeypatch):
-    first, *_, last = parameters_before_each_update(monkeypatch, mask_settings(models, tmp_path, objective="kd"))
+def test_the_kd_loss_trains_nothing_but_scores(inputs, tmp_path, monkeypatch):
+    first, *_, last = parameters_before_each_update(monkeypatch, mask_settings(inputs, tmp_path, objective="kd"))
     changed = names_of_changed(first, last)
     assert changed and all(is_scores(name) for name in changed)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "mlm+kd"])
-def test_masked_lm_trains_scores_and_the_weights_of_its_head(models, tmp_path, monkeypatch, objective):
-    first, *_, last = parameters_before_each_update(monkeypatch, mask_settings(models, tmp_path, objective=objective))
+def test_masked_lm_trains_scores_and_the_weights_of_its_head(inputs, tmp_path, monkeypatch, objective):
+    first, *_, last = parameters_before_each_update(monkeypatch, mask_settings(inputs, tmp_path, objective=objective))
     changed = names_of_changed(first, last)
     assert {name for name in changed if not is_scores(name)} == MLM_HEAD
 
 
-def test_equal_runs_write_the_same_mask_file_byte_for_byte(models, tmp_path):
+def test_equal_runs_write_the_same_mask_file_byte_for_byte(inputs, tmp_path):
     for name in ("first", "second"):
-        tamt.find_mask(mask_settings(models, tmp_path / name, lr=1e-2))
+        tamt.find_mask(mask_settings(inputs, tmp_path / name, lr=1e-2))
     assert (tmp_path / "first" / "mask.pt").read_bytes() == (tmp_path / "second" / "mask.pt").read_bytes()
 
 
-def test_another_seed_gives_another_mask(models, tmp_path):
+def test_another_seed_gives_another_mask(inputs, tmp_path):
     for seed in (1, 2):
-        tamt.find_mask(mask_settings(models, tmp_path / str(seed), seed=seed, lr=1e-2))
+        tamt.find_mask(mask_settings(inputs, tmp_path / str(seed), seed=seed, lr=1e-2))
     assert not same_masks(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
 
 
@@ -806,15 +799,15 @@ def folder_content(folder):
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(models, tmp_path, monkeypatch, case):
+def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(inputs, tmp_path, monkeypatch, case):
     changes = {"steps": 12, "save_every": 5} | RESUMED[case]
-    tamt.find_mask(mask_settings(models, tmp_path / "whole", **changes))
+    tamt.find_mask(mask_settings(inputs, tmp_path / "whole", **changes))
 
     def interrupt(training):
         if training.step == 9:  # updates done
             raise KeyboardInterrupt
 
-    resumed = mask_settings(models, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
+    resumed = mask_settings(inputs, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch_updates(patch, tamt, interrupt)
         tamt.find_mask(resumed)
@@ -841,27 +834,27 @@ IMP = {"method": "imp", "prune_every": 3, "sparsity": 0.35, "steps": None}
 IMP_LEVELS = (0.1, 0.2, 0.3, 0.35)  # each pruning removes another tenth, and the last one the rest
 
 
-def imp_masks(models, out, rank):
+def imp_masks(inputs, out, rank):
     """The masks of a run of IMP, which prunes before its first update and after its updates 3, 6 and 9."""
-    tamt.find_mask(mask_settings(models, out, rank=rank, **IMP))
+    tamt.find_mask(mask_settings(inputs, out, rank=rank, **IMP))
     return [tamt.load_mask(out / f"step-{step}") for step in (0, 3, 6, 9)]
 
 
-def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(models, tmp_path):
-    for masks, level in zip(imp_masks(models, tmp_path, "global"), IMP_LEVELS, strict=True):
+def test_global_imp_prunes_10_20_30_and_35_percent_of_all_entries(inputs, tmp_path):
+    for masks, level in zip(imp_masks(inputs, tmp_path, "global"), IMP_LEVELS, strict=True):
         assert num_pruned(masks) == round(level * num_entries(masks))
 
 
-def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(models, tmp_path):
-    for masks, level in zip(imp_masks(models, tmp_path, "local"), IMP_LEVELS, strict=True):
+def test_local_imp_prunes_10_20_30_and_35_percent_of_each_matrix(inputs, tmp_path):
+    for masks, level in zip(imp_masks(inputs, tmp_path, "local"), IMP_LEVELS, strict=True):
         for mask in masks.values():
             assert int((~mask).sum()) == round(level * mask.numel())
 
 
 @pytest.fixture
-def parameters_of_imp(models, tmp_path, monkeypatch):
+def parameters_of_imp(inputs, tmp_path, monkeypatch):
     """All parameters before each of the nine updates of a run of IMP."""
-    return parameters_before_each_update(monkeypatch, mask_settings(models, tmp_path, **IMP))
+    return parameters_before_each_update(monkeypatch, mask_settings(inputs, tmp_path, **IMP))
 
 
 def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(parameters_of_imp):
@@ -888,10 +881,10 @@ def test_similarity_is_the_jaccard_index_of_the_kept_weights_averaged_over_matri
 
 
 @pytest.mark.parametrize("method", ["tamt", "imp"])
-def test_an_export_is_the_pretrained_weights_times_the_mask(models, tmp_path, method):
+def test_an_export_is_the_pretrained_weights_times_the_mask(inputs, tmp_path, method):
     """Nothing that was trained on the way, head or weights, is in it."""
-    pretrained = dict(bert.load(models / "bert").named_parameters())
-    tamt.find_mask(mask_settings(models, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
+    pretrained = dict(bert.load(inputs / "bert").named_parameters())
+    tamt.find_mask(mask_settings(inputs, tmp_path, method=method, prune_every=3, export=tmp_path / "export"))
     masks = tamt.load_mask(tmp_path)
     assert num_pruned(masks) > 0
     exported = dict(bert.load(tmp_path / "export").named_parameters())
@@ -1115,8 +1108,8 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 
 
 def write_tasks(folder):
-    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored, and a mask for each model.
-    The labels depend on how many words the two sentences share."""
+    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored. The labels depend on how many
+    words the two sentences share."""
     generator = random.Random(0)
     classes = ["sentence1\tsentence2\tlabel"]
     numbers = ["sentence1\tsentence2\tscore"]
@@ -1131,31 +1124,26 @@ def write_tasks(folder):
         write(folder / name / "train.tsv", [header, *rows[:32]])
         write(folder / name / "dev.tsv", [header, *rows[32:]])
 
+
+def write_masks(folder):
+    """Writes a mask for each model. The file names its model, so settings need not."""
     for family in ("bert", "roberta"):
         layers = tamt.mask_model(bert.load(folder / family))
         masks = tamt.magnitude_masks(layers, 0.6, "local")
         tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(folder / family), "method": "omp"})
 
 
-@pytest.fixture(scope="session")
-def tasks(models):
-    """The folder of the tiny models, with two tasks and a mask for each model beside them."""
-    write_tasks(models)
-    return models
-
-
-def finetune_settings(tasks, out, task="rte", **changes):
-    """Settings of a short run of the tiny BERT under its mask; changes: mask=None, model=... and so on."""
+def finetune_settings(inputs, out, task="rte", family="bert", **changes):
+    """Settings of a short run of a tiny model under its mask; changes: epochs=10, another mask and so on."""
     out.mkdir(parents=True, exist_ok=True)
-    values = {"task": task, "mask": str(tasks / "bert.pt"), "data": tasks, "max_len": 48, "lr": 1e-3,
+    values = {"task": task, "mask": str(inputs / f"{family}.pt"), "data": inputs, "max_len": 48, "lr": 1e-3,
               "batch_size": 8, "epochs": 2, "out": out / "run", "results": out / "results.jsonl"}
     return finetune.Settings(**values | changes)
 
 
-def dense_settings(tasks, out, task="rte", **changes):
-    """Settings of a short run of the tiny BERT without a mask."""
-    values = {"mask": None, "model": str(tasks / "bert")} | changes
-    return finetune_settings(tasks, out, task, **values)
+def dense_settings(inputs, out, task="rte", family="bert", **changes):
+    """The same without a mask."""
+    return finetune_settings(inputs, out, task, **{"mask": None, "model": str(inputs / family)} | changes)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1163,15 +1151,15 @@ def dense_settings(tasks, out, task="rte", **changes):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_pruned_weights_stay_exactly_zero_in_every_update(tasks, tmp_path, monkeypatch):
-    masks = tamt.load_mask(tasks / "bert.pt")
+def test_pruned_weights_stay_exactly_zero_in_every_update(inputs, tmp_path, monkeypatch):
+    masks = tamt.load_mask(inputs / "bert.pt")
     num_nonzero = []
 
     def count(experiment):
         pruned = torch.cat([experiment.model.get_parameter(name)[~mask] for name, mask in masks.items()])
         num_nonzero.append(int(pruned.count_nonzero()))
 
-    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path))
+    experiment = finetune.open_experiment(finetune_settings(inputs, tmp_path))
     watch_updates(monkeypatch, finetune, count)
     finetune.train(experiment)
     count(experiment)
@@ -1179,18 +1167,16 @@ def test_pruned_weights_stay_exactly_zero_in_every_update(tasks, tmp_path, monke
 
 
 @both_families
-def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp_path, family):
+def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tmp_path, family):
     """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
     the unpruned network, the batches and the seeds of dropout from finetune. Its schedule, clipping and optimizer are
     its own."""
-    values = {"task": "stsb", "epochs": 3, "lr": 1e-3, "model": str(tasks / family)}
-    mask_file = tasks / f"{family}.pt"
-    ticket = finetune.open_experiment(finetune_settings(tasks, tmp_path / "ticket", mask=str(mask_file), **values))
+    ticket = finetune.open_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
     finetune.train(ticket)
 
-    reference = finetune.open_experiment(finetune_settings(tasks, tmp_path / "reference", mask=None, **values))
+    reference = finetune.open_experiment(dense_settings(inputs, tmp_path / "b", "stsb", family, lr=1e-3, epochs=3))
     model = reference.model.train()
-    masks = tamt.load_mask(mask_file)
+    masks = tamt.load_mask(inputs / f"{family}.pt")
     if family == "roberta":
         del masks["roberta.pooler.dense.weight"]  # in RoBERTa the task head replaces the pooler
     prune_with_torch(model, masks)
@@ -1202,7 +1188,9 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(tasks, tmp
         logits = finetune.task_logits(model, reference.all_task_data[0], sequences)  # (8, 1): STS-B predicts a number
         F.mse_loss(logits[:, 0], targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        released_step(optimizer, 1e-3 * (1 - step / len(batches)), step)  # the learning rate falls linearly
+        set_released_adamw(optimizer, 1e-3 * (1 - step / len(batches)), step)  # linear decay
+        optimizer.step()
+        optimizer.zero_grad()
 
     for name, weight in ticket.model.named_parameters():
         expected = model.get_parameter(f"{name}_orig") * masks[name] if name in masks else model.get_parameter(name)
@@ -1232,13 +1220,13 @@ def training_batches(experiment, num_epochs):
 
 
 @pytest.fixture
-def result_on_two_texts(tasks, tmp_path):
+def result_on_two_texts(inputs, tmp_path):
     """The result of fine-tuning on two texts, 20 times the first and 12 times the other, scored on the same."""
     write(tmp_path / "mood.tsv", ["the big dog\tglad"] * 20 + ["the small dog\tsad"] * 12)
     mood = {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"], "metric": "accuracy",
             "train": "mood.tsv", "dev": "mood.tsv"}
     task = str(write(tmp_path / "mood.json", mood))
-    return finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, epochs=10, lr=5e-3))
+    return finetune.fine_tune(finetune_settings(inputs, tmp_path, task=task, epochs=10, lr=5e-3))
 
 
 def test_fine_tuning_learns_two_texts_by_heart(result_on_two_texts):
@@ -1260,20 +1248,20 @@ IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
 
 @pytest.fixture(scope="session")
-def imp_folder(tasks, tmp_path_factory):
+def imp_folder(inputs, tmp_path_factory):
     """The folder of a finished --find imp: rounds at 10 %, 20 % and 25 %, eight updates each."""
     out = tmp_path_factory.mktemp("imp")
-    finetune.find_imp(dense_settings(tasks, out, **IMP_SEARCH))
+    finetune.find_imp(dense_settings(inputs, out, **IMP_SEARCH))
     return out / "run"
 
 
-def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(tasks, tmp_path, imp_folder):
+def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path, imp_folder):
     """Each round opens an experiment with the pretrained weights under the mask so far, trains it, and prunes the
     smallest of all weights of encoder and pooler."""
-    _, *names = tamt.maskable_layers(bert.load(tasks / "bert"))  # without the word embeddings, which come first
+    _, *names = tamt.maskable_layers(bert.load(inputs / "bert"))  # without the word embeddings, which come first
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
-        settings = dense_settings(tasks, tmp_path / str(number), mask=mask_file)
+        settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
         # The learning rate falls as if ten such rounds followed each other, so only by a tenth in this one.
         experiment = finetune.open_experiment(settings, horizon_rounds=10)
         finetune.train(experiment)
@@ -1399,9 +1387,9 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 
 
 @both_families
-def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(tasks, tmp_path, family):
-    ticket = save_super_ticket(tmp_path / "super.pt", tasks / family, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(tasks, tmp_path, mask=ticket))
+def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(inputs, tmp_path, family):
+    ticket = save_super_ticket(tmp_path / "super.pt", inputs / family, REMOVED_HEADS, REMOVED_FFNS)
+    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path, mask=ticket))
     first, second = cut.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
@@ -1411,13 +1399,13 @@ def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(tasks, tmp_path, 
 
 @both_families
 @torch.no_grad()
-def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks, tmp_path, family):
+def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs, tmp_path, family):
     """A head is multiplied by 0 where it enters the attention's output matrix, whose bias stays. An FFN goes together
     with the bias of its output. Both networks have the same seed, hence the same task head."""
-    folder = tasks / family
+    folder = inputs / family
     ticket = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(tasks, tmp_path / "cut", mask=ticket))
-    full = finetune.open_experiment(dense_settings(tasks, tmp_path / "full", model=str(folder)))
+    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", mask=ticket))
+    full = finetune.open_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
     sequences = task_data.train[:8]
     expected = finetune.task_logits(cut.model, task_data, sequences)
@@ -1427,9 +1415,9 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks,
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
         output_gate = float(not REMOVED_FFNS[index])
         layer.attention.output.dense.register_forward_pre_hook(
-            lambda module, inputs, gate=head_gate: inputs[0] * gate)
+            lambda module, arguments, gate=head_gate: arguments[0] * gate)
         layer.output.dense.register_forward_hook(
-            lambda module, inputs, output, gate=output_gate: output * gate)
+            lambda module, arguments, output, gate=output_gate: output * gate)
     assert_close(finetune.task_logits(full.model, task_data, sequences), expected)
 
 
@@ -1439,41 +1427,41 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(tasks,
 
 
 @pytest.fixture
-def two_masks(tasks, tmp_path):
+def two_masks(inputs, tmp_path):
     """The paths of two masks, joined by a comma: bert.pt for rte, a random mask for stsb."""
-    layers = tamt.mask_model(bert.load(tasks / "bert"))
+    layers = tamt.mask_model(bert.load(inputs / "bert"))
     masks = tamt.random_masks(layers, 0.5, "local", seed=1)
-    tamt.save_mask(tmp_path / "second.pt", masks, {"model": str(tasks / "bert")})
-    return f"{tasks / 'bert.pt'},{tmp_path / 'second.pt'}"
+    tamt.save_mask(tmp_path / "second.pt", masks, {"model": str(inputs / "bert")})
+    return f"{inputs / 'bert.pt'},{tmp_path / 'second.pt'}"
 
 
 @pytest.fixture
-def two_super_tickets(tasks, tmp_path):
+def two_super_tickets(inputs, tmp_path):
     """The paths of two Super Tickets, joined by a comma. They remove different heads and FFNs."""
-    folder = tasks / "bert"
+    folder = inputs / "bert"
     first = save_super_ticket(tmp_path / "rte.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
     second = save_super_ticket(tmp_path / "stsb.pt", folder, REMOVED_HEADS[::-1], REMOVED_FFNS[::-1])
     return f"{first},{second}"
 
 
-def assert_each_task_predicts_as_it_would_alone(tasks, out, masks):
+def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
     """Nothing is trained, so task heads are random: a task alone is given the head that it has beside the other."""
-    shared = finetune.open_experiment(finetune_settings(tasks, out / "shared", task="rte,stsb", mask=masks))
-    for task_data, mask in zip(shared.all_task_data, masks.split(","), strict=True):
+    shared = finetune.open_experiment(finetune_settings(inputs, out / "shared", task="rte,stsb", mask=mask_paths))
+    for task_data, mask in zip(shared.all_task_data, mask_paths.split(","), strict=True):
         name = task_data.task.name
-        alone = finetune.open_experiment(finetune_settings(tasks, out / name, task=name, mask=mask))
+        alone = finetune.open_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
         alone.model.classifier = task_data.own_parts.task_head
         found = finetune.predict_logits(shared, task_data, task_data.train)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 
-def test_two_tasks_with_a_mask_each_predict_as_they_would_alone(tasks, tmp_path, two_masks):
-    assert_each_task_predicts_as_it_would_alone(tasks, tmp_path, two_masks)
+def test_two_tasks_with_a_mask_each_predict_as_they_would_alone(inputs, tmp_path, two_masks):
+    assert_each_task_predicts_as_it_would_alone(inputs, tmp_path, two_masks)
 
 
-def test_two_tasks_with_a_super_ticket_each_predict_as_they_would_alone(tasks, tmp_path, two_super_tickets):
-    assert_each_task_predicts_as_it_would_alone(tasks, tmp_path, two_super_tickets)
+def test_two_tasks_with_a_super_ticket_each_predict_as_they_would_alone(inputs, tmp_path, two_super_tickets):
+    assert_each_task_predicts_as_it_would_alone(inputs, tmp_path, two_super_tickets)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1482,7 +1470,7 @@ def test_two_tasks_with_a_super_ticket_each_predict_as_they_would_alone(tasks, t
 
 
 @pytest.fixture(scope="session")
-def toy_folder(models, tmp_path_factory):
+def toy_folder(inputs, tmp_path_factory):
     """A folder with masks of four methods, each of which prunes 90 % of the toy, a small BERT that the program makes on
     the spot."""
     out = tmp_path_factory.mktemp("toy")

@@ -8,25 +8,23 @@ from test_tamt import (  # noqa: E402, F401
     corrupted,
     fixed_seed,
     imp_folder,
+    inputs,
     layers,
     masks,
     model,
-    models,
     two_masks,
     two_super_tickets,
     two_windows,
     vocabularies,
     vocabulary,
     write,
-    write_tasks,
 )
 
 
 @pytest.fixture(scope="session")
-def tasks(models):  # noqa: F811
+def tasks(inputs):  # noqa: F811
     """The tasks of test_tamt.py with test tables, a small SQuAD, and an own task."""
-    folder = models
-    write_tasks(folder)
+    folder = inputs
     for name in ("RTE", "STS-B"):
         header, *train = (folder / name / "train.tsv").read_text().splitlines()
         _, *dev = (folder / name / "dev.tsv").read_text().splitlines()

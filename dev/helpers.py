@@ -29,10 +29,10 @@ def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def run_tamt(models, out, *more):
+def run_tamt(inputs, out, *more):
     """mask_settings() from the command line, without its learning rate and device -> exit status."""
     return exit_status(
-        tamt.main, "--model", models / "bert", "--data", models / "text.txt", "--steps", 12, "--seq-len", 16,
+        tamt.main, "--model", inputs / "bert", "--data", inputs / "text.txt", "--steps", 12, "--seq-len", 16,
         "--batch-size", 8, "--log-every", 4, "--eval-every", 100, "--save-every", 5, "--out", out, *more)
 
 

@@ -78,43 +78,43 @@ BIASES = {"bert": "cls.predictions.bias", "roberta": "lm_head.bias"}
     "module._orig_mod.",
     "_orig_mod.module.model.",
 ])
-def test_what_training_programs_put_in_front_of_names_is_dropped(models, tmp_path, family, prefix):
-    tensors, settings = read_folder(models / family)
+def test_what_training_programs_put_in_front_of_names_is_dropped(inputs, tmp_path, family, prefix):
+    tensors, settings = read_folder(inputs / family)
     wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
-    assert_loads_as(write_folder(tmp_path / "wrapped", wrapped, settings), models / family)
+    assert_loads_as(write_folder(tmp_path / "wrapped", wrapped, settings), inputs / family)
 
 
-def test_a_compiled_module_inside_the_model_is_read(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_a_compiled_module_inside_the_model_is_read(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     compiled = {}
     for name, tensor in tensors.items():
         compiled[name.replace("bert.encoder.", "bert.encoder._orig_mod.")] = tensor
-    assert_loads_as(write_folder(tmp_path / "compiled", compiled, settings), models / "bert")
+    assert_loads_as(write_folder(tmp_path / "compiled", compiled, settings), inputs / "bert")
 
 
 @both_families
-def test_the_spelling_of_2018_is_read(models, tmp_path, family):
-    tensors, settings = read_folder(models / family)
+def test_the_spelling_of_2018_is_read(inputs, tmp_path, family):
+    tensors, settings = read_folder(inputs / family)
     old = {}
     for name, tensor in tensors.items():
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         name = name.replace("LayerNorm.bias", "LayerNorm.beta")
         old[name] = tensor
     assert f"{family}.embeddings.LayerNorm.gamma" in old
-    assert_loads_as(write_folder(tmp_path / "old", old, settings), models / family)
+    assert_loads_as(write_folder(tmp_path / "old", old, settings), inputs / family)
 
 
 @both_families
-def test_without_model_type_the_names_of_the_weights_tell_the_family(models, tmp_path, family):
-    tensors, settings = read_folder(models / family)
+def test_without_model_type_the_names_of_the_weights_tell_the_family(inputs, tmp_path, family):
+    tensors, settings = read_folder(inputs / family)
     settings = without(settings, "model_type", "architectures")
-    assert_loads_as(write_folder(tmp_path / "untyped", tensors, settings), models / family)
+    assert_loads_as(write_folder(tmp_path / "untyped", tensors, settings), inputs / family)
 
 
 @both_families
-def test_the_architecture_tells_the_family_of_a_bare_encoder(models, tmp_path, family):
+def test_the_architecture_tells_the_family_of_a_bare_encoder(inputs, tmp_path, family):
     """transformers' BertModel has names without bert. in front; old configs have no model_type."""
-    tensors, settings = read_folder(models / family)
+    tensors, settings = read_folder(inputs / family)
     bare = {name.removeprefix(f"{family}."): t for name, t in tensors.items() if name.startswith(family)}
     settings = without(settings, "model_type") | {"architectures": [f"{family.title()}Model"]}
 
@@ -126,29 +126,29 @@ def test_the_architecture_tells_the_family_of_a_bare_encoder(models, tmp_path, f
     assert model.mlm_head is None
 
 
-def test_a_bare_encoder_of_unknown_family_is_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_a_bare_encoder_of_unknown_family_is_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     bare = {name.removeprefix("bert."): t for name, t in tensors.items() if name.startswith("bert.")}
     folder = write_folder(tmp_path / "bare", bare, without(settings, "model_type", "architectures"))
     match = "model.safetensors: .*must name one family, bert or roberta; found: none"
     raises_one_line(bert.load, folder, match=match)
 
 
-def test_a_model_type_that_contradicts_the_weights_is_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_a_model_type_that_contradicts_the_weights_is_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "odd", tensors, settings | {"model_type": "roberta"})
     raises_one_line(bert.load, folder, match="must name one family, bert or roberta; found: bert and roberta")
 
 
-def test_old_roberta_configs_lack_three_settings(models, tmp_path):
-    tensors, settings = read_folder(models / "roberta")
+def test_old_roberta_configs_lack_three_settings(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "roberta")
     settings = without(settings, "pad_token_id", "type_vocab_size", "layer_norm_eps")
     config = bert.load(write_folder(tmp_path / "old", tensors, settings)).config
     assert (config.pad_token_id, config.type_vocab_size, config.layer_norm_eps) == (1, 1, 1e-5)
 
 
-def test_googles_config_lacks_layer_norm_eps(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_googles_config_lacks_layer_norm_eps(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "old", tensors, without(settings, "layer_norm_eps", "pad_token_id"))
     assert bert.load(folder).config.layer_norm_eps == 1e-12
     assert bert.load(folder).config.pad_token_id == 0
@@ -159,16 +159,16 @@ def test_googles_config_lacks_layer_norm_eps(models, tmp_path):
 
 @both_families
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_all_weights_become_fp32(models, tmp_path, family, dtype):
-    tensors, settings = read_folder(models / family)
+def test_all_weights_become_fp32(inputs, tmp_path, family, dtype):
+    tensors, settings = read_folder(inputs / family)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     model = bert.load(write_folder(tmp_path / "typed", tensors, settings))
     assert_equal(model.state_dict(), {name: tensor.float() for name, tensor in tensors.items()})
 
 
 @both_families
-def test_a_model_has_the_pooler_and_the_head_that_its_file_has(models, tmp_path, family):
-    tensors, settings = read_folder(models / family)
+def test_a_model_has_the_pooler_and_the_head_that_its_file_has(inputs, tmp_path, family):
+    tensors, settings = read_folder(inputs / family)
     head = {"bert": "cls", "roberta": "lm_head"}[family]
     no_pooler = {name: t for name, t in tensors.items() if ".pooler." not in name}
     no_head = {name: t for name, t in tensors.items() if not name.startswith(head)}
@@ -182,8 +182,8 @@ def test_a_model_has_the_pooler_and_the_head_that_its_file_has(models, tmp_path,
     assert model.mlm_head is None
 
 
-def test_tensors_without_use_are_named_in_one_line_and_old_buffers_are_not(models, tmp_path, capsys):
-    tensors, settings = read_folder(models / "bert")
+def test_tensors_without_use_are_named_in_one_line_and_old_buffers_are_not(inputs, tmp_path, capsys):
+    tensors, settings = read_folder(inputs / "bert")
     tensors |= {"cls.seq_relationship.bias": torch.ones(2), "other.x": torch.ones(1)}
     tensors |= {"bert.embeddings.position_ids": torch.arange(9)}
     bert.load(write_folder(tmp_path / "more", tensors, settings))
@@ -191,53 +191,53 @@ def test_tensors_without_use_are_named_in_one_line_and_old_buffers_are_not(model
 
 
 @both_families
-def test_a_tied_matrix_may_be_stored_under_the_decoders_name_alone(models, tmp_path, family):
+def test_a_tied_matrix_may_be_stored_under_the_decoders_name_alone(inputs, tmp_path, family):
     """safetensors stores shared memory once, and programs chose either name."""
-    tensors, settings = read_folder(models / family)
+    tensors, settings = read_folder(inputs / family)
     words = f"{family}.embeddings.word_embeddings.weight"
     renamed = without(tensors, words) | {f"{DECODERS[family]}.weight": tensors[words]}
-    assert_loads_as(write_folder(tmp_path / "renamed", renamed, settings), models / family)
+    assert_loads_as(write_folder(tmp_path / "renamed", renamed, settings), inputs / family)
 
 
 @both_families
-def test_a_tied_matrix_and_its_bias_may_be_stored_twice(models, tmp_path, family, capsys):
-    tensors, settings = read_folder(models / family)
+def test_a_tied_matrix_and_its_bias_may_be_stored_twice(inputs, tmp_path, family, capsys):
+    tensors, settings = read_folder(inputs / family)
     decoder = {
         f"{DECODERS[family]}.weight": tensors[f"{family}.embeddings.word_embeddings.weight"].clone(),
         f"{DECODERS[family]}.bias": tensors[BIASES[family]].clone(),
     }
-    assert_loads_as(write_folder(tmp_path / "twice", tensors | decoder, settings), models / family)
+    assert_loads_as(write_folder(tmp_path / "twice", tensors | decoder, settings), inputs / family)
     assert capsys.readouterr().out == ""  # nothing is called unused
 
 
 @both_families
-def test_the_bias_of_the_decoder_may_be_stored_under_the_decoders_name_alone(models, tmp_path, family):
-    tensors, settings = read_folder(models / family)
+def test_the_bias_of_the_decoder_may_be_stored_under_the_decoders_name_alone(inputs, tmp_path, family):
+    tensors, settings = read_folder(inputs / family)
     bias = {f"{DECODERS[family]}.bias": tensors[BIASES[family]]}
     folder = write_folder(tmp_path / "bias", without(tensors, BIASES[family]) | bias, settings)
-    assert_loads_as(folder, models / family)
+    assert_loads_as(folder, inputs / family)
 
 
 @both_families
 @pytest.mark.parametrize("said", [True, False])
 @torch.no_grad()
-def test_a_decoder_that_differs_counts_whatever_the_config_says(models, tmp_path, family, said):
-    tensors, settings = read_folder(models / family)
+def test_a_decoder_that_differs_counts_whatever_the_config_says(inputs, tmp_path, family, said):
+    tensors, settings = read_folder(inputs / family)
     words = tensors[f"{family}.embeddings.word_embeddings.weight"]
     doubled = tensors | {f"{DECODERS[family]}.weight": 2 * words}
     folder = write_folder(tmp_path / "untied", doubled, settings | {"tie_word_embeddings": said})
 
     hidden_states = torch.randn(4, 32)
     untied = bert.load(folder)
-    tied_logits = bert.load(models / family).mlm_logits(hidden_states)
+    tied_logits = bert.load(inputs / family).mlm_logits(hidden_states)
     bias = tensors[BIASES[family]]
     assert_close(untied.mlm_logits(hidden_states) - bias, 2 * (tied_logits - bias))
     assert not untied.config.tie_word_embeddings
 
 
 @both_families
-def test_of_an_untied_model_neither_matrix_may_be_missing(models, tmp_path, family):
-    tensors, settings = read_folder(models / family)
+def test_of_an_untied_model_neither_matrix_may_be_missing(inputs, tmp_path, family):
+    tensors, settings = read_folder(inputs / family)
     words = f"{family}.embeddings.word_embeddings.weight"
     settings = settings | {"tie_word_embeddings": False}
     folder = write_folder(tmp_path / "no_decoder", tensors, settings)
@@ -252,31 +252,31 @@ def test_of_an_untied_model_neither_matrix_may_be_missing(models, tmp_path, fami
 
 
 @both_families
-def test_a_file_of_a_folder_is_read_as_the_folder_is(models, family):
-    assert_loads_as(models / family / "model.safetensors", models / family)
+def test_a_file_of_a_folder_is_read_as_the_folder_is(inputs, family):
+    assert_loads_as(inputs / family / "model.safetensors", inputs / family)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "epoch=3.ckpt", "model.pt", "weights.pth"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickles_new_and_legacy_are_read(models, tmp_path, name, zipped):
-    tensors, settings = read_folder(models / "bert")
+def test_pickles_new_and_legacy_are_read(inputs, tmp_path, name, zipped):
+    tensors, settings = read_folder(inputs / "bert")
     write_pickle(tmp_path, tensors, settings, name, _use_new_zipfile_serialization=zipped)
-    assert_loads_as(tmp_path / name, models / "bert")
+    assert_loads_as(tmp_path / name, inputs / "bert")
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
-def test_the_weights_inside_a_training_checkpoint_are_read(models, tmp_path, key):
-    tensors, settings = read_folder(models / "bert")
+def test_the_weights_inside_a_training_checkpoint_are_read(inputs, tmp_path, key):
+    tensors, settings = read_folder(inputs / "bert")
     content = {"epoch": 3, key: tensors, "optimizer": {"lr": 1e-4}}
-    assert_loads_as(write_pickle(tmp_path / "run", content, settings, "last.ckpt"), models / "bert")
+    assert_loads_as(write_pickle(tmp_path / "run", content, settings, "last.ckpt"), inputs / "bert")
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_a_state_dict_of_torch_prune_is_read(models, tmp_path, suffix):
+def test_a_state_dict_of_torch_prune_is_read(inputs, tmp_path, suffix):
     """torch.nn.utils.prune keeps weight_orig and weight_mask until prune.remove is called."""
 
-    _, settings = read_folder(models / "bert")
-    pruned = bert.load(models / "bert")
+    _, settings = read_folder(inputs / "bert")
+    pruned = bert.load(inputs / "bert")
     query = pruned.bert.encoder.layer[0].attention.self.query
     prune.l1_unstructured(query, "weight", amount=0.7)
     if suffix == "bin":
@@ -289,8 +289,8 @@ def test_a_state_dict_of_torch_prune_is_read(models, tmp_path, suffix):
     assert torch.equal(found, query.weight)
 
 
-def test_a_prune_mask_of_another_shape_is_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_a_prune_mask_of_another_shape_is_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     weight = tensors.pop("bert.pooler.dense.weight")
     halves = {"bert.pooler.dense.weight_orig": weight, "bert.pooler.dense.weight_mask": torch.ones(3, 32)}
     folder = write_pickle(tmp_path / "odd", tensors | halves, settings)
@@ -320,43 +320,43 @@ def write_shards(folder, tensors, settings):
     return index, weight_map
 
 
-def test_shards_may_be_pickles(models, tmp_path):
-    write_shards(tmp_path / "sharded", *read_folder(models / "bert"))
-    assert_loads_as(tmp_path / "sharded", models / "bert")
+def test_shards_may_be_pickles(inputs, tmp_path):
+    write_shards(tmp_path / "sharded", *read_folder(inputs / "bert"))
+    assert_loads_as(tmp_path / "sharded", inputs / "bert")
 
 
-def test_a_tensor_that_no_shard_holds_is_named(models, tmp_path):
-    index, weight_map = write_shards(tmp_path / "sharded", *read_folder(models / "bert"))
+def test_a_tensor_that_no_shard_holds_is_named(inputs, tmp_path):
+    index, weight_map = write_shards(tmp_path / "sharded", *read_folder(inputs / "bert"))
     index.write_text(json.dumps({"weight_map": weight_map | {"more": "b.safetensors"}}))
     raises_one_line(bert.load, index, match="index.json: its shards lack more")
 
 
-def test_a_hub_caches_links_count_as_they_are_named(models, tmp_path):
+def test_a_hub_caches_links_count_as_they_are_named(inputs, tmp_path):
     """In a hub cache snapshots/<commit>/model.safetensors is a link to blobs/<hash>, which has no suffix."""
     blobs = tmp_path / "blobs"
     snapshot = tmp_path / "snapshots" / "86b5e0934494"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
     for number, name in enumerate(["config.json", "model.safetensors"]):
-        (blobs / f"abcdef{number}").write_bytes((models / "bert" / name).read_bytes())
+        (blobs / f"abcdef{number}").write_bytes((inputs / "bert" / name).read_bytes())
         (snapshot / name).symlink_to(f"../../blobs/abcdef{number}")
-    assert_loads_as(snapshot, models / "bert")
-    assert_loads_as(snapshot / "model.safetensors", models / "bert")
+    assert_loads_as(snapshot, inputs / "bert")
+    assert_loads_as(snapshot / "model.safetensors", inputs / "bert")
 
 
-def test_the_shadow_files_of_macos_are_ignored(models, tmp_path):
-    write_google(tmp_path / "google", *read_folder(models / "bert"))
+def test_the_shadow_files_of_macos_are_ignored(inputs, tmp_path):
+    write_google(tmp_path / "google", *read_folder(inputs / "bert"))
     for file in list((tmp_path / "google").iterdir()):
         (file.parent / f"._{file.name}").write_bytes(b"\0\5\x16\7 Mac OS X")
-    assert_loads_as(tmp_path / "google", models / "bert")
+    assert_loads_as(tmp_path / "google", inputs / "bert")
 
 
-def test_of_several_checkpoints_one_must_be_named(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_of_several_checkpoints_one_must_be_named(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     write_pickle(tmp_path, tensors, settings, "x.pt")
     write_pickle(tmp_path, tensors, settings, "y.pt")
     raises_one_line(bert.load, tmp_path, match="several checkpoints, name one: x.pt, y.pt")
-    assert_loads_as(tmp_path / "y.pt", models / "bert")
+    assert_loads_as(tmp_path / "y.pt", inputs / "bert")
 
 
 def test_a_folder_without_weights_says_what_is_looked_for(tmp_path):
@@ -368,13 +368,13 @@ def test_a_path_that_is_not_there_is_named(tmp_path):
     raises_one_line(bert.load, tmp_path / "gone", match="gone: no such checkpoint file or folder")
 
 
-def test_a_file_of_another_kind_is_refused(models):
-    file = models / "bert" / "config.json"
+def test_a_file_of_another_kind_is_refused(inputs):
+    file = inputs / "bert" / "config.json"
     raises_one_line(bert.load, file, match="config.json: not a checkpoint: expected .safetensors")
 
 
-def test_weights_without_a_config_are_refused(models, tmp_path):
-    bert.write_safetensors(tmp_path / "model.safetensors", read_folder(models / "bert")[0])
+def test_weights_without_a_config_are_refused(inputs, tmp_path):
+    bert.write_safetensors(tmp_path / "model.safetensors", read_folder(inputs / "bert")[0])
     raises_one_line(bert.load, tmp_path, match="no config.json or bert_config.json beside model.safetensors")
 
 
@@ -410,9 +410,9 @@ def write_google(folder, tensors, settings, **options):
 @pytest.mark.parametrize("snappy", [False, True])
 @pytest.mark.parametrize("name", ["", "bert_model.ckpt", "bert_model.ckpt.index",
                                   "bert_model.ckpt.data-00000-of-00001"])
-def test_googles_layout_is_read_from_any_of_its_names(models, tmp_path, name, snappy):
-    write_google(tmp_path / "google", *read_folder(models / "bert"), snappy=snappy)
-    assert_loads_as(tmp_path / "google" / name, models / "bert")
+def test_googles_layout_is_read_from_any_of_its_names(inputs, tmp_path, name, snappy):
+    write_google(tmp_path / "google", *read_folder(inputs / "bert"), snappy=snappy)
+    assert_loads_as(tmp_path / "google" / name, inputs / "bert")
 
 
 # Index and data of a checkpoint that TensorFlow 2.21 wrote, zlib and base85.
@@ -548,9 +548,9 @@ def write_fairseq(folder, tensors, settings_of_fairseq):
 
 
 @pytest.fixture
-def roberta_tensors(models):
+def roberta_tensors(inputs):
     """RoBERTa as fairseq trains it: no pooler, and token types that are all zero."""
-    tensors, _ = read_folder(models / "roberta")
+    tensors, _ = read_folder(inputs / "roberta")
     tensors["roberta.embeddings.token_type_embeddings.weight"].zero_()
     return {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
 
@@ -595,18 +595,18 @@ def test_fairseqs_dropout_is_read(roberta_tensors, tmp_path):
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.2)
 
 
-def test_relu_in_a_fairseq_file_is_refused_whatever_a_config_beside_it_says(models, roberta_tensors, tmp_path):
+def test_relu_in_a_fairseq_file_is_refused_whatever_a_config_beside_it_says(inputs, roberta_tensors, tmp_path):
     relu = argparse.Namespace(encoder_attention_heads=4, activation_fn="relu")
     folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), {"cfg": {"model": relu}})
-    (folder / "config.json").write_text((models / "roberta" / "config.json").read_text())
+    (folder / "config.json").write_text((inputs / "roberta" / "config.json").read_text())
     raises_one_line(bert.load, folder, match="model.pt: activation_fn 'relu' is not supported")
 
 
-def test_a_fairseq_file_without_its_settings_needs_a_config(models, roberta_tensors, tmp_path):
+def test_a_fairseq_file_without_its_settings_needs_a_config(inputs, roberta_tensors, tmp_path):
     """The shapes tell everything but the number of heads."""
     folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors), {})
     raises_one_line(bert.load, folder, match="model.pt: missing num_attention_heads")
-    (folder / "config.json").write_text((models / "roberta" / "config.json").read_text())
+    (folder / "config.json").write_text((inputs / "roberta" / "config.json").read_text())
     assert_equal(bert.load(folder).state_dict(), roberta_tensors)
 
 
@@ -634,8 +634,8 @@ def test_a_real_legacy_pickle_of_a_12_layer_model_is_read():
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_all_missing_and_misshaped_tensors_stand_in_one_error(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_all_missing_and_misshaped_tensors_stand_in_one_error(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     del tensors["bert.encoder.layer.1.output.dense.bias"]
     del tensors["cls.predictions.transform.dense.weight"]
     tensors["bert.pooler.dense.weight"] = torch.ones(2, 2)
@@ -649,8 +649,8 @@ def test_all_missing_and_misshaped_tensors_stand_in_one_error(models, tmp_path):
     assert "bert.pooler.dense.weight [2, 2] instead of [32, 32]" in message
 
 
-def test_a_long_list_of_missing_tensors_is_cut_and_shows_what_the_file_has(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_a_long_list_of_missing_tensors_is_cut_and_shows_what_the_file_has(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     tensors = {name.replace(".attention.", ".attn."): tensor for name, tensor in tensors.items()}
     folder = write_folder(tmp_path / "odd", tensors, settings)
     message = raises_one_line(bert.load, folder, match="and 16 more; the file has: ")
@@ -659,9 +659,9 @@ def test_a_long_list_of_missing_tensors_is_cut_and_shows_what_the_file_has(model
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
-def test_weights_that_are_whole_numbers_are_refused(models, tmp_path, dtype):
+def test_weights_that_are_whole_numbers_are_refused(inputs, tmp_path, dtype):
     """Quantised weights of the right shape would load, and compute nonsense in silence."""
-    tensors, settings = read_folder(models / "bert")
+    tensors, settings = read_folder(inputs / "bert")
     tensors["bert.pooler.dense.weight"] = torch.ones(32, 32, dtype=dtype)
     folder = write_folder(tmp_path / "whole", tensors, settings)
     match = f"wrong values: bert.pooler.dense.weight holds {dtype}, not floating-point"
@@ -669,15 +669,15 @@ def test_weights_that_are_whole_numbers_are_refused(models, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(models, tmp_path, value):
-    tensors, settings = read_folder(models / "bert")
+def test_weights_that_are_not_finite_are_refused(inputs, tmp_path, value):
+    tensors, settings = read_folder(inputs / "bert")
     tensors["bert.pooler.dense.weight"][3, 4] = value
     folder = write_folder(tmp_path / "infinite", tensors, settings)
     raises_one_line(bert.load, folder, match="bert.pooler.dense.weight holds values that are not finite")
 
 
-def test_fp64_weights_beyond_fp32_are_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_fp64_weights_beyond_fp32_are_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     tensors["bert.pooler.dense.weight"] = torch.full((32, 32), 1e300, dtype=torch.float64)
     folder = write_folder(tmp_path / "large", tensors, settings)
     raises_one_line(bert.load, folder, match="bert.pooler.dense.weight holds values that are not finite")
@@ -686,23 +686,23 @@ def test_fp64_weights_beyond_fp32_are_refused(models, tmp_path):
 @pytest.mark.parametrize("model_type", [
     "albert", "camembert", "deberta", "distilbert", "electra", "mpnet", "xlm-roberta", "modernbert",
 ])
-def test_a_hugging_face_folder_of_another_family_is_named(models, tmp_path, model_type):
-    tensors, settings = read_folder(models / "bert")
+def test_a_hugging_face_folder_of_another_family_is_named(inputs, tmp_path, model_type):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "other", tensors, settings | {"model_type": model_type})
     match = f"this is a model of the family {model_type}; only bert and roberta are read"
     raises_one_line(bert.load, folder, match=match)
 
 
 @pytest.mark.parametrize("prefix", ["albert", "electra", "distilbert"])
-def test_another_family_is_named_by_its_weights_alone(models, tmp_path, prefix):
-    tensors, settings = read_folder(models / "bert")
+def test_another_family_is_named_by_its_weights_alone(inputs, tmp_path, prefix):
+    tensors, settings = read_folder(inputs / "bert")
     tensors = {name.replace("bert.", f"{prefix}.", 1): tensor for name, tensor in tensors.items()}
     folder = write_folder(tmp_path / "other", tensors, without(settings, "model_type", "architectures"))
     raises_one_line(bert.load, folder, match=f"this is a model of the family {prefix};")
 
 
-def test_two_names_for_one_tensor_are_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_two_names_for_one_tensor_are_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     tensors["module.bert.pooler.dense.bias"] = torch.ones(32)
     folder = write_folder(tmp_path / "twice", tensors, settings)
     raises_one_line(bert.load, folder, match="another name both mean bert.pooler.dense.bias")
@@ -727,8 +727,8 @@ def test_two_names_for_one_tensor_are_refused(models, tmp_path):
     ("is_decoder", True, "expected False"),
     ("position_embedding_type", "relative_key", "expected absolute"),
 ], ids=str)
-def test_a_setting_that_cannot_be_is_refused_with_what_would_be_valid(models, tmp_path, name, value, valid):
-    tensors, settings = read_folder(models / "bert")
+def test_a_setting_that_cannot_be_is_refused_with_what_would_be_valid(inputs, tmp_path, name, value, valid):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "odd", tensors, settings | {name: value})
     raises_one_line(bert.load, folder, match=f"config.json: {name} .*{valid}")
 
@@ -736,8 +736,8 @@ def test_a_setting_that_cannot_be_is_refused_with_what_would_be_valid(models, tm
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                   "intermediate_size", "max_position_embeddings"])
 @pytest.mark.parametrize("null", [False, True])
-def test_a_size_that_the_config_lacks_is_named(models, tmp_path, name, null):
-    tensors, settings = read_folder(models / "bert")
+def test_a_size_that_the_config_lacks_is_named(inputs, tmp_path, name, null):
+    tensors, settings = read_folder(inputs / "bert")
     settings = without(settings, name)
     if null:
         settings[name] = None
@@ -745,20 +745,20 @@ def test_a_size_that_the_config_lacks_is_named(models, tmp_path, name, null):
     raises_one_line(bert.load, folder, match=f"config.json: missing {name}$")
 
 
-def test_heads_that_do_not_divide_the_hidden_size_are_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_heads_that_do_not_divide_the_hidden_size_are_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "odd", tensors, settings | {"num_attention_heads": 5})
     raises_one_line(bert.load, folder, match="num_attention_heads 5 does not divide hidden_size 32")
 
 
-def test_more_layers_than_the_file_has_are_refused_before_they_are_built(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_more_layers_than_the_file_has_are_refused_before_they_are_built(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "odd", tensors, settings | {"num_hidden_layers": 1000})
     raises_one_line(bert.load, folder, match="num_hidden_layers is 1000, but the weights have 2 layers")
 
 
-def test_a_pad_token_outside_the_vocabulary_is_refused(models, tmp_path):
-    tensors, settings = read_folder(models / "bert")
+def test_a_pad_token_outside_the_vocabulary_is_refused(inputs, tmp_path):
+    tensors, settings = read_folder(inputs / "bert")
     folder = write_folder(tmp_path / "odd", tensors, settings | {"pad_token_id": 10**5})
     raises_one_line(bert.load, folder, match="pad_token_id 100000 leaves no words or no positions")
 
@@ -779,9 +779,9 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_on_a_full_disk_save_leaves_the_old_files(models, tmp_path):
+def test_on_a_full_disk_save_leaves_the_old_files(inputs, tmp_path):
     """For a moment files may have at most 10,000 bytes: the config fits, the weights do not."""
-    model = bert.load(models / "bert")
+    model = bert.load(inputs / "bert")
     bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
     before = contents(tmp_path)
     doubled = {name: 2 * tensor for name, tensor in model.state_dict().items()}

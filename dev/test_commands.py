@@ -44,58 +44,58 @@ from test_tamt import (
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_find_mask_and_the_command_line_learn_the_same_mask(models, tmp_path):
-    tamt.find_mask(mask_settings(models, tmp_path / "a", objective="kd"))
-    assert run_tamt(models, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
+def test_find_mask_and_the_command_line_learn_the_same_mask(inputs, tmp_path):
+    tamt.find_mask(mask_settings(inputs, tmp_path / "a", objective="kd"))
+    assert run_tamt(inputs, tmp_path / "b", "--objective", "kd", "--lr", 2e-3, "--device", "cpu") == 0
     assert (tmp_path / "a" / "mask.pt").read_bytes() == (tmp_path / "b" / "mask.pt").read_bytes()
     assert share_of_flips(tmp_path / "a") > 0.01  # it is not the start mask
 
 
 @pytest.fixture
-def unfinished(models, tmp_path, monkeypatch):
+def unfinished(inputs, tmp_path, monkeypatch):
     """The folder of a run that was interrupted after its state was saved at update 5."""
     stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(models, tmp_path / "unfinished", save_every=5))
+        tamt.find_mask(mask_settings(inputs, tmp_path / "unfinished", save_every=5))
     return tmp_path / "unfinished"
 
 
-def test_unfinished_mask_training_is_not_overwritten(models, unfinished):
+def test_unfinished_mask_training_is_not_overwritten(inputs, unfinished):
     state = (unfinished / "state.pt").read_bytes()
     with pytest.raises(ValueError, match="unfinished at step 5.*--resume"):
-        tamt.find_mask(mask_settings(models, unfinished, save_every=5))
+        tamt.find_mask(mask_settings(inputs, unfinished, save_every=5))
     assert (unfinished / "state.pt").read_bytes() == state
 
 
-def test_unfinished_mask_training_is_not_resumed_with_other_settings(models, unfinished):
+def test_unfinished_mask_training_is_not_resumed_with_other_settings(inputs, unfinished):
     state = (unfinished / "state.pt").read_bytes()
     with pytest.raises(ValueError, match="another run.*clip 1.0 there, 0.5 here"):
-        tamt.find_mask(mask_settings(models, unfinished, save_every=5, resume=True, clip=0.5))
+        tamt.find_mask(mask_settings(inputs, unfinished, save_every=5, resume=True, clip=0.5))
     assert (unfinished / "state.pt").read_bytes() == state
 
 
-def test_resume_of_finished_mask_training_can_still_export(models, tmp_path):
-    settings = mask_settings(models, tmp_path / "run", steps=3, export=tmp_path / "at once")
+def test_resume_of_finished_mask_training_can_still_export(inputs, tmp_path):
+    settings = mask_settings(inputs, tmp_path / "run", steps=3, export=tmp_path / "at once")
     tamt.find_mask(settings)
     tamt.find_mask(dataclasses.replace(settings, resume=True, export=tmp_path / "later"))
     assert weight_bytes(tmp_path / "later") == weight_bytes(tmp_path / "at once")
 
 
-def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(models, tmp_path):
-    content = tamt.find_mask(mask_settings(models, tmp_path, steps=3))
+def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(inputs, tmp_path):
+    content = tamt.find_mask(mask_settings(inputs, tmp_path, steps=3))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert tamt.find_mask(mask_settings(models, tmp_path, steps=3, resume=True)) == content
+    assert tamt.find_mask(mask_settings(inputs, tmp_path, steps=3, resume=True)) == content
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
 
 
 @pytest.mark.parametrize("change", ["text", "dev_text", "weights", "config"])
-def test_resume_of_mask_training_is_refused_after_its_input_has_changed(models, tmp_path, monkeypatch, change):
-    shutil.copytree(models / "bert", tmp_path / "model")
-    shutil.copyfile(models / "text.txt", tmp_path / "text.txt")
+def test_resume_of_mask_training_is_refused_after_its_input_has_changed(inputs, tmp_path, monkeypatch, change):
+    shutil.copytree(inputs / "bert", tmp_path / "model")
+    shutil.copyfile(inputs / "text.txt", tmp_path / "text.txt")
     values = {"model": str(tmp_path / "model"), "data": str(tmp_path / "text.txt"), "resume": True}
     stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(models, tmp_path / "run", **values))
+        tamt.find_mask(mask_settings(inputs, tmp_path / "run", **values))
 
     text = (tmp_path / "text.txt").read_text()
     if change == "text":
@@ -108,27 +108,27 @@ def test_resume_of_mask_training_is_refused_after_its_input_has_changed(models, 
     if change == "config":
         edit_json(tmp_path / "model" / "config.json", num_attention_heads=2)
     with pytest.raises(ValueError, match=f"another run \\({change} .* there, .* here\\)"):
-        tamt.find_mask(mask_settings(models, tmp_path / "run", **values))
+        tamt.find_mask(mask_settings(inputs, tmp_path / "run", **values))
 
 
-def test_mask_training_is_the_same_under_another_spelling_of_its_paths(models, tmp_path, monkeypatch):
-    shutil.copytree(models / "bert", tmp_path / "model")
-    shutil.copyfile(models / "text.txt", tmp_path / "text.txt")
+def test_mask_training_is_the_same_under_another_spelling_of_its_paths(inputs, tmp_path, monkeypatch):
+    shutil.copytree(inputs / "bert", tmp_path / "model")
+    shutil.copyfile(inputs / "text.txt", tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
     stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(models, Path("run"), model="model", data="text.txt"))
+        tamt.find_mask(mask_settings(inputs, Path("run"), model="model", data="text.txt"))
     steps = []
     watch_rankings(monkeypatch, lambda layers, step: steps.append(step))
-    tamt.find_mask(mask_settings(models, tmp_path / "run", model=f"{tmp_path}/./model",
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", model=f"{tmp_path}/./model",
                                  data=f"{tmp_path}/model/../text.txt", resume=True))
     assert steps == list(range(steps[0], 13)) and steps[0] > 1  # resumed, not begun anew
 
 
-def test_next_after_evaluating_the_whole_network_is_mask_training_on_the_same_text(models, capsys):
-    tamt.evaluate_mask(mask_settings(models, evaluate=True, lines=True))
+def test_next_after_evaluating_the_whole_network_is_mask_training_on_the_same_text(inputs, capsys):
+    tamt.evaluate_mask(mask_settings(inputs, evaluate=True, lines=True))
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line == f"next: python tamt.py --model {models}/bert --data {models}/text.txt --lines"
+    assert last_line == f"next: python tamt.py --model {inputs}/bert --data {inputs}/text.txt --lines"
 
 
 NAMES = {"bert-tamt-mlm-0.7-s1": {},
@@ -141,9 +141,9 @@ NAMES = {"bert-tamt-mlm-0.7-s1": {},
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_without_out_goes_into_a_folder_named_after_it(models, name):
+def test_a_run_without_out_goes_into_a_folder_named_after_it(inputs, name):
     machine = tamt.Machine(torch.device("cpu"))
-    run = tamt.resolve(mask_settings(models, **NAMES[name]), machine, bert.load(models / "bert"))
+    run = tamt.resolve(mask_settings(inputs, **NAMES[name]), machine, bert.load(inputs / "bert"))
     assert run.out == Path("out") / name
 
 
@@ -152,8 +152,8 @@ def test_a_run_without_out_goes_into_a_folder_named_after_it(models, name):
     ("imp", ["--init", "random", "--refresh-every", 5, "--prune-every", 1, "--sparsity", 0.2],
      ["--init", "--refresh-every"]),
     ("tamt", ["--prune-every", 5, "--no-rewind"], ["--prune-every", "--no-rewind"])])
-def test_a_flag_without_effect_is_noted_and_the_run_goes_on(models, tmp_path, capsys, method, flags, noted):
-    argv = ["--model", models / "bert", "--data", models / "text.txt", "--seq-len", 16, "--out", tmp_path]
+def test_a_flag_without_effect_is_noted_and_the_run_goes_on(inputs, tmp_path, capsys, method, flags, noted):
+    argv = ["--model", inputs / "bert", "--data", inputs / "text.txt", "--seq-len", 16, "--out", tmp_path]
     if method == "tamt":
         argv += ["--steps", 2]
     assert exit_status(tamt.main, *argv, "--method", method, *flags) == 0
@@ -218,9 +218,9 @@ def test_compare_prints_a_table(tmp_path, capsys, masks):
     assert second.split() == ["0.0000", "1.0000", "distance", "1.0000", str(tmp_path / "b.pt")]
 
 
-def test_evaluate_of_the_dense_model_needs_no_mask_and_the_dev_text_only(models, tmp_path, capsys):
-    (tmp_path / "wiki.valid.raw").write_text((models / "text.txt").read_text())
-    assert exit_status(tamt.main, "--model", models / "bert", "--data", tmp_path, "--seq-len", 16, "--evaluate") == 0
+def test_evaluate_of_the_dense_model_needs_no_mask_and_the_dev_text_only(inputs, tmp_path, capsys):
+    (tmp_path / "wiki.valid.raw").write_text((inputs / "text.txt").read_text())
+    assert exit_status(tamt.main, "--model", inputs / "bert", "--data", tmp_path, "--seq-len", 16, "--evaluate") == 0
     lines = capsys.readouterr().out.splitlines()
     block = dict(line.split(": ", 1) for line in lines[lines.index("---") + 1:])
     assert block["sparsity"] == "0.0000" and block["dev_kd_loss"] == "0.0000"
@@ -228,8 +228,8 @@ def test_evaluate_of_the_dense_model_needs_no_mask_and_the_dev_text_only(models,
     assert "mask" not in block
 
 
-def test_mask_training_ends_with_lines_that_grep_reads(models, tmp_path, capsys):
-    assert run_tamt(models, tmp_path / "run") == 0
+def test_mask_training_ends_with_lines_that_grep_reads(inputs, tmp_path, capsys):
+    assert run_tamt(inputs, tmp_path / "run") == 0
     lines = capsys.readouterr().out.splitlines()
     block = dict(line.split(": ", 1) for line in lines[lines.index("---") + 1:])
     assert list(block) == ["mask", "sparsity", "dev_mlm_loss", "dev_kd_loss", "seconds", "next"]
@@ -238,10 +238,10 @@ def test_mask_training_ends_with_lines_that_grep_reads(models, tmp_path, capsys)
     assert block["next"].split()[:2] == ["python", "finetune.py"] and block["mask"] in block["next"]
 
 
-def test_omp_and_random_need_no_text(models, tmp_path):
+def test_omp_and_random_need_no_text(inputs, tmp_path):
     for method in ("omp", "random"):
         out = tmp_path / method
-        assert exit_status(tamt.main, "--model", models / "bert", "--method", method, "--out", out) == 0
+        assert exit_status(tamt.main, "--model", inputs / "bert", "--method", method, "--out", out) == 0
         assert "dev_mlm_loss" not in json.loads((out / "mask.json").read_text())
 
 
@@ -284,11 +284,11 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
-def test_bad_arguments_are_one_line_with_exit_status_2(models, tmp_path, monkeypatch, capsys, case):
+def test_bad_arguments_are_one_line_with_exit_status_2(inputs, tmp_path, monkeypatch, capsys, case):
     argv, words = BAD_ARGUMENTS[case]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").symlink_to(models / "bert")
-    assert_one_error_line(capsys, words, tamt.main, "--model", models / "bert", "--data", models / "text.txt",
+    (tmp_path / "model").symlink_to(inputs / "bert")
+    assert_one_error_line(capsys, words, tamt.main, "--model", inputs / "bert", "--data", inputs / "text.txt",
                        "--seq-len", 16, "--out", "out", *argv)
     assert not (tmp_path / "out").exists()
 
@@ -296,19 +296,19 @@ def test_bad_arguments_are_one_line_with_exit_status_2(models, tmp_path, monkeyp
 @pytest.mark.parametrize("changes", [
     {"sparsity": 1.5}, {"sparsity": "0.7"}, {"method": "magic"}, {"seed": 1.5}, {"steps": -3}, {"rank": "2:2"},
     {"method": "imp", "objective": "kd"}])
-def test_bad_settings_in_python_are_a_value_error_that_names_the_flag(models, changes):
+def test_bad_settings_in_python_are_a_value_error_that_names_the_flag(inputs, changes):
     with pytest.raises(ValueError, match=f"^--{list(changes)[0]} "):
-        mask_settings(models, **changes)
+        mask_settings(inputs, **changes)
 
 
-def test_settings_are_never_changed(models):
+def test_settings_are_never_changed(inputs):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        mask_settings(models).sparsity = 0.5
+        mask_settings(inputs).sparsity = 0.5
 
 
-def test_2_4_is_fine_with_the_sparsity_it_has(models):
+def test_2_4_is_fine_with_the_sparsity_it_has(inputs):
     machine = tamt.Machine(torch.device("cpu"))
-    run = tamt.resolve(mask_settings(models, rank="2:4", sparsity=0.5), machine, bert.load(models / "bert"))
+    run = tamt.resolve(mask_settings(inputs, rank="2:4", sparsity=0.5), machine, bert.load(inputs / "bert"))
     assert run.sparsity == 0.5
 
 
@@ -319,17 +319,17 @@ BAD_FILES = {"an empty text": ("empty.txt", "empty.txt.*empty"),
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_text_that_cannot_be_used_is_one_line(models, tmp_path, capsys, case):
+def test_a_text_that_cannot_be_used_is_one_line(inputs, tmp_path, capsys, case):
     name, words = BAD_FILES[case]
     texts = {"empty.txt": "", "short.txt": "the cat\nsees\n", "foreign.txt": "東京 " * 900,
              "text.csv": "text\nthe cat\n"}
     (tmp_path / name).write_text(texts[name])
-    assert_one_error_line(capsys, words, tamt.main, "--model", models / "bert", "--data", tmp_path / name,
+    assert_one_error_line(capsys, words, tamt.main, "--model", inputs / "bert", "--data", tmp_path / name,
                           "--seq-len", 16, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_with_more_words_than_the_model_is_refused(models, tmp_path, capsys):
+def test_a_vocabulary_with_more_words_than_the_model_is_refused(inputs, tmp_path, capsys):
     tiny(tmp_path / "model")
     with open(tmp_path / "model" / "vocab.txt", "a") as file:
         file.write("more\n")
@@ -337,23 +337,23 @@ def test_a_vocabulary_with_more_words_than_the_model_is_refused(models, tmp_path
                           "--model", tmp_path / "model", "--method", "omp", "--out", tmp_path / "out")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(models, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tamt, "mlm_loss", lambda *arguments: torch.tensor(math.nan, requires_grad=True))
-    assert_one_error_line(capsys, "loss is nan.*update 1.*--lr", shell_main(models, tmp_path / "out"))
+    assert_one_error_line(capsys, "loss is nan.*update 1.*--lr", shell_main(inputs, tmp_path / "out"))
     assert not (tmp_path / "out" / "mask.pt").exists()
 
 
-def shell_main(models, out):
-    return lambda argv: tamt.main(["--model", str(models / "bert"), "--data", str(models / "text.txt"), "--steps", "12",
+def shell_main(inputs, out):
+    return lambda argv: tamt.main(["--model", str(inputs / "bert"), "--data", str(inputs / "text.txt"), "--steps", "12",
                                    "--seq-len", "16", "--batch-size", "8", "--out", str(out), *argv])
 
 
-def test_ctrl_c_keeps_the_last_state_and_is_130(models, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_the_last_state_and_is_130(inputs, tmp_path, monkeypatch, capsys):
     stop_mask_training_after(monkeypatch, 7)
-    assert run_tamt(models, tmp_path) == 130
+    assert run_tamt(inputs, tmp_path) == 130
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "state.pt").exists() and not (tmp_path / "mask.pt").exists()
-    assert run_tamt(models, tmp_path, "--resume") == 0
+    assert run_tamt(inputs, tmp_path, "--resume") == 0
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback():

@@ -64,10 +64,10 @@ def test_padding_changes_nothing_for_the_tokens():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_cuda_agrees_with_the_cpu(models, tmp_path):
+def test_cuda_agrees_with_the_cpu(inputs, tmp_path):
     for device in ("cpu", "cuda"):
-        tamt.find_mask(mask_settings(models, tmp_path / f"omp-{device}", method="omp", device=device))
-        tamt.find_mask(mask_settings(models, tmp_path / f"tamt-{device}", "no-dropout", objective="mlm+kd",
+        tamt.find_mask(mask_settings(inputs, tmp_path / f"omp-{device}", method="omp", device=device))
+        tamt.find_mask(mask_settings(inputs, tmp_path / f"tamt-{device}", "no-dropout", objective="mlm+kd",
                                      device=device, dtype="fp32"))
     assert same_masks(tamt.load_mask(tmp_path / "omp-cpu"), tamt.load_mask(tmp_path / "omp-cuda"))
     assert tamt.similarity(tamt.load_mask(tmp_path / "tamt-cpu"), tamt.load_mask(tmp_path / "tamt-cuda")) > 0.98

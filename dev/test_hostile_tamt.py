@@ -20,17 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def interrupted(models, tmp_path, monkeypatch):
+def interrupted(inputs, tmp_path, monkeypatch):
     """The folder of a run that was interrupted after the seventh of twelve updates; its state is of the fifth."""
     stop_mask_training_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(mask_settings(models, tmp_path / "run"))
+        tamt.find_mask(mask_settings(inputs, tmp_path / "run"))
     return tmp_path / "run"
 
 
-def refuses_to_resume(capsys, models, folder, words):
+def refuses_to_resume(capsys, inputs, folder, words):
     before = folder_content(folder)
-    assert_one_error_line(capsys, words, tamt.main, "--model", models / "bert", "--data", models / "text.txt",
+    assert_one_error_line(capsys, words, tamt.main, "--model", inputs / "bert", "--data", inputs / "text.txt",
                           "--steps", 12, "--lr", 2e-3, "--seq-len", 16, "--batch-size", 8, "--log-every", 4,
                           "--eval-every", 100, "--save-every", 5, "--device", "cpu", "--out", folder, "--resume")
     assert folder_content(folder) == before
@@ -60,42 +60,42 @@ def test_a_full_disk_keeps_the_old_mask_and_is_one_line(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mask.pt"]
 
 
-def test_a_folder_that_vanishes_during_a_run_is_one_line(models, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_vanishes_during_a_run_is_one_line(inputs, tmp_path, monkeypatch, capsys):
     def remove(layers, step):
         if step == 6:
             shutil.rmtree(tmp_path / "run")
 
     watch_rankings(monkeypatch, remove)
-    assert run_tamt(models, tmp_path / "run") == 2
+    assert run_tamt(inputs, tmp_path / "run") == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "run" in error and "\n" not in error
 
 
-def test_out_is_a_file(models, tmp_path, capsys):
+def test_out_is_a_file(inputs, tmp_path, capsys):
     (tmp_path / "run").write_text("mine")
-    assert run_tamt(models, tmp_path / "run") == 2
+    assert run_tamt(inputs, tmp_path / "run") == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_export_is_a_file(models, tmp_path, capsys):
+def test_export_is_a_file(inputs, tmp_path, capsys):
     (tmp_path / "export").write_text("mine")
-    assert_one_error_line(capsys, "--export.*a file stands there", tamt.main, "--model", models / "bert",
+    assert_one_error_line(capsys, "--export.*a file stands there", tamt.main, "--model", inputs / "bert",
                           "--method", "omp", "--out", tmp_path / "run", "--export", tmp_path / "export")
     assert (tmp_path / "export").read_text() == "mine" and not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_the_right_to_write_is_one_line(models, tmp_path, capsys):
+def test_a_folder_without_the_right_to_write_is_one_line(inputs, tmp_path, capsys):
     (tmp_path / "run").mkdir(mode=0o500)
-    assert run_tamt(models, tmp_path / "run") == 2
+    assert run_tamt(inputs, tmp_path / "run") == 2
     assert "Permission denied" in capsys.readouterr().err
 
 
-def test_what_a_killed_run_was_writing_is_removed(models, interrupted):
+def test_what_a_killed_run_was_writing_is_removed(inputs, interrupted):
     (interrupted / "mask.pt.1234abcd.part").write_bytes(b"half")
     (interrupted / "step-5" / "mask.pt.1234abcd.part").write_bytes(b"half")
-    tamt.find_mask(mask_settings(models, interrupted, resume=True))
+    tamt.find_mask(mask_settings(inputs, interrupted, resume=True))
     assert not list(interrupted.rglob("*.part"))
 
 
@@ -162,7 +162,7 @@ def test_a_mask_file_runs_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "another object", "a mask"])
-def test_a_damaged_state_is_refused_by_name(models, interrupted, capsys, damage):
+def test_a_damaged_state_is_refused_by_name(inputs, interrupted, capsys, damage):
     file = interrupted / "state.pt"
     if damage == "cut":
         file.write_bytes(file.read_bytes()[:-500])
@@ -174,7 +174,7 @@ def test_a_damaged_state_is_refused_by_name(models, interrupted, capsys, damage)
         torch.save([1, 2, 3], file)
     if damage == "a mask":
         shutil.copyfile(interrupted / "step-5" / "mask.pt", file)
-    refuses_to_resume(capsys, models, interrupted, "state.pt")
+    refuses_to_resume(capsys, inputs, interrupted, "state.pt")
 
 
 STATE_FIELDS = ["format", "settings", "step", "parameters"]
@@ -182,7 +182,7 @@ STATE_FIELDS = ["format", "settings", "step", "parameters"]
 
 @pytest.mark.parametrize("change", ["missing", "of another type"])
 @pytest.mark.parametrize("name", STATE_FIELDS)
-def test_a_state_with_a_wrong_field_is_refused_by_name(models, interrupted, capsys, name, change):
+def test_a_state_with_a_wrong_field_is_refused_by_name(inputs, interrupted, capsys, name, change):
     file = interrupted / "state.pt"
     state = bert.read_pickle(file)
     if change == "missing":
@@ -190,7 +190,7 @@ def test_a_state_with_a_wrong_field_is_refused_by_name(models, interrupted, caps
     else:
         state[name] = "something else"
     replace_state(file, state)
-    refuses_to_resume(capsys, models, interrupted, "state.pt")
+    refuses_to_resume(capsys, inputs, interrupted, "state.pt")
 
 
 def replace_state(file, state):
@@ -199,33 +199,33 @@ def replace_state(file, state):
     os.replace(f"{file}.new", file)
 
 
-def test_a_state_of_another_shape_is_refused_by_name(models, interrupted, capsys):
+def test_a_state_of_another_shape_is_refused_by_name(inputs, interrupted, capsys):
     state = bert.read_pickle(interrupted / "state.pt")
     name = next(iter(state["parameters"]))
     state["parameters"][name] = state["parameters"][name][:5]
     replace_state(interrupted / "state.pt", state)
-    refuses_to_resume(capsys, models, interrupted, f"state.pt: {name} has the shape")
+    refuses_to_resume(capsys, inputs, interrupted, f"state.pt: {name} has the shape")
 
 
-def test_a_damaged_log_is_refused_by_name(models, interrupted, capsys):
+def test_a_damaged_log_is_refused_by_name(inputs, interrupted, capsys):
     with open(interrupted / "log.jsonl", "a") as file:
         file.write("not json\n")
-    refuses_to_resume(capsys, models, interrupted, "log.jsonl: damaged")
+    refuses_to_resume(capsys, inputs, interrupted, "log.jsonl: damaged")
 
 
-def test_a_line_that_a_killed_run_was_writing_is_dropped(models, interrupted):
+def test_a_line_that_a_killed_run_was_writing_is_dropped(inputs, interrupted):
     with open(interrupted / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')
-    tamt.find_mask(mask_settings(models, interrupted, resume=True))
+    tamt.find_mask(mask_settings(inputs, interrupted, resume=True))
     lines = (interrupted / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"settings": 3}', "\0\0"])
-def test_a_damaged_result_is_refused_by_name(models, tmp_path, capsys, content):
+def test_a_damaged_result_is_refused_by_name(inputs, tmp_path, capsys, content):
     tmp_path.joinpath("run").mkdir()
     (tmp_path / "run" / "mask.json").write_text(content)
-    refuses_to_resume(capsys, models, tmp_path / "run", "mask.json")
+    refuses_to_resume(capsys, inputs, tmp_path / "run", "mask.json")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -233,31 +233,31 @@ def test_a_damaged_result_is_refused_by_name(models, tmp_path, capsys, content):
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_that_was_put_into_the_folder_is_not_overwritten(models, tmp_path, capsys):
+def test_a_mask_that_was_put_into_the_folder_is_not_overwritten(inputs, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     masks = {"bert.encoder.layer.0.output.dense.weight": torch.ones(3, 3, dtype=torch.bool)}
     torch.save(masks, tmp_path / "run" / "mask.pt")
     before = (tmp_path / "run" / "mask.pt").read_bytes()
-    assert run_tamt(models, tmp_path / "run") == 2
+    assert run_tamt(inputs, tmp_path / "run") == 2
     assert "another mask.pt" in capsys.readouterr().err
     assert (tmp_path / "run" / "mask.pt").read_bytes() == before
 
 
-def test_a_finished_run_is_repeated_in_place_only_by_itself(models, tmp_path, capsys):
-    tamt.find_mask(mask_settings(models, tmp_path / "run"))
+def test_a_finished_run_is_repeated_in_place_only_by_itself(inputs, tmp_path, capsys):
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run"))
     before = (tmp_path / "run" / "mask.pt").read_bytes()
     with pytest.raises(ValueError, match="another run.*seed 1 there, 2 here"):
-        tamt.find_mask(mask_settings(models, tmp_path / "run", seed=2))
+        tamt.find_mask(mask_settings(inputs, tmp_path / "run", seed=2))
     assert (tmp_path / "run" / "mask.pt").read_bytes() == before
-    tamt.find_mask(mask_settings(models, tmp_path / "run"))
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run"))
     assert (tmp_path / "run" / "mask.pt").read_bytes() == before
 
 
-def test_a_run_killed_between_mask_and_result_is_finished_by_resume(models, tmp_path):
-    content = tamt.find_mask(mask_settings(models, tmp_path / "run"))
+def test_a_run_killed_between_mask_and_result_is_finished_by_resume(inputs, tmp_path):
+    content = tamt.find_mask(mask_settings(inputs, tmp_path / "run"))
     (tmp_path / "run" / "mask.json").unlink()
     before = folder_content(tmp_path / "run")
-    again = tamt.find_mask(mask_settings(models, tmp_path / "run", resume=True))
+    again = tamt.find_mask(mask_settings(inputs, tmp_path / "run", resume=True))
     del content["seconds"], again["seconds"]
     assert again == content
     after = folder_content(tmp_path / "run")
@@ -271,16 +271,16 @@ def test_a_run_killed_between_mask_and_result_is_finished_by_resume(models, tmp_
 
 
 @pytest.mark.parametrize("rank,size", [("2", "2"), ("-1", "1"), ("0", "0")])
-def test_nonsense_in_the_environment_is_one_line(models, monkeypatch, capsys, rank, size):
+def test_nonsense_in_the_environment_is_one_line(inputs, monkeypatch, capsys, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
-    assert_one_error_line(capsys, "RANK=.*WORLD_SIZE=", tamt.main, "--model", models / "bert", "--method", "omp")
+    assert_one_error_line(capsys, "RANK=.*WORLD_SIZE=", tamt.main, "--model", inputs / "bert", "--method", "omp")
 
 
 def test_an_error_is_cut_to_a_readable_length(capsys):
     assert_one_error_line(capsys, "^error: .{900,1100}$", tamt.main, "--model", "x" * 100_000)
 
 
-def test_a_seed_of_any_size_gives_a_run_or_one_line(models, tmp_path, capsys):
-    assert run_tamt(models, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
+def test_a_seed_of_any_size_gives_a_run_or_one_line(inputs, tmp_path, capsys):
+    assert run_tamt(inputs, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
     assert_one_error_line(capsys, "--seed", tamt.main, "--seed", 2**31)

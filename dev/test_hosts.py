@@ -35,32 +35,32 @@ tamt.run_command(tamt.main)
 
 
 @pytest.fixture
-def models(tmp_path):
+def inputs(tmp_path):
     gpu.make_world(tmp_path, dropout=0.0)  # each process draws dropout of its own: without it the runs are equal
     (tmp_path / "program.py").write_text(PROGRAM)
     return tmp_path
 
 
-def arguments(models, *more):
-    return ["--model", models / "model", "--data", models / "text.txt", "--objective", "mlm+kd", "--steps", STEPS,
+def arguments(inputs, *more):
+    return ["--model", inputs / "model", "--data", inputs / "text.txt", "--objective", "mlm+kd", "--steps", STEPS,
             "--seq-len", 32, "--batch-size", 8, "--lr", 2e-3, "--save-every", 5, "--eval-every", 10,
             "--device", "cpu", *more]
 
 
-def torchrun(models, *more, stop_at=0, num_hosts=2):
+def torchrun(inputs, *more, stop_at=0, num_hosts=2):
     """Starts one agent for each host, and waits for all -> [(exit status, stdout, stderr)]."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     agents = []
     for number in range(num_hosts):
-        host = models / f"host-{number}"
+        host = inputs / f"host-{number}"
         host.mkdir(exist_ok=True)
         environment = os.environ | {"TAMT_CACHE": str(host / "cache"), "OMP_NUM_THREADS": "1",
                                     "STOP_AT": str(stop_at)}
         command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_hosts}", f"--node_rank={number}",
                    "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}",
-                   models / "program.py", *arguments(models, *more)]
+                   inputs / "program.py", *arguments(inputs, *more)]
         agents.append(subprocess.Popen([str(word) for word in command], env=environment, cwd=host, text=True,
                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     results = []
@@ -80,10 +80,10 @@ def check_all_well(results):
         assert status == 0, error[-3000:]
 
 
-def mask_of_one_process(models):
-    words = [str(word) for word in arguments(models, "--out", models / "one")]
+def mask_of_one_process(inputs):
+    words = [str(word) for word in arguments(inputs, "--out", inputs / "one")]
     tamt.main(words)
-    return tamt.load_mask(models / "one")
+    return tamt.load_mask(inputs / "one")
 
 
 def share_that_differs(a, b) -> float:
@@ -91,38 +91,38 @@ def share_that_differs(a, b) -> float:
     return num_different / sum(mask.numel() for mask in a.values())
 
 
-def test_two_hosts_find_the_mask_of_one_process(models, monkeypatch):
-    monkeypatch.setenv("TAMT_CACHE", str(models / "cache"))
-    check_all_well(torchrun(models, "--out", "run"))
+def test_two_hosts_find_the_mask_of_one_process(inputs, monkeypatch):
+    monkeypatch.setenv("TAMT_CACHE", str(inputs / "cache"))
+    check_all_well(torchrun(inputs, "--out", "run"))
 
-    first, second = (models / f"host-{number}" for number in range(2))
+    first, second = (inputs / f"host-{number}" for number in range(2))
     found = tamt.load_mask(first / "run")
-    assert share_that_differs(found, mask_of_one_process(models)) <= 1e-3
+    assert share_that_differs(found, mask_of_one_process(inputs)) <= 1e-3
     for host in (first, second):
         assert list((host / "cache" / "blocks").glob("*.bin"))  # each has cut the text for itself
     assert not (second / "run").exists()  # the run lies where process 0 works
 
 
-def test_a_killed_run_of_two_hosts_resumes(models, monkeypatch):
+def test_a_killed_run_of_two_hosts_resumes(inputs, monkeypatch):
     """The state lies on the first host alone; the second is told by it where to go on."""
-    monkeypatch.setenv("TAMT_CACHE", str(models / "cache"))
-    check_all_well(torchrun(models, "--out", "whole"))
-    killed = torchrun(models, "--out", "run", stop_at=10)
+    monkeypatch.setenv("TAMT_CACHE", str(inputs / "cache"))
+    check_all_well(torchrun(inputs, "--out", "whole"))
+    killed = torchrun(inputs, "--out", "run", stop_at=10)
     assert all(status != 0 for status, _, _ in killed)
-    first = models / "host-0"
+    first = inputs / "host-0"
     assert tamt.read_state(first / "run")["step"] == 10
 
-    results = torchrun(models, "--out", "run", "--resume")
+    results = torchrun(inputs, "--out", "run", "--resume")
     check_all_well(results)
     assert "resuming run at step 10" in results[0][1] + results[1][1]
     assert (first / "run" / "mask.pt").read_bytes() == (first / "whole" / "mask.pt").read_bytes()
 
-    check_all_well(torchrun(models, "--out", "run", "--resume"))  # finished: nothing to do, on all hosts
+    check_all_well(torchrun(inputs, "--out", "run", "--resume"))  # finished: nothing to do, on all hosts
 
 
-def test_a_wrong_folder_is_one_line_and_no_host_waits_forever(models):
-    (models / "host-0" / "run").mkdir(parents=True)
-    (models / "host-0" / "run" / "state.pt").write_bytes(b"nonsense")
-    results = torchrun(models, "--out", "run")
+def test_a_wrong_folder_is_one_line_and_no_host_waits_forever(inputs):
+    (inputs / "host-0" / "run").mkdir(parents=True)
+    (inputs / "host-0" / "run" / "state.pt").write_bytes(b"nonsense")
+    results = torchrun(inputs, "--out", "run")
     assert all(status != 0 for status, _, _ in results)
     assert any("error: " in error and "state.pt" in error for _, _, error in results)

@@ -30,20 +30,20 @@ def test_the_levels_of_imp_rise_by_tenths_and_end_at_the_sparsity_asked_for():
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])
-def test_what_imp_has_pruned_stays_pruned(models, tmp_path, rank):
-    for earlier, later in itertools.pairwise(imp_masks(models, tmp_path, rank)):
+def test_what_imp_has_pruned_stays_pruned(inputs, tmp_path, rank):
+    for earlier, later in itertools.pairwise(imp_masks(inputs, tmp_path, rank)):
         assert is_subset(later, earlier)
 
 
-def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(models, tmp_path):
-    weights = second_pruning(models, tmp_path, no_rewind=True)
+def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(inputs, tmp_path):
+    weights = second_pruning(inputs, tmp_path, no_rewind=True)
     assert names_of_changed(weights.trained, weights.rewound) == set()
 
 
-def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(models, tmp_path):
+def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path):
     """The loop makes its updates by tamt.update(). When to prune, what to prune and what to rewind is its own."""
-    found = imp_masks(models, tmp_path, "global")
-    training = begin(mask_settings(models, **IMP))
+    found = imp_masks(inputs, tmp_path, "global")
+    training = begin(mask_settings(inputs, **IMP))
     pretrained = weights_of(training.model)
     for round_number, level in enumerate(IMP_LEVELS):
         # What was pruned before counts as 0, so it stays pruned. (Its weight is still there, under the mask.)
@@ -61,10 +61,10 @@ def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(models, tmp_path):
             training.step += 1
 
 
-def second_pruning(models, out, **changes):
+def second_pruning(inputs, out, **changes):
     """The first two prunings of IMP, with three updates between them -> the weights at its start, and before and after
     the second pruning."""
-    training = begin(mask_settings(models, out, **IMP, **changes))
+    training = begin(mask_settings(inputs, out, **IMP, **changes))
     pretrained = weights_of(training.model)
     tamt.prune_and_rewind(training, 0.1)
     three_updates(training)
@@ -73,8 +73,8 @@ def second_pruning(models, out, **changes):
     return SimpleNamespace(pretrained=pretrained, trained=trained, rewound=weights_of(training.model))
 
 
-def test_a_pruning_of_imp_leaves_the_head_as_it_was_trained(models, tmp_path):
-    weights = second_pruning(models, tmp_path)
+def test_a_pruning_of_imp_leaves_the_head_as_it_was_trained(inputs, tmp_path):
+    weights = second_pruning(inputs, tmp_path)
     for name in MLM_HEAD:
         assert torch.equal(weights.rewound[name], weights.trained[name])
 

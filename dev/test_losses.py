@@ -62,29 +62,29 @@ def test_an_error_inside_the_teacher_restores_the_masked_model(model, layers, ma
     assert torch.equal(model(input_ids)[-1], before)
 
 
-def test_after_the_dev_losses_training_goes_on_with_dropout(models):
-    training = begin(mask_settings(models))
+def test_after_the_dev_losses_training_goes_on_with_dropout(inputs):
+    training = begin(mask_settings(inputs))
     tamt.dev_losses(training.model, training.rows[:16], training.vocabulary, training.run.machine)
     assert all(module.training for module in training.model.modules())
 
 
-def test_the_dev_kd_loss_of_the_unpruned_model_is_0(models):
-    training = begin(mask_settings(models, sparsity=0.0))
+def test_the_dev_kd_loss_of_the_unpruned_model_is_0(inputs):
+    training = begin(mask_settings(inputs, sparsity=0.0))
     losses = tamt.dev_losses(training.model, training.rows[:32], training.vocabulary, training.run.machine)
     assert 0 <= losses["dev_kd_loss"] < 1e-6
 
 
 @pytest.fixture
-def empty_row(models):
+def empty_row(inputs):
     """(1, 16): [CLS] and [SEP], so that there is nothing to predict."""
-    vocabulary = data.vocabulary(models / "bert")
+    vocabulary = data.vocabulary(inputs / "bert")
     row = np.full((1, 16), vocabulary.pad_id)
     row[0, :2] = vocabulary.cls_id, vocabulary.sep_id
     return row
 
 
-def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(models, empty_row):
-    training = begin(mask_settings(models))
+def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(inputs, empty_row):
+    training = begin(mask_settings(inputs))
     rows = training.rows[:16]  # one batch; the short row is the second one
     expected = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine)
     with_short_row = np.concatenate([rows, empty_row])
@@ -92,8 +92,8 @@ def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(models, empty_ro
     assert found["dev_mlm_loss"] == expected["dev_mlm_loss"]
 
 
-def test_without_any_chosen_token_there_is_no_dev_mlm_loss(models, empty_row):
-    training = begin(mask_settings(models))
+def test_without_any_chosen_token_there_is_no_dev_mlm_loss(inputs, empty_row):
+    training = begin(mask_settings(inputs))
     losses = tamt.dev_losses(training.model, empty_row, training.vocabulary, training.run.machine)
     assert losses.keys() == {"dev_kd_loss"}
 
@@ -105,12 +105,12 @@ def test_kd_loss_leaves_padding_out(is_token, expected):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
-def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(models, objective):
+def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(inputs, objective):
     """Row 3 is cut to nine tokens, so that the micro-batches hold different numbers of tokens and predictions."""
     gradients = []
     losses = []
     for batch_size, accumulate in ((8, 1), (2, 4)):
-        training = begin(mask_settings(models, name="no-dropout", objective=objective, batch_size=batch_size,
+        training = begin(mask_settings(inputs, name="no-dropout", objective=objective, batch_size=batch_size,
                                        accumulate=accumulate))
         batch = tamt.next_batch(training)
         batch.is_token[3, 9:] = False
@@ -124,10 +124,10 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(models, 
 
 
 @pytest.fixture
-def dev_batches(models):
+def dev_batches(inputs):
     """A model, its dev losses on 40 rows (any will do), and these rows in batches of 16, 16 and 8, corrupted with the
     seed of the released evaluation."""
-    training = begin(mask_settings(models))
+    training = begin(mask_settings(inputs))
     rows = training.rows[:40]
     found = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine, batch_size=16)
     training.model.eval()

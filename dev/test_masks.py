@@ -112,11 +112,11 @@ def test_the_report_gives_the_sparsity_of_each_matrix(model, masks):
 
 
 @pytest.fixture(params=itertools.product(["bert", "roberta"], ["local", "2:4"]), ids="-".join)
-def exported(request, models, tmp_path):
+def exported(request, inputs, tmp_path):
     """A masked model, and the folder that --export has made of it."""
     family, rank = request.param
-    tamt.find_mask(mask_settings(models, tmp_path / "run", family, method="omp", rank=rank, export=tmp_path / "export"))
-    model = bert.load(models / family)
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", family, method="omp", rank=rank, export=tmp_path / "export"))
+    model = bert.load(inputs / family)
     tamt.set_masks(tamt.mask_model(model), tamt.load_mask(tmp_path / "run"))
     return model, tmp_path / "export"
 
@@ -140,12 +140,12 @@ def test_an_export_loads_here_with_equal_logits(exported):
     assert torch.equal(again.mlm_logits(again(input_ids)[-1]), model.mlm_logits(model(input_ids)[-1]))
 
 
-def test_the_tokenizer_of_an_export_gives_the_ids_of_the_model_here_and_in_transformers(exported, models):
+def test_the_tokenizer_of_an_export_gives_the_ids_of_the_model_here_and_in_transformers(exported, inputs):
     from transformers import AutoTokenizer
 
     model, folder = exported
     text = "The cat sees a BIG red house ."
-    expected = ids_of(text, data.vocabulary(models / model.config.model_type))
+    expected = ids_of(text, data.vocabulary(inputs / model.config.model_type))
     assert ids_of(text, data.vocabulary(folder)) == expected
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"][1:-1] == expected
 

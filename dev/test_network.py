@@ -80,11 +80,11 @@ def test_a_new_head_inherits_train_or_eval_mode(model):
 
 
 @torch.no_grad()
-def test_removing_a_head_equals_zeroing_its_output(models):
+def test_removing_a_head_equals_zeroing_its_output(inputs):
     """A structured ticket removes heads: the layer counts them from its query matrix."""
     input_ids, attention_mask = padded_batch("bert", vocab_size=20)
-    silenced = bert.load(models / "bert")
-    removed = bert.load(models / "bert")
+    silenced = bert.load(inputs / "bert")
+    removed = bert.load(inputs / "bert")
     silenced.bert.encoder.layer[0].attention.output.dense.weight[:, 24:] = 0  # 4 heads of 8 columns
 
     attention = removed.bert.encoder.layer[0].attention
@@ -111,24 +111,24 @@ def assert_mean_is(draws, expected):
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_dropout_of_hidden_states_keeps_their_expected_value(models):
+def test_dropout_of_hidden_states_keeps_their_expected_value(inputs):
     """What survives is scaled up."""
-    dropout = bert.load(models / "bert").train().bert.encoder.layer[0].attention.output.dropout
+    dropout = bert.load(inputs / "bert").train().bert.encoder.layer[0].attention.output.dropout
     states = torch.randn(6, 32)
     assert_mean_is([dropout(states) for _ in range(2000)], states)
 
 
-def test_dropout_of_attention_keeps_the_expected_value_of_the_context_vectors(models):
-    attention = bert.load(models / "bert").bert.encoder.layer[0].attention.self
+def test_dropout_of_attention_keeps_the_expected_value_of_the_context_vectors(inputs):
+    attention = bert.load(inputs / "bert").bert.encoder.layer[0].attention.self
     states = torch.randn(1, 6, 32)
     expected = attention(states, None)
     attention.train()
     assert_mean_is([attention(states, None) for _ in range(2000)], expected)
 
 
-def test_max_tokens_is_the_number_of_positions_that_tokens_can_have(models):
-    assert bert.load(models / "bert").config.max_tokens == 64  # all 64 rows of the table
-    assert bert.load(models / "roberta").config.max_tokens == 64  # of 66: nothing is at 0, and only padding at 1
+def test_max_tokens_is_the_number_of_positions_that_tokens_can_have(inputs):
+    assert bert.load(inputs / "bert").config.max_tokens == 64  # all 64 rows of the table
+    assert bert.load(inputs / "roberta").config.max_tokens == 64  # of 66: nothing is at 0, and only padding at 1
 
 
 def test_more_tokens_than_positions_are_an_error(model):
@@ -137,15 +137,15 @@ def test_more_tokens_than_positions_are_an_error(model):
         model(torch.full((1, 65), 5))
 
 
-def test_bert_counts_positions_from_0(models):
-    model = bert.load(models / "bert")
+def test_bert_counts_positions_from_0(inputs):
+    model = bert.load(inputs / "bert")
     input_ids = torch.tensor([[2, 7, 8, 3, 0, 0]])  # [CLS] two words [SEP] [PAD] [PAD]
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_roberta_counts_positions_from_2_and_gives_padding_position_1(models):
+def test_roberta_counts_positions_from_2_and_gives_padding_position_1(inputs):
     """The positions depend on the padding of each row."""
-    model = bert.load(models / "roberta")
+    model = bert.load(inputs / "roberta")
     input_ids = torch.tensor([[0, 7, 8, 2, 1, 1]])  # <s> two letters </s> <pad> <pad>
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [[2, 3, 4, 5, 1, 1]]
 

@@ -126,13 +126,13 @@ def found_pins(training):
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_pooler_is_pinned(models, objective):
-    training = begin(mask_settings(models, objective=objective))
+def test_the_pooler_is_pinned(inputs, objective):
+    training = begin(mask_settings(inputs, objective=objective))
     assert found_pins(training)["bert.pooler.dense.weight"].all()
 
 
-def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(models):
-    training = begin(mask_settings(models, objective="kd"))
+def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(inputs):
+    training = begin(mask_settings(inputs, objective="kd"))
     vocabulary = training.vocabulary
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned[vocabulary.pad_id]
@@ -140,9 +140,9 @@ def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(models):
     assert not is_pinned[vocabulary.tokenizer.token_to_id("the")]
 
 
-def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(models):
+def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(inputs):
     """Corruption may put any word anywhere."""
-    training = begin(mask_settings(models, objective="mlm"))
+    training = begin(mask_settings(inputs, objective="mlm"))
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
 
@@ -231,8 +231,8 @@ def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(mod
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_their_scores(models, objective):
-    training = begin(mask_settings(models, objective=objective, sparsity=0.7, rank="global", steps=30))
+def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_their_scores(inputs, objective):
+    training = begin(mask_settings(inputs, objective=objective, sparsity=0.7, rank="global", steps=30))
     start = masks_of(training.layers)
     for step in range(30):
         tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, t=step + 1)

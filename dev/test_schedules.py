@@ -82,20 +82,20 @@ def test_a_refresh_is_due_whenever_a_mask_is_evaluated_or_saved():
     assert found == [600, 700, 1000, 1200, 1400, 1800, 2000, 2100, 2400, 2500]
 
 
-def test_a_short_run_flips_nothing_at_the_learning_rate_of_the_paper_but_does_at_a_higher_one(models, tmp_path):
+def test_a_short_run_flips_nothing_at_the_learning_rate_of_the_paper_but_does_at_a_higher_one(inputs, tmp_path):
     for learning_rate, flips in ((2e-5, False), (5e-3, True)):
-        tamt.find_mask(mask_settings(models, tmp_path / str(learning_rate), objective="kd", lr=learning_rate))
+        tamt.find_mask(mask_settings(inputs, tmp_path / str(learning_rate), objective="kd", lr=learning_rate))
         assert (share_of_flips(tmp_path / str(learning_rate)) > 0) == flips
 
 
 @pytest.fixture
-def refreshed_every_six(models, tmp_path, monkeypatch):
+def refreshed_every_six(inputs, tmp_path, monkeypatch):
     """A run of twelve updates with --refresh-every 6, whose masks are saved at 5 and 10 -> its folder, how many entries
     each update's mask prunes, and how many it should."""
     counts = {}
     watch_rankings(monkeypatch, lambda layers, step: counts.update({step: num_pruned(masks_of(layers))}))
     tamt.find_mask(mask_settings(
-        models, tmp_path, rank="global", sparsity=0.7, refresh_every=6, save_every=5, lr=4e-3))
+        inputs, tmp_path, rank="global", sparsity=0.7, refresh_every=6, save_every=5, lr=4e-3))
     return tmp_path, counts, round(num_entries(tamt.load_mask(tmp_path)) * 0.7)
 
 

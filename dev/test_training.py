@@ -154,17 +154,17 @@ class PlainLoop:
 @pytest.mark.parametrize("rank, sparsity", [("global", 0.7), ("local", 0.7), ("2:4", 0.5)])
 @pytest.mark.parametrize("objective, clip", [("mlm", 1.0), ("kd", 0.01), ("mlm+kd", 1.0)])  # kd's gradients are small
 def test_thirty_updates_give_the_losses_and_masks_of_a_plain_loop(
-        models, tmp_path, monkeypatch, objective, clip, rank, sparsity):
+        inputs, tmp_path, monkeypatch, objective, clip, rank, sparsity):
     """All of find_mask, its schedule and its shortcuts included, against PlainLoop. Every update ranks anew (what else
     --refresh-every does is in test_schedules.py)."""
-    settings = mask_settings(models, tmp_path, "no-dropout", objective=objective, rank=rank, sparsity=sparsity,
+    settings = mask_settings(inputs, tmp_path, "no-dropout", objective=objective, rank=rank, sparsity=sparsity,
                              refresh_every=1, steps=30, lr=3e-3, log_every=1, clip=clip)
     masks = masks_after_each_update(settings)
     losses = [line["loss"] for line in read_log(tmp_path)]
 
     training = begin(settings)  # for the start mask and the batches
     start = masks_of(training.layers)
-    model = bert.load(models / "no-dropout").train()
+    model = bert.load(inputs / "no-dropout").train()
     plain = PlainLoop(model, objective, rank, sparsity, clip, masks=start, pinned=expected_pins(training))
     for step in range(30):
         loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30))
