@@ -59,6 +59,17 @@ def fixed_seed():
 WORDS = "the a cat dog bird house tree sees likes finds big small red old new and runs sits here".split()
 
 
+def write(path, content):
+    """Writes a file: text as it is, a list as lines, a dict as JSON -> its path."""
+    if isinstance(content, dict):
+        content = json.dumps(content)
+    if isinstance(content, list):
+        content = "\n".join(content) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
 def tiny(folder, family="bert", seed=0, **sizes):
     """An ordinary model folder: two layers, 32 wide. The vocabulary of BERT has words, letters and pieces of words,
     that of RoBERTa a token for each letter."""
@@ -91,11 +102,11 @@ def tiny(folder, family="bert", seed=0, **sizes):
     bert.save(folder, config, dict(model.named_parameters()), "ForMaskedLM")
 
     if family == "bert":
-        (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+        write(folder / "vocab.txt", vocab)
     else:
         ids = {token: number for number, token in enumerate(vocab)}
-        (folder / "vocab.json").write_text(json.dumps(ids))
-        (folder / "merges.txt").write_text("#version: 0.2\n")
+        write(folder / "vocab.json", ids)
+        write(folder / "merges.txt", ["#version: 0.2"])
     return folder
 
 
@@ -117,8 +128,8 @@ def inputs(tmp_path_factory):
         # The second word is one of three, so there is something to learn. The last of WORDS, "here", never occurs;
         # dev/ tests what becomes of such words.
         words = ["the", generator.choice(["tree", "sees", "likes"]), *generator.sample(WORDS[:-1], 5)]
-        lines.append(" ".join(words) + " .\n")
-    (folder / "text.txt").write_text("".join(lines))
+        lines.append(" ".join(words) + " .")
+    write(folder / "text.txt", lines)
     tiny(folder / "bert")
     tiny(folder / "roberta", "roberta")
     tiny(folder / "no-dropout", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -605,6 +616,24 @@ def masks_after_each_update(settings):
     return [tamt.load_mask(settings.out / f"step-{step}") for step in range(1, settings.steps + 1)]
 
 
+@pytest.mark.parametrize("rank", ["local", "global"])
+def test_the_first_mask_prunes_the_smallest_weights_of_each_matrix_whatever_the_rank(inputs, tmp_path, rank):
+    one_tiny_update = mask_settings(inputs, tmp_path, sparsity=0.75, rank=rank, steps=1, lr=1e-9)
+    [masks] = masks_after_each_update(one_tiny_update)
+    for name, layer in tamt.maskable_layers(bert.load(inputs / "bert")).items():
+        assert torch.equal(masks[name], prune_matrix_by_sorting(layer.weight.abs(), 0.75))
+
+
+POOLER = "bert.pooler.dense.weight"
+
+
+def test_the_pooler_which_gets_no_gradient_keeps_its_first_mask(inputs, tmp_path):
+    """Its scores stay at 0 and 0.02. The global threshold leaves this interval here, so if these scores were ranked
+    with the others, all of the pooler would be kept or pruned at once."""
+    masks = masks_after_each_update(mask_settings(inputs, tmp_path, objective="kd", rank="global", lr=1e-2, steps=30))
+    assert torch.equal(masks[-1][POOLER], masks[0][POOLER])
+
+
 MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.predictions.transform.dense.bias",
             "cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"}
 
@@ -616,6 +645,14 @@ def batch_of_update(settings, rows, vocabulary, step):
     generator = data.random_stream(settings.seed, "corruption", step)
     corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, generator)
     return torch.from_numpy(input_ids), torch.from_numpy(corrupted_ids), torch.from_numpy(is_chosen)
+
+
+def set_released_adamw(optimizer, learning_rate, step):
+    """Makes torch's AdamW take a step, counted from 0, as the released code's does. With the mean m of the gradients
+    and the mean v of their squares, both corrected for their bias, torch moves by lr m / (sqrt(v) + eps). The released
+    code adds its eps to the root of the uncorrected v."""
+    correction = 1 - 0.999 ** (step + 1)  # v is the uncorrected one, divided by this
+    optimizer.param_groups[0].update(lr=learning_rate, eps=1e-8 / math.sqrt(correction))
 
 
 def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
@@ -632,7 +669,7 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
     head = [model.get_parameter(name).requires_grad_() for name in MLM_HEAD]  # trains along with the scores
 
     masks = {name: prune_matrix_by_sorting(weight.abs(), 0.75) for name, weight in weights.items()}
-    scores = {name: nn.Parameter(0.02 * mask) for name, mask in masks.items()}  # Eq. 5
+    scores = {name: nn.Parameter(0.02 * mask) for name, mask in masks.items() if name != POOLER}  # Eq. 5
     optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)
 
     for step in range(settings.steps):
@@ -653,19 +690,10 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
         set_released_adamw(optimizer, settings.lr * (1 - step / settings.steps), step)  # linear decay
         optimizer.step()
         optimizer.zero_grad()
-        # The pooler gets no gradient. In these few updates the threshold stays between its scores, 0 and 0.02, so its
-        # mask stays even if it is ranked like all others.
-        masks = prune_all_by_sorting(scores, 0.75)
+        masks |= prune_all_by_sorting(scores, 0.75)  # all but the pooler's
         assert same_masks(found[step], masks), f"after update {step + 1}"
 
     assert same_masks(tamt.load_mask(tmp_path), masks)
-
-
-def set_released_adamw(optimizer, learning_rate, step):
-    """Makes torch's AdamW take the released code's step number `step`, from 0. There eps is added to the root of the
-    second moment before this is corrected for its bias, in torch afterwards."""
-    correction = math.sqrt(1 - 0.999 ** (step + 1))
-    optimizer.param_groups[0].update(lr=learning_rate, eps=1e-8 / correction)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -706,14 +734,6 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
     for masks in masks_after_each_update(settings):
         for mask in masks.values():
             assert (mask.view(-1, 4).sum(dim=1) == 2).all()
-
-
-def test_the_pooler_which_gets_no_gradient_keeps_its_first_mask(inputs, tmp_path):
-    """The global threshold leaves the interval from 0 to 0.02, in which it begins. The scores of the pooler stay at
-    these two values; if they were ranked like all others, all of it would be kept or pruned at once."""
-    masks = masks_after_each_update(mask_settings(inputs, tmp_path, objective="kd", rank="global", lr=1e-2, steps=30))
-    first_masks = tamt.magnitude_masks(tamt.mask_model(bert.load(inputs / "bert")), 0.7, "local")
-    assert torch.equal(masks[-1]["bert.pooler.dense.weight"], first_masks["bert.pooler.dense.weight"])
 
 
 def watch_updates(monkeypatch, module, look):
@@ -757,6 +777,7 @@ def test_the_kd_loss_trains_nothing_but_scores(inputs, tmp_path, monkeypatch):
 def test_masked_lm_trains_scores_and_the_weights_of_its_head(inputs, tmp_path, monkeypatch, objective):
     first, *_, last = parameters_before_each_update(monkeypatch, mask_settings(inputs, tmp_path, objective=objective))
     changed = names_of_changed(first, last)
+    assert any(is_scores(name) for name in changed)
     assert {name for name in changed if not is_scores(name)} == MLM_HEAD
 
 
@@ -800,14 +821,14 @@ def folder_content(folder):
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(inputs, tmp_path, monkeypatch, case):
-    changes = {"steps": 12, "save_every": 5} | RESUMED[case]
-    tamt.find_mask(mask_settings(inputs, tmp_path / "whole", **changes))
+    tamt.find_mask(mask_settings(inputs, tmp_path / "whole", **RESUMED[case]))
 
     def interrupt(training):
         if training.step == 9:  # updates done
             raise KeyboardInterrupt
 
-    resumed = mask_settings(inputs, tmp_path / "resumed", resume=True, **changes)  # nothing is saved yet, so it starts
+    # At first there is nothing to resume, so the run starts.
+    resumed = mask_settings(inputs, tmp_path / "resumed", resume=True, **RESUMED[case])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         watch_updates(patch, tamt, interrupt)
         tamt.find_mask(resumed)
@@ -827,8 +848,9 @@ def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(in
 
 
 # IMP works in rounds: it trains all weights with masked LM, prunes the smallest, and sets the others but for those of
-# the head back to their pretrained values ("rewinds" them). Its first pruning comes before any training. (That it finds
-# the masks of a plain loop over rounds is in dev/test_imp.py.)
+# the head back to their pretrained values ("rewinds" them). Its first pruning comes before any training. A pruned
+# weight keeps its value behind the mask. A run saves its mask at each pruning; with steps=None it ends with the last
+# one. (That it finds the masks of a plain loop over rounds is in dev/test_imp.py.)
 
 IMP = {"method": "imp", "prune_every": 3, "sparsity": 0.35, "steps": None}
 IMP_LEVELS = (0.1, 0.2, 0.3, 0.35)  # each pruning removes another tenth, and the last one the rest
@@ -860,7 +882,7 @@ def parameters_of_imp(inputs, tmp_path, monkeypatch):
 def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(parameters_of_imp):
     """No loss reads the pooler."""
     before_update_1, _, before_update_3, *_ = parameters_of_imp
-    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    pooler = {POOLER, "bert.pooler.dense.bias"}
     assert names_of_changed(before_update_1, before_update_3) == before_update_1.keys() - pooler
 
 
@@ -895,17 +917,6 @@ def test_an_export_is_the_pretrained_weights_times_the_mask(inputs, tmp_path, me
 # ---------------------------------------------------------------------------------------------------
 # glue_squad: token ids and batches
 # ---------------------------------------------------------------------------------------------------
-
-
-def write(path, content):
-    """Writes a file: text as it is, a list as lines, a dict as JSON -> its path."""
-    if isinstance(content, dict):
-        content = json.dumps(content)
-    if isinstance(content, list):
-        content = "\n".join(content) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -1166,6 +1177,28 @@ def test_pruned_weights_stay_exactly_zero_in_every_update(inputs, tmp_path, monk
     assert num_nonzero == [0] * 9  # before each of eight updates, and at the end
 
 
+def prune_with_torch(model, masks):
+    """From now on torch's prune multiplies these weights by their masks in every forward pass."""
+    for name, mask in masks.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        prune.custom_from_mask(module, "weight", mask)
+        # prune puts the weight behind the bias. The norm of all gradients is summed up in this order, so the bias goes
+        # to the end again.
+        if "bias" in module._parameters:
+            module._parameters["bias"] = module._parameters.pop("bias")
+
+
+def training_batches(experiment, num_epochs):
+    """The batches of an experiment with one task -> [(sequences of token ids, their targets)]"""
+    [task_data] = experiment.all_task_data
+    batches = []
+    for epoch in range(num_epochs):
+        for _, indices in finetune.epoch_batches([task_data], experiment.run, epoch):
+            sequences = [task_data.train[index] for index in indices]
+            batches.append((sequences, torch.from_numpy(task_data.targets[indices])))
+    return batches
+
+
 @both_families
 def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tmp_path, family):
     """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
@@ -1195,28 +1228,6 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     for name, weight in ticket.model.named_parameters():
         expected = model.get_parameter(f"{name}_orig") * masks[name] if name in masks else model.get_parameter(name)
         assert torch.equal(weight, expected), name
-
-
-def prune_with_torch(model, masks):
-    """From now on torch's prune multiplies these weights by their masks in every forward pass."""
-    for name, mask in masks.items():
-        module = model.get_submodule(name.removesuffix(".weight"))
-        prune.custom_from_mask(module, "weight", mask)
-        # prune puts the weight behind the bias. The norm of all gradients is summed up in this order, so the bias goes
-        # to the end again.
-        if "bias" in module._parameters:
-            module._parameters["bias"] = module._parameters.pop("bias")
-
-
-def training_batches(experiment, num_epochs):
-    """The batches of an experiment with one task -> [(sequences of token ids, their targets)]"""
-    [task_data] = experiment.all_task_data
-    batches = []
-    for epoch in range(num_epochs):
-        for _, indices in finetune.epoch_batches([task_data], experiment.run, epoch):
-            sequences = [task_data.train[index] for index in indices]
-            batches.append((sequences, torch.from_numpy(task_data.targets[indices])))
-    return batches
 
 
 @pytest.fixture
@@ -1408,8 +1419,8 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     full = finetune.open_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
     sequences = task_data.train[:8]
-    expected = finetune.task_logits(cut.model, task_data, sequences)
-    assert not torch.allclose(finetune.task_logits(full.model, task_data, sequences), expected, atol=1e-3)
+    found = finetune.task_logits(cut.model, task_data, sequences)
+    assert not torch.allclose(found, finetune.task_logits(full.model, task_data, sequences), atol=1e-3)
 
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
@@ -1418,12 +1429,14 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
             lambda module, arguments, gate=head_gate: arguments[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, arguments, output, gate=output_gate: output * gate)
-    assert_close(finetune.task_logits(full.model, task_data, sequences), expected)
+    assert_close(found, finetune.task_logits(full.model, task_data, sequences))
 
 
 # ---------------------------------------------------------------------------------------------------
 # finetune: several tasks, one encoder
 # ---------------------------------------------------------------------------------------------------
+
+# Training of several tasks is in dev/test_several_tasks.py.
 
 
 @pytest.fixture
