@@ -116,12 +116,43 @@ def shake(model, size):
         parameter.data += torch.randn_like(parameter) * size
 
 
+def write_tasks(folder):
+    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored. The labels depend on how many
+    words the two sentences share."""
+    generator = random.Random(0)
+    classes = ["sentence1\tsentence2\tlabel"]
+    numbers = ["sentence1\tsentence2\tscore"]
+    for _ in range(48):
+        a = generator.sample(WORDS[:9], 4)
+        b = generator.sample(WORDS[:9], 3)
+        num_common = len({*a} & {*b})
+        row = " ".join(a) + "\t" + " ".join(b)
+        classes.append(row + ("\tentailment" if num_common >= 2 else "\tnot_entailment"))
+        numbers.append(f"{row}\t{num_common}")
+    for name, [header, *rows] in (("RTE", classes), ("STS-B", numbers)):
+        write(folder / name / "train.tsv", [header, *rows[:32]])
+        write(folder / name / "dev.tsv", [header, *rows[32:]])
+
+
+def write_masks(folder):
+    """Writes a mask for each model. The file names its model, so settings need not."""
+    for family in ("bert", "roberta"):
+        layers = tamt.mask_model(bert.load(folder / family))
+        masks = tamt.magnitude_masks(layers, 0.6, "local")
+        tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(folder / family), "method": "omp"})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache of the tests' own, for what the program downloads, tokenises, or makes itself."""
+    os.environ["TAMT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """A folder with what a user would bring: a tiny model of each family, bert and roberta, one without dropout, a text
     with some order in it, and for finetune two tasks and a mask for each model, bert.pt and roberta.pt."""
     folder = tmp_path_factory.mktemp("inputs")
-    os.environ["TAMT_CACHE"] = str(folder / "cache")
     generator = random.Random(0)
     lines = []
     for _ in range(900):
@@ -311,9 +342,24 @@ def test_text_is_one_stream_of_tokens_cut_into_rows_between_cls_and_sep(vocabula
     assert rows.tolist() == [[2, 5, 6, 7, 8, 3], [2, 9, 10, 11, 12, 3]]
 
 
+def test_the_last_twentieth_of_a_text_file_is_held_out(vocabulary, tmp_path):
+    write(tmp_path / "text.txt", ["one one one one"] * 95 + ["two two two two"] * 5)
+    train, dev = (data.corpus_rows(tmp_path / "text.txt", vocabulary, 6, split) for split in ("train", "dev"))
+    one, two = 6, 7
+    assert (train[:, 1:5] == one).all()
+    assert (dev[:, 1:5] == two).all()
+
+
 # ---------------------------------------------------------------------------------------------------
 # data: batches
 # ---------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_those_that_stand_for_no_text(inputs):
+    for family, tokens in (("bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]),
+                           ("roberta", ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])):
+        vocabulary = data.vocabulary(inputs / family)
+        assert sorted(vocabulary.special_ids) == sorted(vocabulary.tokenizer.token_to_id(token) for token in tokens)
 
 
 @pytest.fixture(scope="session")
@@ -736,15 +782,16 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
             assert (mask.view(-1, 4).sum(dim=1) == 2).all()
 
 
-def watch_updates(monkeypatch, module, look):
-    """Calls look(run) before each call of module.update(run, ...): tamt updates a Training, finetune an Experiment."""
+def before_each_update(monkeypatch, module, call):
+    """From now on call(trainer) comes before each update of a run. tamt's trainer is a Training, finetune's an
+    Experiment; both hold the model."""
     update = module.update
 
-    def look_and_update(run, *arguments, **keywords):
-        look(run)
-        return update(run, *arguments, **keywords)
+    def call_and_update(trainer, *arguments, **keywords):
+        call(trainer)
+        return update(trainer, *arguments, **keywords)
 
-    monkeypatch.setattr(module, "update", look_and_update)
+    monkeypatch.setattr(module, "update", call_and_update)
 
 
 def parameters_before_each_update(monkeypatch, settings):
@@ -754,7 +801,7 @@ def parameters_before_each_update(monkeypatch, settings):
     def record(training):
         found.append({name: tensor.detach().clone() for name, tensor in training.model.named_parameters()})
 
-    watch_updates(monkeypatch, tamt, record)
+    before_each_update(monkeypatch, tamt, record)
     tamt.find_mask(settings)
     return found
 
@@ -781,6 +828,13 @@ def test_masked_lm_trains_scores_and_the_weights_of_its_head(inputs, tmp_path, m
     assert {name for name in changed if not is_scores(name)} == MLM_HEAD
 
 
+def test_the_student_has_dropout_after_evaluations_too(inputs, tmp_path, monkeypatch):
+    has_dropout = []
+    before_each_update(monkeypatch, tamt, lambda training: has_dropout.append(training.model.training))
+    tamt.find_mask(mask_settings(inputs, tmp_path, steps=12, eval_every=4))
+    assert has_dropout == [True] * 12
+
+
 def test_equal_runs_write_the_same_mask_file_byte_for_byte(inputs, tmp_path):
     for name in ("first", "second"):
         tamt.find_mask(mask_settings(inputs, tmp_path / name, lr=1e-2))
@@ -791,55 +845,6 @@ def test_another_seed_gives_another_mask(inputs, tmp_path):
     for seed in (1, 2):
         tamt.find_mask(mask_settings(inputs, tmp_path / str(seed), seed=seed, lr=1e-2))
     assert not same_masks(tamt.load_mask(tmp_path / "1"), tamt.load_mask(tmp_path / "2"))
-
-
-# ---------------------------------------------------------------------------------------------------
-# tamt: resuming
-# ---------------------------------------------------------------------------------------------------
-
-
-RESUMED = {
-    "kd": {"objective": "kd"},
-    "mlm+kd": {"objective": "mlm+kd"},
-    "a ranking every four updates": {"rank": "local", "refresh_every": 4, "lr": 4e-3},
-    "2:4": {"rank": "2:4"},
-    "imp": {"method": "imp", "prune_every": 4, "sparsity": 0.35},
-    "imp without rewinding": {"method": "imp", "prune_every": 4, "sparsity": 0.35, "no_rewind": True},
-}
-
-
-def folder_content(folder):
-    """{path inside the folder: bytes} of the files of a run, without times, and without state.pt."""
-    content = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            without_times = re.sub(rb'"(time|ms_per_step|seconds)": [\d.e+-]+', b"", file.read_bytes())
-            content[str(file.relative_to(folder))] = without_times
-    content.pop("state.pt", None)
-    return content
-
-
-@pytest.mark.parametrize("case", RESUMED)
-def test_resumed_mask_training_ends_bit_for_bit_like_one_without_interruption(inputs, tmp_path, monkeypatch, case):
-    tamt.find_mask(mask_settings(inputs, tmp_path / "whole", **RESUMED[case]))
-
-    def interrupt(training):
-        if training.step == 9:  # updates done
-            raise KeyboardInterrupt
-
-    # At first there is nothing to resume, so the run starts.
-    resumed = mask_settings(inputs, tmp_path / "resumed", resume=True, **RESUMED[case])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        watch_updates(patch, tamt, interrupt)
-        tamt.find_mask(resumed)
-    steps = []
-    watch_updates(monkeypatch, tamt, lambda training: steps.append(training.step))
-    tamt.find_mask(resumed)
-
-    assert steps[0] == 5  # the last saved state. The log has a line of update 8, which must go
-    expected = folder_content(tmp_path / "whole")
-    assert {"mask.pt", "mask.json", "log.jsonl"} <= expected.keys()
-    assert folder_content(tmp_path / "resumed") == expected
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -889,6 +894,64 @@ def test_between_its_prunings_imp_trains_all_weights_but_the_pooler(parameters_o
 def test_a_pruning_of_imp_rewinds_all_weights_but_those_of_the_head(parameters_of_imp):
     before_update_1, _, _, before_update_4, *_ = parameters_of_imp  # the second pruning comes right before update 4
     assert names_of_changed(before_update_1, before_update_4) == MLM_HEAD
+
+
+# ---------------------------------------------------------------------------------------------------
+# tamt: resuming
+# ---------------------------------------------------------------------------------------------------
+
+
+def folder_content(folder):
+    """{path inside the folder: bytes} of the files of a run, without times, and without state.pt."""
+    content = {}
+    for file in folder.rglob("*"):
+        if file.is_file():
+            without_times = re.sub(rb'"(time|ms_per_step|seconds)": [\d.e+-]+', b"", file.read_bytes())
+            content[str(file.relative_to(folder))] = without_times
+    content.pop("state.pt", None)
+    return content
+
+
+def interrupt_after(monkeypatch, num_updates):
+    """Ctrl-C, once that many updates are done."""
+    def interrupt(training):
+        if training.step == num_updates:
+            raise KeyboardInterrupt
+
+    before_each_update(monkeypatch, tamt, interrupt)
+
+
+RESUMED = {
+    "kd": {"objective": "kd", "steps": 12},
+    "mlm+kd": {"objective": "mlm+kd", "steps": 12},
+    "2:4": {"rank": "2:4", "steps": 12},
+    "a ranking after every fourth update only": {"rank": "local", "refresh_every": 4, "lr": 4e-3, "steps": 12},
+    "imp": IMP | {"prune_every": 4},
+    "imp that trains on instead of rewinding": IMP | {"prune_every": 4, "no_rewind": True},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(inputs, tmp_path, monkeypatch, case):
+    """It is interrupted after update 9. It goes on from update 5, after which its state was saved; what it logged since
+    then, at update 8, must go."""
+    changes = {"save_every": 5, "log_every": 4} | RESUMED[case]
+    tamt.find_mask(mask_settings(inputs, tmp_path / "whole", **changes))
+
+    # At first there is nothing to resume, so the run starts.
+    resumed = mask_settings(inputs, tmp_path / "resumed", resume=True, **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            tamt.find_mask(resumed)
+    steps = []
+    before_each_update(monkeypatch, tamt, lambda training: steps.append(training.step))
+    tamt.find_mask(resumed)
+
+    assert steps[0] == 5
+    expected = folder_content(tmp_path / "whole")
+    assert {"mask.pt", "mask.json", "log.jsonl"} <= expected.keys()
+    assert folder_content(tmp_path / "resumed") == expected
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1118,32 +1181,6 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 # tasks the token ids .train, the .targets, and the .task.
 
 
-def write_tasks(folder):
-    """Writes RTE and STS-B in GLUE's layout, 32 examples to train on and 16 to be scored. The labels depend on how many
-    words the two sentences share."""
-    generator = random.Random(0)
-    classes = ["sentence1\tsentence2\tlabel"]
-    numbers = ["sentence1\tsentence2\tscore"]
-    for _ in range(48):
-        a = generator.sample(WORDS[:9], 4)
-        b = generator.sample(WORDS[:9], 3)
-        num_common = len({*a} & {*b})
-        row = " ".join(a) + "\t" + " ".join(b)
-        classes.append(row + ("\tentailment" if num_common >= 2 else "\tnot_entailment"))
-        numbers.append(f"{row}\t{num_common}")
-    for name, [header, *rows] in (("RTE", classes), ("STS-B", numbers)):
-        write(folder / name / "train.tsv", [header, *rows[:32]])
-        write(folder / name / "dev.tsv", [header, *rows[32:]])
-
-
-def write_masks(folder):
-    """Writes a mask for each model. The file names its model, so settings need not."""
-    for family in ("bert", "roberta"):
-        layers = tamt.mask_model(bert.load(folder / family))
-        masks = tamt.magnitude_masks(layers, 0.6, "local")
-        tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(folder / family), "method": "omp"})
-
-
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):
     """Settings of a short run of a tiny model under its mask; changes: epochs=10, another mask and so on."""
     out.mkdir(parents=True, exist_ok=True)
@@ -1171,7 +1208,7 @@ def test_pruned_weights_stay_exactly_zero_in_every_update(inputs, tmp_path, monk
         num_nonzero.append(int(pruned.count_nonzero()))
 
     experiment = finetune.open_experiment(finetune_settings(inputs, tmp_path))
-    watch_updates(monkeypatch, finetune, count)
+    before_each_update(monkeypatch, finetune, count)
     finetune.train(experiment)
     count(experiment)
     assert num_nonzero == [0] * 9  # before each of eight updates, and at the end
@@ -1202,8 +1239,8 @@ def training_batches(experiment, num_epochs):
 @both_families
 def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tmp_path, family):
     """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
-    the unpruned network, the batches and the seeds of dropout from finetune. Its schedule, clipping and optimizer are
-    its own."""
+    the unpruned network and its logits, the batches and the seeds of dropout from finetune. Its schedule, clipping and
+    optimizer are its own."""
     ticket = finetune.open_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
     finetune.train(ticket)
 
@@ -1483,7 +1520,7 @@ def test_two_tasks_with_a_super_ticket_each_predict_as_they_would_alone(inputs, 
 
 
 @pytest.fixture(scope="session")
-def toy_folder(inputs, tmp_path_factory):
+def toy_folder(tmp_path_factory):
     """A folder with masks of four methods, each of which prunes 90 % of the toy, a small BERT that the program makes on
     the spot."""
     out = tmp_path_factory.mktemp("toy")
