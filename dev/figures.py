@@ -274,8 +274,12 @@ def draw_line(ax, name: str, points: dict, shift: float = 0.0):
 
 
 def draw_level(ax, values, label="whole network", **style):
+    """A line at the mean, with a band of one standard deviation to both sides where there are several values."""
     if len(values):
         ax.axhline(np.mean(values), label=label, **DENSE_STYLE | style)
+    if len(values) > 1:
+        deviation = np.std(values, ddof=1)
+        ax.axhspan(np.mean(values) - deviation, np.mean(values) + deviation, color="0.5", alpha=0.12, linewidth=0)
 
 
 def floors(tunings, task: str) -> list[float]:
