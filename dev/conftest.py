@@ -1,6 +1,10 @@
 """Fixtures for the tests in this folder: those of test_tamt.py, and more tasks."""
 
+import os
+
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start
 
 pytest.register_assert_rewrite("helpers")
 
