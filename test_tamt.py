@@ -438,8 +438,11 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 # tamt: masked layers
 # ---------------------------------------------------------------------------------------------------
 
-# A masked layer has a weight, a mask and scores, all of one shape, and computes with weight * mask. Masks follow from
-# scores by a ranking, which has a chapter of its own.
+# tamt.find_mask(settings) learns a mask, and writes it into a folder as mask.pt; with save_every=N also as
+# step-N/mask.pt, step-2N/mask.pt and so on. It puts masked layers in the place of ordinary ones. A masked layer holds a
+# weight, a mask and scores side by side, all of one shape, and computes with weight * mask. Each update changes the
+# scores, and ranks them anew: the largest are kept. The pooler, which no loss reads, gets no gradient, and is left out
+# of the ranking.
 
 
 @pytest.fixture
@@ -675,8 +678,8 @@ POOLER = "bert.pooler.dense.weight"
 
 
 def test_the_pooler_which_gets_no_gradient_keeps_its_first_mask(inputs, tmp_path):
-    """Its scores never move from 0 and 0.02, so it is left out of the ranking. Otherwise a threshold below 0 would keep
-    all of it, and one above 0.02 would prune all of it; in this run the threshold gets there."""
+    """Its scores never move from 0 and 0.02. In this run the lowest score that is kept leaves the interval between the
+    two; if the pooler were ranked, all of it would be kept or pruned at once."""
     masks = masks_after_each_update(mask_settings(inputs, tmp_path, objective="kd", rank="global", lr=1e-2, steps=30))
     assert torch.equal(masks[-1][POOLER], masks[0][POOLER])
 
@@ -833,12 +836,20 @@ def test_masked_lm_trains_scores_and_the_weights_of_its_head(inputs, tmp_path, m
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_the_student_has_dropout_also_after_its_teacher_and_after_evaluations(
+def test_passes_with_gradients_have_dropout_and_those_of_teacher_and_evaluations_have_none(
         inputs, tmp_path, monkeypatch, objective):
-    has_dropout = []
-    before_each_update(monkeypatch, tamt, lambda training: has_dropout.append(training.model.training))
-    tamt.find_mask(mask_settings(inputs, tmp_path, objective=objective, steps=12, eval_every=4))
-    assert has_dropout == [True] * 12
+    modes = set()
+
+    def note(layer, *_):
+        modes.add(("with gradients" if torch.is_grad_enabled() else "without", "train" if layer.training else "eval"))
+
+    def watch_layers(training):
+        for layer in training.layers.values():
+            layer.register_forward_hook(note)
+
+    before_each_update(monkeypatch, tamt, watch_layers)
+    tamt.find_mask(mask_settings(inputs, tmp_path, objective=objective, eval_every=4))
+    assert modes == {("with gradients", "train"), ("without", "eval")}
 
 
 def test_equal_runs_write_the_same_mask_file_byte_for_byte(inputs, tmp_path):
@@ -858,10 +869,14 @@ def test_another_seed_gives_another_mask(inputs, tmp_path):
 # ---------------------------------------------------------------------------------------------------
 
 
-# IMP works in rounds: it trains all weights with masked LM, prunes the smallest, and sets the others but for those of
-# the head back to their pretrained values ("rewinds" them). Its first pruning comes before any training. A pruned
-# weight keeps its value behind the mask. A run saves its mask at each pruning; with steps=None it ends with the last
-# one. (That it finds the masks of a plain loop over rounds is in dev/test_imp.py.)
+# IMP on text:
+#
+#     prune 10 % of all weights, the smallest
+#     in each round: train all weights for some updates, with masked LM; prune 10 % more; rewind
+#
+# To rewind is to set all weights but those of the masked-LM head back to their pretrained values. A pruned weight keeps
+# its value behind the mask. The run saves its mask at each pruning, and with steps=None ends with the last one. (That
+# it finds the masks of a plain loop over rounds is in dev/test_imp.py.)
 
 IMP = {"method": "imp", "prune_every": 3, "sparsity": 0.35, "steps": None}
 IMP_LEVELS = (0.1, 0.2, 0.3, 0.35)  # each pruning removes another tenth, and the last one the rest
@@ -1253,8 +1268,8 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
     the unpruned network and its logits, the batches and the seeds of dropout from finetune. Its schedule, clipping and
     optimizer are its own."""
-    ticket = finetune.open_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
-    finetune.train(ticket)
+    experiment = finetune.open_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
+    finetune.train(experiment)
 
     reference = finetune.open_experiment(dense_settings(inputs, tmp_path / "b", "stsb", family, lr=1e-3, epochs=3))
     model = reference.model.train()
@@ -1274,7 +1289,7 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
         optimizer.step()
         optimizer.zero_grad()
 
-    for name, weight in ticket.model.named_parameters():
+    for name, weight in experiment.model.named_parameters():
         expected = model.get_parameter(f"{name}_orig") * masks[name] if name in masks else model.get_parameter(name)
         assert torch.equal(weight, expected), name
 
@@ -1449,8 +1464,8 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 
 @both_families
 def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(inputs, tmp_path, family):
-    ticket = save_super_ticket(tmp_path / "super.pt", inputs / family, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path, mask=ticket))
+    ticket_path = save_super_ticket(tmp_path / "super.pt", inputs / family, REMOVED_HEADS, REMOVED_FFNS)
+    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path, mask=ticket_path))
     first, second = cut.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
@@ -1464,8 +1479,8 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     """A head is multiplied by 0 where it enters the attention's output matrix, whose bias stays. An FFN goes together
     with the bias of its output. Both networks have the same seed, hence the same task head."""
     folder = inputs / family
-    ticket = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", mask=ticket))
+    ticket_path = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
+    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", mask=ticket_path))
     full = finetune.open_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
     sequences = task_data.train[:8]
@@ -1567,7 +1582,7 @@ def test_on_the_toy_the_kd_ticket_fine_tunes_better_than_that_of_omp(toy_folder)
     accuracies = {"kd": [], "omp": []}
     for method in accuracies:
         for seed in (1, 2, 3):
-            ticket = finetune.Settings(task="sst2", mask=toy_folder / method / "mask.pt", seed=seed,
-                                       out=toy_folder / f"{method}-{seed}", results=toy_folder / "results.jsonl")
-            accuracies[method].append(finetune.fine_tune(ticket)["best"]["accuracy"])
+            settings = finetune.Settings(task="sst2", mask=toy_folder / method / "mask.pt", seed=seed,
+                                         out=toy_folder / f"{method}-{seed}", results=toy_folder / "results.jsonl")
+            accuracies[method].append(finetune.fine_tune(settings)["best"]["accuracy"])
     assert np.mean(accuracies["kd"]) > np.mean(accuracies["omp"]) + 0.1
