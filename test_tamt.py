@@ -438,11 +438,18 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 # tamt: masked layers
 # ---------------------------------------------------------------------------------------------------
 
-# tamt.find_mask(settings) learns a mask, and writes it into a folder as mask.pt; with save_every=N also as
-# step-N/mask.pt, step-2N/mask.pt and so on. It puts masked layers in the place of ordinary ones. A masked layer holds a
-# weight, a mask and scores side by side, all of one shape, and computes with weight * mask. Each update changes the
-# scores, and ranks them anew: the largest are kept. The pooler, which no loss reads, gets no gradient, and is left out
-# of the ranking.
+# tamt.find_mask(settings) learns a mask:
+#
+#     masked layers take the place of ordinary ones; each holds a weight, a mask and scores, and computes weight * mask
+#     the first mask prunes the smallest weights of each matrix, whatever the ranking is later on
+#     scores start at 0.02 where it keeps, and at 0 where it prunes
+#     in each update:
+#         the student, under the mask, reads the text, and so does its teacher, the model without a mask
+#         the gradient of the loss with respect to the mask moves the scores
+#         the scores are ranked anew, so that exactly the right number of weights is pruned. The pooler, which no loss
+#         reads, keeps its first mask, and counts
+#         after every save_every-th update the mask is saved, as step-N/mask.pt
+#     the last mask is saved as mask.pt
 
 
 @pytest.fixture
@@ -668,7 +675,7 @@ def masks_after_each_update(settings):
 @pytest.mark.parametrize("rank", ["local", "global"])
 def test_the_first_mask_prunes_the_smallest_weights_of_each_matrix_also_for_a_global_ranking(inputs, tmp_path, rank):
     """At 75 % all counts are whole numbers, so that ranking matrices one by one or together prunes equally many."""
-    one_tiny_update = mask_settings(inputs, tmp_path, sparsity=0.75, rank=rank, steps=1, lr=1e-9)
+    one_tiny_update = mask_settings(inputs, tmp_path, sparsity=0.75, rank=rank, steps=1, lr=1e-9)  # changes no mask
     [masks] = masks_after_each_update(one_tiny_update)
     for name, layer in tamt.maskable_layers(bert.load(inputs / "bert")).items():
         assert torch.equal(masks[name], prune_matrix_by_sorting(layer.weight.abs(), 0.75))
@@ -836,7 +843,7 @@ def test_masked_lm_trains_scores_and_the_weights_of_its_head(inputs, tmp_path, m
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_passes_with_gradients_have_dropout_and_those_of_teacher_and_evaluations_have_none(
+def test_passes_with_gradients_run_in_train_mode_and_those_of_teacher_and_evaluations_in_eval_mode(
         inputs, tmp_path, monkeypatch, objective):
     modes = set()
 
@@ -1318,8 +1325,8 @@ def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(resu
 
 
 # IMP on a task differs from IMP on text: it trains before its first pruning; it leaves the word embeddings dense; and
-# each round is an experiment of its own, with a new task head. As in the released code, the learning rate falls as if
-# there were always ten rounds, so in each of them only by a tenth.
+# each round is an experiment of its own, with a new task head. In each round the learning rate begins anew and, as in
+# the released code, falls by a tenth only, as if ten such rounds followed each other (horizon_rounds=10).
 
 IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
@@ -1465,12 +1472,13 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 @both_families
 def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(inputs, tmp_path, family):
     ticket_path = save_super_ticket(tmp_path / "super.pt", inputs / family, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path, mask=ticket_path))
+    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path, family=family, mask=ticket_path))
     first, second = cut.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
-    ffn = [name for name, _ in second.named_parameters() if name.startswith(("intermediate.", "output.dense."))]
-    assert ffn == []
+    names = ["intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight", "output.dense.bias"]
+    assert {*names} <= dict(first.named_parameters()).keys()
+    assert {*names}.isdisjoint(dict(second.named_parameters()))
 
 
 @both_families
@@ -1480,7 +1488,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     with the bias of its output. Both networks have the same seed, hence the same task head."""
     folder = inputs / family
     ticket_path = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", mask=ticket_path))
+    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", family=family, mask=ticket_path))
     full = finetune.open_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
     sequences = task_data.train[:8]
