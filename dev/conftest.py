@@ -28,11 +28,10 @@ from test_tamt import (  # noqa: E402, F401
 @pytest.fixture(scope="session")
 def tasks(inputs):  # noqa: F811
     """The tasks of test_tamt.py with test tables, a small SQuAD, and an own task."""
-    folder = inputs
     for name in ("RTE", "STS-B"):
-        header, *train = (folder / name / "train.tsv").read_text().splitlines()
-        _, *dev = (folder / name / "dev.tsv").read_text().splitlines()
-        write(folder / name / "test.tsv", [header, *train, *dev])
+        header, *train = (inputs / name / "train.tsv").read_text().splitlines()
+        _, *dev = (inputs / name / "dev.tsv").read_text().splitlines()
+        write(inputs / name / "test.tsv", [header, *train, *dev])
 
     paragraphs = []
     for row in train[:24]:
@@ -41,10 +40,10 @@ def tasks(inputs):  # noqa: F811
         question = {"id": a + b, "question": "where", "answers": [answer]}
         paragraphs.append({"context": f"{a} red tree {b} " + "the dog runs " * 5, "qas": [question]})
     for split in ("train", "dev"):
-        write(folder / "squad" / f"{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
+        write(inputs / "squad" / f"{split}-v1.1.json", {"data": [{"paragraphs": paragraphs}]})
 
-    write(folder / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 24)
+    write(inputs / "mood.tsv", ["the big dog\tglad", "the small dog\tsad"] * 24)
     files = {"train": "mood.tsv", "dev": "mood.tsv", "test": "mood.tsv"}
-    write(folder / "mood.json", {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"],
+    write(inputs / "mood.json", {"name": "mood", "columns": [0], "label": 1, "labels": ["sad", "glad"],
                                  "metric": "f1", **files})
-    return folder
+    return inputs

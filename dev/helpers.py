@@ -83,18 +83,6 @@ def watch_rankings(monkeypatch, look):
     monkeypatch.setattr(tamt.Log, "step", look_and_log)
 
 
-def stop_mask_training_after(monkeypatch, number):
-    """Ctrl-C after an update, once."""
-    write_line = tamt.Log.step
-
-    def look(layers, step):
-        if step == number:
-            monkeypatch.setattr(tamt.Log, "step", write_line)
-            raise KeyboardInterrupt
-
-    watch_rankings(monkeypatch, look)
-
-
 def updates_made(monkeypatch):
     """A list that gets the number, within its round, of every update that is made from now on."""
     numbers = []

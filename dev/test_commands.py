@@ -27,13 +27,13 @@ from helpers import (
     run_tamt,
     share_of_flips,
     stop_fine_tuning_at,
-    stop_mask_training_after,
     watch_rankings,
     weight_bytes,
 )
 from test_tamt import (
     ROOT,
     finetune_settings,
+    interrupt_after,
     mask_settings,
     tiny,
     write,
@@ -54,7 +54,7 @@ def test_find_mask_and_the_command_line_learn_the_same_mask(inputs, tmp_path):
 @pytest.fixture
 def unfinished(inputs, tmp_path, monkeypatch):
     """The folder of a run that was interrupted after its state was saved at update 5."""
-    stop_mask_training_after(monkeypatch, 7)
+    interrupt_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(inputs, tmp_path / "unfinished", save_every=5))
     return tmp_path / "unfinished"
@@ -93,7 +93,7 @@ def test_resume_of_mask_training_is_refused_after_its_input_has_changed(inputs, 
     shutil.copytree(inputs / "bert", tmp_path / "model")
     shutil.copyfile(inputs / "text.txt", tmp_path / "text.txt")
     values = {"model": str(tmp_path / "model"), "data": str(tmp_path / "text.txt"), "resume": True}
-    stop_mask_training_after(monkeypatch, 7)
+    interrupt_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(inputs, tmp_path / "run", **values))
 
@@ -115,7 +115,7 @@ def test_mask_training_is_the_same_under_another_spelling_of_its_paths(inputs, t
     shutil.copytree(inputs / "bert", tmp_path / "model")
     shutil.copyfile(inputs / "text.txt", tmp_path / "text.txt")
     monkeypatch.chdir(tmp_path)
-    stop_mask_training_after(monkeypatch, 7)
+    interrupt_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(inputs, Path("run"), model="model", data="text.txt"))
     steps = []
@@ -349,7 +349,7 @@ def shell_main(inputs, out):
 
 
 def test_ctrl_c_keeps_the_last_state_and_is_130(inputs, tmp_path, monkeypatch, capsys):
-    stop_mask_training_after(monkeypatch, 7)
+    interrupt_after(monkeypatch, 7)
     assert run_tamt(inputs, tmp_path) == 130
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "state.pt").exists() and not (tmp_path / "mask.pt").exists()

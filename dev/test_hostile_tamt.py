@@ -13,8 +13,8 @@ import torch
 
 import bert
 import tamt
-from helpers import assert_one_error_line, run_tamt, stop_mask_training_after, watch_rankings
-from test_tamt import folder_content, mask_settings, same_masks
+from helpers import assert_one_error_line, run_tamt, watch_rankings
+from test_tamt import folder_content, interrupt_after, mask_settings, same_masks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def interrupted(inputs, tmp_path, monkeypatch):
     """The folder of a run that was interrupted after the seventh of twelve updates; its state is of the fifth."""
-    stop_mask_training_after(monkeypatch, 7)
+    interrupt_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(inputs, tmp_path / "run"))
     return tmp_path / "run"

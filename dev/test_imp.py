@@ -4,7 +4,6 @@
 """
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,9 +34,19 @@ def test_what_imp_has_pruned_stays_pruned(inputs, tmp_path, rank):
         assert is_subset(later, earlier)
 
 
+def second_pruning(inputs, out, **changes):
+    """The first two prunings of IMP, with three updates between them -> the weights before and after the second."""
+    training = begin(mask_settings(inputs, out, **IMP, **changes))
+    tamt.prune_and_rewind(training, 0.1)
+    three_updates(training)
+    trained = weights_of(training.model)
+    tamt.prune_and_rewind(training, 0.2)
+    return trained, weights_of(training.model)
+
+
 def test_without_rewinding_imp_leaves_all_weights_as_they_were_trained(inputs, tmp_path):
-    weights = second_pruning(inputs, tmp_path, no_rewind=True)
-    assert names_of_changed(weights.trained, weights.rewound) == set()
+    before, after = second_pruning(inputs, tmp_path, no_rewind=True)
+    assert names_of_changed(before, after) == set()
 
 
 def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path):
@@ -61,21 +70,6 @@ def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path):
             training.step += 1
 
 
-def second_pruning(inputs, out, **changes):
-    """The first two prunings of IMP, with three updates between them -> the weights at its start, and before and after
-    the second pruning."""
-    training = begin(mask_settings(inputs, out, **IMP, **changes))
-    pretrained = weights_of(training.model)
-    tamt.prune_and_rewind(training, 0.1)
-    three_updates(training)
-    trained = weights_of(training.model)
-    tamt.prune_and_rewind(training, 0.2)
-    return SimpleNamespace(pretrained=pretrained, trained=trained, rewound=weights_of(training.model))
-
-
 def test_a_pruning_of_imp_leaves_the_head_as_it_was_trained(inputs, tmp_path):
-    weights = second_pruning(inputs, tmp_path)
-    for name in MLM_HEAD:
-        assert torch.equal(weights.rewound[name], weights.trained[name])
-
-
+    before, after = second_pruning(inputs, tmp_path)
+    assert names_of_changed(before, after).isdisjoint(MLM_HEAD)

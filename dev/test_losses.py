@@ -110,7 +110,7 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(inputs, 
     gradients = []
     losses = []
     for batch_size, accumulate in ((8, 1), (2, 4)):
-        training = begin(mask_settings(inputs, name="no-dropout", objective=objective, batch_size=batch_size,
+        training = begin(mask_settings(inputs, folder="no-dropout", objective=objective, batch_size=batch_size,
                                        accumulate=accumulate))
         batch = tamt.next_batch(training)
         batch.is_token[3, 9:] = False

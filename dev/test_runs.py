@@ -25,10 +25,9 @@ from helpers import (
     num_different,
     read_log,
     share_of_flips,
-    stop_mask_training_after,
     watch_rankings,
 )
-from test_tamt import MLM_HEAD, ROOT, mask_settings, num_entries, num_pruned, same_masks
+from test_tamt import MLM_HEAD, ROOT, interrupt_after, mask_settings, num_entries, num_pruned, same_masks
 
 
 def test_find_mask_returns_the_content_of_mask_json(inputs, tmp_path):
@@ -221,7 +220,7 @@ def test_seed_dropout_gives_each_update_and_each_seed_its_own_draws():
 
 
 def test_an_interrupted_run_leaves_no_mask(inputs, tmp_path, monkeypatch):
-    stop_mask_training_after(monkeypatch, 7)
+    interrupt_after(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         tamt.find_mask(mask_settings(inputs, tmp_path, steps=12, save_every=5))
     assert not (tmp_path / "mask.pt").exists()

@@ -163,7 +163,8 @@ def test_figures_are_drawn_from_the_results(tmp_path):
     pytest.importorskip("matplotlib")
     output = run_tool("dev/figures.py", "--runs", tmp_path, "--out", tmp_path, "--only", "fig3,fig5,fig8")
     assert "fig8: skipped, it needs folders" in output
-    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["fig3.png", "fig5.png"]
+    run_tool("dev/figures.py", "--model", "rxnfp", "--runs", tmp_path, "--out", tmp_path, "--only", "headline")
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == ["fig3.png", "fig5.png", "headline.png"]
 
 
 def test_the_distance_of_a_mask_that_keeps_everything_is_0_and_of_another_above(tmp_path):
