@@ -445,17 +445,17 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 #     the first mask prunes the smallest weights of each matrix, whatever the ranking is later on
 #     scores start at 0.02 where it keeps, and at 0 where it prunes
 #     in each update:
-#         the student, under the mask, reads the text, and so does its teacher, the model without a mask
+#         the student, under the mask, reads the text, and so does its teacher, the same model with its masks off
 #         the gradient of the loss with respect to the mask moves the scores
 #         the scores are ranked anew, so that exactly the right number of weights is pruned. The pooler, which no loss
-#         reads, keeps its first mask, and counts
+#         reads, keeps its first mask, and counts towards that number
 #         after every save_every-th update the mask is saved, as step-N/mask.pt
 #     the last mask is saved as mask.pt
 
 
 @pytest.fixture
 def layers(model):
-    """Puts masked layers into the model -> {name of a weight: its masked layer}."""
+    """Puts masked layers into `model`, which changes it -> {name of a weight: its masked layer}."""
     return tamt.mask_model(model)
 
 
@@ -856,8 +856,8 @@ def test_passes_with_gradients_run_in_train_mode_and_those_of_teacher_and_evalua
 
 
 def test_the_pooler_which_gets_no_gradient_keeps_its_first_mask(inputs, tmp_path, monkeypatch):
-    """Its scores never move from 0 and 0.02. In this run the threshold, which the kept scores lie above, leaves the
-    interval between the two. If the pooler were ranked, all of it would be kept or pruned then."""
+    """Its scores stay at 0 and 0.02. If they were ranked, a threshold outside of this interval would keep or prune them
+    all at once. In this run the threshold ends outside."""
     thresholds = []
     before_each_update(monkeypatch, tamt, lambda training: thresholds.append(training.scores.pools[0].threshold))
     masks = masks_after_each_update(mask_settings(inputs, tmp_path, objective="kd", rank="global", lr=1e-2, steps=30))
@@ -969,8 +969,8 @@ RESUMED = {
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(inputs, tmp_path, monkeypatch, case):
-    """It is interrupted after update 9. It goes on from update 5, after which its state was saved; what it logged since
-    then, at update 8, must go."""
+    """Update 5: the state is saved. 8: a line is logged. 9: interrupted. Resumed, the run goes on after update 5, and
+    the line of update 8 must be there only once."""
     changes = {"save_every": 5, "log_every": 4} | RESUMED[case]
     tamt.find_mask(mask_settings(inputs, tmp_path / "whole", **changes))
 
