@@ -13,7 +13,7 @@ from test_tamt import (  # noqa: E402, F401
     fixed_seed,
     imp_folder,
     inputs,
-    layers,
+    masked_layers,
     masks,
     model,
     two_masks,

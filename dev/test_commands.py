@@ -168,15 +168,15 @@ def test_a_flag_without_effect_is_noted_and_the_run_goes_on(inputs, tmp_path, ca
 # ---------------------------------------------------------------------------------------------------
 
 
-def test_two_masks_for_the_same_matrix_are_refused(layers, masks):
+def test_two_masks_for_the_same_matrix_are_refused(masked_layers, masks):
     name = next(iter(masks))
     short_name = name.partition(".")[2]
     with pytest.raises(ValueError, match="file: it has two masks for the same matrix"):
-        tamt.fit_masks(layers, masks | {short_name: ~masks[name]}, "file")
+        tamt.fit_masks(masked_layers, masks | {short_name: ~masks[name]}, "file")
 
 
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "wrong shape"])
-def test_a_mask_of_another_model_is_refused_by_name(layers, masks, problem):
+def test_a_mask_of_another_model_is_refused_by_name(masked_layers, masks, problem):
     query = next(name for name in masks if "query" in name)
     words = f"file.*{problem}: {query}"
     if problem == "missing":
@@ -189,7 +189,7 @@ def test_a_mask_of_another_model_is_refused_by_name(layers, masks, problem):
         masks[query] = masks[query][:5]
         words += r" \[5, 32\], not \[32, 32\]"
     with pytest.raises(ValueError, match=words):
-        tamt.fit_masks(layers, masks, "file")
+        tamt.fit_masks(masked_layers, masks, "file")
 
 
 @pytest.mark.parametrize("content, words", [

@@ -36,8 +36,8 @@ def test_the_teacher_shares_the_weights_of_the_student(model):
         assert torch.equal(model(input_ids)[-1], changed(input_ids)[-1])
 
 
-def test_leaving_the_teacher_restores_the_masked_model(model, layers, masks):
-    tamt.set_masks(layers, masks)
+def test_leaving_the_teacher_restores_the_masked_model(model, masked_layers, masks):
+    tamt.set_masks(masked_layers, masks)
     input_ids = ordinary_ids(model)
     before = model(input_ids)[-1]
     with tamt.dense_teacher(model):
@@ -46,15 +46,15 @@ def test_leaving_the_teacher_restores_the_masked_model(model, layers, masks):
 
 
 @pytest.mark.parametrize("is_training", [True, False])
-def test_leaving_the_teacher_restores_train_or_eval_mode(model, layers, is_training):
+def test_leaving_the_teacher_restores_train_or_eval_mode(model, masked_layers, is_training):
     model.train(is_training)
     with tamt.dense_teacher(model):
         pass
     assert all(module.training == is_training for module in model.modules())
 
 
-def test_an_error_inside_the_teacher_restores_the_masked_model(model, layers, masks):
-    tamt.set_masks(layers, masks)
+def test_an_error_inside_the_teacher_restores_the_masked_model(model, masked_layers, masks):
+    tamt.set_masks(masked_layers, masks)
     input_ids = ordinary_ids(model)
     before = model(input_ids)[-1]
     with pytest.raises(ZeroDivisionError), tamt.dense_teacher(model):

@@ -63,9 +63,9 @@ def test_a_state_dict_that_torch_has_pruned_is_a_mask(tmp_path, model):
     assert same_masks(tamt.load_mask(tmp_path / "pruned.pt"), masks)
 
 
-def test_a_mask_whose_names_lack_bert_or_roberta_in_front_is_read(layers, masks):
+def test_a_mask_whose_names_lack_bert_or_roberta_in_front_is_read(masked_layers, masks):
     bare = {name.split(".", 1)[1]: mask for name, mask in masks.items()}
-    assert same_masks(tamt.fit_masks(layers, bare, "file"), masks)
+    assert same_masks(tamt.fit_masks(masked_layers, bare, "file"), masks)
 
 
 @pytest.fixture
@@ -74,19 +74,19 @@ def encoder_masks(masks):
     return {name: mask for name, mask in masks.items() if ".encoder." in name}
 
 
-def test_a_mask_may_lack_pooler_and_word_embeddings(layers, encoder_masks):
-    assert same_masks(tamt.fit_masks(layers, encoder_masks, "file"), encoder_masks)
+def test_a_mask_may_lack_pooler_and_word_embeddings(masked_layers, encoder_masks):
+    assert same_masks(tamt.fit_masks(masked_layers, encoder_masks, "file"), encoder_masks)
 
 
-def test_a_model_may_lack_the_pooler_and_word_embeddings_of_a_mask(layers, masks, encoder_masks):
-    encoder_layers = {name: layer for name, layer in layers.items() if ".encoder." in name}
+def test_a_model_may_lack_the_pooler_and_word_embeddings_of_a_mask(masked_layers, masks, encoder_masks):
+    encoder_layers = {name: layer for name, layer in masked_layers.items() if ".encoder." in name}
     assert same_masks(tamt.fit_masks(encoder_layers, masks, "file"), encoder_masks)
 
 
-def test_a_matrix_without_a_mask_becomes_dense_again(layers, masks, encoder_masks):
-    tamt.set_masks(layers, masks)
-    tamt.set_masks(layers, encoder_masks)
-    for name, layer in layers.items():
+def test_a_matrix_without_a_mask_becomes_dense_again(masked_layers, masks, encoder_masks):
+    tamt.set_masks(masked_layers, masks)
+    tamt.set_masks(masked_layers, encoder_masks)
+    for name, layer in masked_layers.items():
         assert bool(layer.mask.all()) == (name not in encoder_masks)
 
 

@@ -67,47 +67,48 @@ def test_more_than_255_entries_of_a_group_may_be_kept():
 
 
 @pytest.fixture
-def local_scores(layers):
+def local_scores(masked_layers):
     """Scores that start from OMP at 70 %, ranked inside each matrix -> the start mask, and the scores."""
-    start = tamt.magnitude_masks(layers, 0.7, "local")
-    return start, tamt.Scores(layers, start, 0.7, "local", without_gradient={})
+    start = tamt.magnitude_masks(masked_layers, 0.7, "local")
+    return start, tamt.Scores(masked_layers, start, 0.7, "local", without_gradient={})
 
 
-def test_ranking_the_start_scores_gives_the_start_mask(layers, local_scores):
+def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
     scores.mask.fill_(False)
     scores.update_masks()
-    assert same_masks(masks_of(layers), start)
+    assert same_masks(masks_of(masked_layers), start)
 
 
-def test_thresholding_at_phi_gives_the_start_mask(layers, local_scores):
+def test_thresholding_at_phi_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
     for pool in scores.pools:
         assert pool.threshold == tamt.PHI
     scores.mask.fill_(False)
     scores.apply_old_thresholds()
-    assert same_masks(masks_of(layers), start)
+    assert same_masks(masks_of(masked_layers), start)
 
 
 @pytest.fixture
-def global_scores(layers):
+def global_scores(masked_layers):
     """Scores that start from OMP at 70 %, ranked over all matrices -> the start mask, and the scores. OMP rounds in
     each matrix, so its total may differ from 70 % of all entries by a few."""
-    start = tamt.magnitude_masks(layers, 0.7, "local")
+    start = tamt.magnitude_masks(masked_layers, 0.7, "local")
     assert num_pruned(start) != round(num_entries(start) * 0.7)
-    return start, tamt.Scores(layers, start, 0.7, "global", without_gradient={})
+    return start, tamt.Scores(masked_layers, start, 0.7, "global", without_gradient={})
 
 
 @pytest.mark.usefixtures("global_scores")
-def test_the_first_global_mask_prunes_the_exact_total(layers):
-    masks = masks_of(layers)
+def test_the_first_global_mask_prunes_the_exact_total(masked_layers):
+    masks = masks_of(masked_layers)
     assert num_pruned(masks) == round(num_entries(masks) * 0.7)
 
 
-def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_are_matrices(layers, global_scores):
+def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_are_matrices(
+        masked_layers, global_scores):
     """OMP rounds once in each matrix, so its total is off by less than that."""
     start, _ = global_scores
-    assert num_different(masks_of(layers), start) <= len(layers)
+    assert num_different(masks_of(masked_layers), start) <= len(masked_layers)
 
 
 def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
@@ -161,22 +162,23 @@ def test_a_mask_that_keeps_everything_changes_nothing(model):
         assert torch.equal(expected, found)
 
 
-def test_locally_ranked_scores_start_with_the_mask_that_they_were_given(layers, local_scores):
+def test_locally_ranked_scores_start_with_the_mask_that_they_were_given(masked_layers, local_scores):
     start, _ = local_scores
-    assert same_masks(masks_of(layers), start)
+    assert same_masks(masks_of(masked_layers), start)
 
 
 @pytest.fixture
-def between_refreshes(layers, local_scores):
-    """Scores that have moved since the last refresh -> the layers, their pools, and the thresholds of that refresh."""
+def between_refreshes(masked_layers, local_scores):
+    """Scores that have moved since the last refresh -> the masked layers, their pools, and the thresholds of that
+    refresh."""
     _, scores = local_scores
     scores.vector.normal_()
     scores.update_masks()
     thresholds = [pool.threshold for pool in scores.pools]
-    assert thresholds != [tamt.PHI] * len(layers)
+    assert thresholds != [tamt.PHI] * len(masked_layers)
     scores.vector.normal_()
     scores.apply_old_thresholds()
-    return layers, scores.pools, thresholds
+    return masked_layers, scores.pools, thresholds
 
 
 def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
@@ -196,26 +198,26 @@ def seeded_random_masks(layers, sparsity, rank):
 
 @pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, seeded_random_masks])
 @pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.7, 0.999])
-def test_local_masks_prune_the_requested_share_of_each_matrix_exactly(layers, sparsity, make_masks):
-    for mask in make_masks(layers, sparsity, "local").values():
+def test_local_masks_prune_the_requested_share_of_each_matrix_exactly(masked_layers, sparsity, make_masks):
+    for mask in make_masks(masked_layers, sparsity, "local").values():
         assert int((~mask).sum()) == round(mask.numel() * sparsity)
 
 
 @pytest.mark.parametrize("make_masks", [tamt.magnitude_masks, seeded_random_masks])
 @pytest.mark.parametrize("sparsity", [0.0, 0.29, 0.7, 0.999])
-def test_global_masks_prune_the_requested_share_of_all_entries_exactly(layers, sparsity, make_masks):
-    masks = make_masks(layers, sparsity, "global")
+def test_global_masks_prune_the_requested_share_of_all_entries_exactly(masked_layers, sparsity, make_masks):
+    masks = make_masks(masked_layers, sparsity, "global")
     assert num_pruned(masks) == round(num_entries(masks) * sparsity)
 
 
-def test_random_masks_depend_on_their_seed_alone(layers):
+def test_random_masks_depend_on_their_seed_alone(masked_layers):
     """Not on the weights, and not on what torch has drawn before."""
-    first = tamt.random_masks(layers, 0.6, "local", 3)
+    first = tamt.random_masks(masked_layers, 0.6, "local", 3)
     torch.manual_seed(99)
-    for layer in layers.values():
+    for layer in masked_layers.values():
         layer.weight.data.normal_()
-    assert same_masks(first, tamt.random_masks(layers, 0.6, "local", 3))
-    assert not same_masks(first, tamt.random_masks(layers, 0.6, "local", 4))
+    assert same_masks(first, tamt.random_masks(masked_layers, 0.6, "local", 3))
+    assert not same_masks(first, tamt.random_masks(masked_layers, 0.6, "local", 4))
 
 
 def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
