@@ -439,13 +439,15 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 # tamt: masked layers
 # ---------------------------------------------------------------------------------------------------
 
-# tamt.find_mask(settings) learns a mask:
+# tamt.find_mask(settings) learns a mask. While it runs, a tamt.Training holds its .model, .layers (the masked ones) and
+# .step, the number of updates done.
 #
 #     masked layers take the place of ordinary ones; each holds a weight, a mask and scores, and computes weight * mask
 #     the first mask prunes the smallest weights of each matrix, whatever the ranking is later on
 #     scores start at 0.02 where it keeps, and at 0 where it prunes
 #     in each update:
-#         the student, under the mask, reads the text, and so does its teacher, the same model with its masks off
+#         the student, under the mask, reads the text, and so does its teacher, the same model with its masks off.
+#         With kd alone they read it as it is, otherwise with some tokens taken out
 #         the gradient of the loss with respect to the mask moves the scores
 #         the scores are ranked anew, so that exactly the right number of weights is pruned. The pooler, which no loss
 #         reads, keeps its first mask, and counts towards that number
@@ -660,8 +662,8 @@ def test_the_teacher_is_the_dense_model_without_dropout(model):
 
 
 def mask_settings(inputs, out=None, folder="bert", **changes):
-    """Settings of a short run of mask training on a model of `inputs`; changes: objective="kd", steps=30 and so on. The
-    default sparsity is 70 %, with rank="2:4" 50 %."""
+    """Settings of a short run of mask training on a model of `inputs`; changes: objective="kd", steps=30 and so on.
+    Without changes it is TAMT-MLM with a global ranking and a sparsity of 70 % (with rank="2:4" 50 %)."""
     values = {"model": str(inputs / folder), "data": str(inputs / "text.txt"), "steps": 12, "lr": 2e-3, "seq_len": 16,
               "batch_size": 8, "log_every": 4, "eval_every": 100, "save_every": 5, "out": out, "device": "cpu"}
     return tamt.Settings(**values | changes)
@@ -699,11 +701,12 @@ def batch_of_update(settings, rows, vocabulary, step):
 
 
 def set_released_adamw(optimizer, learning_rate, step):
-    """Makes torch's AdamW take a step, counted from 0, as the released code's does. They differ in where eps is added
-    (v is the mean of the squared gradients, c = 1 - 0.999^(step + 1) corrects its bias):
+    """Sets torch's AdamW so that it takes its next step, counted from 0, as the AdamW of the released code does. Both
+    move a parameter by lr m / d. Here m and v are the running means of its gradients and of their squares, m after
+    correction of its bias; c = 1 - beta2^(step + 1) corrects that of v. They differ in where d adds eps:
 
-        torch       lr m / (sqrt(v / c) + eps)
-        released    lr m / ((sqrt(v) + 1e-8) / sqrt(c))        = torch with eps = 1e-8 / sqrt(c)
+        torch       d = sqrt(v / c) + eps
+        released    d = (sqrt(v) + 1e-8) / sqrt(c)        which is torch's with eps = 1e-8 / sqrt(c)
     """
     c = 1 - 0.999 ** (step + 1)
     optimizer.param_groups[0].update(lr=learning_rate, eps=1e-8 / math.sqrt(c))
@@ -711,7 +714,8 @@ def set_released_adamw(optimizer, learning_rate, step):
 
 def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
     """The method of the paper in one function: the sum of both losses, all scores ranked together; without dropout and
-    clipping. (Its other variants are in dev/test_training.py.)"""
+    clipping. It takes the batches and the network, without masked layers, from the program. (dev/test_training.py has
+    such loops for each loss alone, which for kd has another optimizer, and for the other rankings.)"""
     settings = mask_settings(inputs, tmp_path, "no-dropout", objective="mlm+kd", rank="global", sparsity=0.75, clip=1e9)
     found = masks_after_each_update(settings)
     assert not same_masks(found[0], found[-1])
@@ -724,7 +728,7 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
 
     masks = {name: prune_matrix_by_sorting(weight.abs(), 0.75) for name, weight in weights.items()}
     scores = {name: nn.Parameter(0.02 * mask) for name, mask in masks.items() if name != POOLER}  # Eq. 5
-    optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)  # lr is set in each update
 
     for step in range(settings.steps):
         input_ids, corrupted_ids, is_chosen = batch_of_update(settings, rows, vocabulary, step)
@@ -837,8 +841,8 @@ def test_masked_lm_trains_scores_and_the_weights_of_its_head(inputs, tmp_path, m
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
-def test_passes_with_gradients_run_in_train_mode_and_those_of_teacher_and_evaluations_in_eval_mode(
-        inputs, tmp_path, monkeypatch, objective):
+def test_the_student_learns_in_train_mode_and_all_else_is_in_eval_mode(inputs, tmp_path, monkeypatch, objective):
+    """All else is evaluations, and with kd the teacher: what runs without gradients."""
     in_train_mode = {"with gradients": set(), "without": set()}
 
     def note(layer, *_):
@@ -856,10 +860,12 @@ def test_passes_with_gradients_run_in_train_mode_and_those_of_teacher_and_evalua
 
 
 def test_the_pooler_which_gets_no_gradient_keeps_its_first_mask(inputs, tmp_path):
-    """Its scores stay at 0 and 0.02. If they were ranked with the others, which an update moves by up to 0.1 here, all
-    of the pooler would be pruned from the second update on."""
-    masks = masks_after_each_update(mask_settings(inputs, tmp_path, objective="kd", rank="global", lr=0.1))
-    assert torch.equal(masks[-1][POOLER], masks[0][POOLER])
+    """If its scores, which stay at 0 and 0.02, were ranked with the others, which move by up to 0.1 in each of these
+    updates, all of the pooler would soon be pruned."""
+    pooler = bert.load(inputs / "bert").get_parameter(POOLER)
+    first = prune_matrix_by_sorting(pooler.abs(), 0.75)
+    for masks in masks_after_each_update(mask_settings(inputs, tmp_path, sparsity=0.75, rank="global", lr=0.1)):
+        assert torch.equal(masks[POOLER], first)
 
 
 def test_equal_runs_write_the_same_mask_file_byte_for_byte(inputs, tmp_path):
@@ -1279,7 +1285,7 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     masks = tamt.load_mask(inputs / f"{family}.pt")
     if family == "roberta":
         del masks["roberta.pooler.dense.weight"]  # in RoBERTa the task head replaces the pooler
-    parameters = list(model.parameters())
+    parameters = list(model.parameters())  # which prune keeps, and multiplies by masks in each forward pass
     for name, mask in masks.items():
         prune.custom_from_mask(model.get_submodule(name.removesuffix(".weight")), "weight", mask)
 
@@ -1337,9 +1343,9 @@ def imp_folder(inputs, tmp_path_factory):
     return out / "run"
 
 
-def test_imp_on_a_task_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path, imp_folder):
-    """Each round opens an experiment with the pretrained weights under the mask so far, trains it, and prunes the
-    smallest of all weights of encoder and pooler."""
+def test_imp_on_a_task_finds_the_masks_of_experiments_opened_round_by_round(inputs, tmp_path, imp_folder):
+    """Each has the pretrained weights under the mask so far, and after its training the smallest of all weights of
+    encoder and pooler are pruned."""
     _, *names = tamt.maskable_layers(bert.load(inputs / "bert"))  # without the word embeddings, which come first
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
