@@ -201,7 +201,7 @@ def score_label(tunings, tasks) -> str:
     if len(tasks) > 1:
         return f"mean score of {len(tasks)} tasks"
     metric = next(tuning["metric"] for tuning in tunings if tuning["task"] == tasks[0])
-    return f"{metric} x 100"
+    return "accuracy (%)" if metric == "accuracy" else f"{metric} x 100"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -434,7 +434,9 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
         else:
             runs_of = group_by(tunings, "name", "s")
             values = {key: mean_scores(runs, panel) for key, runs in runs_of.items()}
-            ax.set(ylabel=score_label(tunings, panel), title=f"fine-tuned on {panel[0]}" if len(panel) == 1 else "")
+            ax.set(ylabel=score_label(tunings, panel))
+            if len(panels) > 1 and len(panel) == 1:
+                ax.set(title=f"fine-tuned on {panel[0]}")
         ax.set(xlabel="sparsity (%)")
         for index, name in enumerate(names):
             points = {100 * key[1]: of_key for key, of_key in values.items() if key[0] == name}
