@@ -449,8 +449,9 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 #         the student, under the mask, reads the text, and so does its teacher, the same model with its masks off.
 #         With kd alone they read it as it is, otherwise with some tokens taken out
 #         the gradient of the loss with respect to the mask moves the scores
-#         the scores are ranked anew, so that exactly the right number of weights is pruned. The pooler, which no loss
-#         reads, keeps its first mask, and counts towards that number
+#         the scores are ranked anew, so that exactly the right number of weights is pruned. Entries that never get a
+#         gradient keep their first mask, and count towards that number: the pooler, which no loss reads, and with kd
+#         the embeddings of words that never occur
 #         after every save_every-th update the mask is saved, as step-N/mask.pt
 #     the last mask is saved as mask.pt
 
@@ -600,7 +601,7 @@ def test_2_to_4_magnitude_masks_prune_the_two_smallest_weights_of_every_four(mas
 
 def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(masked_layers, masks):
     """Eq. 5 of the paper: 2 phi and 0, with the threshold phi = 0.01 between them."""
-    tamt.Scores(masked_layers, masks, 0.6, "local", without_gradient={})  # gives each layer its scores
+    tamt.Scores(masked_layers, masks, 0.6, "local", without_gradient={})  # gives each layer its scores; all are trained
     for name, layer in masked_layers.items():
         assert torch.equal(layer.scores, 0.02 * masks[name])
 
