@@ -1151,6 +1151,13 @@ def fit_masks(layers: dict[str, nn.Module], masks: dict, source) -> dict[str, to
     return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
 
 
+def say_if_weights_differ(meta: dict, backbone: str, file):
+    """A mask is worth little for other weights of the same shapes: for a checkpoint that took the place of the first
+    one, or the toy of another machine. backbone is the checksum of the weights that it is to be used for."""
+    if meta.get("backbone", backbone) != backbone:
+        print(f"{file}: note: this mask was found for other weights than those of this model")
+
+
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
     """Fractions removed, in the three ways in which people count, and of each matrix.
 
@@ -1212,6 +1219,7 @@ def evaluate_mask(settings: "Settings") -> dict:
         masks, meta = read_mask(settings.mask)
         if meta.get("method") == "super":  # a mask keeps biases, and a Super Ticket takes those of FFNs out
             raise ValueError(f"{settings.mask}: a Super Ticket removes whole units: finetune.py scores and exports it")
+        say_if_weights_differ(meta, run.backbone, settings.mask)
         masks = fit_masks(layers, masks, settings.mask)
         set_masks(layers, masks)
 
@@ -1442,7 +1450,7 @@ def save_mask_of_step(training: Training, sparsity: float):
 
 def metadata(run, step: int, sparsity: float) -> dict:
     """What a mask file says of itself. Times and versions are left out: equal runs give equal bytes."""
-    names = ["model", "method", "rank", "scope", "init", "seed", "lr", "data"]
+    names = ["model", "backbone", "method", "rank", "scope", "init", "seed", "lr", "data"]
     if run.method == "tamt":
         names.append("objective")
     meta = {name: plain(getattr(run, name)) for name in names}
@@ -1478,7 +1486,7 @@ def write_json(path, content: dict):
         file.write(f"{json.dumps(content, indent=1)}\n".encode())
 
 
-def weights_checksum(model: bert.Model) -> str:
+def weights_checksum(model: nn.Module) -> str:
     """CRC-32 of all weights: 0.2 s for BERT-base."""
     checksum = 0
     for parameter in model.state_dict().values():
@@ -1631,6 +1639,7 @@ class Run(Settings):
     machine: "Machine"
     family: str  # bert or roberta
     weights: str  # checksum of the checkpoint
+    backbone: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of its config.json
     num_updates: int
     horizon: int  # updates until the learning rate would reach 0
@@ -1678,7 +1687,8 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
     return Run(**values, machine=machine, family=model.config.model_type, weights=weights_checksum(model),
-               config=config_checksum(model), num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
+               backbone=weights_checksum(model.backbone), config=config_checksum(model), num_updates=num_updates,
+               horizon=horizon, lr_reason=lr_reason)
 
 
 def schedule(values: dict) -> tuple[int, int]:

@@ -12,9 +12,19 @@ from torch.nn.utils import prune
 
 import bert
 import data
+import finetune
 import tamt
 from helpers import ids_of
-from test_tamt import assert_close, mask_settings, num_entries, num_pruned, ordinary_ids, same_masks
+from test_tamt import (
+    assert_close,
+    finetune_settings,
+    mask_settings,
+    num_entries,
+    num_pruned,
+    ordinary_ids,
+    same_masks,
+    tiny,
+)
 
 
 def test_a_mask_file_can_be_read_with_torch_load_and_unpackbits_alone(tmp_path, masks):
@@ -174,3 +184,34 @@ def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
     found, meta = tamt.read_mask(tmp_path / "mask.pt")
     assert same_masks(found, masks)
     assert meta == {"model": "x", "seed": 3}
+
+
+NOTE = "this mask was found for other weights"
+
+
+def note_of_fine_tuning(inputs, out, capsys, **changes):
+    """Whether opening an experiment says that its mask belongs to other weights."""
+    capsys.readouterr()
+    finetune.open_experiment(finetune_settings(inputs, out, **changes))
+    return NOTE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["kd", "mlm"])
+def test_a_mask_used_for_other_weights_of_the_same_shapes_is_noted(inputs, tmp_path, capsys, objective):
+    """Other heads do not matter. The mask of omp, which no run has made, says nothing of its weights."""
+    other = tiny(tmp_path / "other", seed=1)
+    tamt.find_mask(mask_settings(inputs, tmp_path / "mask", objective=objective, steps=2))
+    mask = str(tmp_path / "mask" / "mask.pt")
+    assert not note_of_fine_tuning(inputs, tmp_path / "a", capsys, mask=mask)
+    assert note_of_fine_tuning(inputs, tmp_path / "b", capsys, mask=mask, model=str(other))
+    assert not note_of_fine_tuning(inputs, tmp_path / "c", capsys, model=str(other))
+
+
+def test_evaluating_a_mask_with_other_weights_is_noted(inputs, tmp_path, capsys):
+    other = tiny(tmp_path / "other", seed=1)
+    tamt.find_mask(mask_settings(inputs, tmp_path / "mask", method="omp"))
+    for model, is_noted in ((inputs / "bert", False), (other, True)):
+        capsys.readouterr()
+        export = tmp_path / "export" / model.name
+        tamt.main(["--mask", str(tmp_path / "mask"), "--model", str(model), "--export", str(export)])
+        assert (NOTE in capsys.readouterr().out) == is_noted
