@@ -448,7 +448,7 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
             ax.set(ylabel=score_label(tunings, panel))
             if len(panels) > 1 and len(panel) == 1:
                 ax.set(title=f"fine-tuned on {panel[0]}")
-        ax.set(xlabel="sparsity (%)")
+        ax.set(xlabel="sparsity (%)", xticks=sorted({100 * s for name in names for s in sparsities[name]}))
         for index, name in enumerate(names):
             points = {100 * key[1]: of_key for key, of_key in values.items() if key[0] == name}
             draw_line(ax, name, points, shift=0.4 * (index - len(names) // 2))
