@@ -54,8 +54,9 @@ def test_every_pair_of_losses_in_a_table_is_in_the_results():
                    for line in lines), (mlm, kd)
 
 
-def scores_by_experiment():
-    """The best scores x 100 of each network, task, mask and number of examples, one for each seed -> lists of them."""
+def test_every_mean_over_seeds_is_that_of_the_results():
+    """Such as 65.6 ± 4.9 (3): mean and standard deviation of the best scores of one mask with three seeds. The README
+    leaves out how many, where there are three."""
     scores = defaultdict(dict)
     for line in sweep.read_lines(ROOT / "dev/results.jsonl"):
         if line.get("best"):
@@ -63,26 +64,24 @@ def scores_by_experiment():
             network = (line["model"], settings.get("checkpoint"))
             experiment = (network, line["task"], json.dumps(line["mask"]), settings["limit"])
             scores[experiment][line["seed"]] = 100 * next(iter(line["best"].values()))
-    return [list(by_seed.values()) for by_seed in scores.values()]
-
-
-def test_every_mean_over_seeds_in_a_table_is_that_of_the_results():
-    """Cells such as 65.6 ± 4.9 (3): mean and standard deviation of the best scores of one mask with three seeds."""
     known = set()
-    for scores in scores_by_experiment():
-        if len(scores) > 1:
-            known.add(f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f} ({len(scores)})")
-    cells = re.findall(r"\d+\.\d ± \d+\.\d \(\d\)", (ROOT / "dev/RESULTS.md").read_text())
-    assert cells
-    assert set(cells) <= known
+    for by_seed in scores.values():
+        if len(by_seed) > 1:
+            values = list(by_seed.values())
+            known.add(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})")
+    in_results = re.findall(r"\d+\.\d ± \d+\.\d \(\d\)", (ROOT / "dev/RESULTS.md").read_text())
+    in_readme = re.findall(r"\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
+    assert in_results and in_readme
+    assert set(in_results) <= known
+    assert {f"{cell} (3)" for cell in in_readme} <= known
 
 
-def test_every_percentage_of_the_readme_is_a_mean_of_the_results():
-    """Such as 65.6 %, over three seeds. One is the paper's."""
-    means = {f"{np.mean(scores):.1f}" for scores in scores_by_experiment() if len(scores) == 3}
+def test_every_percentage_of_the_readme_is_in_the_results():
+    """Such as 81.5 %, which is the mean of a cell of RESULTS.md, or the score of the most frequent class."""
     found = set(re.findall(r"(\d\d\.\d)\s%", (ROOT / "README.md").read_text()))
-    assert len(found) > 7
-    assert found - means == {"82.5"}
+    results = (ROOT / "dev/RESULTS.md").read_text()
+    assert len(found) > 5
+    assert all(number in results for number in found)
 
 
 def test_every_distance_of_cls_in_a_table_is_in_the_results():
