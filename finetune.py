@@ -108,11 +108,10 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
+        tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
 
     # The settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
-    for ticket in tickets:
-        tamt.say_if_weights_differ(ticket.meta, run.backbone, ticket.file)
     examples = {task.name: read_examples(task, run) for task in tasks}
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
@@ -616,7 +615,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
     report = tamt.sparsity_report(experiment.model, masks)
     meta = {
         "model": run.model,
-        "backbone": run.backbone,
+        "backbone_checksum": run.backbone_checksum,
         "weights": run.weights,
         "seed": run.seed,
         "lr": run.lr,
@@ -1200,7 +1199,7 @@ class Run(Settings):
     """The settings of one run with nothing left open."""
     machine: tamt.Machine
     checkpoint: str  # checksum of the pre-trained weights
-    backbone: str  # the same without heads: a mask belongs to these weights
+    backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of their config.json
     horizon_rounds: int  # the learning rate would reach 0 after so many runs like this one
     command: str
@@ -1250,7 +1249,7 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
                          f"{values['model']}")
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
-               backbone=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
+               backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
                horizon_rounds=horizon_rounds, command=shlex.join(words))
 
 

@@ -1151,10 +1151,10 @@ def fit_masks(layers: dict[str, nn.Module], masks: dict, source) -> dict[str, to
     return {name: masks[name].to(layer.weight.device) for name, layer in layers.items() if name in masks}
 
 
-def say_if_weights_differ(meta: dict, backbone: str, file):
+def say_if_weights_differ(meta: dict, checksum: str, file):
     """A mask is worth little for other weights of the same shapes: for a checkpoint that took the place of the first
-    one, or the toy of another machine. backbone is the checksum of the weights that it is to be used for."""
-    if meta.get("backbone", backbone) != backbone:
+    one, or the toy of another machine. checksum: of the weights below the head that it is to be used for."""
+    if meta.get("backbone_checksum", checksum) != checksum:
         print(f"{file}: note: this mask was found for other weights than those of this model")
 
 
@@ -1219,7 +1219,7 @@ def evaluate_mask(settings: "Settings") -> dict:
         masks, meta = read_mask(settings.mask)
         if meta.get("method") == "super":  # a mask keeps biases, and a Super Ticket takes those of FFNs out
             raise ValueError(f"{settings.mask}: a Super Ticket removes whole units: finetune.py scores and exports it")
-        say_if_weights_differ(meta, run.backbone, settings.mask)
+        say_if_weights_differ(meta, run.backbone_checksum, settings.mask)
         masks = fit_masks(layers, masks, settings.mask)
         set_masks(layers, masks)
 
@@ -1450,7 +1450,7 @@ def save_mask_of_step(training: Training, sparsity: float):
 
 def metadata(run, step: int, sparsity: float) -> dict:
     """What a mask file says of itself. Times and versions are left out: equal runs give equal bytes."""
-    names = ["model", "backbone", "method", "rank", "scope", "init", "seed", "lr", "data"]
+    names = ["model", "backbone_checksum", "method", "rank", "scope", "init", "seed", "lr", "data"]
     if run.method == "tamt":
         names.append("objective")
     meta = {name: plain(getattr(run, name)) for name in names}
@@ -1639,7 +1639,7 @@ class Run(Settings):
     machine: "Machine"
     family: str  # bert or roberta
     weights: str  # checksum of the checkpoint
-    backbone: str  # the same without heads: a mask belongs to these weights
+    backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of its config.json
     num_updates: int
     horizon: int  # updates until the learning rate would reach 0
@@ -1687,8 +1687,8 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
     return Run(**values, machine=machine, family=model.config.model_type, weights=weights_checksum(model),
-               backbone=weights_checksum(model.backbone), config=config_checksum(model), num_updates=num_updates,
-               horizon=horizon, lr_reason=lr_reason)
+               backbone_checksum=weights_checksum(model.backbone), config=config_checksum(model),
+               num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
 
 
 def schedule(values: dict) -> tuple[int, int]:

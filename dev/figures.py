@@ -408,10 +408,10 @@ def fig3(masks, tunings, args):
 def headline(masks, tunings, args):
     """The README's picture: scores alone, of one task, without a caption, for the masks that its text compares. Masks
     with more updates than most have a line of their own."""
-    usual_step = Counter(tuning["step"] for tuning in tunings if tuning["mask"].get("method") == "tamt").most_common(1)
-    if not usual_step:
+    steps = Counter(tuning["step"] for tuning in tunings if tuning["mask"].get("method") == "tamt")
+    if not steps:
         raise NoData("fine-tunings under masks of TAMT")
-    [(usual_step, _)] = usual_step
+    usual_step, _ = steps.most_common(1)[0]
     shown = []
     for tuning in tunings:
         if tuning["name"] in ("mlm", "kd") and tuning["step"] > usual_step:

@@ -189,7 +189,7 @@ def test_a_mask_file_gives_back_what_was_saved(tmp_path, masks):
 NOTE = "this mask was found for other weights"
 
 
-def note_of_fine_tuning(inputs, out, capsys, **changes):
+def says_that_weights_differ(inputs, out, capsys, **changes):
     """Whether opening an experiment says that its mask belongs to other weights."""
     capsys.readouterr()
     finetune.open_experiment(finetune_settings(inputs, out, **changes))
@@ -198,13 +198,13 @@ def note_of_fine_tuning(inputs, out, capsys, **changes):
 
 @pytest.mark.parametrize("objective", ["kd", "mlm"])
 def test_a_mask_used_for_other_weights_of_the_same_shapes_is_noted(inputs, tmp_path, capsys, objective):
-    """Other heads do not matter. The mask of omp, which no run has made, says nothing of its weights."""
+    """Other heads do not matter. The mask of `inputs`, which no run has made, does not say which weights it is for."""
     other = tiny(tmp_path / "other", seed=1)
     tamt.find_mask(mask_settings(inputs, tmp_path / "mask", objective=objective, steps=2))
     mask = str(tmp_path / "mask" / "mask.pt")
-    assert not note_of_fine_tuning(inputs, tmp_path / "a", capsys, mask=mask)
-    assert note_of_fine_tuning(inputs, tmp_path / "b", capsys, mask=mask, model=str(other))
-    assert not note_of_fine_tuning(inputs, tmp_path / "c", capsys, model=str(other))
+    assert not says_that_weights_differ(inputs, tmp_path / "a", capsys, mask=mask)
+    assert says_that_weights_differ(inputs, tmp_path / "b", capsys, mask=mask, model=str(other))
+    assert not says_that_weights_differ(inputs, tmp_path / "c", capsys, model=str(other))
 
 
 def test_evaluating_a_mask_with_other_weights_is_noted(inputs, tmp_path, capsys):

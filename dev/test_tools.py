@@ -55,7 +55,8 @@ def test_every_pair_of_losses_in_a_table_is_in_the_results():
 
 
 def test_every_mean_over_seeds_is_that_of_the_results():
-    """Such as 65.6 ± 4.9 (3): mean and standard deviation of the best scores of one mask with three seeds."""
+    """Such as 65.6 ± 4.9 (3): mean and standard deviation of the best scores of one mask with three seeds. The README
+    leaves out how many, where there are three."""
     scores = defaultdict(dict)
     for line in sweep.read_lines(ROOT / "dev/results.jsonl"):
         if line.get("best"):
@@ -68,9 +69,11 @@ def test_every_mean_over_seeds_is_that_of_the_results():
         if len(by_seed) > 1:
             values = list(by_seed.values())
             known.add(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})")
-    cells = re.findall(r"\d+\.\d ± \d+\.\d \(\d\)", (ROOT / "dev/RESULTS.md").read_text())
-    assert cells
-    assert set(cells) <= known
+    in_results = re.findall(r"\d+\.\d ± \d+\.\d \(\d\)", (ROOT / "dev/RESULTS.md").read_text())
+    in_readme = re.findall(r"\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
+    assert in_results and in_readme
+    assert set(in_results) <= known
+    assert {f"{cell} (3)" for cell in in_readme} <= known
 
 
 def test_every_score_of_the_readme_is_in_a_table_of_results():
