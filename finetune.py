@@ -100,6 +100,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tenth of the way to 0."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
+    tamt.refuse_several_processes(machine, "fine-tuning")
 
     # The tickets, and the network that they belong to.
     tasks = named_tasks(settings)
@@ -577,7 +578,7 @@ def find_imp(settings) -> dict:
     mask_file = None  # the first round trains the whole network
     rounds = []
     for number, next_sparsity in enumerate(sparsities, 1):
-        print(f"round {number} of {len(sparsities)}; after it {next_sparsity:.0%} are pruned")
+        print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search.out / f"round-{number}"
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
@@ -754,8 +755,8 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
     Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
-    each removes what the one below removes, and more. Every layer keeps at least one head: the one that would go
-    last."""
+    each removes what the one below removes, and more. Every layer keeps at least one head, the one that would go last,
+    so of few heads fewer may go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
     # Units with the smallest sort keys go first.
@@ -1123,6 +1124,8 @@ def finish_search(search, mask_file, story: dict, start_time: float) -> dict:
         words = ["python", "finetune.py", "--task", search.task, "--mask", str(search.out / "mask.pt")]
         if search.data:
             words += ["--data", str(search.data)]
+        if search.weights != "pretrained":  # the same weights again: the seed draws them
+            words += ["--weights", search.weights, "--seed", str(search.seed)]
         print(f"next: {shlex.join(words)}")
     return content
 
@@ -1149,21 +1152,22 @@ class Settings:
     scope: str | None = option(None, "--find imp: all adds the word embeddings (encoder)", choices=["all", "encoder"])
     orders: tuple | None = option(None, "--find super: tickets to try (all three)", nargs="+", choices=ORDERS)
     weights: str = option("pretrained", "below the head: random draws them, shuffled permutes each matrix "
-                          "(pretrained)", choices=["pretrained", "random", "shuffled"])
+                          "of the encoder (pretrained)", choices=["pretrained", "random", "shuffled"])
     epochs: int | None = option(None, "passes over the training set (GLUE 3, SQuAD 2, several tasks 5)", "positive",
                                 type=int)
     batch_size: int | None = option(None, "examples per update (GLUE 32, SQuAD 16)", "positive", type=int)
     max_len: int | None = option(None, "tokens per example (GLUE 128, SQuAD 384)", "positive", type=int)
     lr: float | None = option(None, "learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)",
                               "positive", type=float)
-    seed: int = option(1, "of head, order, dropout and --limit (1)", "seed", type=int)
+    seed: int = option(1, "of head, order, dropout, --limit, and --weights (1)", "seed", type=int)
     limit: int | None = option(None, "train on this many random examples; SQuAD: windows (all)", "positive", type=int)
     eval_every: int | None = option(None, "updates between evaluations, besides the end of each epoch (50; MNLI, QQP "
                                     "and QNLI 500, SQuAD 1000)", "positive", type=int)
     device: str = option("auto", "where to compute (auto)", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option("auto", "of the forward pass (auto)", choices=["auto", "fp32", "bf16"])
     out: Path | None = option(None, "folder of the run (out/TASK-MASK-sSEED-...)", type=Path)
-    results: Path | None = option(Path("results.jsonl"), "gets one line per run (results.jsonl)", type=Path)
+    results: Path | None = option(Path("results.jsonl"), "gets one line per run; of --find super one per ticket, of "
+                                  "--find imp none (results.jsonl)", type=Path)
     resume: bool = option(False, "continue the run in --out exactly where it stopped")
     predict: bool = option(False, "write GLUE's submission file, or SQuAD's of dev, into --out")
     export: Path | None = option(None, "write the fine-tuned model for transformers", type=Path, metavar="DIR")

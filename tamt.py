@@ -38,8 +38,8 @@ random mask instead, and `--method imp`, iterative magnitude pruning, trains W i
     micro-batch  --batch-size of them, computed at once; several processes share them
     settings     what the user chose: the flags of the command line (settings.sparsity)
     run          the settings with all defaults filled in, and run.trains (whether there is training at all),
-                 run.num_updates, run.horizon (the update at which the learning rate, which falls linearly, would
-                 reach 0: the last one of a short run, later in the paper's runs and in IMP), run.family (bert or
+                 run.num_updates, run.horizon (the updates after which the learning rate, which falls linearly, would
+                 be 0: in a short run all of them, in the paper's runs and in IMP more), run.family (bert or
                  roberta), run.machine (device, type of the forward pass, and which of several processes this is)
     identity     the settings and checksums that --resume compares
 
@@ -133,7 +133,7 @@ def find_mask(settings: "Settings") -> dict:
         set_masks(layers, masks)
     if run.method == "tamt":
         # No gradient reaches the pooler, which no loss reads, and the embeddings of words that the text does not use.
-        # Their part of the mask stays as it is (Scores.pin says why).
+        # In a ranking over all matrices their part of the mask stays as it is (Scores.pin says why).
         without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
         scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
 
@@ -312,7 +312,7 @@ def set_masks(layers: dict, masks: dict):
     """Gives each layer its mask; a layer without one keeps everything. (Once there are Scores, they write the masks
     of the layers, in place, and this is not called any more.)"""
     for name, layer in layers.items():
-        layer.mask = masks[name] if name in masks else torch.ones_like(layer.mask)
+        layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -919,6 +919,7 @@ def imp_levels(sparsity: float) -> list[float]:
 
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
 # Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
+HIGHEST_RATE = 0.01  # of those that are raised for short runs
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 
@@ -987,7 +988,7 @@ def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float
     scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
     full_run = paper_updates(sparsity)
     factor = travel(full_run, HORIZON, objective) / travel(num_updates, num_updates, objective)
-    return min(paper_learning_rate(objective) * max(factor, 1.0), 1e-2)
+    return min(paper_learning_rate(objective) * max(factor, 1.0), HIGHEST_RATE)
 
 
 def paper_learning_rate(objective: str) -> float:
@@ -1162,7 +1163,7 @@ def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
     """Fractions removed, in the three ways in which people count, and of each matrix.
 
     masked_set: of all entries that have a mask; encoder: of the 6 L encoder matrices; whole_model: of all
-    parameters of embeddings, encoder and pooler, without heads."""
+    parameters of embeddings, encoder and, if there is one, pooler, without heads."""
     zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
     sizes = {name: mask.numel() for name, mask in masks.items()}
     encoder = [name for name in masks if ".encoder." in name]
@@ -1209,16 +1210,20 @@ def evaluate_mask(settings: "Settings") -> dict:
     """--evaluate and --export of a finished mask, or of the dense model."""
     start_time = time.time()
     machine = start_machine(settings.device, settings.dtype)
-    model, vocabulary = load_model(settings.model)
-    run = resolve(settings, machine, model)
-    model.requires_grad_(False).to(machine.device)
-    layers = mask_model(model)
+    refuse_several_processes(machine, "--evaluate and --export of a mask")
     masks = {}
     meta = {}
     if settings.mask:
         masks, meta = read_mask(settings.mask)
         if meta.get("method") == "super":  # a mask keeps biases, and a Super Ticket takes those of FFNs out
             raise ValueError(f"{settings.mask}: a Super Ticket removes whole units: finetune.py scores and exports it")
+        settings = settings_of_mask(settings, meta)
+
+    model, vocabulary = load_model(settings.model)
+    run = resolve(settings, machine, model)
+    model.requires_grad_(False).to(machine.device)
+    layers = mask_model(model)
+    if settings.mask:
         say_if_weights_differ(meta, run.backbone_checksum, settings.mask)
         masks = fit_masks(layers, masks, settings.mask)
         set_masks(layers, masks)
@@ -1226,12 +1231,26 @@ def evaluate_mask(settings: "Settings") -> dict:
     content = {"metadata": meta, "sparsity": sparsity_report(model, masks)}
     print(json.dumps(content, indent=1))
     if settings.evaluate:
+        print(f"dev losses: on the held-out text of {run.data}, {run.seq_len} tokens a row")
         content |= dev_losses(model, open_text(run, vocabulary, "dev"), vocabulary, machine)
     if settings.export:
         export_model(model, masks, vocabulary, settings.export)
     content["seconds"] = round(time.time() - start_time, 1)
     print_summary(settings.mask, content, run)
     return content
+
+
+def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
+    """What is left open is as it was when the mask was found. So --evaluate gives the dev losses that the mask file
+    holds."""
+    known = {}
+    if settings.model == "toy" and meta.get("model"):  # the default
+        known["model"] = meta["model"]
+    if settings.data is None and meta.get("data") and "task" not in meta:  # else the data are those of a task
+        known["data"] = meta["data"]
+        known["lines"] = meta.get("lines", settings.lines)
+        known["seq_len"] = settings.seq_len or meta.get("seq_len")
+    return dataclasses.replace(settings, **known)
 
 
 def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
@@ -1272,6 +1291,9 @@ def print_summary(mask, content: dict, run):
             print(f"{name}: {content[name]:.4f}")
     if mask:
         words = ["finetune.py", "--task", "sst2", "--mask", str(mask)]
+        meta = content.get("metadata")  # with --evaluate
+        if meta is not None and meta.get("model") != run.model:
+            words += ["--model", run.model]
     else:  # --evaluate of the whole network
         words = ["tamt.py", "--model", run.model, "--data", str(run.data)]
         if run.lines:
@@ -1288,12 +1310,13 @@ SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no 
 
 def identity_of_run(run, rows, dev_rows) -> dict:
     """What makes this run this run; --resume refuses any other. The text and the weights count by their
-    content, so it does not matter how their paths are spelled, and a changed file is noticed."""
+    content, too, so a changed file is noticed."""
     names = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "lines", "num_updates",
              "horizon", "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every",
              "prune_every", "no_rewind", "log_every", "eval_every", "save_every", "weights", "config")
     identity = {name: plain(getattr(run, name)) for name in names}
     identity["dtype"] = str(run.machine.dtype)
+    identity["num_processes"] = run.machine.num_processes  # dropout differs between them
     for name, text in (("text", rows), ("dev_text", dev_rows)):
         identity[name] = None if text is None else Path(text.filename).stem  # a hash of text, tokenizer and T
     return identity
@@ -1338,7 +1361,7 @@ def read_state(out: Path) -> dict | None:
 
 def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machine) -> tuple:
     """-> (result, None) if the folder holds the result of this run and --resume is given; (None, state) if it holds
-    the state of an unfinished one; else (None, None), and what an earlier run left there is removed.
+    the state of an unfinished one; else (None, None), and the result, state and log of an earlier run are removed.
 
     Of several processes the first one looks, since the folder lies on its host, and tells the others."""
     if machine.num_processes == 1:
@@ -1450,7 +1473,7 @@ def save_mask_of_step(training: Training, sparsity: float):
 
 def metadata(run, step: int, sparsity: float) -> dict:
     """What a mask file says of itself. Times and versions are left out: equal runs give equal bytes."""
-    names = ["model", "backbone_checksum", "method", "rank", "scope", "init", "seed", "lr", "data"]
+    names = ["model", "backbone_checksum", "method", "rank", "scope", "init", "seed", "lr", "data", "lines", "seq_len"]
     if run.method == "tamt":
         names.append("objective")
     meta = {name: plain(getattr(run, name)) for name in names}
@@ -1508,6 +1531,7 @@ class Log:
         self.began = time.time()
         self.total_loss = 0.0  # since the last line
         self.num_updates = 0
+        self.num_timed = 0  # of these, the updates of this process: after --resume only a part of them
         self.bits = self.pack_masks()
 
     def pack_masks(self) -> np.ndarray:
@@ -1517,6 +1541,7 @@ class Log:
         run = self.run
         self.total_loss += loss
         self.num_updates += 1
+        self.num_timed += 1
         is_due = step % run.log_every == 0 or step == run.num_updates or losses
         if not is_due or run.machine.process_index > 0:
             return
@@ -1525,7 +1550,7 @@ class Log:
         num_entries = sum(layer.mask.numel() for layer in self.layers.values())
         kept = int(np.bitwise_count(bits).sum()) / num_entries
         flips = int(np.bitwise_count(bits ^ self.bits).sum()) / num_entries
-        seconds = (time.time() - self.began) / self.num_updates  # per update
+        seconds = (time.time() - self.began) / self.num_timed  # per update
         tokens_per_second = run.batch_size * run.accumulate * run.seq_len / seconds
         minutes_left, seconds_left = divmod(round(seconds * (run.num_updates - step)), 60)
         mean_loss = self.total_loss / self.num_updates
@@ -1541,6 +1566,7 @@ class Log:
         self.began = time.time()
         self.total_loss = 0.0
         self.num_updates = 0
+        self.num_timed = 0
         self.bits = bits
 
     def state(self) -> dict:
@@ -1587,7 +1613,7 @@ class Settings:
     lr: float | None = option(None, "learning rate (5e-5, kd 2e-5; raised where --steps shortens the run)",
                               "positive", type=float)
     clip: float = option(1.0, "largest l2 norm of all gradients together (1.0)", "positive", type=float)
-    seed: int = option(1, "of data order, corruption, dropout and random masks (1)", "seed", type=int)
+    seed: int = option(1, "of data order, corruption, dropout, random masks and fresh heads (1)", "seed", type=int)
     refresh_every: int = option(1, "updates between two rankings; 1 keeps the sparsity exact (1)", "positive", type=int)
     device: str = option("auto", "where to compute (auto)", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option("auto", "of the forward pass (auto)", choices=["auto", "fp32", "bf16"])
@@ -1717,8 +1743,10 @@ def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, 
     if values["method"] == "imp" or not values["steps"]:
         return paper_rate, "the paper's"
     rate = learning_rate_of(values["objective"], values["sparsity"], num_updates)
-    return rate, (f"the paper's {paper_rate:g} x {rate / paper_rate:.4g}, at most 0.01: scores can travel as far as in "
-                  f"its {paper_updates(values['sparsity']):,} updates")
+    full_run = f"{paper_updates(values['sparsity']):,} updates of a full run"
+    if rate == HIGHEST_RATE:
+        return rate, f"the highest that is chosen: scores travel less far than in the {full_run}"
+    return rate, f"the paper's {paper_rate:g} x {rate / paper_rate:.4g}: scores can travel as far as in the {full_run}"
 
 
 def check_widths(model: bert.Model, scope: str, rank: str):
@@ -1801,7 +1829,12 @@ class Parser(argparse.ArgumentParser):
 
 def note_flags_without_effect(settings: Settings):
     """A flag that the method ignores is reported, not refused, so that a sweep can pass the same flags to all."""
-    if settings.method in ("omp", "random"):
+    reason = f"--method {settings.method}"
+    if settings.evaluate or settings.mask:
+        heeded = ("model", "data", "lines", "seq_len", "device", "dtype", "evaluate", "mask", "export")
+        ignored = [each.name for each in fields(settings) if each.name not in heeded]
+        reason = "--evaluate and --export of a mask"
+    elif settings.method in ("omp", "random"):
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
     elif settings.method == "imp":
@@ -1810,7 +1843,7 @@ def note_flags_without_effect(settings: Settings):
         ignored = ["prune_every", "no_rewind"]
     for each in fields(settings):
         if each.name in ignored and getattr(settings, each.name) != each.default:
-            print(f"note: --{each.name.replace('_', '-')} has no effect with --method {settings.method}")
+            print(f"note: --{each.name.replace('_', '-')} has no effect with {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1832,6 +1865,11 @@ class Machine:
     dtype: torch.dtype = torch.float32  # of the forward pass; scores stay fp32
     process_index: int = 0
     num_processes: int = 1
+
+
+def refuse_several_processes(machine: Machine, what: str):
+    if machine.num_processes > 1:
+        raise ValueError(f"{what} takes one process: start it without torchrun (WORLD_SIZE={machine.num_processes})")
 
 
 def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
@@ -1983,10 +2021,11 @@ def main(argv=None):
     settings = parse_settings(Settings, "Find a sparse subnetwork of a pre-trained BERT, by default with TAMT.", argv)
     if settings.compare:
         compare_masks(settings.compare)
-    elif settings.evaluate or settings.mask:
+        return
+    note_flags_without_effect(settings)
+    if settings.evaluate or settings.mask:
         evaluate_mask(settings)
     else:
-        note_flags_without_effect(settings)
         find_mask(settings)
 
 

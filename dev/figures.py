@@ -406,19 +406,8 @@ def fig3(masks, tunings, args):
 
 
 def headline(masks, tunings, args):
-    """The README's picture: scores alone, of one task, without a caption, for the masks that its text compares. Masks
-    with more updates than most have a line of their own."""
-    steps = Counter(tuning["step"] for tuning in tunings if tuning["mask"].get("method") == "tamt")
-    if not steps:
-        raise NoData("fine-tunings under masks of TAMT")
-    usual_step, _ = steps.most_common(1)[0]
-    shown = []
-    for tuning in tunings:
-        if tuning["name"] in ("mlm", "kd") and tuning["step"] > usual_step:
-            shown.append(tuning | {"name": f"{tuning['name']}-{tuning['step']:,} updates"})
-        elif tuning["name"] in ("omp", "imp", "mlm", "kd", "dense"):
-            shown.append(tuning)
-
+    """The README's picture: scores alone, of one task, without a caption, for the masks that its text compares."""
+    shown = [tuning for tuning in tunings if tuning["name"] in ("omp", "imp", "mlm", "kd", "dense")]
     tasks = common_tasks(after_last_step(shown))
     if len(tasks) != 1:
         raise NoData("fine-tunings on one task")

@@ -163,6 +163,16 @@ def test_a_flag_without_effect_is_noted_and_the_run_goes_on(inputs, tmp_path, ca
     assert (tmp_path / "mask.pt").exists()
 
 
+
+def test_flags_that_evaluating_a_mask_ignores_are_noted(inputs, tmp_path, capsys):
+    tamt.find_mask(mask_settings(inputs, tmp_path, method="omp"))
+    argv = ["--mask", tmp_path, "--model", inputs / "bert", "--export", tmp_path / "export"]
+    assert exit_status(tamt.main, *argv, "--method", "omp", "--sparsity", 0.5) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: --{flag} has no effect with --evaluate and --export of a mask"
+                     for flag in ("method", "sparsity")]
+
+
 # ---------------------------------------------------------------------------------------------------
 # tamt: mask files, and what is printed
 # ---------------------------------------------------------------------------------------------------

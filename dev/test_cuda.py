@@ -6,9 +6,11 @@
 import pytest
 import torch
 
+import bert
+import finetune
 import tamt
 from dev import gpu
-from test_tamt import mask_settings, same_masks
+from test_tamt import finetune_settings, mask_settings, same_masks
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -51,8 +53,6 @@ def test_groups_of_four_are_ranked_as_on_the_cpu():
 
 def test_padding_changes_nothing_for_the_tokens():
     """A padding mask takes another kernel of scaled_dot_product_attention than no mask does."""
-    import bert
-
     torch.manual_seed(0)
     model = bert.Model(bert.Config(**gpu.TOY.config())).eval().cuda()
     input_ids = torch.randint(5, gpu.TOY.V, (4, 20), device="cuda")
@@ -84,3 +84,12 @@ def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
         groups = values.view(100, 100)
         expected = tamt.keep_largest_of_groups(groups, 2, 4)
         assert torch.equal(tamt.keep_largest_of_groups(groups.cuda(), 2, 4).cpu(), expected)
+
+
+def test_two_tasks_share_an_encoder_under_tickets_without_word_embeddings(tasks, tmp_path):
+    layers = tamt.maskable_layers(bert.load(tasks / "bert"), "encoder")
+    tamt.save_mask(tmp_path / "mask.pt", tamt.random_masks(layers, 0.5, "local", seed=1), {})
+    mask = f"{tmp_path / 'mask.pt'},{tmp_path / 'mask.pt'}"
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path / "run", "rte,stsb", mask=mask, epochs=1,
+                                                  model=str(tasks / "bert"), device="cuda"))
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)

@@ -215,3 +215,43 @@ def test_evaluating_a_mask_with_other_weights_is_noted(inputs, tmp_path, capsys)
         export = tmp_path / "export" / model.name
         tamt.main(["--mask", str(tmp_path / "mask"), "--model", str(model), "--export", str(export)])
         assert (NOTE in capsys.readouterr().out) == is_noted
+
+
+def test_a_layer_without_a_mask_keeps_everything_on_the_device_where_its_weight_lies_now(inputs):
+    """The model is moved after its layers were masked: a mask that was left behind would not fit its weight. The device
+    "meta" plays the GPU."""
+    model = bert.load(inputs / "bert")
+    layers = tamt.mask_model(model)
+    model.to("meta")
+    tamt.set_masks(layers, {})
+    for layer in layers.values():
+        assert layer.weight.device.type == layer.mask.device.type == "meta"
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_evaluating_a_mask_gives_the_dev_losses_that_its_file_holds(inputs, tmp_path, capsys, lines):
+    """With the model, the text and the rows of its run, if nothing else is asked for."""
+    tamt.find_mask(mask_settings(inputs, tmp_path / "mask", lines=lines, steps=2))
+    _, meta = tamt.read_mask(tmp_path / "mask")
+    found = tamt.evaluate_mask(tamt.Settings(evaluate=True, mask=tmp_path / "mask"))
+    assert found["dev_mlm_loss"] == pytest.approx(meta["dev_mlm_loss"], rel=1e-6)
+    assert found["dev_kd_loss"] == pytest.approx(meta["dev_kd_loss"], rel=1e-6)
+    assert f"the held-out text of {inputs / 'text.txt'}, 16 tokens a row" in capsys.readouterr().out
+
+
+def test_evaluating_a_mask_with_another_text_and_rows_as_asked(inputs, tmp_path):
+    (tmp_path / "other.txt").write_text("the dog sees a cat .\n" * 100)
+    tamt.find_mask(mask_settings(inputs, tmp_path / "mask", method="omp"))
+    asked = {"evaluate": True, "data": str(tmp_path / "other.txt"), "seq_len": 12}
+    of_mask = tamt.evaluate_mask(tamt.Settings(mask=tmp_path / "mask", **asked))
+    expected = tamt.evaluate_mask(tamt.Settings(mask=tmp_path / "mask", model=str(inputs / "bert"), **asked))
+    assert of_mask["dev_kd_loss"] == expected["dev_kd_loss"]
+    _, meta = tamt.read_mask(tmp_path / "mask")
+    assert of_mask["dev_kd_loss"] != pytest.approx(meta["dev_kd_loss"], rel=1e-3)
+
+
+def test_the_next_command_names_the_model_if_the_mask_does_not(inputs, tmp_path, model, masks, capsys):
+    folder = model.config.model_type
+    tamt.save_mask(tmp_path / "mask.pt", masks, {})
+    tamt.evaluate_mask(mask_settings(inputs, folder=folder, evaluate=True, mask=tmp_path / "mask.pt"))
+    assert capsys.readouterr().out.endswith(f"--mask {tmp_path / 'mask.pt'} --model {inputs / folder}\n")

@@ -293,3 +293,39 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(inputs, tmp_path)
     start = tamt.find_mask(mask_settings(inputs, tmp_path / "omp", method="omp"))
     learned = tamt.find_mask(mask_settings(inputs, tmp_path / "tamt", objective="kd", steps=120, lr=5e-3))
     assert learned["dev_kd_loss"] < 0.9 * start["dev_kd_loss"]
+
+
+def test_after_resuming_the_speed_is_that_of_the_updates_since_then(inputs, tmp_path, monkeypatch, capsys):
+    """The first line after it has the mean loss of all updates since the last line, but the time of a part of them."""
+    now = 0.0
+    monkeypatch.setattr(tamt.time, "time", lambda: now)
+    training = begin(mask_settings(inputs, tmp_path))  # a line after every fourth update
+    training.log.step(1, 1.0, 1e-3, {})
+    training.log.step(2, 1.0, 1e-3, {})
+    state = training.log.state()
+
+    log = tamt.Log(training.run, training.layers)  # as a new process has it
+    log.restore(state)
+    for step in (3, 4):
+        now += 5.0
+        log.step(step, 2.0, 1e-3, {})
+    line = read_log(tmp_path)[-1]
+    assert line["loss"] == 1.5
+    assert line["ms_per_step"] == 5000
+
+
+def test_what_several_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="fine-tuning takes one process: start it without torchrun"):
+        tamt.refuse_several_processes(tamt.Machine(torch.device("cpu"), num_processes=2), "fine-tuning")
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(inputs, tmp_path):
+    """Their dropout differs."""
+    identities = []
+    for num_processes in (1, 2):
+        machine = tamt.Machine(torch.device("cpu"), num_processes=num_processes)
+        run = tamt.resolve(mask_settings(inputs, tmp_path), machine, bert.load(inputs / "bert"))
+        identities.append(tamt.identity_of_run(run, None, None))
+    tamt.write_json(tmp_path / "mask.json", {"settings": identities[1]})
+    with pytest.raises(ValueError, match="num_processes"):
+        tamt.check_folder(tmp_path, identities[0], "mask.json")

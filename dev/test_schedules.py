@@ -45,6 +45,15 @@ def test_the_learning_rate_lies_between_the_papers_and_0_01(objective):
     assert rates[-1] == rates[-2] == PAPER_RATES[objective]
 
 
+@pytest.mark.parametrize("num_updates,reason", [
+    (50, "the highest that is chosen: scores travel less far than in the 17,000 updates of a full run"),
+    (600, "the paper's 5e-05 x 39.35: scores can travel as far as in the 17,000 updates of a full run")])
+def test_the_reason_for_the_learning_rate_says_whether_scores_travel_as_far_as_in_a_full_run(num_updates, reason):
+    values = {"method": "tamt", "objective": "mlm", "sparsity": 0.7, "steps": num_updates, "lr": None}
+    _, found = tamt.choose_learning_rate(values, num_updates)
+    assert found == reason
+
+
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_the_shorter_the_run_the_higher_the_learning_rate(objective):
     rates = [tamt.learning_rate_of(objective, 0.7, num_updates) for num_updates in (500, 1000, 2000, 4000, 8000)]
