@@ -126,7 +126,7 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
     names = special_names(tokenizer, settings, file)  # such as [PAD], [UNK], [CLS], [SEP], [MASK]
     add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
-    num_separators = count_separators(tokenizer, sep_id)
+    num_separators = count_separators(tokenizer, sep_id, file)
     tokenizer.post_processor = None  # what added [CLS] and [SEP]
 
     extra_ids = []
@@ -151,9 +151,9 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
 def wordpiece(file: Path, settings: dict) -> Tokenizer:
     """BERT's tokenizer from vocab.txt, one token a line: "unaffable" -> un ##aff ##able."""
     words = read_lines(file)
-    unknown = token_content(settings.get("unk_token", "[UNK]"))
-
     vocab = ids_by_position(words, file)
+    usual = "<unk>" if "<unk>" in vocab and "[UNK]" not in vocab else "[UNK]"
+    unknown = token_content(settings.get("unk_token", usual))
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
@@ -240,7 +240,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
 
     * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
     * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
-    * Any other file is cut at the last space in the first 95 % of its bytes; or, if there is none, at 95 % itself."""
+    * Any other file is cut at the last space between 90 and 95 % of its bytes; or, if there is none, at 95 % itself."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         # A newline at the very end of the file ends the last line and begins none, so it is not counted.
         num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, size - 1))
@@ -254,7 +254,7 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
 
         border = max(size * 95 // 100, 1)
         space = text.rfind(b" ", 0, border)
-        if space > 0:
+        if space > size * 9 // 10:
             return space  # the dev text begins with it
         while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
             border += 1
@@ -308,8 +308,17 @@ def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str
 
 
 def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
-    encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = encode_batch(vocabulary.tokenizer.encode_batch_fast, texts)
     return [encoding.ids for encoding in encodings]
+
+
+def encode_batch(encode_texts, texts: list[str]) -> list:
+    """encode_texts: one of the two methods of a tokenizer. Fails at the first unknown word if the vocabulary has no
+    token for such words."""
+    try:
+        return encode_texts(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"the tokenizer cannot read the text: {str(error):.200}") from None
 
 
 def packed_blocks(chunks, vocabulary: Vocabulary, seq_len: int):
@@ -444,12 +453,15 @@ def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
     return tokenizer
 
 
-def count_separators(tokenizer: Tokenizer, sep_id: int) -> int:
-    """How many separators stand between the texts of a pair. A tokenizer.json shows it; the other files do not, and
-    there the name of the separator tells."""
+def count_separators(tokenizer: Tokenizer, sep_id: int, file: Path) -> int:
+    """How many separators stand between the texts of a pair. BERT's vocab.txt stands for one, RoBERTa's vocab.json for
+    two. A tokenizer.json shows it, if it adds special tokens at all; else the name of the separator tells."""
+    if file.name in ("vocab.txt", "vocab.json"):
+        return 1 if file.name == "vocab.txt" else 2
     if tokenizer.post_processor is not None:
-        special_ids = tokenizer.encode("", "").ids  # of a pair of empty texts, one separator stands at the end
-        return 2 if special_ids.count(sep_id) > 2 else 1
+        num_separators = tokenizer.encode("", "").ids.count(sep_id) - 1  # of a pair of empty texts; one is at the end
+        if num_separators >= 0:
+            return 2 if num_separators > 1 else 1
     return 2 if tokenizer.id_to_token(sep_id) == "</s>" else 1
 
 
@@ -646,10 +658,10 @@ def read_settings(folder: Path) -> dict:
     overrules both and adds its extra_special_tokens to theirs, unless tokenizer_config.json has an
     added_tokens_decoder: then it lists all tokens itself, and the map is not read."""
     settings = {}
-    if (folder / "config.json").is_file():
-        settings["tokenizer_class"] = bert.read_json(folder / "config.json").get("tokenizer_class")
     if (folder / "tokenizer_config.json").is_file():
         settings |= bert.read_json(folder / "tokenizer_config.json")
+    if settings.get("tokenizer_class") is None and (folder / "config.json").is_file():
+        settings["tokenizer_class"] = bert.read_json(folder / "config.json").get("tokenizer_class")
     settings = checked_settings(settings, folder)
 
     if (folder / "special_tokens_map.json").is_file() and "added_tokens_decoder" not in settings:
@@ -694,7 +706,7 @@ def refuse_unsupported(file: Path, settings: dict, expected: str):
     if settings.get("do_basic_tokenize") is False:
         raise ValueError(f"{file}: the tokenizer setting do_basic_tokenize false is not supported")
 
-    never_split = set(settings.get("never_split", ()))
+    never_split = {str(token) for token in settings.get("never_split", ())}
     if never_split - {*WORDPIECE_SPECIALS, *BPE_SPECIALS}:
         raise ValueError(f"{file}: the tokenizer setting never_split is not supported")
 
@@ -753,7 +765,7 @@ def added_token(token: str | dict, special: bool) -> AddedToken:
     options = {"special": special}
     if isinstance(token, dict):
         for key in ("lstrip", "rstrip", "single_word", "normalized"):
-            options[key] = token.get(key, False)
+            options[key] = bool(token.get(key, False))
     return AddedToken(token_content(token), **options)
 
 
@@ -767,11 +779,15 @@ def token_content(token: str | dict) -> str:
 def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
     """The names of the five special tokens in the order of SPECIAL_ROLES.
 
-    The settings may name them; otherwise they are BERT's ([PAD] ...) or RoBERTa's (<pad> ...). Raises
-    ValueError if one is not in the vocabulary."""
+    The settings may name them; the others are all BERT's ([PAD] ...) or all RoBERTa's (<pad> ...), or, if neither
+    are all there, some of each. Raises ValueError if one is not in the vocabulary."""
+    families = [dict(zip(SPECIAL_ROLES, names, strict=True)) for names in (WORDPIECE_SPECIALS, BPE_SPECIALS)]
+    unnamed = [role for role in SPECIAL_ROLES if role not in settings]
+    complete = [family for family in families
+                if all(tokenizer.token_to_id(family[role]) is not None for role in unnamed)]
     names = []
-    for role, bert_name, roberta_name in zip(SPECIAL_ROLES, WORDPIECE_SPECIALS, BPE_SPECIALS, strict=True):
-        candidates = [bert_name, roberta_name]
+    for role in SPECIAL_ROLES:
+        candidates = [family[role] for family in complete or families]
         if role in settings:
             candidates = [token_content(settings[role])]
         found = [name for name in candidates if tokenizer.token_to_id(name) is not None]
@@ -785,13 +801,13 @@ def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]
 # The export.
 
 
-def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens: int):
+def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens: int, num_token_types: int = 1):
     """Writes the tokenizer as files that transformers' AutoTokenizer and vocabulary() above read alike.
 
     tokenizer.json carries everything. A plain BERT or RoBERTa tokenizer gets its original files, too.
     Any other one is announced as PreTrainedTokenizerFast, since transformers would take the words of
     tokenizer.json and the rules of a BertTokenizer otherwise. model_type: "bert" or "roberta";
-    max_tokens: the longest text."""
+    max_tokens: the longest text; num_token_types: how many the model tells apart."""
     folder = Path(folder)
     tokenizer = Tokenizer.from_str(vocabulary.tokenizer.to_str())  # a copy
     settings = {"model_max_length": max_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -800,7 +816,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
     settings |= dict(zip(SPECIAL_ROLES, names[:5], strict=True))
     if names[5:]:
         settings["additional_special_tokens"] = names[5:]
-    if model_type == "bert":  # PreTrainedTokenizerFast would leave the token types out
+    marks_second_text = num_token_types > 1 and vocabulary.num_separators == 1
+    if model_type == "bert" or marks_second_text:  # PreTrainedTokenizerFast would leave the token types out
         settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if vocabulary.one_row_per_line:
         settings["one_row_per_line"] = True  # transformers ignores it
@@ -1297,6 +1314,8 @@ def unpack_zip(archive, folder: Path, suffixes: tuple, limit: int):
 
 def unpack_tar(archive, folder: Path, suffixes: tuple, limit: int):
     """The filter "data" refuses members that lead out of the folder, links out of it, and devices."""
+    if not hasattr(tarfile, "data_filter"):
+        raise ValueError("this needs Python 3.11.4 or later; unpack it by hand")
     total = 0
     with gzip.open(archive) as stream:
         with tarfile.open(fileobj=stream, mode="r:") as packed:
@@ -1409,7 +1428,7 @@ GPT2_BPE = (  # fairseq ships RoBERTa without these two
     ),
 )
 
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".ckpt", ".index")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".index")
 ARCHIVES = (".zip", ".tar.gz", ".tgz")
 
 

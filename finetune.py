@@ -110,6 +110,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
+        say_if_ablation_differs(ticket, settings)
 
     # The settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
@@ -205,7 +206,7 @@ def prepare_network(model, task: glue_squad.Task, tickets: list[Ticket], run) ->
         model.add_span_head()
     else:
         model.add_classifier(task.num_outputs)
-    ablate_weights(model, run.weights)  # run.weights is a word: "pretrained" (nothing happens), "random", "shuffled"
+    ablate_weights(model, run.weights, run.seed)  # a word: "pretrained" (nothing happens), "random", "shuffled"
     if not tickets:
         return {}
 
@@ -565,8 +566,8 @@ def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
 
 def find_imp(settings) -> dict:
     """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
-    left), go back to the pre-trained weights, repeat. By default all matrices of encoder and pooler are ranked as one
-    (--rank global, --scope encoder); --scope all adds the word embeddings.
+    left), go back to the pre-trained weights, repeat. By default all matrices of the encoder, and of the pooler if the
+    task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word embeddings.
 
     A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
     at the end fine-tunes it. --resume does not repeat a finished round."""
@@ -580,6 +581,8 @@ def find_imp(settings) -> dict:
     for number, next_sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search.out / f"round-{number}"
+        if not search.resume:  # open_experiment removes an earlier result, which would protect this mask
+            (folder / "mask.pt").unlink(missing_ok=True)
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
 
@@ -880,9 +883,10 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
     weight gets gradients only from the tasks that keep it. (By AdamW's momentum it still moves a little under the
-    others.) The model gets masked_layers and task_heads; switch_to() makes one of the task_heads the classifier."""
+    others, unless their ticket takes its whole FFN out.) The model gets masked_layers and task_heads; switch_to()
+    makes one of the task_heads the classifier."""
     adapt_backbone(model, all_task_data[0].task)  # the same for all of them: none predicts spans
-    ablate_weights(model, run.weights)
+    ablate_weights(model, run.weights, run.seed)
     if tickets:
         model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
@@ -930,25 +934,40 @@ def switch_to(model, task_data: TaskData):
 #     | best step, MRPC  | by max(accuracy, mean of it and F1)  | by accuracy
 #     | best step, MNLI  | by mismatched accuracy, as "acc"     | by matched accuracy; both have names of their own
 #     | SQuAD, training  | answers are widened to whole words   | answers are found by their characters
+#     | SQuAD, loss      | padding takes part in the softmax    | it does not
 #     | SQuAD, answers   | from the 20 best starts and ends of  | from the 20 best starts and ends in the paragraph
 #     |                  | a window, question included          |
 #     | IMP rounds       | keep the head                        | begin with a fresh one
-#     | Super Tickets    | Adamax, warm-up, decay .01           | AdamW as for all tasks
+#     |                  | go on in the order of examples       | all have the same order and dropout
+#     |   on SQuAD       | 4 epochs each, the pooler is ranked  | 2 epochs each, no pooler
+#     | Super Tickets    | Adamax, warm-up, decay .01, lr 5e-5, | AdamW, lr 2e-5 and 3 epochs, as for all tasks
+#     |                  | 3 or 6 epochs                        |
 #     |   importance     | gradients of batches add up          | each batch counts once
 #     |   random tickets | drawn with replacement               | without
 #     | --weights        | shuffled: whole layers change places | the entries of each matrix do
 
 
-def ablate_weights(model, kind: str):
-    """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it?"""
-    if kind == "random":
-        fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
-        model.backbone.load_state_dict(fresh.backbone.state_dict())
-    if kind == "shuffled":
-        for layer in tamt.maskable_layers(model, "encoder").values():
-            weight = layer.weight.data
-            order = torch.randperm(weight.numel())
-            layer.weight.data = weight.flatten()[order].view(weight.shape)
+def ablate_weights(model, kind: str, seed: int):
+    """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it? A seed draws the
+    same weights for all tasks, whatever their heads have drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "random":
+            fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
+            model.backbone.load_state_dict(fresh.backbone.state_dict())
+        if kind == "shuffled":
+            for layer in tamt.maskable_layers(model, "encoder").values():
+                weight = layer.weight.data
+                order = torch.randperm(weight.numel())
+                layer.weight.data = weight.flatten()[order].view(weight.shape)
+
+
+def say_if_ablation_differs(ticket: Ticket, settings):
+    """A ticket that was found on random or shuffled weights belongs to these. Masks of tamt.py have no such entry."""
+    found_on = (ticket.meta.get("weights", "pretrained"), ticket.meta.get("seed"))
+    if found_on[0] != settings.weights or (found_on[0] != "pretrained" and found_on[1] != settings.seed):
+        print(f"{ticket.file}: note: this mask was found on {found_on[0]} weights (seed {found_on[1]}), and is used on "
+              f"{settings.weights} ones (seed {settings.seed})")
 
 
 class Progress:
@@ -1059,7 +1078,8 @@ def export_model(experiment: Experiment, task_data: TaskData):
     if len(experiment.all_task_data) > 1:
         folder = folder / task.name
     bert.save(folder, model.config, full_size_tensors(model), architecture, **extra)
-    data.save_vocabulary(experiment.vocabulary, folder, model.config.model_type, model.config.max_tokens)
+    config = model.config
+    data.save_vocabulary(experiment.vocabulary, folder, config.model_type, config.max_tokens, config.type_vocab_size)
 
 
 def full_size_tensors(model) -> dict[str, torch.Tensor]:
@@ -1152,22 +1172,22 @@ class Settings:
     scope: str | None = option(None, "--find imp: all adds the word embeddings (encoder)", choices=["all", "encoder"])
     orders: tuple | None = option(None, "--find super: tickets to try (all three)", nargs="+", choices=ORDERS)
     weights: str = option("pretrained", "below the head: random draws them, shuffled permutes each matrix "
-                          "of the encoder (pretrained)", choices=["pretrained", "random", "shuffled"])
+                          "but the embeddings (pretrained)", choices=["pretrained", "random", "shuffled"])
     epochs: int | None = option(None, "passes over the training set (GLUE 3, SQuAD 2, several tasks 5)", "positive",
                                 type=int)
     batch_size: int | None = option(None, "examples per update (GLUE 32, SQuAD 16)", "positive", type=int)
     max_len: int | None = option(None, "tokens per example (GLUE 128, SQuAD 384)", "positive", type=int)
     lr: float | None = option(None, "learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)",
                               "positive", type=float)
-    seed: int = option(1, "of head, order, dropout, --limit, and --weights (1)", "seed", type=int)
+    seed: int = option(1, "of head, order, dropout, --limit, --weights, random tickets (1)", "seed", type=int)
     limit: int | None = option(None, "train on this many random examples; SQuAD: windows (all)", "positive", type=int)
     eval_every: int | None = option(None, "updates between evaluations, besides the end of each epoch (50; MNLI, QQP "
                                     "and QNLI 500, SQuAD 1000)", "positive", type=int)
     device: str = option("auto", "where to compute (auto)", choices=["auto", "cpu", "cuda", "mps"])
     dtype: str = option("auto", "of the forward pass (auto)", choices=["auto", "fp32", "bf16"])
     out: Path | None = option(None, "folder of the run (out/TASK-MASK-sSEED-...)", type=Path)
-    results: Path | None = option(Path("results.jsonl"), "gets one line per run; of --find super one per ticket, of "
-                                  "--find imp none (results.jsonl)", type=Path)
+    results: Path | None = option(Path("results.jsonl"), "gets one line per run; of --find super one per ticket and "
+                                  "one of the whole model, of --find imp none (results.jsonl)", type=Path)
     resume: bool = option(False, "continue the run in --out exactly where it stopped")
     predict: bool = option(False, "write GLUE's submission file, or SQuAD's of dev, into --out")
     export: Path | None = option(None, "write the fine-tuned model for transformers", type=Path, metavar="DIR")

@@ -391,7 +391,7 @@ def tokenize(texts: list[str], vocabulary: data.Vocabulary):
     An encoding takes kilobytes, so the texts go in by the thousand."""
     for start in range(0, len(texts), 1000):
         batch = texts[start:start + 1000]
-        yield from vocabulary.tokenizer.encode_batch(batch, add_special_tokens=False)
+        yield from data.encode_batch(vocabulary.tokenizer.encode_batch, batch)
 
 
 def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
@@ -1026,7 +1026,8 @@ def download(task, folder=None, splits=None) -> Path:
 #    "train": "a.tsv", "dev": "b.tsv", "test": "c.tsv"}
 #
 # "columns" names one text column or two, by the words of the first line, or by numbers from 0 if the tables
-# have no such line. "labels": null predicts a number. "test" may be missing.
+# have no such line. "labels": null predicts a number. "test" may be missing. With numbers it has the same columns as
+# the others, that of the labels included, whatever stands in it.
 
 NEEDED_KEYS = ("name", "columns", "label", "labels", "metric", "train", "dev")
 

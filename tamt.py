@@ -1277,7 +1277,7 @@ def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
     for name, mask in masks.items():
         tensors[name] = tensors[name] * mask
     bert.save(folder, model.config, tensors, "ForMaskedLM", tie_word_embeddings=is_tied)
-    data.save_vocabulary(vocabulary, folder, family, model.config.max_tokens)
+    data.save_vocabulary(vocabulary, folder, family, model.config.max_tokens, model.config.type_vocab_size)
 
 
 def print_summary(mask, content: dict, run):
@@ -1780,7 +1780,10 @@ def absolute_model(name: str) -> str:
 
 def refuse_own_folder(model: str, folder: Path | None):
     """An export must not replace the original checkpoint."""
-    if folder and Path(folder).resolve() in (Path(model).resolve(), Path(model).resolve().parent):
+    if folder is None:
+        return
+    path = data.model_path(model).resolve()
+    if Path(folder).resolve() in (path, path.parent):
         raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
 
 
@@ -1793,6 +1796,8 @@ def check_settings(settings):
         flag = "--" + each.name.replace("_", "-")
         if value is None:
             continue
+        if value == "":  # such as "$MASK" without a value
+            raise ValueError(f"{flag}: the text is empty")
         chosen = value if isinstance(value, (list, tuple)) else [value]
         for word in chosen:
             if choices and word not in choices:
@@ -1813,6 +1818,8 @@ def parse_settings(settings_class, description: str, argv: list[str] | None):
     parser = Parser(description=description)
     for each in fields(settings_class):
         options = {key: value for key, value in each.metadata.items() if key not in ("help", "check")}
+        if options.get("type") is Path:
+            options["type"] = path_of
         if each.default is False:
             options["action"] = "store_true"
         if each.default is dataclasses.MISSING:
@@ -1820,6 +1827,11 @@ def parse_settings(settings_class, description: str, argv: list[str] | None):
         default = None if each.default is dataclasses.MISSING else each.default
         parser.add_argument("--" + each.name.replace("_", "-"), default=default, help=each.metadata["help"], **options)
     return settings_class(**vars(parser.parse_args(argv)))
+
+
+def path_of(text: str) -> Path | str:
+    """Path("") would be the folder where one is; check_settings refuses an empty text."""
+    return Path(text) if text else text
 
 
 class Parser(argparse.ArgumentParser):

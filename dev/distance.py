@@ -37,7 +37,10 @@ def main():
     expected = model(input_ids, is_token)[-1]
 
     for mask in args.masks:
-        tamt.set_masks(layers, tamt.fit_masks(layers, tamt.load_mask(mask), mask))
+        entries, meta = tamt.read_mask(mask)
+        if meta.get("method") == "super":
+            parser.error(f"{mask}: a Super Ticket removes whole units, their biases, too")
+        tamt.set_masks(layers, tamt.fit_masks(layers, entries, mask))
         found = model(input_ids, is_token)[-1]
         distances = 1 - F.cosine_similarity(found, expected, dim=-1)  # (rows, T)
         cls_distance = distances[:, 0].mean().item()

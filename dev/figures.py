@@ -43,13 +43,15 @@ class NoData(Exception):
 def read(args) -> tuple[list[dict], list[dict]]:
     """-> the masks and the fine-tunings of one model.
 
-    Of lines with the same command the last counts. Folders of runs add masks, or folders to the masks."""
+    Of lines of the same run the last counts. Folders of runs add masks, or folders to the masks. A figure knows masks
+    by method, sparsity, seed and number of updates alone: a note says where that is not enough."""
     lines = {}
     for line in read_lines(args.results):
         is_left_out = any(words in line["command"] for words in args.without)
         if "task" in line and not is_left_out:  # those without a task are of bench.py
-            lines[line["command"], str(line.get("mask"))] = line
-    lines = [*lines.values(), *read_folders(args.runs)]
+            same = ("command", "task", "seed", "sparsity", "mask", "settings")
+            lines[str([line.get(name) for name in same])] = line
+    lines = [*lines.values(), *read_folders(args.runs, args.without)]
     if not lines:
         sys.exit(f"nothing to draw: no lines in {args.results}, no runs in {', '.join(args.runs)}")
 
@@ -64,17 +66,22 @@ def read(args) -> tuple[list[dict], list[dict]]:
         if line["task"] == "pretraining":
             mask = as_mask(line)
             key = (mask["name"], mask["s"], mask["mask_seed"], mask["step"])
+            if key in masks and any(masks[key].get(name) != mask.get(name) for name in ("lr", "weights", "text")):
+                print(f"note: {key} stands for several masks (of different lr, weights or text); the last one is "
+                      "drawn; --without leaves others out")
             masks[key] = masks.get(key, {}) | mask
         elif line.get("best") and "," not in line["task"]:  # no shared encoders
             tunings.append(as_tuning(line))
     return list(masks.values()), tunings
 
 
-def read_folders(roots) -> list[dict]:
+def read_folders(roots, without) -> list[dict]:
     lines = []
     files = [file for root in roots for file in Path(root).rglob("mask.json")]
     for folder in sorted(file.parent for file in files):
-        if "sparsity" in json.loads((folder / "mask.json").read_text()):  # a search of finetune.py has none
+        is_left_out = any(words in str(folder) for words in without)
+        is_search = "sparsity" not in json.loads((folder / "mask.json").read_text())  # of finetune.py
+        if not is_search and not is_left_out:
             lines.append(mask_line(folder) | {"folder": folder})
     return lines
 
@@ -85,7 +92,9 @@ def as_mask(line: dict) -> dict:
 
 
 def as_tuning(line: dict) -> dict:
-    mask = line["mask"] or {"sparsity": 0.0}
+    mask = {"sparsity": 0.0}
+    if line["mask"] is not None:
+        mask = {"sparsity": line["sparsity"], "method": "of another program"} | line["mask"]
     settings = line["settings"]
     name = name_of(mask)
     weights = settings.get("weights", "pretrained")
@@ -158,11 +167,12 @@ def after_last_step(items) -> list[dict]:
 
 
 def with_usual_limit(tunings) -> list[dict]:
-    """With all examples of a task, or with the --limit that most of its runs have: a CPU may need one."""
+    """With the --limit, or without one, that most runs of a task have. Tickets found on a task are left out."""
+    tunings = [tuning for tuning in tunings if not tuning["source"]]
     usual = {}
     for task, runs in group(tunings, "task").items():
         usual[task] = Counter(tuning["limit"] for tuning in runs).most_common(1)[0][0]
-    return [tuning for tuning in tunings if tuning["limit"] == usual[tuning["task"]] and not tuning["source"]]
+    return [tuning for tuning in tunings if tuning["limit"] == usual[tuning["task"]]]
 
 
 def common_tasks(tunings) -> list[str]:
@@ -200,7 +210,9 @@ def names_in_order(items) -> list[str]:
 def score_label(tunings, tasks) -> str:
     if len(tasks) > 1:
         return f"mean score of {len(tasks)} tasks"
-    metric = next(tuning["metric"] for tuning in tunings if tuning["task"] == tasks[0])
+    metric = next((tuning["metric"] for tuning in tunings if tuning["task"] in tasks), None)
+    if metric is None:
+        raise NoData("a task on which at least half of the masks were fine-tuned")
     return "accuracy (%)" if metric == "accuracy" else f"{metric} x 100"
 
 
@@ -597,7 +609,7 @@ def compare_with_imp(curves, seconds_per_update, what: str, is_loss: bool) -> st
 
 def fig8(masks, tunings, args):
     """Jaccard similarities of the final masks, and distance from OMP along the training."""
-    shown = [mask for mask in masks if mask["s"] == args.sparsity and "folder" in mask]
+    shown = [mask for mask in masks if mask["s"] == args.sparsity and mask["scope"] == "all" and "folder" in mask]
     order = names_in_order(shown)
     if "omp" not in order or len(shown) < 3:
         raise NoData(f"folders (--runs) of OMP and two other masks at sparsity {args.sparsity:g}")
@@ -617,7 +629,7 @@ def fig8(masks, tunings, args):
     omp = next(entries for mask, entries in zip(shown, loaded, strict=True) if mask["name"] == "omp")
     for name, runs in group([mask for mask in shown if mask["steps"]], "name").items():
         points = defaultdict(list)
-        if name != "imp" and "random" not in name:
+        if name in ("mlm", "kd", "mlm+kd"):
             points[0].append(0.0)  # the training starts from the OMP mask
         for mask in runs:
             for step, file in files_of_steps(mask).items():

@@ -10,7 +10,8 @@ Methods: dense omp random imp mlm kd mlm+kd, and with a random start mlm-random 
 go to tamt.py, those in --tune to finetune.py. What they mean for imp is different (--steps is its horizon), so imp is
 best swept in a call of its own.
 
-A run whose command is in --results already is skipped, and one that was interrupted is resumed.
+A run whose command is in --results already (of a fine-tuning: for the same mask) is skipped, with a line that says so,
+and one that was interrupted is resumed. For results of your own, give a file of your own with --results.
 """
 
 import argparse
@@ -22,6 +23,10 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tamt  # noqa: E402
 
 
 def main():
@@ -105,6 +110,7 @@ def find_mask(mask: Mask, folder: Path, args):
     is_in_results = is_done(command, args.results)
     is_needed = bool(args.tasks) and not (folder / "mask.pt").exists()
     if is_in_results and not is_needed:
+        say_skipped(command, args)
         return
     run(words, command)
     if not is_in_results:
@@ -116,8 +122,9 @@ def mask_files(folder: Path, with_checkpoints: bool) -> list[Path]:
     """The final mask, after those of the earlier steps if they are wanted, too."""
     files = [folder / "mask.pt"]
     if with_checkpoints:
+        num_updates = mask_line(folder)["steps"]
         checkpoints = sorted(folder.glob("step-*/mask.pt"), key=step_of)
-        files = checkpoints[:-1] + files  # the last checkpoint is the final mask
+        files = [file for file in checkpoints if step_of(file) < num_updates] + files
     return files
 
 
@@ -144,9 +151,16 @@ def fine_tune(mask: Mask, mask_file: Path, args):
         words += [*args.tune, "--results", str(args.out / "lines.jsonl")]
 
         command = shlex.join(["python", *words])
-        if not is_done(command, args.results):
+        meta = None if mask.method == "dense" else tamt.read_mask(mask_file)[1]
+        if is_done(command, args.results, for_export(meta, args)):
+            say_skipped(command, args)
+        else:
             run(words, command)
             add_line(json.loads((folder / "result.json").read_text()), command, args)
+
+
+def say_skipped(command: str, args):
+    print(f"in {args.results} already, skipped: {command}")
 
 
 def run(words: list[str], command: str):
@@ -163,14 +177,26 @@ def run(words: list[str], command: str):
 
 
 def read_lines(path) -> list[dict]:
+    """The lines of a file of JSON lines. A half one, which a killed program left, is passed over with a note."""
     path = Path(path)
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    texts = path.read_text().splitlines() if path.exists() else []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            print(f"{path}: line {number} is not whole and is passed over", file=sys.stderr)
+    return lines
 
 
-def is_done(command: str, results: Path) -> bool:
-    return any(line.get("command") == command for line in read_lines(results))
+def is_done(command: str, results: Path, meta: dict | None = None) -> bool:
+    """Whether a line has this command and, of a fine-tuning, a mask with these metadata. (Lines of older masks have
+    fewer.)"""
+    for line in read_lines(results):
+        of_line = line.get("mask") or {}
+        if line.get("command") == command and all((meta or {}).get(name) == of_line[name] for name in of_line):
+            return True
+    return False
 
 
 def mask_line(folder: Path) -> dict:
@@ -190,19 +216,28 @@ def mask_line(folder: Path) -> dict:
         **settings,
         "found": found,
         **content,
-        "steps": max((line["step"] for line in log), default=0),
+        "steps": settings["num_updates"],
         "ms_per_step": times[len(times) // 2] if times else 0,
         "curve": curve,
     }
 
 
+def for_export(fields: dict | None, args) -> dict | None:
+    """Without the paths of this machine."""
+    if fields is None:
+        return None
+    known = {"model": args.model}
+    if fields.get("data") is not None:
+        known["data"] = Path(str(fields["data"])).name
+    return fields | known
+
+
 def add_line(line: dict, command: str, args):
     """Appends a line, with the model's name as it was typed and of paths to data only the last part."""
-    for fields in (line, line.get("mask"), line.get("settings")):
-        if fields is not None:
-            fields["model"] = args.model
-            if fields.get("data") is not None:
-                fields["data"] = Path(str(fields["data"])).name
+    line |= for_export(line, args)
+    for name in ("mask", "settings"):
+        if line.get(name):
+            line[name] = for_export(line[name], args)
     line["command"] = command
     with open(args.results, "ab", buffering=0) as file:  # a single write: the whole line or nothing
         file.write(f"{json.dumps(line)}\n".encode())

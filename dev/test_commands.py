@@ -628,3 +628,13 @@ def test_wrong_settings_in_python_are_a_value_error():
         finetune.Settings(task="rte", epochs=0)
     with pytest.raises(ValueError, match="--weights 'none': expected one of pretrained, random, shuffled"):
         finetune.Settings(task="rte", weights="none")
+
+
+@pytest.mark.parametrize("main,flags", [
+    (finetune.main, ["--task", "sst2", "--mask", ""]), (finetune.main, ["--task", ""]),
+    (finetune.main, ["--task", "sst2", "--model", ""]), (finetune.main, ["--task", "sst2", "--export", ""]),
+    (tamt.main, ["--model", ""]), (tamt.main, ["--out", ""]), (tamt.main, ["--mask", "", "--evaluate"])])
+def test_an_empty_text_is_refused(capsys, main, flags):
+    """Such as "$MASK" without a value: it would mean no mask at all."""
+    flag = flags[flags.index("") - 1]
+    assert_one_error_line(capsys, f"{flag}: the text is empty", main, *flags)

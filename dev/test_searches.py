@@ -6,6 +6,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -311,3 +312,35 @@ def test_the_importance_of_a_head_is_that_of_its_gates_divided_by_the_norm_of_al
     found, _ = finetune.measure_importance(experiment)  # it switches dropout off
     expected, _ = importance_by_gates(experiment)
     assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4)
+
+
+def test_random_weights_are_the_same_for_all_tasks(tasks, tmp_path):
+    """Whatever the task heads, of one, two or three outputs, have drawn before."""
+    weights = []
+    for task in ("rte", "stsb"):
+        experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / task, task=task, weights="random"))
+        weights.append(experiment.model.bert.encoder.layer[0].attention.self.query.weight)
+    assert torch.equal(*weights)
+
+
+def test_a_ticket_used_on_other_than_its_random_weights_is_noted(tasks, tmp_path, capsys):
+    finetune.find_imp(dense_settings(tasks, tmp_path / "found", find="imp", sparsity=0.1, weights="random", epochs=1,
+                                     limit=8))
+    mask = str(tmp_path / "found/run/mask.pt")
+    for changes, is_noted in (({}, True), ({"weights": "random"}, False), ({"weights": "random", "seed": 2}, True)):
+        capsys.readouterr()
+        finetune.open_experiment(finetune_settings(tasks, tmp_path / str(changes), mask=mask, **changes))
+        assert ("this mask was found on random weights (seed 1)" in capsys.readouterr().out) == is_noted
+
+
+def test_a_search_begun_anew_and_killed_in_its_first_round_can_be_resumed(tasks, tmp_path, monkeypatch):
+    settings = dense_settings(tasks, tmp_path, find="imp", sparsity=0.2, epochs=1, limit=8)
+    expected = finetune.find_imp(settings)
+
+    def kill(experiment):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "train", kill)
+        finetune.find_imp(settings)
+    assert finetune.find_imp(replace(settings, resume=True))["rounds"] == expected["rounds"]

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 import bert
 import data
 import glue_squad
-from helpers import raises_one_line
+from helpers import edit_json, raises_one_line
 from test_tamt import REAL, needs_real_inputs, write
 
 # ---------------------------------------------------------------------------------------------------
@@ -693,3 +693,51 @@ def test_each_combination_of_seed_and_purpose_and_step_has_its_own_random_stream
     keys = list(itertools.product(range(3), data.PURPOSES, range(1, 4)))
     first_draws = {data.random_stream(seed, purpose, step).random() for seed, purpose, step in keys}
     assert len(first_draws) == len(keys)
+
+
+def test_a_text_whose_only_space_is_at_its_beginning_is_cut_at_95_per_cent(tmp_path):
+    """Such as Chinese, or a line of DNA behind its name. The border lies between two characters."""
+    text = "一 " + "汉" * 3000
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    _, begin, end = data.find_text(tmp_path / "text.txt", "dev", one_row_per_line=False)
+    dev = (tmp_path / "text.txt").read_bytes()[begin:end].decode()
+    assert dev == "汉" * len(dev)
+    assert 0.045 < len(dev) / len(text) <= 0.05
+
+
+def test_an_ordinary_token_with_the_name_of_a_special_one_of_the_other_family_is_not_taken_for_it(tmp_path):
+    folder = roberta_folder(tmp_path)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"[SEP]": len(vocab)}))
+    assert data.vocabulary(folder).sep_id == vocab["</s>"]
+
+
+@pytest.mark.parametrize("make_folder, separator, expected", [("bert", "</s>", 1), ("roberta", "[SEP]", 2)])
+def test_the_files_of_a_family_stand_for_its_number_of_separators_whatever_their_name(
+        tmp_path, make_folder, separator, expected):
+    """As transformers' BertTokenizer and RobertaTokenizer have it."""
+    folder = {"bert": bert_folder, "roberta": roberta_folder}[make_folder](tmp_path)
+    write_files(folder, tokenizer_config_json={"sep_token": separator})
+    if make_folder == "bert":
+        with open(folder / "vocab.txt", "a") as file:
+            file.write(f"{separator}\n")
+    else:
+        vocab = json.loads((folder / "vocab.json").read_text())
+        write_files(folder, vocab_json=vocab | {separator: len(vocab)})
+    assert data.vocabulary(folder).num_separators == expected
+
+
+def test_null_for_the_class_of_a_tokenizer_leaves_that_of_the_config(tmp_path, inputs):
+    shutil.copytree(inputs / "bert", tmp_path / "model")
+    edit_json(tmp_path / "model/config.json", tokenizer_class="BertJapaneseTokenizer")
+    (tmp_path / "model/tokenizer_config.json").write_text('{"tokenizer_class": null}')
+    with pytest.raises(ValueError, match="tokenizer_class BertJapaneseTokenizer is not supported"):
+        data.vocabulary(tmp_path / "model")
+
+
+def test_unknown_words_without_a_token_for_them_are_one_error(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[CLS]\n[SEP]\n[MASK]\n[UNK]\ncat\n")
+    vocabulary = data.vocabulary(tmp_path)
+    vocabulary.tokenizer.model.unk_token = "<nothing>"
+    with pytest.raises(ValueError, match="the tokenizer cannot read the text: .*Missing"):
+        data.encode(["cat dog"], vocabulary)
