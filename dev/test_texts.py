@@ -212,14 +212,16 @@ def test_separators_are_counted_even_if_the_tokenizer_cannot_read_unknown_words(
     assert data.vocabulary(tmp_path).num_separators == expected
 
 
-@pytest.mark.parametrize("model_type, expected", [("bert", [0, 0, 0, 0, 1, 1]), ("roberta", None)])
-def test_the_export_of_an_unusual_tokenizer_gives_token_types_to_a_model_that_has_them(tmp_path, model_type, expected):
+@pytest.mark.parametrize("model_type, num_token_types, expected", [
+    ("bert", 2, [0, 0, 0, 0, 1, 1]), ("roberta", 1, None), ("roberta", 2, [0, 0, 0, 0, 1, 1])])
+def test_the_export_of_an_unusual_tokenizer_gives_token_types_to_a_model_that_has_them(
+        tmp_path, model_type, num_token_types, expected):
     """Transformers has no class for a WordPiece tokenizer that splits digits."""
     from transformers import AutoTokenizer
     vocabulary = data.vocabulary(bert_folder(tmp_path / "plain"))
     steps = [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
     vocabulary.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    data.save_vocabulary(vocabulary, tmp_path, model_type, 512)
+    data.save_vocabulary(vocabulary, tmp_path, model_type, 512, num_token_types)
     assert AutoTokenizer.from_pretrained(tmp_path)("the cat", "the").get("token_type_ids") == expected
 
 

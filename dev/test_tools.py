@@ -167,6 +167,38 @@ def test_a_sweep_names_each_mask_once():
     assert counts == {"dense": 1, "omp": 2, "kd": 4}
 
 
+def test_a_sweep_passes_over_half_a_line_and_knows_which_mask_was_fine_tuned(tmp_path, capsys):
+    """A mask of another run may lie where the first one lay: the command is the same, its metadata are not."""
+    results = tmp_path / "results.jsonl"
+    line = {"command": "python finetune.py", "mask": {"step": 1000, "model": "m"}}
+    results.write_text(json.dumps(line) + '\n{"command": "pyth\n')
+    assert sweep.read_lines(results) == [line]
+    assert "line 2 is not whole" in capsys.readouterr().err
+    assert sweep.is_done("python finetune.py", results, {"step": 1000, "model": "m", "seed": 1})
+    assert not sweep.is_done("python finetune.py", results, {"step": 2000, "model": "m"})
+
+
+def test_the_masks_of_all_steps_include_a_last_checkpoint_that_is_not_the_final_mask(tmp_path):
+    for step in (100, 200, 300):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "mask.pt").touch()
+    for num_updates, steps in ((300, [100, 200]), (350, [100, 200, 300])):
+        content = {"settings": {"num_updates": num_updates}, "sparsity": {}}
+        (tmp_path / "mask.json").write_text(json.dumps(content))
+        files = sweep.mask_files(tmp_path, with_checkpoints=True)
+        assert [file.parent.name for file in files[:-1]] == [f"step-{step}" for step in steps]
+        assert files[-1] == tmp_path / "mask.pt"
+
+
+def test_the_mask_of_another_program_is_not_drawn_as_the_whole_network():
+    pytest.importorskip("matplotlib")
+    from dev import figures
+    line = {"task": "rte", "best": {"accuracy": 0.5}, "steps": 8, "seed": 1, "sparsity": 0.7,
+            "settings": {"batch_size": 8, "epochs": 1, "limit": None}}
+    assert figures.as_tuning(line | {"mask": None, "sparsity": 0.0})["name"] == "dense"
+    assert figures.as_tuning(line | {"mask": {}})["name"] == "of another program"
+
+
 @pytest.mark.slow
 def test_figures_are_drawn_from_the_results(tmp_path):
     pytest.importorskip("matplotlib")
