@@ -340,3 +340,23 @@ def test_the_seconds_of_a_resumed_run_include_those_of_the_processes_before(inpu
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     torch.save(state | {"seconds": 5000.0}, tmp_path / "state.pt")
     assert 5000 < tamt.find_mask(replace(settings, resume=True))["seconds"] < 5000 + 600
+
+
+def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, monkeypatch):
+    now = 0.0
+
+    def evaluate(*_):
+        nonlocal now
+        now += 1000.0
+        return {"dev_kd_loss": 1.0}
+
+    def update(*_, **__):
+        nonlocal now
+        now += 3.0
+        return 1.0
+
+    monkeypatch.setattr(tamt.time, "time", lambda: now)
+    monkeypatch.setattr(tamt, "dev_losses", evaluate)
+    monkeypatch.setattr(tamt, "update", update)
+    tamt.find_mask(mask_settings(inputs, tmp_path, eval_every=4))
+    assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3
