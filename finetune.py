@@ -122,9 +122,6 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     if result is not None:
         return finished_experiment(run, tasks, examples, result)  # nothing is left to train
 
-    if state is not None:
-        start_time -= state.get("seconds", 0.0)  # that earlier processes took
-
     # The data, and the network with its task head and its ticket, or with those of several tasks.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
     experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
@@ -500,7 +497,6 @@ def save_state(experiment: Experiment, step: int, total_loss: float):
         "step": step,
         "history": experiment.history,
         "total_loss": total_loss,
-        "seconds": time.time() - experiment.start_time,
         "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},
         "optimizer": experiment.optimizer.state_dict(),
     })

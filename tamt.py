@@ -143,7 +143,6 @@ def find_mask(settings: "Settings") -> dict:
         training = Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows)
         if state is not None:
             restore_state(training, state)
-            start_time -= training.seconds_before
         if run.method == "imp":
             train_imp(training)
         else:
@@ -729,9 +728,7 @@ class Training:
         self.network = wrap_network(model, run)
         self.log = Log(run, layers)
         self.step = 0  # updates done
-        self.seconds_before = 0.0  # that the run took in earlier processes, up to the state that this one resumes
-        self.began = time.time()
-        self.saved_at = self.began
+        self.saved_at = time.time()
 
 
 def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
@@ -1439,7 +1436,6 @@ def save_state_if_due(training: Training):
         "masks": {name: pack(layer.mask) for name, layer in training.layers.items()},
         "thresholds": [pool.threshold for pool in training.scores.pools] if training.scores else [],
         "log": training.log.state(),
-        "seconds": training.seconds_before + time.time() - training.began,
     })
 
 
@@ -1452,7 +1448,6 @@ def restore_state(training: Training, state: dict):
             pool.threshold = threshold
     training.log.restore(state["log"])
     training.step = state["step"]
-    training.seconds_before = state.get("seconds", 0.0)
 
 
 def restore_parameters(parameters: dict, optimizer, state: dict, file):

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -330,16 +329,6 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(inputs, tmp_path):
     tamt.write_json(tmp_path / "mask.json", {"settings": identities[1]})
     with pytest.raises(ValueError, match="num_processes"):
         tamt.check_folder(tmp_path, identities[0], "mask.json")
-
-
-def test_the_seconds_of_a_resumed_run_include_those_of_the_processes_before(inputs, tmp_path, monkeypatch):
-    settings = mask_settings(inputs, tmp_path)  # its state is saved after every fifth update
-    interrupt_after(monkeypatch, 7)
-    with pytest.raises(KeyboardInterrupt):
-        tamt.find_mask(settings)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    torch.save(state | {"seconds": 5000.0}, tmp_path / "state.pt")
-    assert 5000 < tamt.find_mask(replace(settings, resume=True))["seconds"] < 5000 + 600
 
 
 def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, monkeypatch):
