@@ -473,7 +473,7 @@ def find_weights(path: Path) -> Path:
 
 def find_weights_in(folder: Path) -> Path:
     patterns = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                "pytorch_model.bin.index.json", "*.index", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"]
+                "pytorch_model.bin.index.json", "*.index", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.pth"]
     for pattern in patterns:
         files = visible_files(folder, pattern)
         if len(files) > 1:

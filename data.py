@@ -152,7 +152,8 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     """BERT's tokenizer from vocab.txt, one token a line: "unaffable" -> un ##aff ##able."""
     words = read_lines(file)
     vocab = ids_by_position(words, file)
-    usual = "<unk>" if "<unk>" in vocab and "[UNK]" not in vocab else "[UNK]"
+    names = [family["unk_token"] for family in special_families(vocab.__contains__, settings)]
+    usual = next((name for name in names if name in vocab), "[UNK]")
     unknown = token_content(settings.get("unk_token", usual))
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -776,18 +777,23 @@ def token_content(token: str | dict) -> str:
     return content
 
 
+def special_families(has_token, settings: dict) -> list[dict[str, str]]:
+    """{role: name} of BERT's and of RoBERTa's special tokens, but only of the families that have a token for each role
+    that the settings leave open; of both if none has. has_token: tells whether a name is in the vocabulary."""
+    families = [dict(zip(SPECIAL_ROLES, names, strict=True)) for names in (WORDPIECE_SPECIALS, BPE_SPECIALS)]
+    unnamed = [role for role in SPECIAL_ROLES if role not in settings]
+    return [family for family in families if all(has_token(family[role]) for role in unnamed)] or families
+
+
 def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
     """The names of the five special tokens in the order of SPECIAL_ROLES.
 
     The settings may name them; the others are all BERT's ([PAD] ...) or all RoBERTa's (<pad> ...), or, if neither
     are all there, some of each. Raises ValueError if one is not in the vocabulary."""
-    families = [dict(zip(SPECIAL_ROLES, names, strict=True)) for names in (WORDPIECE_SPECIALS, BPE_SPECIALS)]
-    unnamed = [role for role in SPECIAL_ROLES if role not in settings]
-    complete = [family for family in families
-                if all(tokenizer.token_to_id(family[role]) is not None for role in unnamed)]
+    families = special_families(lambda name: tokenizer.token_to_id(name) is not None, settings)
     names = []
     for role in SPECIAL_ROLES:
-        candidates = [family[role] for family in complete or families]
+        candidates = [family[role] for family in families]
         if role in settings:
             candidates = [token_content(settings[role])]
         found = [name for name in candidates if tokenizer.token_to_id(name) is not None]

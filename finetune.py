@@ -110,7 +110,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
-        say_if_ablation_differs(ticket, settings)
+        tamt.say_if_ablation_differs(ticket.meta, settings.weights, settings.seed, ticket.file)
 
     # The settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
@@ -581,8 +581,6 @@ def find_imp(settings) -> dict:
     for number, next_sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search.out / f"round-{number}"
-        if not search.resume:  # open_experiment removes an earlier result, which would protect this mask
-            (folder / "mask.pt").unlink(missing_ok=True)
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
 
@@ -591,6 +589,7 @@ def find_imp(settings) -> dict:
         # rate falls from lr to .9 lr, and no further.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
+            (folder / "mask.pt").unlink(missing_ok=True)  # an earlier search's; its result has just been removed
             train(experiment)
             masks = prune_trained(experiment, next_sparsity, search)
             save_ticket(folder / "mask.pt", experiment, masks, {
@@ -953,21 +952,13 @@ def ablate_weights(model, kind: str, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "random":
-            fresh = bert.Model(model.config, model.has_pooler, mlm_head=False)
-            model.backbone.load_state_dict(fresh.backbone.state_dict())
+            fresh = bert.Model(model.config, pooler=True, mlm_head=False)  # draws as much for all tasks
+            model.backbone.load_state_dict(fresh.backbone.state_dict(), strict=False)  # the model may have no pooler
         if kind == "shuffled":
             for layer in tamt.maskable_layers(model, "encoder").values():
                 weight = layer.weight.data
                 order = torch.randperm(weight.numel())
                 layer.weight.data = weight.flatten()[order].view(weight.shape)
-
-
-def say_if_ablation_differs(ticket: Ticket, settings):
-    """A ticket that was found on random or shuffled weights belongs to these. Masks of tamt.py have no such entry."""
-    found_on = (ticket.meta.get("weights", "pretrained"), ticket.meta.get("seed"))
-    if found_on[0] != settings.weights or (found_on[0] != "pretrained" and found_on[1] != settings.seed):
-        print(f"{ticket.file}: note: this mask was found on {found_on[0]} weights (seed {found_on[1]}), and is used on "
-              f"{settings.weights} ones (seed {settings.seed})")
 
 
 class Progress:

@@ -1026,8 +1026,8 @@ def download(task, folder=None, splits=None) -> Path:
 #    "train": "a.tsv", "dev": "b.tsv", "test": "c.tsv"}
 #
 # "columns" names one text column or two, by the words of the first line, or by numbers from 0 if the tables
-# have no such line. "labels": null predicts a number. "test" may be missing. With numbers it has the same columns as
-# the others, that of the labels included, whatever stands in it.
+# have no such line. "labels": null predicts a number. "test" may be missing. With numbers its texts stand in
+# the same columns as those of the others.
 
 NEEDED_KEYS = ("name", "columns", "label", "labels", "metric", "train", "dev")
 

@@ -920,9 +920,9 @@ def imp_levels(sparsity: float) -> list[float]:
 # Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
+HIGHEST_RATE = 0.01  # of those that are raised for short runs
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
 # Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
-HIGHEST_RATE = 0.01  # of those that are raised for short runs
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 
@@ -1162,6 +1162,15 @@ def say_if_weights_differ(meta: dict, checksum: str, file):
         print(f"{file}: note: this mask was found for other weights than those of this model")
 
 
+def say_if_ablation_differs(meta: dict, weights: str, seed: int, file):
+    """A mask that finetune.py found on random or shuffled weights belongs to these. weights, seed: of those that it is
+    to be used on. Masks of this program, all on pre-trained weights, do not say it."""
+    found_on = meta.get("weights", "pretrained")
+    if found_on != weights or (found_on != "pretrained" and meta.get("seed") != seed):
+        print(f"{file}: note: this mask was found on {found_on} weights (seed {meta.get('seed')}), and is used on "
+              f"{weights} ones (seed {seed})")
+
+
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
     """Fractions removed, in the three ways in which people count, and of each matrix.
 
@@ -1213,7 +1222,7 @@ def evaluate_mask(settings: "Settings") -> dict:
     """--evaluate and --export of a finished mask, or of the dense model."""
     start_time = time.time()
     machine = start_machine(settings.device, settings.dtype)
-    refuse_several_processes(machine, "--evaluate and --export of a mask")
+    refuse_several_processes(machine, "--evaluate or --mask")
     masks = {}
     meta = {}
     if settings.mask:
@@ -1228,6 +1237,7 @@ def evaluate_mask(settings: "Settings") -> dict:
     layers = mask_model(model)
     if settings.mask:
         say_if_weights_differ(meta, run.backbone_checksum, settings.mask)
+        say_if_ablation_differs(meta, "pretrained", run.seed, settings.mask)
         masks = fit_masks(layers, masks, settings.mask)
         set_masks(layers, masks)
 
@@ -1244,14 +1254,17 @@ def evaluate_mask(settings: "Settings") -> dict:
 
 
 def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
-    """What is left open is as it was when the mask was found. So --evaluate gives the dev losses that the mask file
-    holds."""
+    """The model (instead of the toy, the default) and the text with its rows are those of the mask's run, if no others
+    are asked for. So --evaluate gives the dev losses that the mask file holds."""
     known = {}
+    is_valid = isinstance(meta.get("model") or "", str) and isinstance(meta.get("data") or "", str)
+    if not is_valid or not isinstance(meta.get("lines", False), bool):
+        raise ValueError(f"{settings.mask}: model and data in its metadata are no texts, or lines is not true or false")
     if settings.model == "toy" and meta.get("model"):  # the default
         known["model"] = meta["model"]
     if settings.data is None and meta.get("data") and "task" not in meta:  # else the data are those of a task
         known["data"] = meta["data"]
-        known["lines"] = meta.get("lines", settings.lines)
+        known["lines"] = settings.lines or meta.get("lines", False)
         known["seq_len"] = settings.seq_len or meta.get("seq_len")
     return dataclasses.replace(settings, **known)
 
@@ -1312,14 +1325,14 @@ SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no 
 
 
 def identity_of_run(run, rows, dev_rows) -> dict:
-    """What makes this run this run; --resume refuses any other. The text and the weights count by their
-    content, too, so a changed file is noticed."""
+    """What makes this run this run; --resume refuses any other. The text counts by its
+    content, and the weights by their content, too, so a changed file is noticed."""
     names = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "lines", "num_updates",
              "horizon", "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every",
              "prune_every", "no_rewind", "log_every", "eval_every", "save_every", "weights", "config")
     identity = {name: plain(getattr(run, name)) for name in names}
     identity["dtype"] = str(run.machine.dtype)
-    identity["num_processes"] = run.machine.num_processes  # dropout differs between them
+    identity["num_processes"] = run.machine.num_processes if run.trains else 1  # dropout differs between them
     for name, text in (("text", rows), ("dev_text", dev_rows)):
         identity[name] = None if text is None else Path(text.filename).stem  # a hash of text, tokenizer and T
     return identity
@@ -1344,6 +1357,9 @@ def check_folder(out: Path, identity: dict, result_name: str):
 
     if not isinstance(held, dict):
         raise ValueError(f"{result} is not a file of this program: choose another --out, or move it away")
+    held = {"num_processes": 1} | held  # states of earlier versions do not say it
+    if state is None:
+        held["num_processes"] = identity.get("num_processes")  # of a finished run it does not matter any more
     differences = [f"{name} {held.get(name)!r} there, {identity[name]!r} here"
                    for name in identity if held.get(name) != identity[name]]
     if differences:
@@ -1534,7 +1550,7 @@ class Log:
         self.began = time.time()
         self.total_loss = 0.0  # since the last line
         self.num_updates = 0
-        self.num_timed = 0  # of these, the updates of this process: after --resume only a part of them
+        self.num_timed = 0  # of these, those since the program was started: after --resume only a part of them
         self.bits = self.pack_masks()
 
     def pack_masks(self) -> np.ndarray:
@@ -1799,9 +1815,9 @@ def check_settings(settings):
         flag = "--" + each.name.replace("_", "-")
         if value is None:
             continue
-        if value == "":  # such as "$MASK" without a value
-            raise ValueError(f"{flag}: the text is empty")
         chosen = value if isinstance(value, (list, tuple)) else [value]
+        if "" in chosen:  # such as "$MASK" without a value
+            raise ValueError(f"{flag}: the text is empty")
         for word in chosen:
             if choices and word not in choices:
                 raise ValueError(f"{flag} {word!r}: expected one of {', '.join(choices)}")
@@ -1843,12 +1859,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def note_flags_without_effect(settings: Settings):
-    """A flag that the method ignores is reported, not refused, so that a sweep can pass the same flags to all."""
+    """A flag without effect is reported, not refused, so that a sweep can pass the same flags to all methods."""
     reason = f"--method {settings.method}"
     if settings.evaluate or settings.mask:
         heeded = ("model", "data", "lines", "seq_len", "device", "dtype", "evaluate", "mask", "export")
         ignored = [each.name for each in fields(settings) if each.name not in heeded]
-        reason = "--evaluate and --export of a mask"
+        reason = "--evaluate or --mask"
     elif settings.method in ("omp", "random"):
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]

@@ -169,7 +169,7 @@ def test_flags_that_evaluating_a_mask_ignores_are_noted(inputs, tmp_path, capsys
     argv = ["--mask", tmp_path, "--model", inputs / "bert", "--export", tmp_path / "export"]
     assert exit_status(tamt.main, *argv, "--method", "omp", "--sparsity", 0.5) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert notes == [f"note: --{flag} has no effect with --evaluate and --export of a mask"
+    assert notes == [f"note: --{flag} has no effect with --evaluate or --mask"
                      for flag in ("method", "sparsity")]
 
 
@@ -638,3 +638,14 @@ def test_an_empty_text_is_refused(capsys, main, flags):
     """Such as "$MASK" without a value: it would mean no mask at all."""
     flag = flags[flags.index("") - 1]
     assert_one_error_line(capsys, f"{flag}: the text is empty", main, *flags)
+
+
+def test_an_empty_text_in_a_list_is_refused(capsys):
+    assert_one_error_line(capsys, "--compare: the text is empty", tamt.main, "--compare", "a.pt", "")
+
+
+@pytest.mark.parametrize("meta", [{"model": 5}, {"data": ["a"]}, {"lines": "False", "data": "x"}])
+def test_metadata_of_a_wrong_kind_are_refused(inputs, tmp_path, capsys, meta):
+    layers = tamt.maskable_layers(bert.load(inputs / "bert"))
+    tamt.save_mask(tmp_path / "mask.pt", tamt.random_masks(layers, 0.5, "local", seed=1), meta)
+    assert_one_error_line(capsys, "in its metadata", tamt.main, "--evaluate", "--mask", tmp_path / "mask.pt")

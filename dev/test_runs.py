@@ -326,9 +326,18 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(inputs, tmp_path):
         machine = tamt.Machine(torch.device("cpu"), num_processes=num_processes)
         run = tamt.resolve(mask_settings(inputs, tmp_path), machine, bert.load(inputs / "bert"))
         identities.append(tamt.identity_of_run(run, None, None))
-    tamt.write_json(tmp_path / "mask.json", {"settings": identities[1]})
+    state = {"format": 2, "settings": identities[1], "step": 3}
+    torch.save(state, tmp_path / "state.pt")
     with pytest.raises(ValueError, match="num_processes"):
         tamt.check_folder(tmp_path, identities[0], "mask.json")
+
+    del state["settings"]["num_processes"]  # as the states of earlier versions
+    torch.save(state, tmp_path / "state.pt")
+    tamt.check_folder(tmp_path, identities[0], "mask.json")
+
+    (tmp_path / "state.pt").unlink()  # finished: it does not matter any more
+    tamt.write_json(tmp_path / "mask.json", {"settings": identities[0] | {"num_processes": 8}})
+    tamt.check_folder(tmp_path, identities[0], "mask.json")
 
 
 def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, monkeypatch):

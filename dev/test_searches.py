@@ -317,10 +317,11 @@ def test_the_importance_of_a_head_is_that_of_its_gates_divided_by_the_norm_of_al
 def test_random_weights_are_the_same_for_all_tasks(tasks, tmp_path):
     """Whatever the task heads, of one, two or three outputs, have drawn before."""
     weights = []
-    for task in ("rte", "stsb"):
+    for task in ("rte", "stsb", "squad"):  # squad has no pooler
         experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / task, task=task, weights="random"))
         weights.append(experiment.model.bert.encoder.layer[0].attention.self.query.weight)
-    assert torch.equal(*weights)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_a_ticket_used_on_other_than_its_random_weights_is_noted(tasks, tmp_path, capsys):
@@ -344,3 +345,21 @@ def test_a_search_begun_anew_and_killed_in_its_first_round_can_be_resumed(tasks,
         patch.setattr(finetune, "train", kill)
         finetune.find_imp(settings)
     assert finetune.find_imp(replace(settings, resume=True))["rounds"] == expected["rounds"]
+
+
+def test_a_search_does_not_touch_the_mask_of_another_run(tasks, tmp_path):
+    folder = tmp_path / "run" / "round-1"
+    folder.mkdir(parents=True)
+    layers = tamt.maskable_layers(bert.load(tasks / "bert"))
+    tamt.save_mask(folder / "mask.pt", tamt.random_masks(layers, 0.5, "local", seed=1), {"method": "random", "seed": 7})
+    before = (folder / "mask.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds another mask.pt"):
+        finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1, epochs=1))
+    assert (folder / "mask.pt").read_bytes() == before
+
+
+def test_exporting_a_ticket_of_random_weights_with_tamt_is_noted(tasks, tmp_path, capsys):
+    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1, weights="random", epochs=1, limit=8))
+    capsys.readouterr()
+    tamt.evaluate_mask(tamt.Settings(mask=tmp_path / "run", export=tmp_path / "export"))
+    assert "this mask was found on random weights (seed 1), and is used on pretrained ones" in capsys.readouterr().out

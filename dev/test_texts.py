@@ -743,3 +743,10 @@ def test_unknown_words_without_a_token_for_them_are_one_error(tmp_path):
     vocabulary.tokenizer.model.unk_token = "<nothing>"
     with pytest.raises(ValueError, match="the tokenizer cannot read the text: .*Missing"):
         data.encode(["cat dog"], vocabulary)
+
+
+def test_the_unknown_token_is_of_the_family_of_the_other_special_tokens(tmp_path):
+    (tmp_path / "vocab.txt").write_text("<s>\n<pad>\n</s>\n<unk>\n<mask>\n[UNK]\na\nb\n")
+    vocabulary = data.vocabulary(tmp_path)
+    assert data.encode(["a zzz b"], vocabulary) == [[6, vocabulary.unknown_id, 7]]
+    assert vocabulary.unknown_id == 3
