@@ -457,8 +457,10 @@ def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
 def count_separators(tokenizer: Tokenizer, sep_id: int, file: Path) -> int:
     """How many separators stand between the texts of a pair. BERT's vocab.txt stands for one, RoBERTa's vocab.json for
     two. A tokenizer.json shows it, if it adds special tokens at all; else the name of the separator tells."""
-    if file.name in ("vocab.txt", "vocab.json"):
-        return 1 if file.name == "vocab.txt" else 2
+    if file.name == "vocab.txt":
+        return 1
+    if file.name == "vocab.json":
+        return 2
     if tokenizer.post_processor is not None:
         num_separators = tokenizer.encode("", "").ids.count(sep_id) - 1  # of a pair of empty texts; one is at the end
         if num_separators >= 0:

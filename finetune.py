@@ -110,7 +110,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
-        tamt.say_if_ablation_differs(ticket.meta, settings.weights, settings.seed, ticket.file)
+        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
     # The settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)

@@ -1162,13 +1162,13 @@ def say_if_weights_differ(meta: dict, checksum: str, file):
         print(f"{file}: note: this mask was found for other weights than those of this model")
 
 
-def say_if_ablation_differs(meta: dict, weights: str, seed: int, file):
+def say_if_ablation_differs(meta: dict, file, weights: str = "pretrained", seed: int | None = None):
     """A mask that finetune.py found on random or shuffled weights belongs to these. weights, seed: of those that it is
-    to be used on. Masks of this program, all on pre-trained weights, do not say it."""
-    found_on = meta.get("weights", "pretrained")
-    if found_on != weights or (found_on != "pretrained" and meta.get("seed") != seed):
-        print(f"{file}: note: this mask was found on {found_on} weights (seed {meta.get('seed')}), and is used on "
-              f"{weights} ones (seed {seed})")
+    to be used on. (Masks of this program, all found on pre-trained weights, do not say it.)"""
+    found_on = (meta.get("weights", "pretrained"), meta.get("seed"))
+    if found_on[0] != "pretrained" and found_on != (weights, seed):
+        print(f"{file}: note: this mask was found on {found_on[0]} weights (seed {found_on[1]}), not on those that it "
+              "is used on now")
 
 
 def sparsity_report(model: bert.Model, masks: dict[str, torch.Tensor]) -> dict:
@@ -1237,7 +1237,7 @@ def evaluate_mask(settings: "Settings") -> dict:
     layers = mask_model(model)
     if settings.mask:
         say_if_weights_differ(meta, run.backbone_checksum, settings.mask)
-        say_if_ablation_differs(meta, "pretrained", run.seed, settings.mask)
+        say_if_ablation_differs(meta, settings.mask)
         masks = fit_masks(layers, masks, settings.mask)
         set_masks(layers, masks)
 
@@ -1325,8 +1325,8 @@ SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no 
 
 
 def identity_of_run(run, rows, dev_rows) -> dict:
-    """What makes this run this run; --resume refuses any other. The text counts by its
-    content, and the weights by their content, too, so a changed file is noticed."""
+    """What makes this run this run; --resume refuses any other. The text and the weights
+    count by their content, the weights also by their path, so a changed file is noticed."""
     names = ("model", "method", "objective", "sparsity", "rank", "scope", "init", "lines", "num_updates",
              "horizon", "seed", "batch_size", "accumulate", "seq_len", "lr", "clip", "refresh_every",
              "prune_every", "no_rewind", "log_every", "eval_every", "save_every", "weights", "config")
@@ -1612,8 +1612,8 @@ class Settings:
     """What a user can choose: a field is a flag of the command line. None: resolve() chooses.
 
     The toy has defaults of its own (TOY), so that its run takes a minute."""
-    model: str = option("toy", f"{', '.join(data.MODELS)}, toy (default), or a path: a folder, a .safetensors, "
-                        ".bin, .pt or .ckpt file, a TensorFlow prefix, a .zip or .tar.gz")
+    model: str = option("toy", f"{', '.join(data.MODELS)}, toy (default; with --mask its model), or a path: a folder, "
+                        "a .safetensors, .bin, .pt, .pth or .ckpt file, a TensorFlow prefix, a .zip or .tar.gz")
     method: str = option("tamt", "how the mask is found (tamt)", choices=["tamt", "imp", "omp", "random"])
     objective: str = option("mlm", "loss of tamt (mlm)", choices=["mlm", "kd", "mlm+kd"])
     sparsity: float | None = option(None, "fraction of weights REMOVED, in [0, 1) (0.7; with N:M 1 - N/M)",
@@ -1622,8 +1622,8 @@ class Settings:
                               "(N of every M consecutive entries of a row stay) (global for tamt, else local)")
     scope: str = option("all", "encoder: the word embeddings stay dense (all)", choices=["all", "encoder"])
     init: str = option("omp", "start of the scores (omp)", choices=["omp", "random"])
-    data: str | None = option(None, "wikitext-103 (default), wikitext-2, toy, a text file, or a folder with "
-                              "wiki.train.raw and wiki.valid.raw")
+    data: str | None = option(None, "wikitext-103 (default; with --mask its text), wikitext-2, toy, a text file, or a "
+                              "folder with wiki.train.raw and wiki.valid.raw")
     lines: bool = option(False, "each line of the text is a padded row, instead of packed blocks")
     steps: int | None = option(None, "updates of tamt; horizon of imp's schedule (the paper's)", "positive", type=int)
     batch_size: int = option(16, "rows in a forward pass, over all processes (16)", "positive", type=int)
