@@ -94,7 +94,7 @@ def fine_tune(settings: "Settings") -> dict:
 
 
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
-    """Reads all that the run will need, so that what is wrong shows before anything is written.
+    """Reads all that the run will need, so that what is wrong shows before any training.
 
     The learning rate falls linearly: to 0, or, with the horizon_rounds = 10 that IMP passes for each of its rounds, a
     tenth of the way to 0."""
@@ -952,7 +952,7 @@ def ablate_weights(model, kind: str, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "random":
-            fresh = bert.Model(model.config, pooler=True, mlm_head=False)  # draws as much for all tasks
+            fresh = bert.Model(model.config, pooler=True, mlm_head=False)  # a pooler changes what is drawn after it
             model.backbone.load_state_dict(fresh.backbone.state_dict(), strict=False)  # the model may have no pooler
         if kind == "shuffled":
             for layer in tamt.maskable_layers(model, "encoder").values():
@@ -1269,7 +1269,7 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
 
 
 def resolve_search(settings: Settings) -> Settings:
-    """Fills in the defaults of a search, and checks its folder."""
+    """Fills in the defaults of a search, checks its folder, and writes into it which search it holds."""
     values = {"model": settings.model or "toy"}
     if settings.find == "imp":
         values["sparsity"] = 0.7 if settings.sparsity is None else settings.sparsity
