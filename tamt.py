@@ -1260,12 +1260,15 @@ def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
     is_valid = isinstance(meta.get("model") or "", str) and isinstance(meta.get("data") or "", str)
     if not is_valid or not isinstance(meta.get("lines", False), bool):
         raise ValueError(f"{settings.mask}: model and data in its metadata are no texts, or lines is not true or false")
+    seq_len = meta.get("seq_len")
+    if seq_len is not None and (type(seq_len) is not int or seq_len < 3):
+        raise ValueError(f"{settings.mask}: seq_len in its metadata is no number of tokens: {seq_len!r:.60}")
     if settings.model == "toy" and meta.get("model"):  # the default
         known["model"] = meta["model"]
     if settings.data is None and meta.get("data") and "task" not in meta:  # else the data are those of a task
         known["data"] = meta["data"]
         known["lines"] = settings.lines or meta.get("lines", False)
-        known["seq_len"] = settings.seq_len or meta.get("seq_len")
+        known["seq_len"] = settings.seq_len or seq_len
     return dataclasses.replace(settings, **known)
 
 

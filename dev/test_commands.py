@@ -644,7 +644,8 @@ def test_an_empty_text_in_a_list_is_refused(capsys):
     assert_one_error_line(capsys, "--compare: the text is empty", tamt.main, "--compare", "a.pt", "")
 
 
-@pytest.mark.parametrize("meta", [{"model": 5}, {"data": ["a"]}, {"lines": "False", "data": "x"}])
+@pytest.mark.parametrize("meta", [{"model": 5}, {"data": ["a"]}, {"lines": "False", "data": "x"}, {"seq_len": "64"},
+                                  {"seq_len": -1}, {"seq_len": True}])
 def test_metadata_of_a_wrong_kind_are_refused(inputs, tmp_path, capsys, meta):
     layers = tamt.maskable_layers(bert.load(inputs / "bert"))
     tamt.save_mask(tmp_path / "mask.pt", tamt.random_masks(layers, 0.5, "local", seed=1), meta)
