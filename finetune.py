@@ -1,7 +1,7 @@
-"""Is the ticket any good? Fine-tune a subnetwork on a GLUE task or SQuAD v1.1, and record what it scores.
+"""Fine-tune a BERT under a mask, its "ticket", on a GLUE task or SQuAD v1.1, and record what it scores.
 
     python finetune.py --task sst2 --mask mask.pt                   a ticket on a task
-    python finetune.py --task sst2 --find imp --sparsity 0.5        find one on a task   (Chen et al. 2020)
+    python finetune.py --task sst2 --find imp --sparsity 0.5        find a ticket on it  (Chen et al. 2020)
     python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
@@ -11,7 +11,7 @@
     4. The training loop
     5. The result
     6. IMP on a task           a loop around the experiment
-    7. Super Tickets           how important each head and each FFN is; tickets that cut them out; the curve
+    7. Super Tickets           how important each head and each FFN is; tickets that cut them out
     8. Several tasks           one encoder, and for each task a head and a ticket
     Appendix A                 what differs; ablations, progress, records, predictions, export
     Appendix B                 settings and the command line
@@ -19,15 +19,15 @@
 A ticket is a mask of the pre-trained network: True where a weight is kept. It comes from tamt.py or from --find. Only
 matrices have masks, six in each layer, and perhaps the pooler and the word embeddings; biases, LayerNorms and task
 heads always train. The mask stays as it is while the weights that it keeps are trained. Without --mask all weights are
-trained. There are two kinds of tickets:
+trained. An ordinary ticket removes single weights; a Super Ticket removes whole units, which are attention heads and
+the feed-forward networks (FFNs) of layers. There are three ways of applying them:
 
-    ordinary ticket  It removes single weights. They are set to zero once, and their gradients are set to zero before
-                     every update. So they stay exactly zero.
-    Super Ticket     It removes whole units: attention heads, and the feed-forward networks (FFNs) of layers. Before
-                     training the rows and columns that belong to them are cut out of the matrices (chapter 7).
-
-Where several tasks share an encoder, nothing is set to zero and nothing cut out, whatever the kind: each batch sees
-the weights multiplied by the ticket of its own task (chapter 8).
+    an ordinary ticket   What it removes is set to zero once, and before every update the gradient there is, too. So it
+                         stays exactly zero. (apply_ticket in chapter 2, update in 4)
+    a Super Ticket       The rows and columns of the units that it removes are cut out of the matrices before training.
+                         (cut_out_units in chapter 7)
+    several tasks,       The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees the
+    a ticket for each    weights multiplied by the ticket of its own task. (switch_to in chapter 8)
 
 Names that recur:
 
@@ -35,15 +35,10 @@ Names that recur:
     run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
     task head   the layer on top: a classifier, or for SQuAD the span layer. A head alone is an attention head
     experiment  a run with all that belongs to it, from the data to the result (Experiment)
-    search      the Settings of a --find, which makes several experiments
 
 A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
 network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
 devices and folders (tamt.py).
-
-"Released code" is that of the three papers: TAMT (task-agnostic mask training, glue_trans.py), Chen et al.
-(BERT-Tickets, LT_glue.py) and, for Super Tickets and shared encoders, Liang et al. (mt_dnn). Appendix A says what
-differs from it.
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -55,6 +50,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -78,9 +74,9 @@ def fine_tune(settings: "Settings") -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
     returns the content of result.json.
 
-    With settings.find it looks for a ticket on the task instead: find_imp and find_super, below, open and train several
-    experiments, and return the content of mask.json. Raises ValueError or OSError, with a message of one line, for
-    input that is wrong."""
+    With settings.find it looks for a ticket on the task instead, which takes several experiments (find_imp and
+    find_super, below), and returns the content of mask.json. Raises ValueError or OSError, with a message of one line,
+    for input that is wrong."""
     if settings.find == "imp":
         return find_imp(settings)
     if settings.find == "super":
@@ -94,61 +90,61 @@ def fine_tune(settings: "Settings") -> dict:
 
 
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
-    """Reads all that the run will need, so that what is wrong shows before any training.
+    """Reads and checks all that the run needs, and builds its network, so that what is wrong shows before any training.
 
-    The learning rate falls linearly: to 0, or, with the horizon_rounds = 10 that IMP passes for each of its rounds, a
-    tenth of the way to 0."""
+    horizon_rounds: the learning rate falls linearly, and would reach 0 after so many runs of this length."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
 
-    # The tickets, and the network that they belong to.
+    # First, what the user names: the tasks, the tickets, and the network that they belong to.
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
-    model, vocabulary = tamt.load_model(choose_model(settings, tickets))
-    layers = tamt.maskable_layers(model)
-    for ticket in tickets:
-        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)  # raises if it belongs to another network
-        tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
-        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
+    model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
+    checkpoint_matrices = list(tamt.maskable_layers(model))  # the names of all that a ticket may prune
+    fit_tickets(tickets, model, settings)
 
-    # The settings with every default filled in, and the examples.
+    # Second, what follows from it: the settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
     examples = {task.name: read_examples(task, run) for task in tasks}
 
-    # The folder of the run. With --resume it may hold the result, or the state to continue from.
-    # Only now can a default name be chosen for it, since the name depends on all inputs: run.out is set here.
-    run, identity, result, state = open_run_folder(run, tickets, tasks, examples, vocabulary)
+    # Third, the folder of the run. With --resume it may hold the result, or the state to continue from.
+    identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
+    run = with_folder(run, tickets, identity)
+    result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
-        return finished_experiment(run, tasks, examples, result)  # nothing is left to train
+        return reopen_finished(run, tasks, examples, result)  # nothing is left to train
 
-    # The data, and the network with its task head and its ticket, or with those of several tasks.
+    # Fourth, what is trained: the examples as token ids, and the network with task heads and tickets.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
-    experiment = Experiment(run, identity, all_task_data, tickets, model, vocabulary, state, start_time)
-    experiment.checkpoint_matrices = list(layers)  # not a fresh pooler, which prune_trained() has to leave alone
     torch.manual_seed(run.seed)  # before the first draw: task heads, a fresh pooler, --weights random or shuffled
+    gradient_masks = {}
     if len(tasks) == 1:
-        experiment.gradient_masks = prepare_network(model, tasks[0], tickets, run)  # update() applies them
+        add_task_head(model, tasks[0], run)
+        if tickets:
+            gradient_masks = apply_ticket(model, tickets[0], machine)
     else:
-        share_encoder(model, all_task_data, tickets, run)  # chapter 8; switch_to() applies the masks, batch by batch
+        share_encoder(model, all_task_data, tickets, run)  # chapter 8
     model.to(machine.device)
-    return experiment
+    return Experiment(
+        run=run, identity=identity, all_task_data=all_task_data, tickets=tickets, model=model, vocabulary=vocabulary,
+        checkpoint_matrices=checkpoint_matrices, gradient_masks=gradient_masks, state=state, start_time=start_time)
 
 
 @dataclass
 class Experiment:
-    """A run, and all that it leads to."""
+    """A run, and all that it leads to. Where --resume finds it finished, only run, all_task_data and result are set."""
     # Set by open_experiment.
     run: "Run"
-    identity: dict  # resolved settings, checksums of the inputs, sparsity of the masks: --resume compares them
     all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    tickets: list["Ticket"] = field(default_factory=list)
-    model: bert.Model | None = None  # None if --resume found the result
+    tickets: list["Ticket"] = field(default_factory=list)  # none, one, or one for each of several tasks
+    model: bert.Model | None = None
     vocabulary: data.Vocabulary | None = None
+    checkpoint_matrices: list[str] = field(default_factory=list)  # names of the weights that a ticket may prune
+    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
+    identity: dict = field(default_factory=dict)  # settings and checksums of the inputs: --resume compares them
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
-    checkpoint_matrices: list[str] = field(default_factory=list)  # names of the weights that may have a mask
-    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
     # Set by train.
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # all that trains
     optimizer: torch.optim.Optimizer | None = None
@@ -183,7 +179,7 @@ def read_tickets(settings) -> list[Ticket]:
     return tickets
 
 
-def choose_model(settings, tickets: list[Ticket]) -> str:
+def choose_model_name(settings, tickets: list[Ticket]) -> str:
     """--model, or the model that the masks were made for."""
     if settings.model:
         return settings.model
@@ -198,34 +194,29 @@ def choose_model(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def prepare_network(model, task: glue_squad.Task, tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
-    """Gives the model the task head of its only task, and applies the ticket, if there is one. Returns the masks that
-    update() has to respect: those of an ordinary ticket, {} in all other cases."""
-    adapt_backbone(model, task)
+def fit_tickets(tickets: list[Ticket], model, settings):
+    """Puts the masks in the order of the model's weights. Raises ValueError if a ticket belongs to another network, and
+    prints a note if it was found on other weights."""
+    layers = tamt.maskable_layers(model)
+    for ticket in tickets:
+        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
+        tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
+        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
+
+
+def add_task_head(model, task: glue_squad.Task, run):
+    """Puts a task head in the place of the heads of pre-training. With --weights, as an ablation, the pre-trained
+    weights below it are replaced."""
+    fit_to_task(model, task)
     if task.predicts == "span":
         model.add_span_head()
     else:
         model.add_classifier(task.num_outputs)
-    ablate_weights(model, run.weights, run.seed)  # a word: "pretrained" (nothing happens), "random", "shuffled"
-    if not tickets:
-        return {}
-
-    ticket = tickets[0]
-    if ticket.is_super:  # chapter 7
-        removed_heads, removed_ffns = units_of_ticket(model.config, ticket)
-        cut_out_units(model, removed_heads, removed_ffns)
-        return {}  # what is cut out cannot train
-
-    masks = {}
-    parameters = dict(model.named_parameters())
-    for name, mask in ticket.masks.items():
-        if name in parameters:  # the pooler may be gone
-            parameters[name].data.mul_(mask)
-            masks[name] = mask.to(run.machine.device)
-    return masks
+    if run.weights != "pretrained":
+        replace_weights(model, run.weights, run.seed)
 
 
-def adapt_backbone(model, task: glue_squad.Task):
+def fit_to_task(model, task: glue_squad.Task):
     """Takes the heads of pre-training off. The pooler stays only for BERT's classifier, since nothing else reads it;
     where the checkpoint has none, that classifier gets a fresh one."""
     for name in ("cls", "lm_head"):
@@ -239,21 +230,38 @@ def adapt_backbone(model, task: glue_squad.Task):
         del model.backbone.pooler
 
 
+def apply_ticket(model, ticket: Ticket, machine) -> dict[str, torch.Tensor]:
+    """Sets what the ticket of the only task prunes to zero, and returns the masks with which update() keeps it there.
+    A Super Ticket is cut out instead, and what is cut out cannot train: then there are no such masks."""
+    if ticket.is_super:  # chapter 7
+        removed_heads, removed_ffns = removed_units(model.config, ticket)
+        cut_out_units(model, removed_heads, removed_ffns)
+        return {}
+
+    gradient_masks = {}
+    parameters = dict(model.named_parameters())
+    for name, mask in ticket.masks.items():
+        if name in parameters:  # the pooler is gone where no head reads it
+            parameters[name].data.mul_(mask)
+            gradient_masks[name] = mask.to(machine.device)
+    return gradient_masks
+
+
 @dataclass
 class TaskData:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD it is a window: a
     question and as much of its paragraph as fits. task.predicts says what the network's answer is: a "class", a
     "number" (STS-B), or a "span" (SQuAD), the first and the last token of the answer."""
     task: glue_squad.Task
-    train: list  # sequences, in file order; with --limit in random order
-    targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
-    dev: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
-    examples: dict[str, list]  # splits -> examples, or questions of SQuAD
-    windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
+    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
+    train_sequences: list  # in file order; with --limit that many, in random order
+    train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
+    dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
+    dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
     own_parts: "OwnParts | None" = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
 
     @property
-    def prefix(self) -> str:
+    def metric_prefix(self) -> str:
         """Put before the names of its metrics: "rte_" where tasks share an encoder."""
         return f"{self.task.name}_" if self.own_parts else ""
 
@@ -282,27 +290,38 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
 def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: "Run") -> TaskData:
     """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as for the
     low-data curves of TAMT's paper."""
-    windows = []
-    if task.predicts == "span":
-        train_windows = glue_squad.make_windows(examples["train"], vocabulary, run.max_len, training=True)
-        windows = glue_squad.make_windows(examples["dev"], vocabulary, run.max_len)
-        train = [(window.input_ids, window.token_type_ids) for window in train_windows]
-        targets = np.array([(window.start_position, window.end_position) for window in train_windows], np.int64)
-        if not train:
-            raise ValueError(f"task {task.name}: no training question has its answer where the file says")
-        dev = {"dev": [(window.input_ids, window.token_type_ids) for window in windows]}
-    else:
-        dtype = np.int64 if task.predicts == "class" else np.float32
-        train = glue_squad.encode(examples["train"], vocabulary, run.max_len)
-        targets = np.array([example.label for example in examples["train"]], dtype)
-        dev = {split: glue_squad.encode(examples[split], vocabulary, run.max_len)
-               for split in ("dev", "dev_mm") if split in examples}
+    encode = encode_squad if task.predicts == "span" else encode_glue
+    task_data = encode(task, examples, vocabulary, run.max_len)
+    num_sequences = len(task_data.train_sequences)
+    if run.limit and run.limit < num_sequences:
+        chosen = data.random_stream(run.seed, "limit").permutation(num_sequences)[:run.limit]
+        task_data.train_sequences = [task_data.train_sequences[index] for index in chosen]
+        task_data.train_targets = task_data.train_targets[chosen]
+    return task_data
 
-    if run.limit and run.limit < len(train):
-        chosen = data.random_stream(run.seed, "limit").permutation(len(train))[:run.limit]
-        train = [train[index] for index in chosen]
-        targets = targets[chosen]
-    return TaskData(task, train, targets, dev, examples, windows)
+
+def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
+    dtype = np.int64 if task.predicts == "class" else np.float32
+    return TaskData(
+        task, examples,
+        train_sequences=glue_squad.encode(examples["train"], vocabulary, max_len),
+        train_targets=np.array([example.label for example in examples["train"]], dtype),
+        dev_sequences={split: glue_squad.encode(examples[split], vocabulary, max_len)
+                       for split in ("dev", "dev_mm") if split in examples})
+
+
+def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
+    """A window whose paragraph part lacks the answer has position 0, that of [CLS], for its first and last token."""
+    train_windows = glue_squad.make_windows(examples["train"], vocabulary, max_len, training=True)
+    dev_windows = glue_squad.make_windows(examples["dev"], vocabulary, max_len)
+    if not train_windows:
+        raise ValueError(f"task {task.name}: no training question has its answer where the file says")
+    return TaskData(
+        task, examples,
+        train_sequences=[(window.input_ids, window.token_type_ids) for window in train_windows],
+        train_targets=np.array([(window.start_position, window.end_position) for window in train_windows], np.int64),
+        dev_sequences={"dev": [(window.input_ids, window.token_type_ids) for window in dev_windows]},
+        dev_windows=dev_windows)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -311,9 +330,8 @@ def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, ru
 
 
 def task_logits(model, task_data: TaskData, sequences: list):
-    """B sequences -> logits (B, C), or (B, T, 2) for answers. Where tasks share the encoder, it switches the model to
-    the task head and the ticket of this one (chapter 8)."""
-    switch_to(model, task_data)
+    """B sequences -> logits (B, C), or (B, T, 2) for answers. Where tasks share the encoder, the model must have been
+    switched to this one."""
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     input_ids, attention_mask, token_type_ids = batch  # (B, T) each
     is_padded = not attention_mask.all()
@@ -323,13 +341,14 @@ def task_logits(model, task_data: TaskData, sequences: list):
     attention_mask = tamt.to_device(attention_mask, device) if is_padded else None
     token_type_ids = tamt.to_device(token_type_ids, device) if has_token_types else None
 
-    last_hidden_state = model(input_ids, attention_mask, token_type_ids)[-1].float()
+    hidden_states = model(input_ids, attention_mask, token_type_ids)  # after the embeddings, and after each layer
+    last_hidden_state = hidden_states[-1].float()  # (B, T, D)
     with torch.autocast(device.type, enabled=False):  # bf16 has three digits: too few to tell predictions apart
         if task_data.task.predicts != "span":
             return model.class_logits(last_hidden_state)
         logits = model.span_logits(last_hidden_state)
     if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # the loss gives padding no probability
+        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # so small that padding gets no probability
     return logits
 
 
@@ -355,6 +374,7 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
     model = experiment.model
     was_training = model.training
     model.eval()
+    switch_to(model, task_data)
     logits = [None] * len(sequences)
     lengths = [len(input_ids) for input_ids, _ in sequences]
     by_length = np.argsort(lengths, kind="stable")  # little padding
@@ -376,7 +396,7 @@ def to_predictions(task_data: TaskData, logits: list):
         return np.array([row[0] for row in logits])
     start_logits = [row[:, 0] for row in logits]
     end_logits = [row[:, 1] for row in logits]
-    return glue_squad.best_answers(task_data.examples["dev"], task_data.windows, start_logits, end_logits)
+    return glue_squad.best_answers(task_data.examples["dev"], task_data.dev_windows, start_logits, end_logits)
 
 
 def evaluate(experiment: Experiment) -> dict[str, float]:
@@ -384,14 +404,14 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
     metrics = {}
     for task_data in experiment.all_task_data:
         task = task_data.task
-        for split, sequences in task_data.dev.items():
+        for split, sequences in task_data.dev_sequences.items():
             predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
             if task.predicts == "span":
                 scores = glue_squad.squad_scores(predictions, task_data.examples[split])
             else:
                 scores = glue_squad.score(task, predictions, task_data.examples[split], split)
             for name, value in scores.items():  # those of dev_mm end in _mm
-                metrics[task_data.prefix + name] = value
+                metrics[task_data.metric_prefix + name] = value
     return metrics
 
 
@@ -409,16 +429,9 @@ def train(experiment: Experiment):
     model = experiment.model
     experiment.parameters = dict(model.named_parameters())
     experiment.optimizer = tamt.make_optimizer(experiment.parameters.values(), run.machine.device)
-    step = 0  # updates done
-    total_loss = 0.0  # since the last evaluation
-    if experiment.state is not None:
-        tamt.restore_parameters(experiment.parameters, experiment.optimizer, experiment.state, run.out / "state.pt")
-        experiment.history = list(experiment.state["history"])
-        step = experiment.state["step"]
-        total_loss = experiment.state["total_loss"]
+    step, total_loss = restore_state(experiment)
 
-    # The number of batches that epoch_batches() makes.
-    updates_per_epoch = sum(math.ceil(len(task_data.train) / run.batch_size) for task_data in experiment.all_task_data)
+    updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
     progress = Progress(step, num_updates)
@@ -426,25 +439,24 @@ def train(experiment: Experiment):
     model.train()
     for epoch in range(step // updates_per_epoch, run.epochs):
         batches = epoch_batches(experiment.all_task_data, run, epoch)
-        first_batch = step % updates_per_epoch  # 0 unless the run was interrupted within this epoch
-        for task_data, indices in batches[first_batch:]:
+        # Of a run that was interrupted after 70 updates, with 50 in an epoch, epoch 1 begins with its batch 20.
+        for task_data, indices in batches[step % updates_per_epoch:]:
             tamt.seed_dropout(run.seed, step)
             learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
-            total_loss += update(experiment, task_data, indices, learning_rate, t=step + 1)
+            total_loss += update(experiment, task_data, indices, learning_rate, update_number=step + 1)
             step += 1
 
             is_epoch_end = step % updates_per_epoch == 0
             if is_epoch_end or step % run.eval_every == 0:
                 last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
                 mean_loss = total_loss / (step - last_evaluated)
-                evaluation = {"step": step, "loss": mean_loss, **evaluate(experiment)}
-                experiment.history.append(evaluation)
-                progress.show(evaluation)
+                experiment.history.append({"step": step, "loss": mean_loss, **evaluate(experiment)})
+                progress.show(experiment.history[-1])
                 total_loss = 0.0
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
                 saved_at = time.time()
                 save_state(experiment, step, total_loss)
-    model.eval()
+    model.eval()  # for whoever uses the network next
 
 
 def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
@@ -452,7 +464,7 @@ def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
     for task_data in all_task_data:
-        lengths = [len(input_ids) for input_ids, _ in task_data.train]
+        lengths = [len(input_ids) for input_ids, _ in task_data.train_sequences]
         for indices in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
             batches.append((task_data, indices))
     if len(all_task_data) > 1:
@@ -460,40 +472,50 @@ def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list
     return batches
 
 
-def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: float, t: int) -> float:
-    """Update number t (from 1) of all weights under the masks, on the examples task_data.train[indices]. Returns their
-    mean loss."""
+def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: float, update_number: int) -> float:
+    """One update of all weights under the masks, on these examples of a task's training set -> their mean loss.
+    update_number counts from 1."""
     model = experiment.model
     machine = experiment.run.machine
     parameters = experiment.parameters
     optimizer = experiment.optimizer
-    targets = tamt.to_device(task_data.targets[indices], machine.device)
+    switch_to(model, task_data)
+    targets = tamt.to_device(task_data.train_targets[indices], machine.device)
     with tamt.autocast(machine):
-        logits = task_logits(model, task_data, [task_data.train[index] for index in indices])
+        logits = task_logits(model, task_data, [task_data.train_sequences[index] for index in indices])
     loss = task_loss(task_data.task, logits, targets)
     loss.backward()
 
-    # What is pruned gets no gradient, stays zero, and does not count in the norm that is clipped.
+    # What is pruned gets no gradient: it stays zero, and does not count in the norm that is clipped.
     for name, mask in experiment.gradient_masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
-        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update {t}: "
-                         f"a lower --lr (here {learning_rate:g}) may help")
+        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
+                         f"{update_number}: a lower --lr (here {learning_rate:g}) may help")
 
-    # The released AdamW, without weight decay. It adds eps before the bias correction, and torch's after it, so
-    # optimizer_settings() divides eps by the correction of update t.
-    optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, t))
+    # The released AdamW is torch's with settings that change with each update (tamt.py, appendix A).
+    optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, update_number))
     optimizer.step()
     optimizer.zero_grad()
     return loss_value
 
 
+def restore_state(experiment: Experiment) -> tuple[int, float]:
+    """The number of updates done, and the sum of their losses since the last evaluation: 0 in a run that begins."""
+    state = experiment.state
+    if state is None:
+        return 0, 0.0
+    tamt.restore_parameters(experiment.parameters, experiment.optimizer, state, experiment.run.out / "state.pt")
+    experiment.history = list(state["history"])
+    return state["step"], state["total_loss"]
+
+
 def save_state(experiment: Experiment, step: int, total_loss: float):
     tamt.write_torch(experiment.run.out / "state.pt", {
-        "format": 2,  # of state files
-        "settings": experiment.identity,  # open_run_folder compares them
+        "format": 2,  # the second form of these files
+        "settings": experiment.identity,  # open_experiment() compares them
         "step": step,
         "history": experiment.history,
         "total_loss": total_loss,
@@ -518,19 +540,16 @@ def finish(experiment: Experiment):
             export_model(experiment, task_data)
 
     best, final = best_and_final(experiment)
-    floor = {}  # {metric: the score of always answering the most frequent class}, 0 for numbers and answers
-    for task_data in experiment.all_task_data:
-        for split in task_data.dev:
-            for name, value in glue_squad.majority_scores(task_data.task, task_data.examples[split], split).items():
-                floor[task_data.prefix + name] = value
+    floor = scores_of_guessing(experiment)
     metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
+    # Not the masks themselves, but how they were made: a dict or None, and of several tasks a list.
     metas = [ticket.meta for ticket in experiment.tickets]
-    only_meta = metas[0] if metas else None
+    if len(experiment.all_task_data) == 1:
+        metas = metas[0] if metas else None
     experiment.result = {
         "task": task_names(experiment.all_task_data),
         "model": run.model,
-        # Not the mask itself, but how it was made: a dict or None, and of several tasks a list of them.
-        "mask": metas if len(experiment.all_task_data) > 1 else only_meta,
+        "mask": metas,
         "sparsity": experiment.identity["sparsity"],  # removed share of the entries that have a mask
         "seed": run.seed,
         "best": {name: best[name] for name in metric_names},
@@ -538,7 +557,7 @@ def finish(experiment: Experiment):
         "best_step": best["step"],
         "steps": final["step"],
         "floor": floor,
-        "written": written_files(run, experiment.all_task_data),  # --resume compares them
+        "written": written_files(run, experiment.all_task_data),  # hashes, which --resume compares
         "seconds": round(time.time() - experiment.start_time, 1),
         "command": run.command,
         "settings": experiment.identity | {"data": tamt.plain(run.data)},
@@ -552,9 +571,20 @@ def finish(experiment: Experiment):
     print_summary(experiment.result)
 
 
+def scores_of_guessing(experiment: Experiment) -> dict[str, float]:
+    """What always answering the most frequent class would score in each metric; for numbers and answers 0."""
+    scores = {}
+    for task_data in experiment.all_task_data:
+        for split in task_data.dev_sequences:
+            of_split = glue_squad.majority_scores(task_data.task, task_data.examples[split], split)
+            for name, value in of_split.items():
+                scores[task_data.metric_prefix + name] = value
+    return scores
+
+
 def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
-    names = [task_data.prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
+    names = [task_data.metric_prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
     best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
     return best, experiment.history[-1]
 
@@ -571,45 +601,43 @@ def find_imp(settings) -> dict:
 
     A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
     at the end fine-tunes it. --resume does not repeat a finished round."""
-    # In the appendices: resolve_search fills in defaults, settings_of_one_run gives the Settings of one experiment, and
-    # finish_search copies the best mask to mask.pt and writes mask.json.
     start_time = time.time()
-    search = resolve_search(settings)
-    sparsities = tamt.imp_levels(search.sparsity)  # .1, .2, ... up to the one that was asked for
+    search_settings = open_search(settings)  # its defaults, its folder
+    sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
     for number, next_sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
-        folder = search.out / f"round-{number}"
+        folder = search_settings.out / f"round-{number}"
         # A round is a step on the way, so it adds no line to --results.
-        round_settings = settings_of_one_run(search, mask=mask_file, out=folder, results=None)
+        round_settings = settings_of_one_run(search_settings, mask=mask_file, out=folder, results=None)
 
         # Opening the experiment reads the pre-trained weights anew: that is the rewinding. The released schedule is as
         # long as ten rounds, whatever the sparsity, and every round starts it afresh. So within a round the learning
         # rate falls from lr to .9 lr, and no further.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
-            (folder / "mask.pt").unlink(missing_ok=True)  # an earlier search's; its result has just been removed
+            (folder / "mask.pt").unlink(missing_ok=True)  # so that none of an earlier search lies here meanwhile
             train(experiment)
-            masks = prune_trained(experiment, next_sparsity, search)
+            masks = prune_trained(experiment, next_sparsity, search_settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
-                "method": "imp", "rank": search.rank, "scope": search.scope})
+                "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
             finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
-        result = experiment.result  # its sparsity is that of the mask that the round began with
+        result = experiment.result
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
-    return finish_search(search, mask_file, {"rounds": rounds}, start_time)
+    return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def prune_trained(experiment: Experiment, sparsity: float, search) -> dict[str, torch.Tensor]:
-    """Masks that prune the smallest trained weights, up to this sparsity. What was pruned before stays pruned."""
+def prune_trained(experiment: Experiment, sparsity: float, search_settings) -> dict[str, torch.Tensor]:
+    """Masks that prune the smallest trained weights, this share of all. What was pruned before stays pruned."""
     magnitudes = {}
-    for name in tamt.maskable_layers(experiment.model, search.scope):
+    for name in tamt.maskable_layers(experiment.model, search_settings.scope):
         if name in experiment.checkpoint_matrices:  # not a fresh pooler: the next round draws another
             magnitudes[name] = experiment.parameters[name].detach().abs()
             if name in experiment.gradient_masks:
                 magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
-    return tamt.make_masks(magnitudes, sparsity, search.rank)
+    return tamt.make_masks(magnitudes, sparsity, search_settings.rank)
 
 
 def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
@@ -625,8 +653,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
         "data": tamt.plain(run.data),
         "task": task_names(experiment.all_task_data),
         "sparsity": report["masked_set"],
-        # The fractions removed, as found by counting: of the entries that have a mask ("sparsity" again), of the
-        # encoder, of the whole model.
+        # The fractions removed: of the entries that have a mask ("sparsity" again), of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
     tamt.save_mask(path, masks, meta | provenance)
@@ -648,33 +675,30 @@ def find_super(settings) -> dict:
     first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score
     becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units are called so.)"""
     start_time = time.time()
-    search = resolve_search(settings)
+    search_settings = open_search(settings)
 
     # Fine-tune the whole model, and write a ticket for each order and level.
-    results = {}
-    experiment = open_experiment(settings_of_one_run(search, out=search.out / "dense"))
+    result_of = {}  # {name of a ticket: its result}
+    experiment = open_experiment(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
     if experiment.result is None:
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
-        save_super_tickets(experiment, head_importance, ffn_importance, search.out)
+        save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
         finish(experiment)  # last: result.json tells --resume that the tickets are there
-    results["dense"] = experiment.result
-    first_metric = experiment.all_task_data[0].task.metrics[0]
+    result_of["dense"] = experiment.result
 
     # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
-    for order in search.orders:
+    for order in search_settings.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
-            mask_file = str(search.out / f"{name}.pt")
-            experiment = open_experiment(settings_of_one_run(search, mask=mask_file, out=search.out / name))
-            if experiment.result is None:
-                train(experiment)
-                finish(experiment)
-            results[name] = experiment.result
+            mask_file = str(search_settings.out / f"{name}.pt")
+            result_of[name] = fine_tune(
+                settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
     # The curve: how much of the model remains, and what it scores.
+    first_metric = named_tasks(search_settings)[0].metrics[0]
     curve = []
-    for name, result in results.items():
+    for name, result in result_of.items():
         remaining = 1.0
         ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
         if ticket_meta:
@@ -684,60 +708,64 @@ def find_super(settings) -> dict:
               f"{result['best'][first_metric]:.4f}")
 
     best_file = None
-    candidates = [name for name in results if name.startswith("winning")]
-    if candidates:
-        best_name = max(candidates, key=lambda name: results[name]["best"][first_metric])
-        best_file = search.out / f"{best_name}.pt"
-    return finish_search(search, best_file, {"curve": curve}, start_time)
+    winning = [name for name in result_of if name.startswith("winning")]
+    if winning:
+        best_name = max(winning, key=lambda name: result_of[name]["best"][first_metric])
+        best_file = search_settings.out / f"{best_name}.pt"
+    return finish_search(search_settings, best_file, {"curve": curve}, start_time)
 
 
 def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
     """How sensitive the loss is to each head and each FFN, in eval mode over the training set.
 
-    o is what a head gives (its context vector, a weighted sum of values), or an FFN, at one position of one sequence.
-    |<d loss / d o, o>| is summed over all positions of a batch, and the importance is the mean over batches. In each
-    layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
+    Let o be the output of one head (its context vector) or of one FFN at one token. Then |<d loss / d o, o>| is summed
+    over all tokens of a batch, and the importance is the mean over batches. In each layer the importances of the heads
+    are then divided by their l2 norm (mt_dnn/inference.py)."""
     model = experiment.model
     run = experiment.run
     task_data = experiment.all_task_data[0]
-    layers = model.backbone.encoder.layer  # in each, attention.output and output are bert.Residuals
+    config = model.config
+    model.eval()
+    head_importance = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
+    ffn_importance = torch.zeros(config.num_hidden_layers)
+    starts = range(0, len(task_data.train_sequences), run.batch_size)
+    for start in starts:
+        batch = slice(start, start + run.batch_size)
+        targets = tamt.to_device(task_data.train_targets[batch], run.machine.device)
+        with recorded_outputs(model) as (contexts, ffn_outputs), tamt.autocast(run.machine):
+            logits = task_logits(model, task_data, task_data.train_sequences[batch])
+        loss = task_loss(task_data.task, logits, targets)
+
+        gradients = torch.autograd.grad(loss, contexts + ffn_outputs)  # 2 L times (B, T, D)
+        products = [(gradient * output).detach().float()
+                    for gradient, output in zip(gradients, contexts + ffn_outputs, strict=True)]
+        for index in range(config.num_hidden_layers):
+            of_heads = products[index].unflatten(-1, (config.num_attention_heads, -1)).sum(-1)  # (B, T, H)
+            head_importance[index] += of_heads.abs().sum((0, 1)).cpu() / len(starts)
+            of_ffn = products[config.num_hidden_layers + index].sum(-1)  # (B, T)
+            ffn_importance[index] += of_ffn.abs().sum().cpu() / len(starts)
+    norms = head_importance.norm(dim=1, keepdim=True)
+    return head_importance / (norms + 1e-20), ffn_importance
+
+
+@contextmanager
+def recorded_outputs(model):
+    """Inside the with block a forward pass of the model fills two lists, with a tensor (B, T, D) for each layer: the
+    context vectors of all heads, side by side, and the output of the FFN."""
     contexts = []
     ffn_outputs = []
     hooks = []
-    for layer in layers:
-        # What goes into this matrix: the context vectors of all heads, side by side.
+    for layer in model.backbone.encoder.layer:
+        # The context vectors are what attention.output.dense reads; output.dense ends the FFN.
         hooks.append(layer.attention.output.dense.register_forward_pre_hook(
             lambda module, inputs: contexts.append(inputs[0])))
-        # What comes out of the FFN.
         hooks.append(layer.output.dense.register_forward_hook(
             lambda module, inputs, output: ffn_outputs.append(output)))
-
-    model.eval()
-    head_importance = torch.zeros(len(layers), model.config.num_attention_heads)
-    ffn_importance = torch.zeros(len(layers))
-    starts = range(0, len(task_data.train), run.batch_size)
-    for start in starts:
-        batch = slice(start, start + run.batch_size)
-        targets = tamt.to_device(task_data.targets[batch], run.machine.device)
-        contexts.clear()
-        ffn_outputs.clear()
-        with tamt.autocast(run.machine):
-            logits = task_logits(model, task_data, task_data.train[batch])
-        loss = task_loss(task_data.task, logits, targets)
-        gradients = torch.autograd.grad(loss, contexts + ffn_outputs)  # 2 L times (B, T, D)
-        context_gradients = gradients[:len(layers)]
-        output_gradients = gradients[len(layers):]
-
-        for index in range(len(layers)):
-            product = (context_gradients[index] * contexts[index]).detach().float()  # (B, T, D)
-            per_head = product.unflatten(-1, (-1, layers[0].attention.self.head_size)).sum(-1)  # (B, T, H)
-            head_importance[index] += per_head.abs().sum((0, 1)).cpu() / len(starts)
-            product = (output_gradients[index] * ffn_outputs[index]).detach().float()
-            ffn_importance[index] += product.sum(-1).abs().sum().cpu() / len(starts)
-    for hook in hooks:
-        hook.remove()
-    norms = head_importance.norm(dim=1, keepdim=True)
-    return head_importance / (norms + 1e-20), ffn_importance
+    try:
+        yield contexts, ffn_outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save_super_tickets(experiment: Experiment, head_importance, ffn_importance, folder: Path):
@@ -757,8 +785,8 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
     Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
-    each removes what the one below removes, and more. Every layer keeps at least one head, the one that would go last,
-    so of few heads fewer may go."""
+    each removes what the one below removes, and more. Every layer keeps at least one head, the one that would go last.
+    So where layers have few heads, fewer may go than said."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
     # Units with the smallest sort keys go first.
@@ -769,17 +797,18 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         head_sort_keys = -head_importance.numpy()
         ffn_sort_keys = -ffn_importance.numpy()
     else:  # "winning"
-        head_sort_keys = head_importance.numpy().copy()  # np.inf is written into it below
+        head_sort_keys = head_importance.numpy().copy()  # a copy, since np.inf is written into it below
         ffn_sort_keys = ffn_importance.numpy()
 
-    last_heads = head_sort_keys.argmax(axis=1)  # the head of each layer that would go last
+    # At most all heads but one of each layer go. So the head of a layer that would go last stays if it comes last.
+    num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
+    num_ffns_out = num_layers * level // 12
+    last_heads = head_sort_keys.argmax(axis=1)
     head_sort_keys[np.arange(num_layers), last_heads] = np.inf
-    # The heads at np.inf are left in any case.
-    num_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     removed_heads = np.zeros(num_layers * num_heads, bool)
-    removed_heads[np.argsort(head_sort_keys.flatten(), kind="stable")[:num_removed]] = True
+    removed_heads[np.argsort(head_sort_keys.flatten(), kind="stable")[:num_heads_out]] = True
     removed_ffns = np.zeros(num_layers, bool)
-    removed_ffns[np.argsort(ffn_sort_keys, kind="stable")[:num_layers * level // 12]] = True
+    removed_ffns[np.argsort(ffn_sort_keys, kind="stable")[:num_ffns_out]] = True
     return removed_heads.reshape(num_layers, num_heads), removed_ffns
 
 
@@ -793,15 +822,15 @@ def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
         layer = f"{config.model_type}.encoder.layer.{index}"
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], head_size))  # (D,) of the context vectors
         for name in ("query", "key", "value"):
-            masks[f"{layer}.attention.self.{name}.weight"] = kept_dims[:, None].repeat(1, D)
-        masks[f"{layer}.attention.output.dense.weight"] = kept_dims.repeat(D, 1)
+            masks[f"{layer}.attention.self.{name}.weight"] = kept_dims[:, None].repeat(1, D)  # whole rows
+        masks[f"{layer}.attention.output.dense.weight"] = kept_dims.repeat(D, 1)  # whole columns
         is_kept = not removed_ffns[index]
         masks[f"{layer}.intermediate.dense.weight"] = torch.full((config.intermediate_size, D), is_kept)
         masks[f"{layer}.output.dense.weight"] = torch.full((D, config.intermediate_size), is_kept)
     return masks
 
 
-def units_of_ticket(config, ticket: Ticket):  # -> (L, H), (L,) bool
+def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
     """The units that the masks of a Super Ticket remove: unit_masks() the other way round. Raises ValueError if the
     masks are not made of whole units."""
     head_size = config.hidden_size // config.num_attention_heads
@@ -829,8 +858,8 @@ class SkippableResidual(nn.Module):
     """The last part of an FFN, with a switch that leaves the FFN out: for good (cut_out_units), or for the batches of a
     task (switch_to). Then the LayerNorm is applied to the residual alone.
 
-    Several tasks that share an encoder mask units instead of cutting them out. Heads need no such switch then: nothing
-    passes the columns of the output matrix that are zero. The output bias of an FFN would pass."""
+    Several tasks that share an encoder mask units instead of cutting them out. A masked head then adds nothing, but a
+    masked FFN would still add its output bias: hence this switch."""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
@@ -852,7 +881,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
         attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):  # bert.py counts heads by these rows
+        for linear in (attention.query, attention.key, attention.value):  # bert.py infers the number of heads
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
@@ -881,11 +910,11 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients only from the tasks that keep it. (By AdamW's momentum it still moves a little under the
-    others, unless their ticket takes its whole FFN out.) The model gets masked_layers and task_heads; switch_to()
+    weight gets gradients only from the tasks that keep it. The model gets masked_layers and task_heads; switch_to()
     makes one of the task_heads the classifier."""
-    adapt_backbone(model, all_task_data[0].task)  # the same for all of them: none predicts spans
-    ablate_weights(model, run.weights, run.seed)
+    fit_to_task(model, all_task_data[0].task)  # the same for all of them: none predicts spans
+    if run.weights != "pretrained":
+        replace_weights(model, run.weights, run.seed)
     if tickets:
         model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
@@ -902,7 +931,7 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
             ticket = tickets[index]
             masks = {name: mask.to(run.machine.device) for name, mask in ticket.masks.items()}
             if ticket.is_super:
-                _, removed_ffns = units_of_ticket(model.config, ticket)
+                _, removed_ffns = removed_units(model.config, ticket)
                 skipped = removed_ffns.tolist()
         task_data.own_parts = OwnParts(model.classifier, masks, skipped)
     del model.classifier  # switch_to() puts one of the task heads in its place
@@ -914,7 +943,7 @@ def switch_to(model, task_data: TaskData):
     if parts is None:
         return  # the only task
     model.classifier = parts.task_head
-    if parts.masks:  # with tickets every task has masks
+    if parts.masks:
         tamt.set_masks(model.masked_layers, parts.masks)
         for layer, is_skipped in zip(model.backbone.encoder.layer, parts.skipped, strict=True):
             layer.output.is_skipped = is_skipped
@@ -924,8 +953,13 @@ def switch_to(model, task_data: TaskData):
 # Appendix A: what differs; ablations, progress, records, predictions, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
+# "Released code" is that of the three papers: TAMT (task-agnostic mask training, glue_trans.py), Chen et al.
+# (BERT-Tickets, LT_glue.py) and, for Super Tickets and shared encoders, Liang et al. (mt_dnn).
+#
 # Under an ordinary ticket AdamW does bit for bit what it does under torch's prune.custom_from_mask, which the released
-# code uses. What differs from the released code of the three papers:
+# code uses. Where tasks share an encoder, AdamW's momentum still moves a weight a little under the tickets that prune
+# it, unless they take its whole FFN out; and a task head makes fewer updates than update() counts for the optimizer.
+# What differs from the released code:
 #
 #     |                  | released                             | here
 #     | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
@@ -936,7 +970,7 @@ def switch_to(model, task_data: TaskData):
 #     | SQuAD, loss      | padding takes part in the softmax    | it does not
 #     | SQuAD, answers   | from the 20 best starts and ends of  | from the 20 best starts and ends in the paragraph
 #     |                  | a window, question included          |
-#     | IMP rounds       | keep the head                        | begin with a fresh one
+#     | IMP rounds       | keep the task head                   | begin with a fresh one
 #     |                  | go on in the order of examples       | all have the same order and dropout
 #     |   on SQuAD       | 4 epochs each, the pooler is ranked  | 2 epochs each, no pooler
 #     | Super Tickets    | Adamax, warm-up, decay .01, lr 5e-5, | AdamW, lr 2e-5 and 3 epochs, as for all tasks
@@ -946,7 +980,7 @@ def switch_to(model, task_data: TaskData):
 #     | --weights        | shuffled: whole layers change places | the entries of each matrix do
 
 
-def ablate_weights(model, kind: str, seed: int):
+def replace_weights(model, kind: str, seed: int):
     """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it? A seed draws the
     same weights for all tasks, whatever their heads have drawn before."""
     with torch.random.fork_rng(devices=[]):
@@ -990,18 +1024,18 @@ def record(run, result: dict, is_resumed: bool = False):
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
-def finished_experiment(run, tasks: list, examples: dict, result: dict) -> Experiment:
+def reopen_finished(run, tasks: list, examples: dict, result: dict) -> Experiment:
     """--resume of a run that has nothing left to do."""
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
         record(run, result, is_resumed=True)
-    all_task_data = [TaskData(task, [], np.zeros(0), {}, examples[task.name]) for task in tasks]
+    all_task_data = [TaskData(task, examples[task.name], [], np.zeros(0), {}) for task in tasks]
     for name, hashes in written_files(run, all_task_data).items():
         if result.get("written", {}).get(name) != hashes:
             raise ValueError(f"{run.out} is finished, its model gone, and what --{name} asks for is not there as this "
                              "run would write it: run it again, without --resume")
-    return Experiment(run, {}, all_task_data, result=result)
+    return Experiment(run, all_task_data, result=result)
 
 
 def written_files(run, all_task_data: list[TaskData]) -> dict[str, list]:
@@ -1043,7 +1077,7 @@ def write_predictions(experiment: Experiment, task_data: TaskData):
             files = {split: glue_squad.SUBMISSION_FILES[split] for split in test_splits}
 
     for split, name in files.items():
-        sequences = task_data.dev.get(split)
+        sequences = task_data.dev_sequences.get(split)
         if sequences is None:
             sequences = glue_squad.encode(task_data.examples[split], experiment.vocabulary, run.max_len)
         predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
@@ -1115,28 +1149,29 @@ def task_names(all_task_data: list[TaskData]) -> str:
     return ",".join(task_data.task.name for task_data in all_task_data)
 
 
-def finish_search(search, mask_file, story: dict, start_time: float) -> dict:
+def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
     """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
     no ticket is to win."""
-    content = {"settings": search_identity(search), **story}
+    chosen_file = search_settings.out / "mask.pt"
+    content = {"settings": search_identity(search_settings), **story}
     print("---")
-    print(f"task: {search.task}")
+    print(f"task: {search_settings.task}")
     if mask_file is not None:
         masks, meta = tamt.read_mask(mask_file)
-        tamt.save_mask(search.out / "mask.pt", masks, meta)
+        tamt.save_mask(chosen_file, masks, meta)
         content["meta"] = meta
-        print(f"mask: {search.out / 'mask.pt'}")
+        print(f"mask: {chosen_file}")
         print(f"sparsity: {meta['sparsity']:.4f}")
     else:
         print("no super ticket: it is one of the winning tickets, and --orders leaves them out")
-    tamt.write_json(search.out / "mask.json", content)
+    tamt.write_json(search_settings.out / "mask.json", content)
     print(f"seconds: {time.time() - start_time:.4f}")
     if mask_file is not None:
-        words = ["python", "finetune.py", "--task", search.task, "--mask", str(search.out / "mask.pt")]
-        if search.data:
-            words += ["--data", str(search.data)]
-        if search.weights != "pretrained":  # the same weights again: the seed draws them
-            words += ["--weights", search.weights, "--seed", str(search.seed)]
+        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(chosen_file)]
+        if search_settings.data:
+            words += ["--data", str(search_settings.data)]
+        if search_settings.weights != "pretrained":  # the same weights again: the seed draws them
+            words += ["--weights", search_settings.weights, "--seed", str(search_settings.seed)]
         print(f"next: {shlex.join(words)}")
     return content
 
@@ -1162,7 +1197,7 @@ class Settings:
     rank: str | None = option(None, "--find imp: where entries compete (global)", choices=["global", "local"])
     scope: str | None = option(None, "--find imp: all adds the word embeddings (encoder)", choices=["all", "encoder"])
     orders: tuple | None = option(None, "--find super: tickets to try (all three)", nargs="+", choices=ORDERS)
-    weights: str = option("pretrained", "below the head: random draws them, shuffled permutes each matrix "
+    weights: str = option("pretrained", "below the task head: random draws them, shuffled permutes each matrix "
                           "but the embeddings (pretrained)", choices=["pretrained", "random", "shuffled"])
     epochs: int | None = option(None, "passes over the training set (GLUE 3, SQuAD 2, several tasks 5)", "positive",
                                 type=int)
@@ -1170,7 +1205,7 @@ class Settings:
     max_len: int | None = option(None, "tokens per example (GLUE 128, SQuAD 384)", "positive", type=int)
     lr: float | None = option(None, "learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)",
                               "positive", type=float)
-    seed: int = option(1, "of head, order, dropout, --limit, --weights, random tickets (1)", "seed", type=int)
+    seed: int = option(1, "of task head, order, dropout, --limit, --weights, random tickets (1)", "seed", type=int)
     limit: int | None = option(None, "train on this many random examples; SQuAD: windows (all)", "positive", type=int)
     eval_every: int | None = option(None, "updates between evaluations, besides the end of each epoch (50; MNLI, QQP "
                                     "and QNLI 500, SQuAD 1000)", "positive", type=int)
@@ -1244,7 +1279,7 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
     for name in ("data", "out", "results", "export"):  # from Python they may be text
         if values[name] is not None:
             values[name] = Path(values[name])
-    values["model"] = tamt.absolute_model(choose_model(settings, tickets))
+    values["model"] = tamt.absolute_model(choose_model_name(settings, tickets))
     for folder in export_folders(settings, tasks):
         tamt.refuse_own_folder(values["model"], folder)
 
@@ -1268,7 +1303,7 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
                horizon_rounds=horizon_rounds, command=shlex.join(words))
 
 
-def resolve_search(settings: Settings) -> Settings:
+def open_search(settings: Settings) -> Settings:
     """Fills in the defaults of a search, checks its folder, and writes into it which search it holds."""
     values = {"model": settings.model or "toy"}
     if settings.find == "imp":
@@ -1329,7 +1364,7 @@ def wanted_splits(task, predict: bool) -> list[str]:
     return [split for split in splits if split in task.files]
 
 
-def identify(run, tickets: list[Ticket], tasks: list, examples: dict, vocabulary) -> dict:
+def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, vocabulary) -> dict:
     """What makes this run this run; --resume refuses any other. Masks, texts, the tokenizer and weights count by
     content."""
     names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
@@ -1360,30 +1395,18 @@ def digest(values: list) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def default_folder(run, tickets: list[Ticket], identity: dict) -> Path:
-    """out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
-    name = f"{Path(run.model).name}-dense"
-    if tickets:
-        file = tickets[0].file
-        name = file.name if file.is_dir() else file.absolute().parent.name
-    return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest([identity])[:8]}"
-
-
-def open_run_folder(run, tickets: list[Ticket], tasks: list, examples: dict, vocabulary) -> tuple:
-    """The run with its folder, its identity, the result if --resume found it finished, and the state if --resume found
-    one."""
-    identity = identify(run, tickets, tasks, examples, vocabulary)
+def with_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
+    """The run with its folder, by default out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
     if run.out is None:
-        run = replace(run, out=default_folder(run, tickets, identity))
-    refuse_results_file(run)
-    result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", run.machine)
-    return run, identity, result, state
-
-
-def refuse_results_file(run):
+        name = f"{Path(run.model).name}-dense"
+        if tickets:
+            file = tickets[0].file
+            name = file.name if file.is_dir() else file.absolute().parent.name
+        run = replace(run, out=Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest([identity])[:8]}")
     for name in ("result.json", "state.pt"):
         if run.results is not None and run.results.absolute() == (run.out / name).absolute():
             raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
+    return run
 
 
 def main(argv=None):

@@ -4,16 +4,25 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The method in eight steps. find_mask() takes them in this order; 5 to 7 are its training loop.
+The method in eight steps, in which these letters recur:
 
-    1  open_model      read an original checkpoint; its weights W are frozen
-    2  open_text       cut plain text into rows of T token ids
-    3  start_masks     one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
-    4  Scores          one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
-    5  backpropagate   run W * M on text: masked-LM loss, distance to the dense model, or both       Eq. 3, 6
-    6  update          gradients pass straight through M to the scores; the optimizer moves them     Eq. 4
-    7  update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
-    8  finish          save the mask, and say what it is worth on held-out text
+    W    weights (theta in the paper)             S    scores (the paper's underlined M)
+    M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
+    n    number of entries that compete           s    sparsity, the fraction of them that is REMOVED
+
+    1  open_model         read an original checkpoint; its weights W are frozen (IMP alone trains them)
+    2  open_text          cut plain text into rows of T token ids
+    3  start_masks        one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
+    4  Scores             one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
+       train_scores       repeat 5 to 7, each time with the next rows:
+    5     backpropagate   the loss of W * M: masked LM, the distance to the dense model, or both        Eq. 3, 6
+                          (on its way back the gradient passes straight through M to S)                 Eq. 4
+    6     update          the optimizer moves the scores
+    7     update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
+    8  finish             save the mask, and say what it is worth on held-out text
+
+find_mask() takes them in this order. The same as one plain loop is a test in test_tamt.py:
+test_mask_training_gives_the_masks_of_a_plain_loop.
 
     1. The eight steps      find_mask; reading, and what is done at the end
     2. Masked layers        W * M, and the straight-through estimator
@@ -22,56 +31,23 @@ The method in eight steps. find_mask() takes them in this order; 5 to 7 are its 
     5. Losses               masked LM, distillation, dev losses
     6. Training             the loop, and one update
     7. IMP                  the baseline that trains W
-    Appendices              A as released: pins, optimizer, rates; B the fast ranking; C mask files; D the folder of a
-                            run; E settings; F devices. At a first reading, trust the names of what they define.
+    Appendices              A what follows the released code; B the fast ranking; C mask files; D the folder of a run;
+                            E settings; F devices and processes. A function that is called in chapters 1 to 7 and not
+                            defined there is in one of them; a first reading may skip them.
 
 The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
 afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
 random mask instead, and `--method imp`, iterative magnitude pruning, trains W itself between prunings.
 
-    W    weights (theta in the paper)             S    scores (the paper's underlined M)
-    M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
-    n    number of entries that compete           s    sparsity, the fraction of them that is REMOVED
-    B sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts
+In shapes: B or b sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts.
 
     batch        the rows of one update: --batch-size times --accumulate
     micro-batch  --batch-size of them, computed at once; several processes share them
     settings     what the user chose: the flags of the command line (settings.sparsity)
-    run          the settings with all defaults filled in, and run.trains (whether there is training at all),
-                 run.num_updates, run.horizon (the updates after which the learning rate, which falls linearly, would
-                 be 0: in a short run all of them, in the paper's runs and in IMP more), run.family (bert or
-                 roberta), run.machine (device, type of the forward pass, and which of several processes this is)
+    run          the settings with all defaults filled in, and what follows from them (Run, in appendix E)
     identity     the settings and checksums that --resume compares
 
-How the paper, the released code and this program differ. A first reading may skip the table: its terms are
-explained below. An empty cell means "as in the released code", a dash that the paper does not say.
-
-    |                 | paper                | released code                   | here
-    | what is ranked  | absolute scores      | signed scores                   |
-    | who competes    | all entries          | the entries of a matrix         | all; --rank local: those of a matrix
-    | how many go     | a fraction s         | int(n s), and all ties at the   | round(n s); of equal scores the
-    |                 |                      | threshold                       | first ones stay
-    | when            | -                    | every 1000 (kd: 100) updates; s | after every update;
-    |                 |                      | drifts in between               | --refresh-every as released
-    | gate            | S >= threshold       | S > threshold                   | rank; between refreshes as released
-    | masked set      | without the pooler   | with the pooler                 |
-    | decoder         | -                    | shares W of the embeddings, but |
-    |                 |                      | not their mask                  |
-    | entries without | -                    | compete like all others, though | --rank global: keep their start mask,
-    | gradient        |                      | no gradient moves their scores  | and count like all others
-    | optimizer       | -                    | AdamW; kd: BertAdam             |
-    | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
-    | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
-    |                 |                      | each corrupted                  |
-    | mean of kd      | over tokens          | over tokens and padding         | over tokens
-    | teacher of kd   | -                    | with dropout; mlm+kd: without   | without
-    | short runs      | -                    | the rate of full runs           | a higher one: learning_rate_of
-    | rewinding (imp) | to the pre-trained W | none: the trained W are copied  | to the pre-trained W;
-    |                 |                      | onto themselves                 | --no-rewind as released
-    | corruption      | 15 %                 | 15 % of all but special tokens  | [UNK] is a special token, too
-
-torch.save(tamt.load_mask("mask.pt"), "theirs.pt") makes a mask file for the released code. Left out, as in the
-released runs: distillation of attention, schedules of the sparsity. Also left out: FSDP.
+How the paper, the released code and this program differ stands in a table at the head of appendix A.
 """
 
 import argparse
@@ -106,48 +82,38 @@ PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 
 
 def find_mask(settings: "Settings") -> dict:
-    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json.
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several processes
+    the first one does; the others return {}.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
     machine = start_machine(settings.device, settings.dtype)
     with first_process_first(machine):  # it downloads and tokenises, and the others find its files
         model, vocabulary = open_model(settings, machine)  # step 1
-        run = resolve(settings, machine, model)
+        run = resolve(settings, machine, model)  # some defaults depend on the model
+        # omp and random do not train, and need a text only for dev losses.
         rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
-        dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # omp and random need no text
+        dev_rows = open_text(run, vocabulary, "dev") if run.data else None
 
     # The folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identity_of_run(run, rows, dev_rows)
     result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
     if result is not None:
-        if run.export and machine.process_index == 0:
-            masks = fit_masks(maskable_layers(model, run.scope), load_mask(run.out), run.out)
-            export_model(model, masks, vocabulary, run.export)
+        export_finished(run, model, vocabulary)
         return result
 
     layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
-    scores = None
-    if run.method != "imp":  # IMP makes its masks as it goes, in train_imp
-        masks = start_masks(layers, run)  # step 3
-        set_masks(layers, masks)
     if run.method == "tamt":
-        # No gradient reaches the pooler, which no loss reads, and the embeddings of words that the text does not use.
-        # In a ranking over all matrices their part of the mask stays as it is (Scores.pin says why).
+        masks = start_masks(layers, run)  # step 3
+        # Some entries never get a gradient: the pooler, which no loss reads, the embedding of [PAD], and with kd those
+        # of words that the text lacks. A ranking over all matrices leaves them as they start (Scores.pin says why).
         without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
         scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
-
-    if run.trains:
-        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
-              f"({run.lr_reason})")
-        training = Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows)
-        if state is not None:
-            restore_state(training, state)
-        if run.method == "imp":
-            train_imp(training)
-        else:
-            train_scores(training)  # steps 5, 6, 7
-        restore_original(training)  # of all that was trained, the masks of the layers alone are the result
+        train_scores(Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows, state))  # steps 5 to 7
+    elif run.method == "imp":  # makes its masks as it goes
+        train_imp(Training(run, identity, model, vocabulary, layers, None, rows, dev_rows, state))
+    else:  # omp and random end here
+        set_masks(layers, start_masks(layers, run))
     return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
 
 
@@ -159,13 +125,17 @@ def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
-        # Dev losses and exports have the head as it was before training. A random one is worth nothing there.
+        # Dev losses and exports take the head as it was before training, so they leave a random one out.
         print(f"{settings.model} has no masked-LM head: a fresh one is trained, too, and left out of dev losses and "
               "exports")
         torch.manual_seed(settings.seed)
         model.add_mlm_head()
         model.mlm_head.is_fresh = True
     return model.requires_grad_(False).to(machine.device), vocabulary
+
+
+def has_pretrained_head(model: bert.Model) -> bool:
+    return model.mlm_head is not None and not model.mlm_head.is_fresh
 
 
 def open_text(run, vocabulary, split: str):
@@ -184,7 +154,7 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
     model.eval()
     masks = {name: layer.mask for name, layer in layers.items()}
     report = sparsity_report(model, masks)
-    empty = [name for name, share in report["matrices"].items() if share == 1]
+    empty = [name for name, removed in report["matrices"].items() if removed == 1]
     if empty:
         print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
     losses = {}
@@ -192,8 +162,9 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
         losses = dev_losses(model, dev_rows, vocabulary, run.machine)
 
     # mask.pt has no times in it, so that equal runs give equal files.
-    measured = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
-    save_mask(run.out / "mask.pt", masks, metadata(run, run.num_updates, run.sparsity) | {"found": measured} | losses)
+    meta = metadata(run, run.num_updates, run.sparsity)
+    meta["found"] = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
+    save_mask(run.out / "mask.pt", masks, meta | losses)
     if run.export:
         export_model(model, masks, vocabulary, run.export)
 
@@ -206,7 +177,7 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    write_json(run.out / "mask.json", content)
+    write_json(run.out / "mask.json", content)  # last: it tells --resume that the run is finished
     print_summary(run.out / "mask.pt", content, run)
     return content
 
@@ -223,10 +194,12 @@ class StraightThrough(torch.autograd.Function):
     estimator treats M in the backward pass as if it were S (Eq. 4):
 
         dL/dS  :=  dL/dM  =  dL/d(W * M) * W
+
+    There is no M on the right-hand side. So pruned weights get a gradient, too, and can come back.
     """
 
     @staticmethod
-    def forward(ctx, weight, scores, mask):  # three tensors of one shape
+    def forward(ctx, weight, scores, mask):  # three tensors of one shape; scores only so that they get a gradient
         ctx.save_for_backward(weight)
         return weight * mask
 
@@ -240,19 +213,19 @@ class StraightThrough(torch.autograd.Function):
 class MaskedLayer(nn.Module):
     """What masked linear layers and embeddings share: weight, mask, and scores while a mask is learned.
 
-    Without scores the weight itself may train under the mask, as in IMP. While is_teacher is set the layer computes
-    with its whole weight, as in the dense model."""
+    Without scores the weight itself may train under the mask, as in IMP. While is_dense is set the layer computes with
+    its whole weight (chapter 5 does so to compare the masked model with the dense one)."""
 
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Not a buffer, so that state_dict() has the names of the checkpoint. At first everything is kept.
+        # Everything is kept at first. The mask is not a buffer, since state_dict() is to have the checkpoint's names.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)  # the class Scores sets it: a parameter of the weight's shape
-        self.is_teacher = False
+        self.is_dense = False
 
-    def masked(self, weight, scores, mask):
-        if self.is_teacher:
+    def apply_mask(self, weight, scores, mask):  # all of them, or of an embedding some rows
+        if self.is_dense:
             return weight
         if scores is None:
             return weight * mask
@@ -265,13 +238,13 @@ class MaskedLinear(MaskedLayer):
         self.bias = linear.bias
 
     def forward(self, x):  # (..., in) -> (..., out)
-        masked_weight = self.masked(self.weight, self.scores, self.mask)
+        masked_weight = self.apply_mask(self.weight, self.scores, self.mask)
         return F.linear(x, masked_weight, self.bias)
 
 
 class MaskedEmbedding(MaskedLayer):
-    """Looks up rows of the weight, the scores and the mask, and masks only those. (The masked-LM head reads the weight
-    itself, so a decoder that shares it is not masked.)"""
+    """Looks up rows of the weight, the scores and the mask, and masks only those. The decoder of the masked-LM head,
+    which shares the weight, reads it directly: so the decoder stays whole."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -282,7 +255,7 @@ class MaskedEmbedding(MaskedLayer):
         score_rows = None
         if self.scores is not None:
             score_rows = F.embedding(input_ids, self.scores, self.padding_idx)
-        return self.masked(weight_rows, score_rows, self.mask[input_ids])
+        return self.apply_mask(weight_rows, score_rows, self.mask[input_ids])
 
 
 def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
@@ -301,16 +274,15 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
     """Puts masked layers, which keep everything at first, in the place of the maskable ones."""
     layers = {}
     for name, layer in maskable_layers(model, scope).items():
-        masked = MaskedLinear(layer) if isinstance(layer, nn.Linear) else MaskedEmbedding(layer)
+        masked_layer = MaskedLinear(layer) if isinstance(layer, nn.Linear) else MaskedEmbedding(layer)
         parent, _, child = name.removesuffix(".weight").rpartition(".")
-        setattr(model.get_submodule(parent), child, masked)
-        layers[name] = masked
+        setattr(model.get_submodule(parent), child, masked_layer)
+        layers[name] = masked_layer
     return layers
 
 
 def set_masks(layers: dict, masks: dict):
-    """Gives each layer its mask; a layer without one keeps everything. (Once there are Scores, they write the masks
-    of the layers, in place, and this is not called any more.)"""
+    """Gives each layer its mask; a layer without one keeps everything."""
     for name, layer in layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -318,6 +290,27 @@ def set_masks(layers: dict, masks: dict):
 # ---------------------------------------------------------------------------------------------------
 # 3. The ranking: which entries stay
 # ---------------------------------------------------------------------------------------------------
+
+
+def make_masks(values: dict, sparsity: float, rank: str) -> dict:
+    """{name: values} -> {name: mask}: the largest values stay. rank, as in --rank, says which entries compete: all of
+    them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
+    if is_pattern(rank):
+        num_kept, group_size = parse_pattern(rank)
+        return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
+
+    if rank == "local":
+        masks = {}
+        for name, matrix in values.items():
+            num_pruned = round(matrix.numel() * sparsity)
+            masks[name] = prune_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
+        return masks
+
+    # "global": all matrices as one vector.
+    vector = torch.cat([matrix.flatten() for matrix in values.values()])
+    mask = prune_smallest(vector, round(len(vector) * sparsity))
+    pieces = mask.split([matrix.numel() for matrix in values.values()])
+    return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
 
 def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
@@ -333,38 +326,7 @@ def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
     return mask
 
 
-def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
-    """Writes into `mask` what prune_smallest() returns, faster, and returns where the threshold now lies.
-
-    It is called after every update, with the threshold that the last call returned. One update moves it little, so
-    nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
-    radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
-
-        values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
-        .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
-
-    If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
-    is exact in any case. Values may be infinite (chapter 4 pins scores that way), as long as no more than num_pruned
-    are minus infinity, and no more are plus infinity than are kept."""
-    low = threshold - radius
-    high = threshold + radius
-    # split_at (appendix B) writes values > high into mask; undecided: the positions where low < value <= high
-    num_above, undecided = split_at(values, low, high, mask)
-
-    num_below = len(values) - num_above - len(undecided)
-    num_to_prune = num_pruned - num_below  # of the undecided
-    if not 0 <= num_to_prune <= len(undecided):
-        return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
-
-    undecided_values = values[undecided]
-    undecided_mask = prune_smallest(undecided_values, num_to_prune)
-    mask[undecided] = undecided_mask
-    if num_to_prune == 0:
-        return low  # all pruned values are at or below it: near enough for the next guess
-    return float(undecided_values[~undecided_mask].max())
-
-
-def keep_largest_of_groups(values, num_kept: int, group_size: int):  # (rows, columns) -> (rows, columns) bool
+def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix -> bool matrix
     """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
     the `num_kept` largest stay, of equal ones the first.
 
@@ -381,43 +343,8 @@ def keep_largest_of_groups(values, num_kept: int, group_size: int):  # (rows, co
     return (num_ahead < num_kept).view_as(values)
 
 
-def make_masks(values: dict, sparsity: float, rank: str) -> dict:
-    """{name: values} -> {name: mask}. rank, as in --rank, says which entries compete: all of them ("global"), those of
-    each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
-    if is_pattern(rank):
-        num_kept, group_size = parse_pattern(rank)
-        return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
-
-    if rank == "local":
-        masks = {}
-        for name, matrix in values.items():
-            num_pruned = round(matrix.numel() * sparsity)
-            masks[name] = prune_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
-        return masks
-
-    vector = torch.cat([matrix.flatten() for matrix in values.values()])
-    mask = prune_smallest(vector, round(len(vector) * sparsity))
-    pieces = mask.split([matrix.numel() for matrix in values.values()])
-    return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
-
-
-def is_pattern(rank: str) -> bool:
-    return ":" in rank
-
-
-def parse_pattern(rank: str) -> tuple[int, int]:
-    """Of "2:4" the numbers 2 and 4. ValueError if it is not N:M with 0 < N < M."""
-    try:
-        num_kept, group_size = (int(number) for number in rank.split(":"))
-    except ValueError:
-        num_kept, group_size = 0, 0
-    if not 0 < num_kept < group_size:
-        raise ValueError(f"--rank {rank}: expected global, local, or N:M with 0 < N < M, such as 2:4")
-    return num_kept, group_size
-
-
 def magnitude_masks(layers: dict, sparsity: float, rank: str) -> dict:
-    """Masks by |W|. On fresh layers this is OMP; on layers that are masked already, the next level of IMP."""
+    """Masks by |W|. On layers that keep everything this is OMP; on masked ones, the next level of IMP."""
     magnitudes = {}
     for name, layer in layers.items():
         # What is pruned stays pruned: -1 is below every magnitude.
@@ -435,13 +362,10 @@ def random_masks(layers: dict, sparsity: float, rank: str, seed: int) -> dict:
 
 
 def start_masks(layers: dict, run: "Run") -> dict:
-    """Step 3: the OMP mask or the random mask.
-
-    A mask that scores start from is made matrix by matrix, as in the paper (or group by group with N:M), even if the
-    scores then compete globally."""
+    """Step 3: the OMP mask or the random mask."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
-        rank = "local"
+        rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
     if run.method == "random" or run.init == "random":
         return random_masks(layers, run.sparsity, rank, run.seed)
     return magnitude_masks(layers, run.sparsity, rank)
@@ -455,29 +379,32 @@ def start_masks(layers: dict, run: "Run") -> dict:
 @dataclass
 class Pool:
     """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie at or above the threshold, pruned
-    ones at or below it. (With N:M a single pool has all scores, and the groups compete inside it: num_pruned and
-    threshold are not used.)"""
+    ones at or below it. (With N:M there is one pool of all scores, and neither its num_pruned nor its threshold is
+    used: the groups compete inside it.)"""
     begin: int
     end: int
     num_pruned: int
-    threshold: float = PHI
+    threshold: float = PHI  # halfway between the two start scores, as in the paper
 
 
 class Scores:
     """One score for each masked weight, in one long vector, and the masks that follow from it.
 
-    layer.scores and layer.mask are views of a stretch of this vector and of its mask: what the optimizer writes
-    into layer.scores is what is ranked here, and what the ranking writes here is what the layer multiplies with.
-    So the vector and the mask are only ever changed in place.
+        vector  | scores of the first matrix, row by row | scores of the second | ...
+        mask    | mask of the first matrix               | mask of the second   | ...
+
+    layer.scores and layer.mask are views of these stretches: what the optimizer writes into layer.scores is what is
+    ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
+    changed in place.
 
     The scores that compete form a pool: all of them (global), or those of one matrix (local)."""
 
-    def __init__(self, layers: dict, start: dict, sparsity: float, rank: str, without_gradient: dict):
-        """start {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
+    def __init__(self, layers: dict, first_masks: dict, sparsity: float, rank: str, without_gradient: dict):
+        """first_masks {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
         mask}, from entries_without_gradient."""
         self.rank = rank
-        self.vector = torch.cat([2 * PHI * start[name].flatten().float() for name in layers])  # Eq. 5
-        self.mask = torch.cat([start[name].flatten() for name in layers])
+        self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in layers])  # Eq. 5
+        self.mask = torch.cat([first_masks[name].flatten() for name in layers])
         self.pools = []
 
         begin = 0
@@ -493,22 +420,20 @@ class Scores:
 
         if rank != "local":  # with N:M all groups of all matrices are ranked at once
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
-        if rank == "global":
-            self.pin(layers, start, without_gradient)
+        if rank == "global":  # the first masks of other rankings are exact already, since they are made in the same way
+            self.pin(layers, first_masks, without_gradient)
             self.make_start_exact()
 
-    def pin(self, layers: dict, start: dict, without_gradient: dict):
-        """Entries that never get a gradient keep their start mask, and still count among the round(n s).
+    def pin(self, layers: dict, first_masks: dict, without_gradient: dict):
+        """Entries that never get a gradient keep their first mask, and still count among the round(n s).
 
-        Their scores would stay near 0 or 2 phi forever, while the threshold drifts: once past one of the two, it would
-        prune or keep all of them at once. So their score becomes plus infinity if they start as kept, and minus
-        infinity if they start as pruned. (The optimizer leaves it infinite. With --rank local nothing is pinned, as
-        released: there the pooler, a matrix of its own without gradient, keeps its mask anyway. With N:M whole rows
-        lack a gradient, so the order inside their groups never changes.)"""
+        Their scores would stay at 0 or 2 phi forever, while the threshold drifts: as soon as it passed one of the two,
+        all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
+        infinity if they start as pruned. The optimizer leaves it infinite."""
         for name, is_pinned in without_gradient.items():
             scores = layers[name].scores.data
-            scores.masked_fill_(is_pinned & start[name], math.inf)
-            scores.masked_fill_(is_pinned & ~start[name], -math.inf)
+            scores.masked_fill_(is_pinned & first_masks[name], math.inf)
+            scores.masked_fill_(is_pinned & ~first_masks[name], -math.inf)
 
     def make_start_exact(self):
         """Lets a few entries change sides, so that the count is exact before the first update, too.
@@ -516,41 +441,39 @@ class Scores:
         The start mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each,
         together 4, where round(10 s) = 5 are due. The ranking settles which entries change sides, and each gets the
         start score of its new side."""
-        self.update_masks()
+        [pool] = self.pools
+        self.mask.copy_(prune_smallest(self.vector, pool.num_pruned))
         start_scores = 2 * PHI * self.mask
         self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
-        for pool in self.pools:
-            pool.threshold = PHI  # halfway between the two start scores, as in the paper
 
     @torch.no_grad()
     def update_masks(self, radius: float | None = None):
         """Step 7: ranks the scores anew, after which exactly the right number is pruned.
 
-        radius: how far a threshold has probably moved since the last ranking; None if unknown."""
+        radius: how far a threshold has probably moved since the last ranking, which makes this one faster; None if
+        unknown."""
+        if is_pattern(self.rank):
+            num_kept, group_size = parse_pattern(self.rank)
+            # In the vector rows follow each other. Their widths are multiples of group_size, so no group is torn.
+            self.mask.copy_(keep_largest_of_groups(self.vector, num_kept, group_size))
+            return
         for pool in self.pools:
             scores = self.vector[pool.begin:pool.end]
             mask = self.mask[pool.begin:pool.end]
-            if is_pattern(self.rank):
-                num_kept, group_size = parse_pattern(self.rank)
-                # All rows behind each other: their widths are multiples of the group's size, so no group is torn.
-                mask.copy_(keep_largest_of_groups(scores[None], num_kept, group_size)[0])
-            elif radius is not None:
-                pool.threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, radius, mask)
-            else:
+            if radius is None:
                 mask.copy_(prune_smallest(scores, pool.num_pruned))
-                pool.threshold = largest(scores[~mask])
+                pruned_scores = scores[~mask]
+                pool.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
+            else:  # the same mask, faster (appendix B)
+                pool.threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, radius, mask)
 
     @torch.no_grad()
     def apply_old_thresholds(self):
-        """Between two refreshes, as released: the threshold stands still, S > threshold decides, and the sparsity
-        drifts."""
+        """In place of update_masks, as the released code does between two rankings (--refresh-every): the threshold
+        stands still, S > threshold decides, and the sparsity drifts."""
         for pool in self.pools:
             scores = self.vector[pool.begin:pool.end]
             torch.gt(scores, pool.threshold, out=self.mask[pool.begin:pool.end])
-
-
-def largest(values) -> float:
-    return float(values.max()) if len(values) else -math.inf
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -558,32 +481,7 @@ def largest(values) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
-    """Cross-entropy at the chosen positions, their sum divided by num_predictions (default: P). A micro-batch
-    divides by the number of its whole batch, so that the losses of the micro-batches add up to the batch's mean."""
-    if num_predictions is None:
-        num_predictions = len(labels)
-    total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(num_predictions, 1)
-
-
-def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None):
-    """Eq. 6: 1 - cosine of the teacher's and the student's hidden states.
-
-    teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
-    the layers 1 .. L, without the embedding output, and over tokens: 0 for equal states, 2 for opposite ones. With
-    num_tokens the sum over tokens is divided by that number instead, as in mlm_loss."""
-    total = 0.0
-    for of_teacher, of_student in zip(teacher[1:], student[1:], strict=True):  # (B, T, D) each
-        cosine = F.cosine_similarity(of_teacher.float(), of_student.float(), dim=-1)  # (B, T)
-        distance = 1 - cosine
-        if attention_mask is not None:
-            distance = distance * attention_mask
-        total = total + distance.sum()
-    if num_tokens is None:
-        num_tokens = teacher[0].shape[:2].numel() if attention_mask is None else attention_mask.sum()
-    num_layers = len(teacher) - 1
-    return total / (num_layers * num_tokens)
+# Of distillation the student is the model under its mask, and the teacher the same model without.
 
 
 @dataclass
@@ -610,7 +508,7 @@ def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
 
 
 class MicroBatch(NamedTuple):
-    """A process's share of a micro-batch, as tensors: b rows, which one forward pass takes."""
+    """The rows of a forward pass as tensors: a micro-batch, or of several processes the share of this one."""
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
@@ -618,38 +516,44 @@ class MicroBatch(NamedTuple):
     labels: torch.Tensor  # (P,)
 
 
-def make_micro_batch(batch: Batch, which: slice, device) -> MicroBatch:
-    input_ids = batch.input_ids[which]
-    is_token = batch.is_token[which]
-    positions = np.flatnonzero(batch.is_chosen[which])
+def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
+    input_ids = batch.input_ids[row_slice]
+    is_token = batch.is_token[row_slice]
+    positions = np.flatnonzero(batch.is_chosen[row_slice])
     return MicroBatch(
         input_ids=to_device(input_ids, device),
-        corrupted_ids=to_device(batch.corrupted_ids[which], device),
+        corrupted_ids=to_device(batch.corrupted_ids[row_slice], device),
         attention_mask=None if is_token.all() else to_device(is_token, device),
         positions=to_device(positions, device),
         labels=to_device(input_ids.reshape(-1)[positions], device))
 
 
-def micro_batch_loss(model, network, objective: str, inputs: MicroBatch, num_tokens: int, num_predictions: int):
-    """The loss of a micro-batch. num_tokens and num_predictions are those of its whole batch, so the losses of the
-    micro-batches add up to the mean over the batch.
+def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
+    """Cross-entropy at the chosen positions, their sum divided by num_predictions (default: P). A micro-batch
+    divides by the number of its whole batch, so that the losses of the micro-batches add up to the batch's mean."""
+    if num_predictions is None:
+        num_predictions = len(labels)
+    total = F.cross_entropy(logits.float(), labels, reduction="sum")
+    return total / max(num_predictions, 1)
 
-    With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
-    one. network is the model, possibly compiled or wrapped for several processes: it computes the student."""
-    input_ids = inputs.input_ids if objective == "kd" else inputs.corrupted_ids
-    student_states = network(input_ids, inputs.attention_mask)  # L + 1 times (b, T, D)
-    loss = 0.0
 
-    if objective in ("mlm", "mlm+kd"):
-        # Logits at the chosen positions alone give the same loss and the same gradients.
-        hidden_states = student_states[-1].flatten(0, 1)[inputs.positions]  # (P, D)
-        loss = loss + mlm_loss(model.mlm_logits(hidden_states), inputs.labels, num_predictions)
+def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None):
+    """Eq. 6: 1 - cosine of the teacher's and the student's hidden states.
 
-    if objective in ("kd", "mlm+kd"):
-        with dense_teacher(model):
-            teacher_states = model(input_ids, inputs.attention_mask)
-        loss = loss + kd_loss(teacher_states, student_states, inputs.attention_mask, num_tokens)
-    return loss
+    teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
+    the layers 1 .. L, without the embedding output, and over tokens: 0 for equal states, 2 for opposite ones. With
+    num_tokens the sum over tokens is divided by that number instead, as in mlm_loss."""
+    total = 0.0
+    for teacher_state, student_state in zip(teacher[1:], student[1:], strict=True):  # (B, T, D) each
+        cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (B, T)
+        distance = 1 - cosine
+        if attention_mask is not None:
+            distance = distance * attention_mask
+        total = total + distance.sum()
+    if num_tokens is None:
+        num_tokens = teacher[0].shape[:2].numel() if attention_mask is None else attention_mask.sum()
+    num_layers = len(teacher) - 1
+    return total / (num_layers * num_tokens)
 
 
 @contextmanager
@@ -659,19 +563,37 @@ def dense_teacher(model):
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     was_training = model.training
     for layer in layers:
-        layer.is_teacher = True
+        layer.is_dense = True
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         for layer in layers:
-            layer.is_teacher = False
+            layer.is_dense = False
         model.train(was_training)
 
 
-def has_pretrained_head(model: bert.Model) -> bool:
-    return model.mlm_head is not None and not model.mlm_head.is_fresh
+def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, num_tokens: int, num_predictions: int):
+    """The loss of a micro-batch. num_tokens and num_predictions are those of its whole batch, so the losses of the
+    micro-batches add up to the mean over the batch.
+
+    With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
+    one. student: the model, possibly compiled or wrapped for several processes."""
+    input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
+    student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
+    loss = 0.0
+
+    if objective in ("mlm", "mlm+kd"):
+        # Logits at the chosen positions alone give the same loss and the same gradients.
+        hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
+        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, num_predictions)
+
+    if objective in ("kd", "mlm+kd"):
+        with dense_teacher(model):
+            teacher_states = model(input_ids, micro_batch.attention_mask)
+        loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, num_tokens)
+    return loss
 
 
 @torch.no_grad()
@@ -683,22 +605,26 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     or if the rows are so few that no token was chosen for prediction.
     dev_kd_loss: Eq. 6 on the clean rows."""
     objectives = ["mlm", "kd"] if has_pretrained_head(model) else ["kd"]
-    losses = {objective: [] for objective in objectives}  # of the batches
+    batch_losses = {objective: [] for objective in objectives}
     was_training = model.training
     model.eval()
     generator = np.random.default_rng(42)  # the seed of the released evaluation
     for start in range(0, len(rows), batch_size):
         batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
-        inputs = make_micro_batch(batch, slice(None), machine.device)
+        micro_batch = make_micro_batch(batch, slice(None), machine.device)
         for objective in objectives:
             if objective == "mlm" and batch.num_predictions == 0:
                 continue  # a last batch may be so short that it says nothing
             with autocast(machine):
-                loss = micro_batch_loss(model, model, objective, inputs, batch.num_tokens, batch.num_predictions)
-            losses[objective].append(max(float(loss), 0.0))  # for equal states 1 - cosine may round to below 0
+                loss = micro_batch_loss(model, model, objective, micro_batch, batch.num_tokens, batch.num_predictions)
+            batch_losses[objective].append(max(float(loss), 0.0))  # for equal states 1 - cosine may round to below 0
     model.train(was_training)
-    return {f"dev_{objective}_loss": sum(of_batches) / len(of_batches)
-            for objective, of_batches in losses.items() if of_batches}
+
+    losses = {}
+    for objective, values in batch_losses.items():
+        if values:
+            losses[f"dev_{objective}_loss"] = sum(values) / len(values)
+    return losses
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -709,32 +635,36 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 class Training:
     """A run in progress. What its updates change is saved in state.pt."""
 
-    def __init__(self, run, identity, model, vocabulary, layers, scores, rows, dev_rows):
+    def __init__(self, run, identity, model, vocabulary, layers, scores, rows, dev_rows, state=None):
+        """scores: None with imp, where W trains. state: None, or that of an interrupted run."""
+        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+              f"({run.lr_reason})")
         self.run = run
         self.identity = identity  # what --resume compares
         self.model = model
         self.vocabulary = vocabulary
         self.layers = layers
-        self.scores = scores  # None with imp, where W trains
+        self.scores = scores
         self.rows = rows
         self.dev_rows = dev_rows
 
         self.parameters = choose_what_trains(model, run)  # {name: what trains}
-        self.original = {}  # start values of the weights that train: with mlm those of the head, with imp all
+        self.start_weights = {}  # of the weights among them: with mlm those of the head, with imp all, with kd none
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
-                self.original[name] = parameter.detach().clone()
+                self.start_weights[name] = parameter.detach().clone()
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
-        self.network = wrap_network(model, run)
+        self.student = wrap_network(model, run)  # the model, possibly compiled or wrapped for several processes
         self.log = Log(run, layers)
         self.step = 0  # updates done
         self.saved_at = time.time()
+        if state is not None:
+            restore_state(self, state)
 
 
 def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
     """Freezes all other parameters, and returns those that train. With tamt the scores, and for masked LM its head
-    without the decoder, whose matrix is W of the embeddings (TAMT masking/maskers.py:524); with imp all weights but the
-    pooler's, which get no gradient."""
+    without the decoder (TAMT masking/maskers.py:524); with imp all weights but the pooler's, which get no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith(".scores"):
             continue  # Scores has decided that already: all train but the pooler's
@@ -751,27 +681,30 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.step < run.num_updates:
-        learning_rate = run.lr * (1 - training.step / run.horizon)  # linear decay, no warm-up; above 0 to the end
-        loss = update(training, next_batch(training), learning_rate, t=training.step + 1)  # steps 5 and 6
+        learning_rate = run.lr * (1 - training.step / run.horizon)  # falls linearly, to 0 at update run.horizon or not
+        batch = next_batch(training)
+        loss = update(training, batch, learning_rate, update_number=training.step + 1)  # steps 5 and 6
         training.step += 1
-
-        # Step 7. AdamW moves a score by about the learning rate, and a threshold hardly ever by more than half of that.
-        # So only scores within that radius of the old threshold need sorting (prune_smallest_near, chapter 3).
         if run.refresh_every == 1:
-            training.scores.update_masks(radius=learning_rate / 2)
-        elif is_refresh_due(run, training.step):  # --refresh-every, as in the released code
-            training.scores.update_masks()
+            # AdamW moves a score by about the learning rate, and a threshold hardly ever by more than half of that.
+            training.scores.update_masks(radius=learning_rate / 2)  # step 7
         else:
-            training.scores.apply_old_thresholds()
-
-        losses = {}
-        if training.step % run.eval_every == 0 and training.step < run.num_updates:
-            with original_weights(training):  # every mask is evaluated with the head as it was before training
-                losses = evaluate_on_dev(training)
-        training.log.step(training.step, loss, learning_rate, losses)
-        if training.step % run.save_every == 0:
-            save_mask_of_step(training, run.sparsity)
+            refresh_as_released(training)  # appendix A
+        report_progress(training, loss, learning_rate)
         save_state_if_due(training)
+    restore_start_weights(training)  # the head is thrown away; the masks are the result
+
+
+def report_progress(training: Training, loss: float, learning_rate: float):
+    """A line of the log, and now and then the dev losses and the mask as a file."""
+    run = training.run
+    losses = {}
+    if training.step % run.eval_every == 0 and training.step < run.num_updates:  # after the last one finish() does it
+        with start_weights_in_place(training):  # every mask is evaluated with the head as it was before training
+            losses = evaluate_on_dev(training)
+    training.log.step(training.step, loss, learning_rate, losses)
+    if training.step % run.save_every == 0:
+        save_mask_of_step(training, run.sparsity)
 
 
 def next_batch(training: Training) -> Batch:
@@ -780,22 +713,22 @@ def next_batch(training: Training) -> Batch:
     run = training.run
     step = training.step
     seed_dropout(run.seed, step, run.machine.process_index)
-    num_rows = run.batch_size * run.accumulate
-    indices = data.row_indices(len(training.rows), run.seed, step * num_rows, num_rows)
+    batch_rows = run.batch_size * run.accumulate
+    indices = data.row_indices(len(training.rows), run.seed, step * batch_rows, batch_rows)
     generator = data.random_stream(run.seed, "corruption", step)
     return make_batch(training.rows[indices], training.vocabulary, generator)
 
 
 def seed_dropout(seed: int, step: int, process_index: int = 0):
-    """Dropout depends on nothing else: one number for each seed, update (up to a million) and process (up to a
-    thousand)."""
+    """Dropout depends on nothing else. The numbers differ for all seeds, updates (up to a million) and processes (up to
+    a thousand)."""
     torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
 
 
-def update(training: Training, batch: Batch, learning_rate: float, t: int) -> float:
+def update(training: Training, batch: Batch, learning_rate: float, update_number: int) -> float:
     """Steps 5 and 6: one update of the scores (with imp, of the weights) -> the loss of the batch.
 
-    t is the number of the update for the optimizer, from 1; with imp it restarts in each round."""
+    update_number: that of the optimizer, from 1; with imp it restarts in each round."""
     run = training.run
     loss = backpropagate(training, batch)
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
@@ -805,31 +738,26 @@ def update(training: Training, batch: Batch, learning_rate: float, t: int) -> fl
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
                          "state")
 
-    # AdamW, or for kd BertAdam, as in the released code. They treat eps and the bias of the moments in other ways than
-    # torch's AdamW, which computes the same updates if its settings change with t (appendix A).
-    training.optimizer.param_groups[0] |= optimizer_settings(run.objective, learning_rate, t)
+    # The optimizers of the released code are torch's AdamW with settings that change with each update (appendix A).
+    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
     training.optimizer.step()
     training.optimizer.zero_grad()
     return loss
 
 
 def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
-    """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device.
-
-    The batch is computed in micro-batches. Every process has the whole batch, and of each micro-batch it computes
-    the rows that are its share: with 2 processes and micro-batches of 16 rows the first process computes the rows
-    0 .. 7, 16 .. 23, and so on."""
+    """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device. The batch is computed in
+    micro-batches, of which every process computes its share."""
     run = training.run
     machine = run.machine
-    share = run.batch_size // machine.num_processes  # rows
-    starts = range(machine.process_index * share, len(batch.input_ids), run.batch_size)  # one per micro-batch
+    slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
     total_loss = torch.zeros((), device=machine.device)
-    for start in starts:
-        inputs = make_micro_batch(batch, slice(start, start + share), machine.device)
-        is_last = start == starts[-1]  # only now do the processes exchange their gradients
+    for row_slice in slices:
+        micro_batch = make_micro_batch(batch, row_slice, machine.device)
+        is_last = row_slice is slices[-1]  # only now do the processes exchange their gradients
         with average_gradients_if(is_last, training):
             with autocast(machine):
-                loss = micro_batch_loss(training.model, training.network, run.objective, inputs,
+                loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch,
                                         batch.num_tokens, batch.num_predictions)
             (loss * machine.num_processes).backward()  # processes average gradients; their sum is wanted
         total_loss += loss.detach()
@@ -848,11 +776,11 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 
 
 @contextmanager
-def original_weights(training: Training):
-    """Inside the with block the model has its original weights; afterwards the trained ones are back. Nothing is
-    copied: the parameters exchange the memory that they point to."""
-    trained = {name: training.parameters[name].data for name in training.original}
-    restore_original(training)
+def start_weights_in_place(training: Training):
+    """Inside the with block the weights that train are what they were before; afterwards the trained ones are back.
+    Nothing is copied: the parameters exchange the memory that they point to."""
+    trained = {name: training.parameters[name].data for name in training.start_weights}
+    restore_start_weights(training)
     try:
         yield
     finally:
@@ -860,8 +788,8 @@ def original_weights(training: Training):
             training.parameters[name].data = weight
 
 
-def restore_original(training: Training):
-    for name, weight in training.original.items():
+def restore_start_weights(training: Training):
+    for name, weight in training.start_weights.items():
         training.parameters[name].data = weight
 
 
@@ -874,24 +802,25 @@ def train_imp(training: Training):
     """Iterative magnitude pruning (Chen et al. 2020): train W under the mask with the masked-LM loss, prune 10 % more,
     rewind W, repeat.
 
-    The first 10 % are pruned before any training, so a run of k prunings has k - 1 rounds of training between them,
+    The first 10 % are pruned before any training. So 70 % take seven prunings, and six rounds of training between them,
     each of run.prune_every updates: run.num_updates is the product. Dev losses are computed at the end only.
     In each round the optimizer and the schedule start anew. The schedule's horizon is that of ten rounds, so the
     learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
-    levels = imp_levels(run.sparsity)
+    levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
     if training.step == 0:
         prune_and_rewind(training, levels[0])
     while training.step < run.num_updates:
         step_in_round = training.step % run.prune_every
-        learning_rate = run.lr * max(1 - step_in_round / run.horizon, 0)
-        loss = update(training, next_batch(training), learning_rate, t=step_in_round + 1)
+        learning_rate = run.lr * (1 - step_in_round / run.horizon)
+        loss = update(training, next_batch(training), learning_rate, update_number=step_in_round + 1)
         training.step += 1
         if training.step % run.prune_every == 0:
             prune_and_rewind(training, levels[training.step // run.prune_every])
         training.log.step(training.step, loss, learning_rate, {})
         save_state_if_due(training)
+    restore_start_weights(training)  # of all that was trained the masks alone are the result
 
 
 def prune_and_rewind(training: Training, level: float):
@@ -900,9 +829,9 @@ def prune_and_rewind(training: Training, level: float):
     run = training.run
     set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
     if not run.no_rewind:
-        for name, weight in training.original.items():
+        for name, weight in training.start_weights.items():
             is_backbone = name.startswith(f"{run.family}.")
-            if is_backbone:  # copied, since training goes on from here and must not change the original
+            if is_backbone:  # copied, since training goes on from here and must not change the start weights
                 training.parameters[name].data.copy_(weight)
     training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
     save_mask_of_step(training, level)
@@ -916,9 +845,38 @@ def imp_levels(sparsity: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: what follows the released code: pins, optimizer, learning rates, refreshes.
-# Skip it at a first reading, like all appendices.
+# Appendix A: what follows the released code. Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
+
+# How the paper, the released code and this program differ. An empty cell means "as in the released code", a dash that
+# the paper does not say.
+#
+#     |                 | paper                | released code                   | here
+#     | what is ranked  | absolute scores      | signed scores                   |
+#     | who competes    | all entries          | the entries of a matrix         | all; --rank local: those of a matrix
+#     | how many go     | a fraction s         | int(n s), and all ties at the   | round(n s); of equal scores the
+#     |                 |                      | threshold                       | first ones stay
+#     | when            | -                    | every 1000 (kd: 100) updates; s | after every update;
+#     |                 |                      | drifts in between               | --refresh-every as released
+#     | gate            | S >= threshold       | S > threshold                   | rank; between refreshes as released
+#     | masked set      | without the pooler   | with the pooler                 |
+#     | decoder         | -                    | shares W of the embeddings, but |
+#     |                 |                      | not their mask                  |
+#     | entries without | -                    | compete like all others, though | --rank global: keep their start mask,
+#     | gradient        |                      | no gradient moves their scores  | and count like all others
+#     | optimizer       | -                    | AdamW; kd: BertAdam             |
+#     | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
+#     | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
+#     |                 |                      | each corrupted                  |
+#     | mean of kd      | over tokens          | over tokens and padding         | over tokens
+#     | teacher of kd   | -                    | with dropout; mlm+kd: without   | without
+#     | short runs      | -                    | the rate of full runs           | a higher one: learning_rate_of
+#     | rewinding (imp) | to the pre-trained W | none: the trained W are copied  | to the pre-trained W;
+#     |                 |                      | onto themselves                 | --no-rewind as released
+#     | corruption      | 15 %                 | 15 % of all but special tokens  | [UNK] is a special token, too
+#
+# Left out, as in the released runs: distillation of attention, schedules of the sparsity. Also left out: FSDP.
+# torch.save(tamt.load_mask("mask.pt"), "theirs.pt") makes a mask file for the released code.
 
 HIGHEST_RATE = 0.01  # of those that are raised for short runs
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
@@ -973,6 +931,14 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
     return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
 
 
+def refresh_as_released(training: Training):
+    """--refresh-every: the masks follow from new thresholds only now and then, and from the old ones in between."""
+    if is_refresh_due(training.run, training.step):
+        training.scores.update_masks()
+    else:
+        training.scores.apply_old_thresholds()
+
+
 def is_refresh_due(run: "Run", step: int) -> bool:
     """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
     updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
@@ -1014,8 +980,39 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: the comparison of the ranking, fast on a CPU, too
+# Appendix B: the fast ranking
 # ---------------------------------------------------------------------------------------------------
+
+
+def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
+    """Writes into `mask` what prune_smallest() returns, faster, and returns where the threshold now lies.
+
+    It is called after every update, with the threshold that the last call returned. One update moves it little, so
+    nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
+    radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
+
+        values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
+        .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
+
+    If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
+    is exact in any case. Values may be infinite (Scores.pin makes them so), as long as no more than num_pruned
+    are minus infinity, and no more are plus infinity than are kept."""
+    low = threshold - radius
+    high = threshold + radius
+    # split_at() writes values > high into mask; undecided: the positions where low < value <= high
+    num_above, undecided = split_at(values, low, high, mask)
+
+    num_below = len(values) - num_above - len(undecided)
+    num_undecided_to_prune = num_pruned - num_below  # of the undecided
+    if not 0 <= num_undecided_to_prune <= len(undecided):
+        return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
+
+    undecided_values = values[undecided]
+    undecided_mask = prune_smallest(undecided_values, num_undecided_to_prune)
+    mask[undecided] = undecided_mask
+    if num_undecided_to_prune == 0:
+        return low  # a lower bound of where the threshold lies is good enough as the next guess
+    return float(undecided_values[~undecided_mask].max())
 
 
 PIECE_SIZE = 1 << 18  # as many values stay in the cache
@@ -1270,6 +1267,13 @@ def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
         known["lines"] = settings.lines or meta.get("lines", False)
         known["seq_len"] = settings.seq_len or seq_len
     return dataclasses.replace(settings, **known)
+
+
+def export_finished(run, model: bert.Model, vocabulary):
+    """--resume with --export, of a run that is finished."""
+    if run.export and run.machine.process_index == 0:
+        masks = fit_masks(maskable_layers(model, run.scope), load_mask(run.out), run.out)
+        export_model(model, masks, vocabulary, run.export)
 
 
 def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
@@ -1739,6 +1743,21 @@ def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
                num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
 
 
+def is_pattern(rank: str) -> bool:
+    return ":" in rank
+
+
+def parse_pattern(rank: str) -> tuple[int, int]:
+    """Of "2:4" the numbers 2 and 4. ValueError if it is not N:M with 0 < N < M."""
+    try:
+        num_kept, group_size = (int(number) for number in rank.split(":"))
+    except ValueError:
+        num_kept, group_size = 0, 0
+    if not 0 < num_kept < group_size:
+        raise ValueError(f"--rank {rank}: expected global, local, or N:M with 0 < N < M, such as 2:4")
+    return num_kept, group_size
+
+
 def schedule(values: dict) -> tuple[int, int]:
     """The number of updates, and the horizon of the linear decay."""
     if values["method"] in ("omp", "random"):
@@ -1974,11 +1993,19 @@ def wrap_network(model, run):
     return network
 
 
+def slices_of_process(run, num_rows: int) -> list[slice]:
+    """The rows that this process computes, a slice of each micro-batch: with 2 processes and micro-batches of 16 rows
+    the first process computes the rows 0 .. 7, 16 .. 23, and so on."""
+    share = run.batch_size // run.machine.num_processes
+    starts = range(run.machine.process_index * share, num_rows, run.batch_size)
+    return [slice(start, start + share) for start in starts]
+
+
 def average_gradients_if(is_last: bool, training: "Training"):
     """Gradients are averaged across processes in the last backward pass of an update only."""
     if is_last or training.run.machine.num_processes == 1:
         return nullcontext()
-    return training.network.no_sync()
+    return training.student.no_sync()
 
 
 @contextmanager

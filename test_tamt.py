@@ -1224,8 +1224,8 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 #     finetune.train(experiment)                          # calls finetune.update(experiment, ...) for each batch
 #
 # It holds .model, the network with a head for its task; .run, the settings with all defaults filled in; and
-# .all_task_data, for each of its tasks the token ids .train, the .targets, and the .task. finetune.task_logits(model,
-# task_data, sequences) is its forward pass.
+# .all_task_data, for each of its tasks the token ids .train_sequences, the .train_targets, and the .task.
+# finetune.task_logits(model, task_data, sequences) is its forward pass.
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):
@@ -1268,8 +1268,8 @@ def training_batches(experiment, num_epochs):
     batches = []
     for epoch in range(num_epochs):
         for _, indices in finetune.epoch_batches([task_data], experiment.run, epoch):
-            sequences = [task_data.train[index] for index in indices]
-            batches.append((sequences, torch.from_numpy(task_data.targets[indices])))
+            sequences = [task_data.train_sequences[index] for index in indices]
+            batches.append((sequences, torch.from_numpy(task_data.train_targets[indices])))
     return batches
 
 
@@ -1495,7 +1495,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", family=family, mask=ticket_path))
     full = finetune.open_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
-    sequences = task_data.train[:8]
+    sequences = task_data.train_sequences[:8]
     found = finetune.task_logits(cut.model, task_data, sequences)
     assert not torch.allclose(found, finetune.task_logits(full.model, task_data, sequences), atol=1e-3)
 
@@ -1541,8 +1541,8 @@ def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
         name = task_data.task.name
         alone = finetune.open_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
         alone.model.classifier = task_data.own_parts.task_head
-        found = finetune.predict_logits(shared, task_data, task_data.train)
-        expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train)
+        found = finetune.predict_logits(shared, task_data, task_data.train_sequences)
+        expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 

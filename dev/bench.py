@@ -73,7 +73,7 @@ def make_our_step(size: Size, objective: str = "mlm") -> Callable:
     training = gpu.make_training(size, objective, cpu())
 
     def step():
-        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, t=training.step + 1)
+        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, update_number=training.step + 1)
         training.step += 1
         training.scores.update_masks(radius=LEARNING_RATE / 2)
 
@@ -292,7 +292,7 @@ def part_ranking(args):
     scores = training.scores
 
     def update():
-        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, t=training.step + 1)
+        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, update_number=training.step + 1)
         training.step += 1
 
     def rank():

@@ -241,7 +241,7 @@ def spread(scores: tamt.Scores):
 
 def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> float:
     """What train_scores() does for each update -> the loss."""
-    loss = tamt.update(training, tamt.next_batch(training), learning_rate, t=training.step + 1)
+    loss = tamt.update(training, tamt.next_batch(training), learning_rate, update_number=training.step + 1)
     training.step += 1
     training.scores.update_masks(radius=learning_rate / 2)
     return loss

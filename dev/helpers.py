@@ -88,9 +88,9 @@ def updates_made(monkeypatch):
     numbers = []
     update = finetune.update
 
-    def counted(*arguments, t):
-        numbers.append(t)
-        return update(*arguments, t=t)
+    def counted(*arguments, update_number):
+        numbers.append(update_number)
+        return update(*arguments, update_number=update_number)
 
     monkeypatch.setattr(finetune, "update", counted)
     return numbers
@@ -179,7 +179,7 @@ def begin(settings):
 
 def three_updates(training):
     for t in (1, 2, 3):
-        tamt.update(training, tamt.next_batch(training), learning_rate=2e-3, t=t)
+        tamt.update(training, tamt.next_batch(training), learning_rate=2e-3, update_number=t)
         training.step += 1
 
 

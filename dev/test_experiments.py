@@ -73,7 +73,7 @@ def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
     experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
     task_data = experiment.all_task_data[0]
     with torch.no_grad(), tamt.autocast(experiment.run.machine):
-        logits = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
+        logits = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8])
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
 
@@ -129,8 +129,8 @@ def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, n
 def test_transformers_loads_the_export_with_equal_logits(finished, name, family):
     experiment = finished(name, family)
     task_data = experiment.all_task_data[0]
-    ours = finetune.task_logits(experiment.model, task_data, task_data.train[:8])
-    theirs, attention_mask = logits_of_export(experiment, task_data.train[:8])
+    ours = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8])
+    theirs, attention_mask = logits_of_export(experiment, task_data.train_sequences[:8])
     if name == "squad":  # in the padding ours are -10,000
         ours, theirs = ours[attention_mask], theirs[attention_mask]
     assert_close(ours, theirs)
@@ -142,7 +142,7 @@ def test_the_exported_tokenizer_gives_the_ids_of_training(finished, name, family
     experiment = finished(name, family)
     task_data = experiment.all_task_data[0]
     tokenizer = transformers.AutoTokenizer.from_pretrained(experiment.run.export)
-    for example, (input_ids, _) in zip(task_data.examples["train"][:8], task_data.train, strict=False):
+    for example, (input_ids, _) in zip(task_data.examples["train"][:8], task_data.train_sequences, strict=False):
         encoded = tokenizer(example.text_a, example.text_b, truncation=True, max_length=48)
         assert encoded["input_ids"] == list(input_ids)
 
@@ -237,7 +237,7 @@ def limited_data(tasks, out, task, **changes):
     settings = dense_settings(tasks, out / str(changes), task=task, max_len=24, **changes)
     task_data = finetune.open_experiment(settings).all_task_data[0]
     return [(tuple(input_ids), tuple(np.ravel(target)))
-            for (input_ids, _), target in zip(task_data.train, task_data.targets, strict=True)]
+            for (input_ids, _), target in zip(task_data.train_sequences, task_data.train_targets, strict=True)]
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
@@ -257,9 +257,9 @@ def test_limit_draws_by_the_seed_alone(tasks, tmp_path, task):
 def test_for_squad_limit_is_a_number_of_windows(tasks, tmp_path):
     task_data = finetune.open_experiment(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
     num_questions = len(task_data.examples["train"])
-    assert num_questions == 24 < len(task_data.train)  # a long paragraph gives several windows
+    assert num_questions == 24 < len(task_data.train_sequences)  # a long paragraph gives several windows
     settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
-    assert len(finetune.open_experiment(settings).all_task_data[0].train) == 30
+    assert len(finetune.open_experiment(settings).all_task_data[0].train_sequences) == 30
 
 
 def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):

@@ -237,7 +237,7 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
     training = begin(mask_settings(inputs, objective=objective, sparsity=0.7, rank="global", steps=30))
     start = masks_of(training.layers)
     for step in range(30):
-        tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, t=step + 1)
+        tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, update_number=step + 1)
         training.step += 1
         training.scores.update_masks()
         for name, rows in expected_pins(training).items():

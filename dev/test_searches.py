@@ -116,8 +116,8 @@ def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(cut_exper
     task_data = cut_experiment.all_task_data[0]
     finetune.export_model(cut_experiment, task_data)
     with torch.no_grad():
-        ours = finetune.task_logits(cut_experiment.model, task_data, task_data.train[:8])
-    theirs, _ = logits_of_export(cut_experiment, task_data.train[:8])
+        ours = finetune.task_logits(cut_experiment.model, task_data, task_data.train_sequences[:8])
+    theirs, _ = logits_of_export(cut_experiment, task_data.train_sequences[:8])
     assert_close(ours, theirs)
 
 
@@ -289,8 +289,8 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
     ffns = torch.zeros(len(layers))
     for start in range(0, num_batches * batch_size, batch_size):
         batch = slice(start, start + batch_size)
-        logits = finetune.task_logits(experiment.model, task_data, task_data.train[batch])
-        F.cross_entropy(logits, torch.from_numpy(task_data.targets[batch])).backward()
+        logits = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[batch])
+        F.cross_entropy(logits, torch.from_numpy(task_data.train_targets[batch])).backward()
         for index, layer in enumerate(layers):
             heads[index] += head_gates[layer.attention.output.dense].grad.abs().sum((0, 1, 3)) / num_batches
             ffns[index] += output_gates[layer.output.dense].grad.abs().sum() / num_batches

@@ -60,7 +60,7 @@ def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks
     finetune.train(experiment)
     finetune.finish(experiment)
     for task_data in experiment.all_task_data:
-        sequences = task_data.train[:8]
+        sequences = task_data.train_sequences[:8]
         folder = tmp_path / "x" / task_data.task.name
         theirs, _ = transformers_logits(folder, task_data, sequences, experiment.model.config)
         ours = np.stack(finetune.predict_logits(experiment, task_data, sequences))
@@ -86,7 +86,8 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
-    finetune.task_logits(experiment.model, rte, rte.train[:8]).sum().backward()
+    finetune.switch_to(experiment.model, rte)
+    finetune.task_logits(experiment.model, rte, rte.train_sequences[:8]).sum().backward()
     assert rte.own_parts.task_head.weight.grad is not None
     assert stsb.own_parts.task_head.weight.grad is None
 
@@ -95,7 +96,8 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
     experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for task_data in experiment.all_task_data:
         experiment.model.zero_grad()
-        finetune.task_logits(experiment.model, task_data, task_data.train[:8]).sum().backward()
+        finetune.switch_to(experiment.model, task_data)
+        finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8]).sum().backward()
         for name, mask in task_data.own_parts.masks.items():
             gradient = experiment.model.get_parameter(name).grad
             assert not gradient[~mask].any()
@@ -116,7 +118,8 @@ def train_in_plain_torch(experiment, backpropagate) -> float:
     model.train()
     for step, (task_data, rows) in enumerate(batches):
         tamt.seed_dropout(run.seed, step)
-        backpropagate(task_data, [task_data.train[row] for row in rows], torch.from_numpy(task_data.targets[rows]))
+        sequences = [task_data.train_sequences[row] for row in rows]
+        backpropagate(task_data, sequences, torch.from_numpy(task_data.train_targets[rows]))
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         # The AdamW of transformers 2.10 adds eps before the bias correction, and torch's after it.
         eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
@@ -140,6 +143,7 @@ def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mas
         whole = {name: parameters[name].data.clone() for name in masks_of_task}
         for name, mask in masks_of_task.items():
             parameters[name].data.mul_(mask)
+        finetune.switch_to(theirs.model, task_data)
         logits = finetune.task_logits(theirs.model, task_data, sequences)
         is_rte = task_data.task.name == "rte"
         loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
