@@ -82,8 +82,8 @@ PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 
 
 def find_mask(settings: "Settings") -> dict:
-    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several processes
-    the first one does; the others return {}.)
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (With several
+    processes, only the first one does; the others return {}.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
@@ -91,11 +91,12 @@ def find_mask(settings: "Settings") -> dict:
     with first_process_first(machine):  # it downloads and tokenises, and the others find its files
         model, vocabulary = open_model(settings, machine)  # step 1
         run = resolve(settings, machine, model)  # some defaults depend on the model
-        # omp and random do not train, and need a text only for dev losses.
+        # omp and random do not train. They need a text only for dev losses, and only if --data names one.
         rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
         dev_rows = open_text(run, vocabulary, "dev") if run.data else None
 
-    # The folder of the run. With --resume it may hold the result, or the state to continue from.
+    # The folder of the run. With --resume it may hold the result of a finished run, of which only an export may be left
+    # to do, or the state to continue from.
     identity = identity_of_run(run, rows, dev_rows)
     result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
     if result is not None:
@@ -105,9 +106,7 @@ def find_mask(settings: "Settings") -> dict:
     layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
     if run.method == "tamt":
         masks = start_masks(layers, run)  # step 3
-        # Some entries never get a gradient: the pooler, which no loss reads, the embedding of [PAD], and with kd those
-        # of words that the text lacks. A ranking over all matrices leaves them as they start (Scores.pin says why).
-        without_gradient = entries_without_gradient(layers, run, vocabulary, rows)
+        without_gradient = entries_without_gradient(layers, run, vocabulary, rows)  # of the pooler, for example
         scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
         train_scores(Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows, state))  # steps 5 to 7
     elif run.method == "imp":  # makes its masks as it goes
@@ -219,12 +218,12 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. The mask is not a buffer, since state_dict() is to have the checkpoint's names.
+        # Everything is kept at first. A plain attribute, not a buffer: Scores puts a view into its place.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)  # the class Scores sets it: a parameter of the weight's shape
         self.is_dense = False
 
-    def apply_mask(self, weight, scores, mask):  # all of them, or of an embedding some rows
+    def apply_mask(self, weight, scores, mask):  # whole matrices, or those rows of them that an embedding looked up
         if self.is_dense:
             return weight
         if scores is None:
@@ -282,7 +281,7 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
 
 
 def set_masks(layers: dict, masks: dict):
-    """Gives each layer its mask; a layer without one keeps everything."""
+    """Gives each layer its mask. A layer without one keeps everything: a mask file may lack embeddings or pooler."""
     for name, layer in layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -316,7 +315,7 @@ def make_masks(values: dict, sparsity: float, rank: str) -> dict:
 def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
     """The mask that prunes exactly the `num_pruned` smallest values.
 
-    Equal values at the threshold are settled by position, the lower index stays, so the count is always exact:
+    Of equal values at the border, those with lower indices stay. So the count is always exact:
 
         values 3 1 2 2 2, num_pruned 3   ->   mask 1 0 1 0 0
     """
@@ -353,6 +352,7 @@ def magnitude_masks(layers: dict, sparsity: float, rank: str) -> dict:
 
 
 def random_masks(layers: dict, sparsity: float, rank: str, seed: int) -> dict:
+    """Masks by random numbers in place of magnitudes."""
     generator = data.random_stream(seed, "masks")
     values = {}
     for name, layer in layers.items():
@@ -362,7 +362,7 @@ def random_masks(layers: dict, sparsity: float, rank: str, seed: int) -> dict:
 
 
 def start_masks(layers: dict, run: "Run") -> dict:
-    """Step 3: the OMP mask or the random mask."""
+    """Step 3: the OMP mask or the random mask. With omp and random it is the result, with tamt the first mask."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
@@ -376,11 +376,30 @@ def start_masks(layers: dict, run: "Run") -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
+def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
+    """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
+    the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
+    LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
+    without = {}
+    for name, layer in layers.items():
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
+            is_read[vocabulary.pad_id] = False
+            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+    return without
+
+
 @dataclass
 class Pool:
     """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie at or above the threshold, pruned
-    ones at or below it. (With N:M there is one pool of all scores, and neither its num_pruned nor its threshold is
-    used: the groups compete inside it.)"""
+    ones at or below it."""
     begin: int
     end: int
     num_pruned: int
@@ -397,11 +416,14 @@ class Scores:
     ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
     changed in place.
 
-    The scores that compete form a pool: all of them (global), or those of one matrix (local)."""
+    The scores that compete form a pool: all of them (global), or those of one matrix (local). With N:M the groups
+    compete, and there are no pools."""
 
     def __init__(self, layers: dict, first_masks: dict, sparsity: float, rank: str, without_gradient: dict):
         """first_masks {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
         mask}, from entries_without_gradient."""
+        self.layers = layers
+        self.sparsity = sparsity
         self.rank = rank
         self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([first_masks[name].flatten() for name in layers])
@@ -418,11 +440,10 @@ class Scores:
                 self.pools.append(Pool(begin, end, round((end - begin) * sparsity)))
             begin = end
 
-        if rank != "local":  # with N:M all groups of all matrices are ranked at once
+        if rank == "global":
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
-        if rank == "global":  # the first masks of other rankings are exact already, since they are made in the same way
             self.pin(layers, first_masks, without_gradient)
-            self.make_start_exact()
+            self.make_start_exact()  # otherwise it is: the first mask was ranked among the same entries
 
     def pin(self, layers: dict, first_masks: dict, without_gradient: dict):
         """Entries that never get a gradient keep their first mask, and still count among the round(n s).
@@ -439,9 +460,9 @@ class Scores:
         """Lets a few entries change sides, so that the count is exact before the first update, too.
 
         The start mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each,
-        together 4, where round(10 s) = 5 are due. The ranking settles which entries change sides, and each gets the
-        start score of its new side."""
-        [pool] = self.pools
+        together 4, where round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the
+        last ones go. Each entry that changes sides gets the start score of its new side."""
+        [pool] = self.pools  # of all scores
         self.mask.copy_(prune_smallest(self.vector, pool.num_pruned))
         start_scores = 2 * PHI * self.mask
         self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
@@ -452,36 +473,22 @@ class Scores:
 
         radius: how far a threshold has probably moved since the last ranking, which makes this one faster; None if
         unknown."""
-        if is_pattern(self.rank):
-            num_kept, group_size = parse_pattern(self.rank)
-            # In the vector rows follow each other. Their widths are multiples of group_size, so no group is torn.
-            self.mask.copy_(keep_largest_of_groups(self.vector, num_kept, group_size))
+        if radius is not None and self.pools:
+            update_masks_near(self, radius)  # the same masks, faster (appendix B)
             return
+        masks = make_masks({name: layer.scores.detach() for name, layer in self.layers.items()},
+                           self.sparsity, self.rank)
+        for name, layer in self.layers.items():
+            layer.mask.copy_(masks[name])
         for pool in self.pools:
             scores = self.vector[pool.begin:pool.end]
-            mask = self.mask[pool.begin:pool.end]
-            if radius is None:
-                mask.copy_(prune_smallest(scores, pool.num_pruned))
-                pruned_scores = scores[~mask]
-                pool.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
-            else:  # the same mask, faster (appendix B)
-                pool.threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, radius, mask)
-
-    @torch.no_grad()
-    def apply_old_thresholds(self):
-        """In place of update_masks, as the released code does between two rankings (--refresh-every): the threshold
-        stands still, S > threshold decides, and the sparsity drifts."""
-        for pool in self.pools:
-            scores = self.vector[pool.begin:pool.end]
-            torch.gt(scores, pool.threshold, out=self.mask[pool.begin:pool.end])
+            pruned_scores = scores[~self.mask[pool.begin:pool.end]]
+            pool.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
 
 
 # ---------------------------------------------------------------------------------------------------
 # 5. Losses
 # ---------------------------------------------------------------------------------------------------
-
-
-# Of distillation the student is the model under its mask, and the teacher the same model without.
 
 
 @dataclass
@@ -512,7 +519,7 @@ class MicroBatch(NamedTuple):
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
-    positions: torch.Tensor  # (P,) in the b * T tokens
+    positions: torch.Tensor  # (P,) indices into the b * T tokens
     labels: torch.Tensor  # (P,)
 
 
@@ -534,11 +541,12 @@ def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,
     if num_predictions is None:
         num_predictions = len(labels)
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(num_predictions, 1)
+    return total / max(num_predictions, 1)  # 0 if no token was chosen
 
 
 def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None):
-    """Eq. 6: 1 - cosine of the teacher's and the student's hidden states.
+    """Eq. 6: 1 - cosine of the hidden states of the teacher, which is the whole network, and the student, which is the
+    same network under its mask.
 
     teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
     the layers 1 .. L, without the embedding output, and over tokens: 0 for equal states, 2 for opposite ones. With
@@ -598,7 +606,7 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, nu
 
 @torch.no_grad()
 def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
-    """What a mask is worth on held-out rows, in eval mode; each loss is the mean of the means of its batches
+    """What a mask is worth on held-out rows, in eval mode; each loss is the mean over batches, whatever their lengths
     (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
     dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
@@ -608,7 +616,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     batch_losses = {objective: [] for objective in objectives}
     was_training = model.training
     model.eval()
-    generator = np.random.default_rng(42)  # the seed of the released evaluation
+    generator = np.random.default_rng(42)  # the seed of the released evaluation; all masks meet the same corruption
     for start in range(0, len(rows), batch_size):
         batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
         micro_batch = make_micro_batch(batch, slice(None), machine.device)
@@ -649,7 +657,8 @@ class Training:
         self.dev_rows = dev_rows
 
         self.parameters = choose_what_trains(model, run)  # {name: what trains}
-        self.start_weights = {}  # of the weights among them: with mlm those of the head, with imp all, with kd none
+        # Of the weights among them (the head with mlm, all with imp, none with kd) the values before training.
+        self.start_weights = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
                 self.start_weights[name] = parameter.detach().clone()
@@ -657,7 +666,7 @@ class Training:
         self.student = wrap_network(model, run)  # the model, possibly compiled or wrapped for several processes
         self.log = Log(run, layers)
         self.step = 0  # updates done
-        self.saved_at = time.time()
+        self.saved_at = time.time()  # when state.pt was written last
         if state is not None:
             restore_state(self, state)
 
@@ -681,7 +690,7 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.step < run.num_updates:
-        learning_rate = run.lr * (1 - training.step / run.horizon)  # falls linearly, to 0 at update run.horizon or not
+        learning_rate = run.lr * (1 - training.step / run.horizon)  # would reach 0 at update run.horizon
         batch = next_batch(training)
         loss = update(training, batch, learning_rate, update_number=training.step + 1)  # steps 5 and 6
         training.step += 1
@@ -699,8 +708,8 @@ def report_progress(training: Training, loss: float, learning_rate: float):
     """A line of the log, and now and then the dev losses and the mask as a file."""
     run = training.run
     losses = {}
-    if training.step % run.eval_every == 0 and training.step < run.num_updates:  # after the last one finish() does it
-        with start_weights_in_place(training):  # every mask is evaluated with the head as it was before training
+    if training.step % run.eval_every == 0 and training.step < run.num_updates:  # finish() does the last evaluation
+        with start_weights_in_place(training):  # with the head as it was before training, so that masks compare
             losses = evaluate_on_dev(training)
     training.log.step(training.step, loss, learning_rate, losses)
     if training.step % run.save_every == 0:
@@ -738,7 +747,7 @@ def update(training: Training, batch: Batch, learning_rate: float, update_number
                          f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
                          "state")
 
-    # The optimizers of the released code are torch's AdamW with settings that change with each update (appendix A).
+    # eps and rate are such that torch's AdamW computes what the released optimizers do (appendix A).
     training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
     training.optimizer.step()
     training.optimizer.zero_grad()
@@ -802,10 +811,11 @@ def train_imp(training: Training):
     """Iterative magnitude pruning (Chen et al. 2020): train W under the mask with the masked-LM loss, prune 10 % more,
     rewind W, repeat.
 
-    The first 10 % are pruned before any training. So 70 % take seven prunings, and six rounds of training between them,
-    each of run.prune_every updates: run.num_updates is the product. Dev losses are computed at the end only.
-    In each round the optimizer and the schedule start anew. The schedule's horizon is that of ten rounds, so the
-    learning rate hardly falls within one (TAMT LT_pretrain.py)."""
+        sparsity .7    prune to .1, train, prune to .2, train, ... train, prune to .7
+
+    A round of training has run.prune_every updates: here run.num_updates is 6 times that. There are no dev losses
+    before the end, since W is in motion. In each round the optimizer and the schedule start anew. The schedule's
+    horizon is that of ten rounds, so the learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
@@ -884,26 +894,6 @@ HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 
-def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
-    """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
-    the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
-    LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
-    without = {}
-    for name, layer in layers.items():
-        device = layer.weight.device
-        if name.endswith("pooler.dense.weight"):
-            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
-        if name.endswith("word_embeddings.weight"):
-            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if run.objective == "kd":
-                is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
-            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
-            is_read[vocabulary.pad_id] = False
-            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
-    return without
-
-
 def make_optimizer(parameters, device):
     """Its learning rate, eps and weight decay are set at each update, by optimizer_settings."""
     is_fused = device.type in ("cpu", "cuda")
@@ -936,7 +926,14 @@ def refresh_as_released(training: Training):
     if is_refresh_due(training.run, training.step):
         training.scores.update_masks()
     else:
-        training.scores.apply_old_thresholds()
+        apply_old_thresholds(training.scores)
+
+
+@torch.no_grad()
+def apply_old_thresholds(scores: Scores):
+    """In place of update_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
+    for pool in scores.pools:
+        torch.gt(scores.vector[pool.begin:pool.end], pool.threshold, out=scores.mask[pool.begin:pool.end])
 
 
 def is_refresh_due(run: "Run", step: int) -> bool:
@@ -982,6 +979,13 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 # Appendix B: the fast ranking
 # ---------------------------------------------------------------------------------------------------
+
+
+def update_masks_near(scores: Scores, radius: float):
+    for pool in scores.pools:
+        values = scores.vector[pool.begin:pool.end]
+        mask = scores.mask[pool.begin:pool.end]
+        pool.threshold = prune_smallest_near(values, pool.num_pruned, pool.threshold, radius, mask)
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
@@ -1467,7 +1471,7 @@ def restore_state(training: Training, state: dict):
     for name, layer in training.layers.items():
         layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
     if training.scores is not None:
-        for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=True):
+        for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
             pool.threshold = threshold
     training.log.restore(state["log"])
     training.step = state["step"]

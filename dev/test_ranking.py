@@ -85,7 +85,7 @@ def test_thresholding_at_phi_gives_the_start_mask(masked_layers, local_scores):
     for pool in scores.pools:
         assert pool.threshold == tamt.PHI
     scores.mask.fill_(False)
-    scores.apply_old_thresholds()
+    tamt.apply_old_thresholds(scores)
     assert same_masks(masks_of(masked_layers), start)
 
 
@@ -177,7 +177,7 @@ def between_refreshes(masked_layers, local_scores):
     thresholds = [pool.threshold for pool in scores.pools]
     assert thresholds != [tamt.PHI] * len(masked_layers)
     scores.vector.normal_()
-    scores.apply_old_thresholds()
+    tamt.apply_old_thresholds(scores)
     return masked_layers, scores.pools, thresholds
 
 

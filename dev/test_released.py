@@ -88,7 +88,7 @@ def released_run(tmp_path, objective, settle_after=None):
         if tamt.is_refresh_due(training.run, step):
             training.scores.update_masks()
         else:
-            training.scores.apply_old_thresholds()
+            tamt.apply_old_thresholds(training.scores)
 
     released = released_masks(expected, start)
     return SimpleNamespace(
