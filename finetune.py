@@ -16,11 +16,12 @@
     Appendix A                 what differs; ablations, progress, records, predictions, export
     Appendix B                 settings and the command line
 
-A ticket is a mask of the pre-trained network: True where a weight is kept. It comes from tamt.py or from --find. Only
-matrices have masks, six in each layer, and perhaps the pooler and the word embeddings; biases, LayerNorms and task
-heads always train. The mask stays as it is while the weights that it keeps are trained. Without --mask all weights are
-trained. An ordinary ticket removes single weights; a Super Ticket removes whole units, which are attention heads and
-the feed-forward networks (FFNs) of layers. There are three ways of applying them:
+A ticket is a mask of the pre-trained network, True where a weight is kept, with a note on how it was made: the content
+of a mask file, from tamt.py or from --find. Only matrices have masks, six in each layer, and perhaps the pooler and the
+word embeddings; biases, LayerNorms and task heads always train. The mask stays as it is while the weights that it keeps
+are trained. Without --mask all weights are trained. An ordinary ticket removes single weights; a Super Ticket removes
+whole units, which are attention heads and the feed-forward networks (FFNs) of layers. By their kind, and by the number
+of tasks, there are three ways of applying tickets:
 
     an ordinary ticket   What it removes is set to zero once, and before every update the gradient there is, too. So it
                          stays exactly zero. (apply_ticket in chapter 2, update in 4)
@@ -33,8 +34,11 @@ Names that recur:
 
     settings    what the user asked for (Settings); its fields are named like the flags
     run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
+    identity    what --resume compares: settings, and checksums of all inputs
     task head   the layer on top: a classifier, or for SQuAD the span layer. A head alone is an attention head
-    experiment  a run with all that belongs to it, from the data to the result (Experiment)
+    experiment  one fine-tuning, with all that belongs to it, from the data to the result (Experiment); a --find makes
+                several
+    released    as in the programs of the three papers (appendix A names them)
 
 A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
 network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
@@ -74,8 +78,8 @@ def fine_tune(settings: "Settings") -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
     returns the content of result.json.
 
-    With settings.find it looks for a ticket on the task instead, which takes several experiments (find_imp and
-    find_super, below), and returns the content of mask.json. Raises ValueError or OSError, with a message of one line,
+    With settings.find it looks for a ticket on the task instead, which takes several experiments (find_imp in chapter
+    6, find_super in 7), and returns the content of mask.json. Raises ValueError or OSError, with a message of one line,
     for input that is wrong."""
     if settings.find == "imp":
         return find_imp(settings)
@@ -92,7 +96,8 @@ def fine_tune(settings: "Settings") -> dict:
 def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
     """Reads and checks all that the run needs, and builds its network, so that what is wrong shows before any training.
 
-    horizon_rounds: the learning rate falls linearly, and would reach 0 after so many runs of this length."""
+    horizon_rounds: the learning rate falls linearly, and would reach 0 after so many runs of this length: 1, but in
+    IMP 10."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -101,8 +106,8 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
-    checkpoint_matrices = list(tamt.maskable_layers(model))  # the names of all that a ticket may prune
-    fit_tickets(tickets, model, settings)
+    checkpoint_matrices = list(tamt.maskable_layers(model))  # before a pooler is added that the checkpoint lacks
+    check_tickets(tickets, model, settings)
 
     # Second, what follows from it: the settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
@@ -110,22 +115,14 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
 
     # Third, the folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
-    run = with_folder(run, tickets, identity)
+    run = choose_folder(run, tickets, identity)  # the default name contains a hash of the identity
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
         return reopen_finished(run, tasks, examples, result)  # nothing is left to train
 
     # Fourth, what is trained: the examples as token ids, and the network with task heads and tickets.
     all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
-    torch.manual_seed(run.seed)  # before the first draw: task heads, a fresh pooler, --weights random or shuffled
-    gradient_masks = {}
-    if len(tasks) == 1:
-        add_task_head(model, tasks[0], run)
-        if tickets:
-            gradient_masks = apply_ticket(model, tickets[0], machine)
-    else:
-        share_encoder(model, all_task_data, tickets, run)  # chapter 8
-    model.to(machine.device)
+    gradient_masks = build_network(model, all_task_data, tickets, run)
     return Experiment(
         run=run, identity=identity, all_task_data=all_task_data, tickets=tickets, model=model, vocabulary=vocabulary,
         checkpoint_matrices=checkpoint_matrices, gradient_masks=gradient_masks, state=state, start_time=start_time)
@@ -141,8 +138,8 @@ class Experiment:
     model: bert.Model | None = None
     vocabulary: data.Vocabulary | None = None
     checkpoint_matrices: list[str] = field(default_factory=list)  # names of the weights that a ticket may prune
-    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # {} unless there is one ordinary ticket
-    identity: dict = field(default_factory=dict)  # settings and checksums of the inputs: --resume compares them
+    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # from build_network
+    identity: dict = field(default_factory=dict)
     state: dict | None = None  # of an interrupted run
     start_time: float = 0.0
     # Set by train.
@@ -194,9 +191,9 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def fit_tickets(tickets: list[Ticket], model, settings):
-    """Puts the masks in the order of the model's weights. Raises ValueError if a ticket belongs to another network, and
-    prints a note if it was found on other weights."""
+def check_tickets(tickets: list[Ticket], model, settings):
+    """Raises ValueError if a ticket belongs to another network, and prints a note if it was found on other weights.
+    Puts its masks in the order of the model's weights."""
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
@@ -204,21 +201,27 @@ def fit_tickets(tickets: list[Ticket], model, settings):
         tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
 
-def add_task_head(model, task: glue_squad.Task, run):
-    """Puts a task head in the place of the heads of pre-training. With --weights, as an ablation, the pre-trained
-    weights below it are replaced."""
-    fit_to_task(model, task)
-    if task.predicts == "span":
-        model.add_span_head()
-    else:
-        model.add_classifier(task.num_outputs)
+def build_network(model, all_task_data: list["TaskData"], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
+    """Makes of the pre-trained model what is trained: with task heads, under tickets, on the device. Returns the masks
+    that update() has to respect: those of the ticket if there is one, an ordinary one, and {} otherwise."""
+    torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
+    remove_pretraining_heads(model, all_task_data[0].task)
     if run.weights != "pretrained":
-        replace_weights(model, run.weights, run.seed)
+        replace_weights(model, run.weights, run.seed)  # an ablation (appendix A), with random numbers of its own
+    gradient_masks = {}
+    if len(all_task_data) > 1:
+        share_encoder(model, all_task_data, tickets, run)  # chapter 8
+    else:
+        add_task_head(model, all_task_data[0].task)
+        if tickets:
+            gradient_masks = apply_ticket(model, tickets[0])
+    model.to(run.machine.device)
+    return {name: mask.to(run.machine.device) for name, mask in gradient_masks.items()}
 
 
-def fit_to_task(model, task: glue_squad.Task):
-    """Takes the heads of pre-training off. The pooler stays only for BERT's classifier, since nothing else reads it;
-    where the checkpoint has none, that classifier gets a fresh one."""
+def remove_pretraining_heads(model, task: glue_squad.Task):
+    """Takes the heads of pre-training off. The pooler stays only for BERT's classifier, since nothing else reads it
+    (RoBERTa's classifier has a layer of its own). Where the checkpoint has none, that classifier gets a fresh one."""
     for name in ("cls", "lm_head"):
         if hasattr(model, name):
             delattr(model, name)
@@ -230,20 +233,27 @@ def fit_to_task(model, task: glue_squad.Task):
         del model.backbone.pooler
 
 
-def apply_ticket(model, ticket: Ticket, machine) -> dict[str, torch.Tensor]:
-    """Sets what the ticket of the only task prunes to zero, and returns the masks with which update() keeps it there.
-    A Super Ticket is cut out instead, and what is cut out cannot train: then there are no such masks."""
+def add_task_head(model, task: glue_squad.Task):
+    if task.predicts == "span":
+        model.add_span_head()
+    else:
+        model.add_classifier(task.num_outputs)
+
+
+def apply_ticket(model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Where there is one task: of an ordinary ticket, sets what it prunes to zero, and returns its masks, by which
+    update() multiplies the gradients. Of a Super Ticket, cuts its units out, and returns {}."""
     if ticket.is_super:  # chapter 7
-        removed_heads, removed_ffns = removed_units(model.config, ticket)
+        removed_heads, removed_ffns = units_from_masks(model.config, ticket)
         cut_out_units(model, removed_heads, removed_ffns)
         return {}
 
     gradient_masks = {}
     parameters = dict(model.named_parameters())
     for name, mask in ticket.masks.items():
-        if name in parameters:  # the pooler is gone where no head reads it
+        if name in parameters:  # a ticket may have a mask for a pooler that no task head reads
             parameters[name].data.mul_(mask)
-            gradient_masks[name] = mask.to(machine.device)
+            gradient_masks[name] = mask
     return gradient_masks
 
 
@@ -258,12 +268,12 @@ class TaskData:
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
-    own_parts: "OwnParts | None" = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
+    parts: "TaskParts | None" = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
 
     @property
     def metric_prefix(self) -> str:
         """Put before the names of its metrics: "rte_" where tasks share an encoder."""
-        return f"{self.task.name}_" if self.own_parts else ""
+        return f"{self.task.name}_" if self.parts else ""
 
 
 def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
@@ -311,7 +321,8 @@ def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, ma
 
 
 def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
-    """A window whose paragraph part lacks the answer has position 0, that of [CLS], for its first and last token."""
+    """Each question gives one or more windows. A window whose part of the paragraph lacks the answer has position 0,
+    that of [CLS], for its first and last token."""
     train_windows = glue_squad.make_windows(examples["train"], vocabulary, max_len, training=True)
     dev_windows = glue_squad.make_windows(examples["dev"], vocabulary, max_len)
     if not train_windows:
@@ -330,8 +341,8 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
 
 
 def task_logits(model, task_data: TaskData, sequences: list):
-    """B sequences -> logits (B, C), or (B, T, 2) for answers. Where tasks share the encoder, the model must have been
-    switched to this one."""
+    """B sequences -> logits (B, C), or (B, T, 2) for answers."""
+    switch_to(model, task_data)  # where tasks share the encoder (chapter 8); it does nothing if there is one
     batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     input_ids, attention_mask, token_type_ids = batch  # (B, T) each
     is_padded = not attention_mask.all()
@@ -341,7 +352,7 @@ def task_logits(model, task_data: TaskData, sequences: list):
     attention_mask = tamt.to_device(attention_mask, device) if is_padded else None
     token_type_ids = tamt.to_device(token_type_ids, device) if has_token_types else None
 
-    hidden_states = model(input_ids, attention_mask, token_type_ids)  # after the embeddings, and after each layer
+    hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
     with torch.autocast(device.type, enabled=False):  # bf16 has three digits: too few to tell predictions apart
         if task_data.task.predicts != "span":
@@ -374,7 +385,6 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
     model = experiment.model
     was_training = model.training
     model.eval()
-    switch_to(model, task_data)
     logits = [None] * len(sequences)
     lengths = [len(input_ids) for input_ids, _ in sequences]
     by_length = np.argsort(lengths, kind="stable")  # little padding
@@ -421,7 +431,7 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
 
 
 def train(experiment: Experiment):
-    """Trains all weights under the fixed masks, and evaluates every --eval-every updates and after each epoch.
+    """Trains all weights that the tickets keep, and evaluates every --eval-every updates and after each epoch.
 
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
@@ -431,7 +441,7 @@ def train(experiment: Experiment):
     experiment.optimizer = tamt.make_optimizer(experiment.parameters.values(), run.machine.device)
     step, total_loss = restore_state(experiment)
 
-    updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))
+    updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))  # all epochs have as many
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
     progress = Progress(step, num_updates)
@@ -456,7 +466,7 @@ def train(experiment: Experiment):
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
                 saved_at = time.time()
                 save_state(experiment, step, total_loss)
-    model.eval()  # for whoever uses the network next
+    model.eval()
 
 
 def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
@@ -479,14 +489,14 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
     machine = experiment.run.machine
     parameters = experiment.parameters
     optimizer = experiment.optimizer
-    switch_to(model, task_data)
     targets = tamt.to_device(task_data.train_targets[indices], machine.device)
     with tamt.autocast(machine):
         logits = task_logits(model, task_data, [task_data.train_sequences[index] for index in indices])
     loss = task_loss(task_data.task, logits, targets)
     loss.backward()
 
-    # What is pruned gets no gradient: it stays zero, and does not count in the norm that is clipped.
+    # What is pruned is 0. Without a gradient its moments in AdamW are 0, and there is no decay: so it stays 0. Nor does
+    # it count in the norm that is clipped.
     for name, mask in experiment.gradient_masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -495,7 +505,8 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
                          f"{update_number}: a lower --lr (here {learning_rate:g}) may help")
 
-    # The released AdamW is torch's with settings that change with each update (tamt.py, appendix A).
+    # The released AdamW adds eps elsewhere. With this eps, another one at each update, torch's computes the same
+    # (tamt.py, appendix A).
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, update_number))
     optimizer.step()
     optimizer.zero_grad()
@@ -514,7 +525,7 @@ def restore_state(experiment: Experiment) -> tuple[int, float]:
 
 def save_state(experiment: Experiment, step: int, total_loss: float):
     tamt.write_torch(experiment.run.out / "state.pt", {
-        "format": 2,  # the second form of these files
+        "format": 2,
         "settings": experiment.identity,  # open_experiment() compares them
         "step": step,
         "history": experiment.history,
@@ -599,10 +610,10 @@ def find_imp(settings) -> dict:
     left), go back to the pre-trained weights, repeat. By default all matrices of the encoder, and of the pooler if the
     task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word embeddings.
 
-    A round's score is that of the mask that it began with, so the last mask has none yet: the command that is printed
-    at the end fine-tunes it. --resume does not repeat a finished round."""
+    Each round scores the mask of the round before, and makes the next one. So the last mask has no score yet: the
+    command that is printed at the end fine-tunes it. --resume does not repeat a finished round."""
     start_time = time.time()
-    search_settings = open_search(settings)  # its defaults, its folder
+    search_settings = open_search(settings)  # fills in the defaults of the search, and opens its folder
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
@@ -612,12 +623,12 @@ def find_imp(settings) -> dict:
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search_settings, mask=mask_file, out=folder, results=None)
 
-        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. The released schedule is as
-        # long as ten rounds, whatever the sparsity, and every round starts it afresh. So within a round the learning
-        # rate falls from lr to .9 lr, and no further.
+        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. As released, every round
+        # starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So within a round the
+        # learning rate falls from lr to .9 lr, and no further.
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if experiment.result is None:
-            (folder / "mask.pt").unlink(missing_ok=True)  # so that none of an earlier search lies here meanwhile
+            (folder / "mask.pt").unlink(missing_ok=True)  # after a crash, an old one could be taken for this round's
             train(experiment)
             masks = prune_trained(experiment, next_sparsity, search_settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
@@ -630,10 +641,11 @@ def find_imp(settings) -> dict:
 
 
 def prune_trained(experiment: Experiment, sparsity: float, search_settings) -> dict[str, torch.Tensor]:
-    """Masks that prune the smallest trained weights, this share of all. What was pruned before stays pruned."""
+    """Masks that prune the smallest trained weights, so many that this share of all is pruned. What was pruned before
+    stays pruned."""
     magnitudes = {}
     for name in tamt.maskable_layers(experiment.model, search_settings.scope):
-        if name in experiment.checkpoint_matrices:  # not a fresh pooler: the next round draws another
+        if name in experiment.checkpoint_matrices:  # not a fresh pooler, which no ticket may prune
             magnitudes[name] = experiment.parameters[name].detach().abs()
             if name in experiment.gradient_masks:
                 magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
@@ -663,7 +675,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
 # 7. Super Tickets: whole attention heads and feed-forward networks (FFNs)
 # ---------------------------------------------------------------------------------------------------
 
-ORDERS = ("winning", "random", "losing")
+ORDERS = ("winning", "random", "losing")  # in which units are removed
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
 
@@ -680,7 +692,7 @@ def find_super(settings) -> dict:
     # Fine-tune the whole model, and write a ticket for each order and level.
     result_of = {}  # {name of a ticket: its result}
     experiment = open_experiment(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
-    if experiment.result is None:
+    if experiment.result is None:  # as in fine_tune(), but with the importance measured before it ends
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
@@ -696,7 +708,7 @@ def find_super(settings) -> dict:
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
     # The curve: how much of the model remains, and what it scores.
-    first_metric = named_tasks(search_settings)[0].metrics[0]
+    first_metric = experiment.all_task_data[0].task.metrics[0]
     curve = []
     for name, result in result_of.items():
         remaining = 1.0
@@ -715,8 +727,8 @@ def find_super(settings) -> dict:
     return finish_search(search_settings, best_file, {"curve": curve}, start_time)
 
 
-def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:  # -> (L, H), (L,)
-    """How sensitive the loss is to each head and each FFN, in eval mode over the training set.
+def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:
+    """How sensitive the loss is to each head (L, H) and each FFN (L,), in eval mode over the training set.
 
     Let o be the output of one head (its context vector) or of one FFN at one token. Then |<d loss / d o, o>| is summed
     over all tokens of a batch, and the importance is the mean over batches. In each layer the importances of the heads
@@ -737,13 +749,14 @@ def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tens
         loss = task_loss(task_data.task, logits, targets)
 
         gradients = torch.autograd.grad(loss, contexts + ffn_outputs)  # 2 L times (B, T, D)
-        products = [(gradient * output).detach().float()
-                    for gradient, output in zip(gradients, contexts + ffn_outputs, strict=True)]
+        context_gradients = gradients[:len(contexts)]
+        ffn_gradients = gradients[len(contexts):]
         for index in range(config.num_hidden_layers):
-            of_heads = products[index].unflatten(-1, (config.num_attention_heads, -1)).sum(-1)  # (B, T, H)
-            head_importance[index] += of_heads.abs().sum((0, 1)).cpu() / len(starts)
-            of_ffn = products[config.num_hidden_layers + index].sum(-1)  # (B, T)
-            ffn_importance[index] += of_ffn.abs().sum().cpu() / len(starts)
+            product = (context_gradients[index] * contexts[index]).detach().float()  # (B, T, D)
+            head_products = product.unflatten(-1, (config.num_attention_heads, -1)).sum(-1)  # (B, T, H)
+            head_importance[index] += head_products.abs().sum((0, 1)).cpu() / len(starts)
+            ffn_products = (ffn_gradients[index] * ffn_outputs[index]).detach().float().sum(-1)  # (B, T)
+            ffn_importance[index] += ffn_products.abs().sum().cpu() / len(starts)
     norms = head_importance.norm(dim=1, keepdim=True)
     return head_importance / (norms + 1e-20), ffn_importance
 
@@ -785,31 +798,32 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
     Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
-    each removes what the one below removes, and more. Every layer keeps at least one head, the one that would go last.
-    So where layers have few heads, fewer may go than said."""
+    each removes what the one below removes, and more. Every layer keeps one head at least, the one that would go last
+    (so if layers have very few heads, fewer go)."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units with the smallest sort keys go first.
+    # Units with the smallest keys go first.
     if order == "random":
-        head_sort_keys = generator.random(head_importance.shape)
-        ffn_sort_keys = generator.random(ffn_importance.shape)
+        head_keys = generator.random(head_importance.shape)
+        ffn_keys = generator.random(ffn_importance.shape)
     elif order == "losing":
-        head_sort_keys = -head_importance.numpy()
-        ffn_sort_keys = -ffn_importance.numpy()
+        head_keys = -head_importance.numpy()
+        ffn_keys = -ffn_importance.numpy()
     else:  # "winning"
-        head_sort_keys = head_importance.numpy().copy()  # a copy, since np.inf is written into it below
-        ffn_sort_keys = ffn_importance.numpy()
+        head_keys = head_importance.numpy().copy()  # a copy, since np.inf is written into it below
+        ffn_keys = ffn_importance.numpy()
 
-    # At most all heads but one of each layer go. So the head of a layer that would go last stays if it comes last.
+    # The head of each layer that has the largest key is put behind all others, and the count stops before it.
+    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    num_ffns_out = num_layers * level // 12
-    last_heads = head_sort_keys.argmax(axis=1)
-    head_sort_keys[np.arange(num_layers), last_heads] = np.inf
-    removed_heads = np.zeros(num_layers * num_heads, bool)
-    removed_heads[np.argsort(head_sort_keys.flatten(), kind="stable")[:num_heads_out]] = True
-    removed_ffns = np.zeros(num_layers, bool)
-    removed_ffns[np.argsort(ffn_sort_keys, kind="stable")[:num_ffns_out]] = True
-    return removed_heads.reshape(num_layers, num_heads), removed_ffns
+    return smallest(head_keys, num_heads_out), smallest(ffn_keys, num_layers * level // 12)
+
+
+def smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """True at the `count` smallest keys; of equal ones the first."""
+    chosen = np.zeros(keys.size, bool)
+    chosen[np.argsort(keys, axis=None, kind="stable")[:count]] = True
+    return chosen.reshape(keys.shape)
 
 
 def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
@@ -830,7 +844,7 @@ def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
     return masks
 
 
-def removed_units(config, ticket: Ticket):  # -> (L, H), (L,) bool
+def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
     """The units that the masks of a Super Ticket remove: unit_masks() the other way round. Raises ValueError if the
     masks are not made of whole units."""
     head_size = config.hidden_size // config.num_attention_heads
@@ -881,7 +895,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
         attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):  # bert.py infers the number of heads
+        for linear in (attention.query, attention.key, attention.value):  # bert.py counts their rows to count heads
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
@@ -899,11 +913,11 @@ def cut_out_units(model, removed_heads, removed_ffns):
 
 
 @dataclass
-class OwnParts:
+class TaskParts:
     """What each of several tasks has of its own. Everything else of the model serves all of them."""
     task_head: nn.Module  # a classifier
     masks: dict[str, torch.Tensor]  # its ticket; {} without tickets
-    skipped: list[bool]  # (L,) the layers whose FFN its ticket takes out
+    skipped_ffns: list[bool]  # (L,) whether its ticket takes the FFN of a layer out
 
 
 def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], run):
@@ -912,13 +926,10 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
     weight gets gradients only from the tasks that keep it. The model gets masked_layers and task_heads; switch_to()
     makes one of the task_heads the classifier."""
-    fit_to_task(model, all_task_data[0].task)  # the same for all of them: none predicts spans
-    if run.weights != "pretrained":
-        replace_weights(model, run.weights, run.seed)
     if tickets:
         model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
-            layer.output = SkippableResidual(layer.output)  # it goes on using the masked layer
+            layer.output = SkippableResidual(layer.output)  # takes over its dense layer, a masked one by now
 
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for index, task_data in enumerate(all_task_data):
@@ -926,26 +937,26 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
         model.add_classifier(task.num_outputs)  # in the place of the one before
         model.task_heads.append(model.classifier)
         masks = {}
-        skipped = [False] * model.config.num_hidden_layers
+        skipped_ffns = [False] * model.config.num_hidden_layers
         if tickets:
             ticket = tickets[index]
             masks = {name: mask.to(run.machine.device) for name, mask in ticket.masks.items()}
             if ticket.is_super:
-                _, removed_ffns = removed_units(model.config, ticket)
-                skipped = removed_ffns.tolist()
-        task_data.own_parts = OwnParts(model.classifier, masks, skipped)
+                _, removed_ffns = units_from_masks(model.config, ticket)
+                skipped_ffns = removed_ffns.tolist()
+        task_data.parts = TaskParts(model.classifier, masks, skipped_ffns)
     del model.classifier  # switch_to() puts one of the task heads in its place
 
 
 def switch_to(model, task_data: TaskData):
     """From now on the encoder serves this task: with its task head, its masks, and the FFNs that its ticket keeps."""
-    parts = task_data.own_parts
+    parts = task_data.parts
     if parts is None:
         return  # the only task
     model.classifier = parts.task_head
-    if parts.masks:
+    if parts.masks:  # if there are tickets
         tamt.set_masks(model.masked_layers, parts.masks)
-        for layer, is_skipped in zip(model.backbone.encoder.layer, parts.skipped, strict=True):
+        for layer, is_skipped in zip(model.backbone.encoder.layer, parts.skipped_ffns, strict=True):
             layer.output.is_skipped = is_skipped
 
 
@@ -1395,7 +1406,7 @@ def digest(values: list) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def with_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
+def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
     """The run with its folder, by default out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
     if run.out is None:
         name = f"{Path(run.model).name}-dense"

@@ -7,17 +7,17 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 The method in eight steps, in which these letters recur:
 
     W    weights (theta in the paper)             S    scores (the paper's underlined M)
-    M    binary mask, True = kept                 phi  0.01, the threshold at the start (Eq. 5)
-    n    number of entries that compete           s    sparsity, the fraction of them that is REMOVED
+    M    binary mask, True = kept                 phi  0.01, half of the score that kept entries start with
+    n    number of maskable entries               s    sparsity, the fraction of them that is REMOVED
 
     1  open_model         read an original checkpoint; its weights W are frozen (IMP alone trains them)
     2  open_text          cut plain text into rows of T token ids
     3  start_masks        one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
     4  Scores             one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
        train_scores       repeat 5 to 7, each time with the next rows:
-    5     backpropagate   the loss of W * M: masked LM, the distance to the dense model, or both        Eq. 3, 6
-                          (on its way back the gradient passes straight through M to S)                 Eq. 4
-    6     update          the optimizer moves the scores
+    5     update          backpropagate: the loss of W * M, which is masked LM, the distance to the     Eq. 3, 6
+                          dense model, or both; its gradient passes straight through M to S             Eq. 4
+    6                     then the optimizer moves the scores
     7     update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
     8  finish             save the mask, and say what it is worth on held-out text
 
@@ -39,10 +39,11 @@ The mask alone is the result. With the masked-LM loss (mlm) the head of the mode
 afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
 random mask instead, and `--method imp`, iterative magnitude pruning, trains W itself between prunings.
 
-In shapes: B or b sequences, T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts.
+In shapes: B sequences (b of a micro-batch), T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM
+predicts. "TAMT FILE.py" is a file of the released code.
 
     batch        the rows of one update: --batch-size times --accumulate
-    micro-batch  --batch-size of them, computed at once; several processes share them
+    micro-batch  the rows of one forward pass (--batch-size); several processes compute a part of it each
     settings     what the user chose: the flags of the command line (settings.sparsity)
     run          the settings with all defaults filled in, and what follows from them (Run, in appendix E)
     identity     the settings and checksums that --resume compares
@@ -376,36 +377,6 @@ def start_masks(layers: dict, run: "Run") -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
-    """{name: bool tensor, True where no gradient ever comes}: the pooler, the embedding row of [PAD], and with
-    the objective kd, which reads clean text, the rows of all words that the text does not contain. (Under masked
-    LM a tenth of the chosen tokens become any word of the vocabulary, so every word is read sooner or later.)"""
-    without = {}
-    for name, layer in layers.items():
-        device = layer.weight.device
-        if name.endswith("pooler.dense.weight"):
-            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
-        if name.endswith("word_embeddings.weight"):
-            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if run.objective == "kd":
-                is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
-            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
-            is_read[vocabulary.pad_id] = False
-            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
-    return without
-
-
-@dataclass
-class Pool:
-    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie at or above the threshold, pruned
-    ones at or below it."""
-    begin: int
-    end: int
-    num_pruned: int
-    threshold: float = PHI  # halfway between the two start scores, as in the paper
-
-
 class Scores:
     """One score for each masked weight, in one long vector, and the masks that follow from it.
 
@@ -425,6 +396,7 @@ class Scores:
         self.layers = layers
         self.sparsity = sparsity
         self.rank = rank
+        # Gives each layer its views of the two vectors, and finds which scores compete.
         self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([first_masks[name].flatten() for name in layers])
         self.pools = []
@@ -443,7 +415,7 @@ class Scores:
         if rank == "global":
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
             self.pin(layers, first_masks, without_gradient)
-            self.make_start_exact()  # otherwise it is: the first mask was ranked among the same entries
+            self.make_start_exact()
 
     def pin(self, layers: dict, first_masks: dict, without_gradient: dict):
         """Entries that never get a gradient keep their first mask, and still count among the round(n s).
@@ -457,7 +429,8 @@ class Scores:
             scores.masked_fill_(is_pinned & ~first_masks[name], -math.inf)
 
     def make_start_exact(self):
-        """Lets a few entries change sides, so that the count is exact before the first update, too.
+        """Lets a few entries change sides, so that the count is exact before the first update, too. (With other
+        rankings it is, since the first mask was ranked among the same entries.)
 
         The start mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each,
         together 4, where round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the
@@ -484,6 +457,36 @@ class Scores:
             scores = self.vector[pool.begin:pool.end]
             pruned_scores = scores[~self.mask[pool.begin:pool.end]]
             pool.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
+
+
+@dataclass
+class Pool:
+    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie at or above the threshold, pruned
+    ones at or below it."""
+    begin: int
+    end: int
+    num_pruned: int
+    threshold: float = PHI  # halfway between the two start scores, as in the paper
+
+
+def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
+    """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
+    embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
+    not contain. (Under masked LM a tenth of the chosen tokens become any word of the vocabulary.)"""
+    without = {}
+    for name, layer in layers.items():
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
+            is_read[vocabulary.pad_id] = False
+            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+    return without
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -515,7 +518,7 @@ def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
 
 
 class MicroBatch(NamedTuple):
-    """The rows of a forward pass as tensors: a micro-batch, or of several processes the share of this one."""
+    """The rows of one forward pass of this process, as tensors on its device."""
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
@@ -593,7 +596,7 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, nu
     loss = 0.0
 
     if objective in ("mlm", "mlm+kd"):
-        # Logits at the chosen positions alone give the same loss and the same gradients.
+        # Other positions do not count in this loss, so no logits are computed there.
         hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
         loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, num_predictions)
 
@@ -606,7 +609,7 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, nu
 
 @torch.no_grad()
 def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
-    """What a mask is worth on held-out rows, in eval mode; each loss is the mean over batches, whatever their lengths
+    """What a mask is worth on held-out rows, in eval mode; each loss is the mean over batches, however short the last
     (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
     dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
@@ -729,8 +732,8 @@ def next_batch(training: Training) -> Batch:
 
 
 def seed_dropout(seed: int, step: int, process_index: int = 0):
-    """Dropout depends on nothing else. The numbers differ for all seeds, updates (up to a million) and processes (up to
-    a thousand)."""
+    """Dropout depends on nothing else. The two primes keep the seeds of different updates (up to a million) and
+    processes (up to a thousand) apart."""
     torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
 
 
@@ -808,13 +811,13 @@ def restore_start_weights(training: Training):
 
 
 def train_imp(training: Training):
-    """Iterative magnitude pruning (Chen et al. 2020): train W under the mask with the masked-LM loss, prune 10 % more,
-    rewind W, repeat.
+    """Iterative magnitude pruning (Chen et al. 2020): prune 10 %; then train W under the mask with the masked-LM loss,
+    prune 10 % more, rewind W, and repeat.
 
         sparsity .7    prune to .1, train, prune to .2, train, ... train, prune to .7
 
-    A round of training has run.prune_every updates: here run.num_updates is 6 times that. There are no dev losses
-    before the end, since W is in motion. In each round the optimizer and the schedule start anew. The schedule's
+    A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
+    losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The schedule's
     horizon is that of ten rounds, so the learning rate hardly falls within one (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for

@@ -1540,7 +1540,7 @@ def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
     for task_data, mask in zip(shared.all_task_data, mask_paths.split(","), strict=True):
         name = task_data.task.name
         alone = finetune.open_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
-        alone.model.classifier = task_data.own_parts.task_head
+        alone.model.classifier = task_data.parts.task_head
         found = finetune.predict_logits(shared, task_data, task_data.train_sequences)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)

@@ -54,7 +54,7 @@ HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
 
 
 def experiment_of_mrpc():
-    mrpc = SimpleNamespace(task=glue_squad.MRPC, prefix="")
+    mrpc = SimpleNamespace(task=glue_squad.MRPC, metric_prefix="")
     return SimpleNamespace(all_task_data=[mrpc], history=HISTORY)
 
 

@@ -48,7 +48,7 @@ def exported_tasks(tasks, tmp_path, two_masks):
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tasks):
     for task_data in exported_tasks.all_task_data:
         tensors = bert.read_safetensors(exported_tasks.run.export / task_data.task.name / "model.safetensors")
-        for name, mask in task_data.own_parts.masks.items():
+        for name, mask in task_data.parts.masks.items():
             assert torch.equal(tensors[name], exported_tasks.model.get_parameter(name).data * mask)
 
 
@@ -86,19 +86,17 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
-    finetune.switch_to(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train_sequences[:8]).sum().backward()
-    assert rte.own_parts.task_head.weight.grad is not None
-    assert stsb.own_parts.task_head.weight.grad is None
+    assert rte.parts.task_head.weight.grad is not None
+    assert stsb.parts.task_head.weight.grad is None
 
 
 def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
     experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for task_data in experiment.all_task_data:
         experiment.model.zero_grad()
-        finetune.switch_to(experiment.model, task_data)
         finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8]).sum().backward()
-        for name, mask in task_data.own_parts.masks.items():
+        for name, mask in task_data.parts.masks.items():
             gradient = experiment.model.get_parameter(name).grad
             assert not gradient[~mask].any()
             assert gradient[mask].any()
@@ -143,7 +141,6 @@ def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mas
         whole = {name: parameters[name].data.clone() for name in masks_of_task}
         for name, mask in masks_of_task.items():
             parameters[name].data.mul_(mask)
-        finetune.switch_to(theirs.model, task_data)
         logits = finetune.task_logits(theirs.model, task_data, sequences)
         is_rte = task_data.task.name == "rte"
         loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
