@@ -104,6 +104,9 @@ def find_mask(settings: "Settings") -> dict:
         export_finished(run, model, vocabulary)
         return result
 
+    if run.trains:
+        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+              f"({run.lr_reason})")
     layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
     if run.method == "tamt":
         masks = start_masks(layers, run)  # step 3
@@ -648,8 +651,6 @@ class Training:
 
     def __init__(self, run, identity, model, vocabulary, layers, scores, rows, dev_rows, state=None):
         """scores: None with imp, where W trains. state: None, or that of an interrupted run."""
-        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
-              f"({run.lr_reason})")
         self.run = run
         self.identity = identity  # what --resume compares
         self.model = model
