@@ -1,7 +1,7 @@
 """Fine-tune a BERT under a mask, its "ticket", on a GLUE task or SQuAD v1.1, and record what it scores.
 
     python finetune.py --task sst2 --mask mask.pt                   a ticket on a task
-    python finetune.py --task sst2 --find imp --sparsity 0.5        find a ticket on it  (Chen et al. 2020)
+    python finetune.py --task sst2 --find imp --sparsity 0.5        find one by iterative magnitude pruning (IMP)
     python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
@@ -16,26 +16,27 @@
     Appendix A                 what differs; ablations, progress, records, predictions, export
     Appendix B                 settings and the command line
 
-A ticket is a mask of the pre-trained network, True where a weight is kept, with a note on how it was made: the content
-of a mask file, from tamt.py or from --find. Only matrices have masks, six in each layer, and perhaps the pooler and the
-word embeddings; biases, LayerNorms and task heads always train. The mask stays as it is while the weights that it keeps
+A ticket is what a mask file holds: for each matrix a mask, True where a weight is kept, and a note on how it was made.
+It comes from tamt.py or from --find. Only matrices have masks, six in each layer, and perhaps the pooler and the word
+embeddings; biases, LayerNorms and task heads always train. The masks stay as they are while the weights that they keep
 are trained. Without --mask all weights are trained. An ordinary ticket removes single weights; a Super Ticket removes
-whole units, which are attention heads and the feed-forward networks (FFNs) of layers. By their kind, and by the number
-of tasks, there are three ways of applying tickets:
+whole units, which are attention heads and the feed-forward networks (FFNs) of layers. A ticket is applied in one of
+three ways (build_network):
 
-    an ordinary ticket   What it removes is set to zero once, and before every update the gradient there is, too. So it
-                         stays exactly zero. (apply_ticket in chapter 2, update in 4)
-    a Super Ticket       The rows and columns of the units that it removes are cut out of the matrices before training.
-                         (cut_out_units in chapter 7)
-    several tasks,       The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees the
-    a ticket for each    weights multiplied by the ticket of its own task. (switch_to in chapter 8)
+    one task, an ordinary ticket   The weights that it removes are set to zero once. Before every update their gradients
+                                   are set to zero, too, so they stay exactly zero. (zero_pruned_weights, update)
+    one task, a Super Ticket       The rows and columns of the units that it removes are cut out of the matrices before
+                                   training. (cut_out_units, chapter 7)
+    several tasks of GLUE,         The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
+    each with a ticket             the weights multiplied by the ticket of its own task. (switch_to, chapter 8)
 
 Names that recur:
 
     settings    what the user asked for (Settings); its fields are named like the flags
     run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
     identity    what --resume compares: settings, and checksums of all inputs
-    task head   the layer on top: a classifier, or for SQuAD the span layer. A head alone is an attention head
+    task head   the layer on top: a classifier, or for SQuAD the span layer. Heads without a word in front of them are
+                attention heads
     experiment  one fine-tuning, with all that belongs to it, from the data to the result (Experiment); a --find makes
                 several
     released    as in the programs of the three papers (appendix A names them)
@@ -106,7 +107,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
-    checkpoint_matrices = list(tamt.maskable_layers(model))  # before a pooler is added that the checkpoint lacks
+    checkpoint_matrices = list(tamt.maskable_layers(model))  # what IMP may prune: no pooler that is added below
     check_tickets(tickets, model, settings)
 
     # Second, what follows from it: the settings with every default filled in, and the examples.
@@ -203,28 +204,36 @@ def check_tickets(tickets: list[Ticket], model, settings):
 
 def build_network(model, all_task_data: list["TaskData"], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
     """Makes of the pre-trained model what is trained: with task heads, under tickets, on the device. Returns the masks
-    that update() has to respect: those of the ticket if there is one, an ordinary one, and {} otherwise."""
+    of an ordinary ticket of the only task, by which update() multiplies the gradients; in all other cases {}."""
+    task = all_task_data[0].task  # of several tasks all predict classes or numbers, and need the same network below
     torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
-    remove_pretraining_heads(model, all_task_data[0].task)
+    remove_pretraining_heads(model)
+    fit_pooler(model, task)
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation (appendix A), with random numbers of its own
     gradient_masks = {}
     if len(all_task_data) > 1:
         share_encoder(model, all_task_data, tickets, run)  # chapter 8
     else:
-        add_task_head(model, all_task_data[0].task)
-        if tickets:
-            gradient_masks = apply_ticket(model, tickets[0])
+        add_task_head(model, task)
+        if tickets and tickets[0].is_super:
+            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])  # chapter 7
+            cut_out_units(model, removed_heads, removed_ffns)
+        elif tickets:
+            gradient_masks = zero_pruned_weights(model, tickets[0])
     model.to(run.machine.device)
     return {name: mask.to(run.machine.device) for name, mask in gradient_masks.items()}
 
 
-def remove_pretraining_heads(model, task: glue_squad.Task):
-    """Takes the heads of pre-training off. The pooler stays only for BERT's classifier, since nothing else reads it
-    (RoBERTa's classifier has a layer of its own). Where the checkpoint has none, that classifier gets a fresh one."""
-    for name in ("cls", "lm_head"):
+def remove_pretraining_heads(model):
+    for name in ("cls", "lm_head"):  # BERT's, RoBERTa's
         if hasattr(model, name):
             delattr(model, name)
+
+
+def fit_pooler(model, task: glue_squad.Task):
+    """Only BERT's classifier reads the pooler: it gets a fresh one if the checkpoint has none. (RoBERTa's classifier
+    has a layer of its own.) In all other cases the pooler is removed."""
     needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
     if needs_pooler and not model.has_pooler:
         model.add_pooler()
@@ -240,14 +249,8 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def apply_ticket(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Where there is one task: of an ordinary ticket, sets what it prunes to zero, and returns its masks, by which
-    update() multiplies the gradients. Of a Super Ticket, cuts its units out, and returns {}."""
-    if ticket.is_super:  # chapter 7
-        removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-        cut_out_units(model, removed_heads, removed_ffns)
-        return {}
-
+def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Sets what an ordinary ticket prunes to zero. Returns its masks, by which update() multiplies the gradients."""
     gradient_masks = {}
     parameters = dict(model.named_parameters())
     for name, mask in ticket.masks.items():
@@ -505,7 +508,7 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
                          f"{update_number}: a lower --lr (here {learning_rate:g}) may help")
 
-    # The released AdamW adds eps elsewhere. With this eps, another one at each update, torch's computes the same
+    # Sets the learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
     # (tamt.py, appendix A).
     optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, update_number))
     optimizer.step()
@@ -707,24 +710,26 @@ def find_super(settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
-    # The curve: how much of the model remains, and what it scores.
     first_metric = experiment.all_task_data[0].task.metrics[0]
-    curve = []
-    for name, result in result_of.items():
-        remaining = 1.0
-        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
-        if ticket_meta:
-            remaining -= ticket_meta["found"]["whole_model"]
-        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
-        print(f"{name:10} {remaining:.1%} of the weights remain  best_{first_metric}: "
-              f"{result['best'][first_metric]:.4f}")
-
+    curve = make_curve(result_of, first_metric)
     best_file = None
     winning = [name for name in result_of if name.startswith("winning")]
     if winning:
         best_name = max(winning, key=lambda name: result_of[name]["best"][first_metric])
         best_file = search_settings.out / f"{best_name}.pt"
     return finish_search(search_settings, best_file, {"curve": curve}, start_time)
+
+
+def make_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
+    """How much of the model remains under each ticket, and what it scores. Prints it, too."""
+    curve = []
+    for name, result in result_of.items():
+        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
+        removed = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0
+        remaining = 1.0 - removed
+        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
+        print(f"{name:10} {remaining:.1%} of the weights remain  best_{metric}: {result['best'][metric]:.4f}")
+    return curve
 
 
 def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:
@@ -748,7 +753,7 @@ def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tens
             logits = task_logits(model, task_data, task_data.train_sequences[batch])
         loss = task_loss(task_data.task, logits, targets)
 
-        gradients = torch.autograd.grad(loss, contexts + ffn_outputs)  # 2 L times (B, T, D)
+        gradients = torch.autograd.grad(loss, [*contexts, *ffn_outputs])  # 2 L times (B, T, D)
         context_gradients = gradients[:len(contexts)]
         ffn_gradients = gradients[len(contexts):]
         for index in range(config.num_hidden_layers):
@@ -813,7 +818,7 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         head_keys = head_importance.numpy().copy()  # a copy, since np.inf is written into it below
         ffn_keys = ffn_importance.numpy()
 
-    # The head of each layer that has the largest key is put behind all others, and the count stops before it.
+    # The strongest head of each layer never goes: its key is infinite, and no more go than all others together.
     head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     return smallest(head_keys, num_heads_out), smallest(ffn_keys, num_layers * level // 12)

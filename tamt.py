@@ -370,7 +370,8 @@ def start_masks(layers: dict, run: "Run") -> dict:
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
-    if run.method == "random" or run.init == "random":
+    starts_at_random = run.method == "tamt" and run.init == "random"
+    if run.method == "random" or starts_at_random:
         return random_masks(layers, run.sparsity, rank, run.seed)
     return magnitude_masks(layers, run.sparsity, rank)
 

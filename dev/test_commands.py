@@ -35,6 +35,7 @@ from test_tamt import (
     finetune_settings,
     interrupt_after,
     mask_settings,
+    same_masks,
     tiny,
     write,
 )
@@ -162,6 +163,28 @@ def test_a_flag_without_effect_is_noted_and_the_run_goes_on(inputs, tmp_path, ca
         assert f"note: {flag} has no effect with --method {method}" in notes
     assert (tmp_path / "mask.pt").exists()
 
+
+
+WITHOUT_EFFECT = {
+    "omp": {"objective": "kd", "init": "random", "steps": 3, "lr": 1e-2, "clip": 0.1, "batch_size": 4, "accumulate": 2,
+            "refresh_every": 5, "log_every": 2, "eval_every": 2, "save_every": 2, "prune_every": 5, "no_rewind": True},
+    "imp": {"init": "random", "refresh_every": 5, "eval_every": 2},
+    "tamt": {"prune_every": 5, "no_rewind": True}}
+WITHOUT_EFFECT["random"] = WITHOUT_EFFECT["omp"]
+
+
+@pytest.mark.parametrize("method", WITHOUT_EFFECT)
+def test_flags_that_are_noted_as_without_effect_change_no_mask(inputs, tmp_path, capsys, method):
+    flags = WITHOUT_EFFECT[method]
+    values = {"method": method, "steps": 6, "sparsity": 0.2} | ({"prune_every": 3} if method == "imp" else {})
+    tamt.find_mask(mask_settings(inputs, tmp_path / "plain", **values))
+    capsys.readouterr()
+    settings = mask_settings(inputs, tmp_path / "flags", **values | flags)
+    tamt.note_flags_without_effect(settings)
+    notes = capsys.readouterr().out
+    assert all(f"note: --{name.replace('_', '-')} has no effect" in notes for name in flags)
+    tamt.find_mask(settings)
+    assert same_masks(tamt.load_mask(tmp_path / "flags"), tamt.load_mask(tmp_path / "plain"))
 
 
 def test_flags_that_evaluating_a_mask_ignores_are_noted(inputs, tmp_path, capsys):
