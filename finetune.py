@@ -117,6 +117,7 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     # Third, the folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = choose_folder(run, tickets, identity)  # the default name contains a hash of the identity
+    refuse_folder_of_tables(run, tasks)
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
         return reopen_finished(run, tasks, examples, result)  # nothing is left to train
@@ -616,7 +617,7 @@ def find_imp(settings) -> dict:
     Each round scores the mask of the round before, and makes the next one. So the last mask has no score yet: the
     command that is printed at the end fine-tunes it. --resume does not repeat a finished round."""
     start_time = time.time()
-    search_settings = open_search(settings)  # fills in the defaults of the search, and opens its folder
+    search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
@@ -629,9 +630,12 @@ def find_imp(settings) -> dict:
         # Opening the experiment reads the pre-trained weights anew: that is the rewinding. As released, every round
         # starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So within a round the
         # learning rate falls from lr to .9 lr, and no further.
+        remove_stale_mask(folder, search_settings)
         experiment = open_experiment(round_settings, horizon_rounds=10)
+        if number == 1:
+            mark_folder(search_settings)
         if experiment.result is None:
-            (folder / "mask.pt").unlink(missing_ok=True)  # after a crash, an old one could be taken for this round's
+            (folder / "mask.pt").unlink(missing_ok=True)  # of an earlier search
             train(experiment)
             masks = prune_trained(experiment, next_sparsity, search_settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
@@ -695,6 +699,7 @@ def find_super(settings) -> dict:
     # Fine-tune the whole model, and write a ticket for each order and level.
     result_of = {}  # {name of a ticket: its result}
     experiment = open_experiment(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
+    mark_folder(search_settings)
     if experiment.result is None:  # as in fine_tune(), but with the importance measured before it ends
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
@@ -1215,11 +1220,11 @@ class Settings:
     orders: tuple | None = option(None, "--find super: tickets to try (all three)", nargs="+", choices=ORDERS)
     weights: str = option("pretrained", "below the task head: random draws them, shuffled permutes each matrix "
                           "but the embeddings (pretrained)", choices=["pretrained", "random", "shuffled"])
-    epochs: int | None = option(None, "passes over the training set (GLUE 3, SQuAD 2, several tasks 5)", "positive",
-                                type=int)
+    epochs: int | None = option(None, "passes over the training set (GLUE 3, SQuAD 2, several tasks 5; toy 6)",
+                                "positive", type=int)
     batch_size: int | None = option(None, "examples per update (GLUE 32, SQuAD 16)", "positive", type=int)
-    max_len: int | None = option(None, "tokens per example (GLUE 128, SQuAD 384)", "positive", type=int)
-    lr: float | None = option(None, "learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5)",
+    max_len: int | None = option(None, "tokens per example (GLUE 128, SQuAD 384; toy 128)", "positive", type=int)
+    lr: float | None = option(None, "learning rate at the start (GLUE 2e-5, SQuAD 3e-5, several tasks 5e-5; toy 1e-3)",
                               "positive", type=float)
     seed: int = option(1, "of task head, order, dropout, --limit, --weights, random tickets (1)", "seed", type=int)
     limit: int | None = option(None, "train on this many random examples; SQuAD: windows (all)", "positive", type=int)
@@ -1320,7 +1325,7 @@ def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], mod
 
 
 def open_search(settings: Settings) -> Settings:
-    """Fills in the defaults of a search, checks its folder, and writes into it which search it holds."""
+    """Fills in the defaults of a search, and checks its folder."""
     values = {"model": settings.model or "toy"}
     if settings.find == "imp":
         values["sparsity"] = 0.7 if settings.sparsity is None else settings.sparsity
@@ -1342,11 +1347,26 @@ def open_search(settings: Settings) -> Settings:
     # mask.json says which search is finished, and until it is there search.json says which one the rounds belong to.
     is_finished = (settings.out / "mask.json").exists()
     tamt.check_folder(settings.out, identity, "mask.json" if is_finished else "search.json")
-    if not settings.resume:
-        (settings.out / "mask.json").unlink(missing_ok=True)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    tamt.write_json(settings.out / "search.json", {"settings": identity})
+    is_begun = any(settings.out.glob("*/result.json")) or any(settings.out.glob("*/state.pt"))
+    if is_begun and not is_finished and not settings.resume and (settings.out / "search.json").exists():
+        raise ValueError(f"{settings.out} holds this search, unfinished: continue with --resume, or choose another "
+                         "--out, or remove that folder")
     return settings
+
+
+def remove_stale_mask(folder: Path, search_settings: Settings):
+    """A round that was killed has a mask but no result, if it is this search's: the mask is made again."""
+    is_this_search = (search_settings.out / "search.json").exists()
+    if is_this_search and not (folder / "result.json").exists():
+        (folder / "mask.pt").unlink(missing_ok=True)
+
+
+def mark_folder(search_settings: Settings):
+    """Writes into the folder of a search which one it holds. Called when its first experiment could be opened, so that
+    a search that is refused leaves the folder as it was."""
+    if not search_settings.resume:
+        (search_settings.out / "mask.json").unlink(missing_ok=True)
+    tamt.write_json(search_settings.out / "search.json", {"settings": search_identity(search_settings)})
 
 
 def settings_of_one_run(settings: Settings, **changes) -> Settings:
@@ -1387,6 +1407,9 @@ def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, voc
              "config", "horizon_rounds")
     identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
     identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
+    own_labels = [task.labels for task in tasks if task.name not in glue_squad.TASKS]
+    if own_labels:
+        identity["labels"] = digest(own_labels)
     identity["dtype"] = str(run.machine.dtype)
     identity["tokenizer"] = digest([vocabulary.tokenizer.to_str(), vocabulary.special_ids, vocabulary.num_separators])
     identity["texts"] = digest([of_task.get(split) for of_task in examples.values()
@@ -1396,6 +1419,8 @@ def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, voc
     num_pruned = 0
     num_entries = 0
     for ticket in tickets:
+        if ticket.is_super:  # the same masks are applied in another way
+            mask_digest.update(b"super")
         for name, mask in sorted(ticket.masks.items()):
             mask_digest.update(name.encode())
             mask_digest.update(tamt.pack(mask).numpy())
@@ -1419,10 +1444,22 @@ def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
             file = tickets[0].file
             name = file.name if file.is_dir() else file.absolute().parent.name
         run = replace(run, out=Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest([identity])[:8]}")
-    for name in ("result.json", "state.pt"):
+    written = ["result.json", "state.pt", "log.jsonl", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
+    written += [f"{task.folder}.tsv" for task in named_tasks(run)]
+    for name in written:
         if run.results is not None and run.results.absolute() == (run.out / name).absolute():
             raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
     return run
+
+
+def refuse_folder_of_tables(run: Run, tasks: list):
+    """--predict writes tables into the folder of the run, which must not be those of the task."""
+    for task in tasks if run.predict else []:
+        folder = task_folder(task, run)
+        tables = [glue_squad.find_file(task, split, folder) for split in ("train", "dev")]
+        if any(Path(table).resolve().parent == run.out.resolve() for table in tables):
+            raise ValueError(f"--out {run.out}: the tables of {task.name} lie there, and --predict writes others: "
+                             "choose another")
 
 
 def main(argv=None):

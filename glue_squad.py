@@ -321,6 +321,8 @@ def read_rows(path: Path):
     A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped; but in a file of
     one column an empty line is an empty text."""
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not content:
+        raise ValueError(f"{path}: the file is empty")
     has_one_column = b"\t" not in content
     content = content.removesuffix(b"\n") if has_one_column else content.rstrip(b"\r\n")
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -1046,7 +1048,7 @@ def read_task(path: Path) -> Task:
             raise ValueError(f"{path}: unknown key {key[:60]!r}; {valid_keys}")
 
     name = content["name"]
-    official = [*TASKS, *(task.folder for task in ALL_TASKS)]
+    official = [*TASKS, *(task.folder for task in ALL_TASKS), *(Path(name).stem for name in SUBMISSION_FILES.values())]
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in official:
         raise ValueError(f'{path}: "name" must be a word that is no official task')
 

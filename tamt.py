@@ -489,6 +489,7 @@ def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict
                 is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
             is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
             is_read[vocabulary.pad_id] = False
+            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
             without[name] = ~is_read.to(device)[:, None]  # (V, 1)
     return without
 
@@ -1108,6 +1109,8 @@ def read_packed_mask(content: dict, path) -> tuple[dict, dict]:
         raise ValueError(f"{path}: not a mask file of format 1, the one this version knows")
     with bert.file_named_in_errors(f"{path}: what it says of itself"):
         json.dumps(meta)  # reports repeat it
+    if not shapes:
+        raise ValueError(f"{path}: it holds no masks")
     if shapes.keys() != bits.keys():
         raise ValueError(f"{path}: its shapes and its bits name different matrices")
     masks = {}
@@ -1227,6 +1230,8 @@ def compare_masks(files: list):
 def evaluate_mask(settings: "Settings") -> dict:
     """--evaluate and --export of a finished mask, or of the dense model."""
     start_time = time.time()
+    settings = dataclasses.replace(settings, **{
+        each.name: each.default for each in fields(settings) if each.name in ignored_by_evaluation(settings)})
     machine = start_machine(settings.device, settings.dtype)
     refuse_several_processes(machine, "--evaluate or --mask")
     masks = {}
@@ -1261,7 +1266,7 @@ def evaluate_mask(settings: "Settings") -> dict:
 
 def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
     """The model (instead of the toy, the default) and the text with its rows are those of the mask's run, if no others
-    are asked for. So --evaluate gives the dev losses that the mask file holds."""
+    are asked for. So --evaluate gives the dev losses that the mask file holds, with the same --dtype."""
     known = {}
     is_valid = isinstance(meta.get("model") or "", str) and isinstance(meta.get("data") or "", str)
     if not is_valid or not isinstance(meta.get("lines", False), bool):
@@ -1269,8 +1274,9 @@ def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
     seq_len = meta.get("seq_len")
     if seq_len is not None and (type(seq_len) is not int or seq_len < 3):
         raise ValueError(f"{settings.mask}: seq_len in its metadata is no number of tokens: {seq_len!r:.60}")
-    if settings.model == "toy" and meta.get("model"):  # the default
+    if settings.model == "toy" and meta.get("model", "toy") != "toy":  # the default
         known["model"] = meta["model"]
+        print(f"model: {meta['model']}, for which the mask was found (for the toy give its folder)")
     if settings.data is None and meta.get("data") and "task" not in meta:  # else the data are those of a task
         known["data"] = meta["data"]
         known["lines"] = settings.lines or meta.get("lines", False)
@@ -1374,7 +1380,7 @@ def check_folder(out: Path, identity: dict, result_name: str):
     if not isinstance(held, dict):
         raise ValueError(f"{result} is not a file of this program: choose another --out, or move it away")
     held = {"num_processes": 1} | held  # states of earlier versions do not say it
-    if state is None:
+    if state is None or result.exists():
         held["num_processes"] = identity.get("num_processes")  # of a finished run it does not matter any more
     differences = [f"{name} {held.get(name)!r} there, {identity[name]!r} here"
                    for name in identity if held.get(name) != identity[name]]
@@ -1656,7 +1662,8 @@ class Settings:
     out: Path | None = option(None, "folder of the run (out/MODEL-METHOD-...)", type=Path)
     log_every: int | None = option(None, "updates between progress lines (100)", "positive", type=int)
     eval_every: int | None = option(None, "updates between dev evaluations (1000)", "positive", type=int)
-    save_every: int | None = option(None, "updates between saved masks and states (1000)", "positive", type=int)
+    save_every: int | None = option(None, "updates between saved states, and masks but for imp's (1000)", "positive",
+                                    type=int)
     resume: bool = option(False, "continue the run in --out exactly where it stopped")
     prune_every: int | None = option(None, "imp: updates between two prunings (2792)", "positive", type=int)
     no_rewind: bool = option(False, "imp: keep the trained weights, as the released code does")
@@ -1714,8 +1721,12 @@ class Run(Settings):
 def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
     """Fills in everything that the settings leave open; what this model cannot do is a ValueError."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    values |= {each.name: each.default for each in fields(Settings)
+               if each.name in flags_without_effect(settings.method)}
     if settings.model == "toy":
         values |= {name: value for name, value in TOY.items() if values[name] is None}
+        if settings.method == "imp":
+            values["steps"] = settings.steps  # its horizon is ten rounds for the toy, too
     values |= {name: value for name, value in DEFAULTS.items() if values[name] is None}
     if values["data"] is None and (settings.method in ("tamt", "imp") or settings.evaluate):
         values["data"] = "wikitext-103"
@@ -1832,8 +1843,9 @@ def refuse_own_folder(model: str, folder: Path | None):
     """An export must not replace the original checkpoint."""
     if folder is None:
         return
-    path = data.model_path(model).resolve()
-    if Path(folder).resolve() in (path, path.parent):
+    path = data.model_path(model)
+    own_folder = path if path.is_dir() else path.parent  # where a link lies, not what it points to
+    if Path(folder).resolve() == own_folder.resolve():
         raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
 
 
@@ -1889,20 +1901,31 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def flags_without_effect(method: str) -> list[str]:
+    """The fields of Settings that a method does not heed."""
+    if method in ("omp", "random"):
+        return ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
+                "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
+    if method == "imp":
+        return ["init", "refresh_every", "eval_every"]
+    return ["prune_every", "no_rewind"]
+
+
+def ignored_by_evaluation(settings: Settings) -> list[str]:
+    """The fields that --evaluate and --export of a mask do not heed."""
+    heeded = ["model", "device", "evaluate", "mask", "export"]
+    if settings.evaluate:
+        heeded += ["data", "lines", "seq_len", "dtype"]
+    return [each.name for each in fields(settings) if each.name not in heeded]
+
+
 def note_flags_without_effect(settings: Settings):
     """A flag without effect is reported, not refused, so that a sweep can pass the same flags to all methods."""
+    ignored = flags_without_effect(settings.method)
     reason = f"--method {settings.method}"
     if settings.evaluate or settings.mask:
-        heeded = ("model", "data", "lines", "seq_len", "device", "dtype", "evaluate", "mask", "export")
-        ignored = [each.name for each in fields(settings) if each.name not in heeded]
+        ignored = ignored_by_evaluation(settings)
         reason = "--evaluate or --mask"
-    elif settings.method in ("omp", "random"):
-        ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
-                   "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
-    elif settings.method == "imp":
-        ignored = ["init", "refresh_every", "eval_every"]
-    else:
-        ignored = ["prune_every", "no_rewind"]
     for each in fields(settings):
         if each.name in ignored and getattr(settings, each.name) != each.default:
             print(f"note: --{each.name.replace('_', '-')} has no effect with {reason}")
