@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import data
 import finetune
 import tamt
 from helpers import lines_of_results, run_finetune, stop_fine_tuning_at
-from test_tamt import dense_settings, finetune_settings, tiny, write
+from test_tamt import dense_settings, finetune_settings, folder_content, tiny, write
 
 
 def refused(capsys, tasks, out, *argv, **more):
@@ -335,3 +336,89 @@ def test_lines_of_two_runs_at_once_stay_whole(tmp_path):
         thread.join()
     lines = [json.loads(line) for line in (tmp_path / "r").read_text().splitlines()]
     assert sorted(line["n"] for line in lines) == list(range(20))
+
+
+# What --resume compares, and what a command that is refused leaves as it was
+
+
+def test_the_masks_of_a_super_ticket_as_an_ordinary_ticket_are_another_run(tasks, tmp_path):
+    """The first is cut out, the second set to zero, which leaves biases."""
+    model = bert.load(tasks / "bert")
+    heads = np.zeros((model.config.num_hidden_layers, model.config.num_attention_heads), bool)
+    heads[0, 0] = True
+    masks = finetune.unit_masks(model.config, heads, np.zeros(model.config.num_hidden_layers, bool))
+    tamt.save_mask(tmp_path / "super.pt", masks, {"method": "super"})
+    tamt.save_mask(tmp_path / "plain.pt", masks, {"method": "omp"})
+    settings = finetune_settings(tasks, tmp_path / "run", mask=str(tmp_path / "super.pt"), model=str(tasks / "bert"))
+    finetune.fine_tune(settings)
+    with pytest.raises(ValueError, match="holds another run"):
+        finetune.fine_tune(replace(settings, mask=str(tmp_path / "plain.pt"), resume=True))
+
+
+def own_task(tasks, folder, **changes):
+    """mood.json and its table, copied into a folder, with some keys changed -> the path of the JSON file."""
+    content = json.loads((tasks / "mood.json").read_text()) | changes
+    shutil.copy(tasks / "mood.tsv", write(folder / "mood.tsv", ""))
+    return str(write(folder / "mood.json", content))
+
+
+def test_a_task_with_more_labels_is_another_run(tasks, tmp_path):
+    settings = finetune_settings(tasks, tmp_path, task=own_task(tasks, tmp_path / "a", metric="accuracy"))
+    finetune.fine_tune(settings)
+    more = own_task(tasks, tmp_path / "a", metric="accuracy", labels=["sad", "glad", "angry"])
+    with pytest.raises(ValueError, match="holds another run"):
+        finetune.fine_tune(replace(settings, task=more, resume=True))
+
+
+def test_predictions_do_not_replace_the_tables_of_the_task(tasks, tmp_path):
+    task = own_task(tasks, tmp_path / "run")
+    with pytest.raises(ValueError, match="the tables of mood lie there"):
+        finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, predict=True))
+    assert (tmp_path / "run/mood.tsv").read_bytes() == (tasks / "mood.tsv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["MNLI-m", "MNLI-mm", "AX"])
+def test_a_task_is_not_named_like_a_submission_file(tasks, tmp_path, capsys, name):
+    assert "no official task" in refused(capsys, tasks, tmp_path, own_task(tasks, tmp_path / "a", name=name))
+
+
+def test_an_empty_test_table_is_refused(tasks, tmp_path, capsys):
+    write(tmp_path / "a/empty.tsv", "")
+    task = own_task(tasks, tmp_path / "a", test="empty.tsv")
+    assert "empty.tsv: the file is empty" in refused(capsys, tasks, tmp_path, task, "--predict")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "predictions.json", "RTE.tsv"])
+def test_the_results_file_is_no_other_file_of_the_run(tasks, tmp_path, capsys, name):
+    (tmp_path / "run").mkdir()
+    error = refused(capsys, tasks, tmp_path, "rte", "--results", tmp_path / "run" / name)
+    assert "a file that the run itself writes" in error
+
+
+def search_settings(tasks, tmp_path, **changes):
+    return dense_settings(tasks, tmp_path, find="imp", sparsity=0.2, epochs=1, limit=8, **changes)
+
+
+def test_a_search_that_is_refused_leaves_a_finished_one_as_it_was(tasks, tmp_path):
+    finetune.find_imp(search_settings(tasks, tmp_path))
+    before = folder_content(tmp_path / "run")
+    with pytest.raises((ValueError, OSError)):
+        finetune.find_imp(search_settings(tasks, tmp_path, data=tmp_path / "nowhere"))
+    assert folder_content(tmp_path / "run") == before
+
+
+def test_an_unfinished_search_is_not_begun_anew(tasks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_fine_tuning_at(patch, 2)
+        finetune.find_imp(search_settings(tasks, tmp_path))
+    before = folder_content(tmp_path / "run")
+    with pytest.raises(ValueError, match="holds this search, unfinished"):
+        finetune.find_imp(search_settings(tasks, tmp_path))
+    assert folder_content(tmp_path / "run") == before
+
+
+def test_a_round_that_was_killed_between_two_results_is_made_again(tasks, tmp_path):
+    expected = finetune.find_imp(search_settings(tasks, tmp_path))
+    (tmp_path / "run/mask.json").unlink()
+    (tmp_path / "run/round-1/result.json").unlink()  # its mask.pt is left
+    assert finetune.find_imp(search_settings(tasks, tmp_path, resume=True))["rounds"] == expected["rounds"]
