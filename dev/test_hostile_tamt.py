@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import bert
 import tamt
-from helpers import assert_one_error_line, run_tamt, watch_rankings
+from helpers import assert_one_error_line, edit_json, run_tamt, watch_rankings
 from test_tamt import folder_content, interrupt_after, mask_settings, same_masks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -284,3 +285,79 @@ def test_an_error_is_cut_to_a_readable_length(capsys):
 def test_a_seed_of_any_size_gives_a_run_or_one_line(inputs, tmp_path, capsys):
     assert run_tamt(inputs, tmp_path / "largest", "--seed", 2**31 - 1, "--steps", 2) == 0
     assert_one_error_line(capsys, "--seed", tamt.main, "--seed", 2**31)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Found by reading
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_without_effect_do_not_make_another_run(inputs, tmp_path):
+    settings = mask_settings(inputs, tmp_path / "run", method="omp")
+    expected = tamt.find_mask(settings)
+    found = tamt.find_mask(replace(settings, objective="kd", clip=0.5, init="random", resume=True))
+    assert found == expected
+
+
+def test_the_row_that_the_embedding_does_not_train_keeps_its_first_mask(inputs, tmp_path):
+    """It is that of config.json's pad_token_id, which may be another than the tokenizer's."""
+    shutil.copytree(inputs / "bert", tmp_path / "bert")
+    edit_json(tmp_path / "bert/config.json", pad_token_id=7)
+    settings = mask_settings(inputs, tmp_path / "run", model=str(tmp_path / "bert"), lr=1e-2, save_every=1)
+    tamt.find_mask(settings)
+    name = "bert.embeddings.word_embeddings.weight"
+    first_masks = tamt.magnitude_masks(tamt.mask_model(bert.load(tmp_path / "bert")), 0.7, "local")
+    assert torch.equal(tamt.load_mask(tmp_path / "run")[name][7], first_masks[name][7])
+
+
+def test_an_export_does_not_replace_a_checkpoint_that_is_a_link(inputs, tmp_path, capsys):
+    (tmp_path / "blobs").mkdir()
+    shutil.copytree(inputs / "bert", tmp_path / "hub")
+    (tmp_path / "hub/model.safetensors").rename(tmp_path / "blobs/abc")
+    (tmp_path / "hub/model.safetensors").symlink_to(tmp_path / "blobs/abc")
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp"))
+    assert_one_error_line(capsys, "is the folder of the model itself", tamt.main, "--mask", tmp_path / "run",
+                          "--model", tmp_path / "hub/model.safetensors", "--export", tmp_path / "hub")
+    assert (tmp_path / "hub/model.safetensors").is_symlink()
+
+
+def test_an_export_may_lie_beside_the_folder_of_the_model(inputs, tmp_path):
+    shutil.copytree(inputs / "bert", tmp_path / "x/bert")
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp"))
+    tamt.evaluate_mask(tamt.Settings(mask=tmp_path / "run", model=str(tmp_path / "x/bert"), export=tmp_path / "x"))
+    assert (tmp_path / "x/model.safetensors").exists()
+
+
+def test_a_finished_run_of_two_processes_is_finished_for_one(inputs, tmp_path):
+    settings = mask_settings(inputs, tmp_path / "run")
+    expected = tamt.find_mask(settings)
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    state["settings"]["num_processes"] = 2
+    torch.save(state, tmp_path / "run/state.pt")
+    assert tamt.find_mask(replace(settings, resume=True)) == expected
+
+
+def test_a_mask_file_without_masks_is_refused(tmp_path, capsys):
+    tamt.save_mask(tmp_path / "e.pt", {}, {})
+    assert_one_error_line(capsys, "it holds no masks", tamt.main, "--compare", tmp_path / "e.pt", tmp_path / "e.pt")
+
+
+def test_flags_that_evaluation_ignores_are_no_errors(inputs, tmp_path):
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp"))
+    settings = mask_settings(inputs, mask=tmp_path / "run", evaluate=True)
+    expected = tamt.evaluate_mask(settings)
+    found = tamt.evaluate_mask(replace(settings, rank="5:7", method="random"))
+    assert found["dev_mlm_loss"] == expected["dev_mlm_loss"]
+
+
+def test_the_model_of_a_mask_in_place_of_the_toy_is_said(inputs, tmp_path, capsys):
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp"))
+    capsys.readouterr()
+    tamt.evaluate_mask(tamt.Settings(mask=tmp_path / "run", export=tmp_path / "x"))
+    assert f"model: {inputs / 'bert'}, for which the mask was found" in capsys.readouterr().out
+
+
+def test_imp_on_the_toy_has_a_horizon_of_ten_rounds(inputs):
+    settings = tamt.Settings(model="toy", method="imp", prune_every=400)
+    run = tamt.resolve(settings, tamt.Machine(torch.device("cpu")), bert.load(inputs / "bert"))
+    assert run.horizon == 4000
