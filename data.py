@@ -243,12 +243,14 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
     * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
     * Any other file is cut at the last space between 90 and 95 % of its bytes; or, if there is none, at 95 % itself."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        # A newline at the very end of the file ends the last line and begins none, so it is not counted.
-        num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, size - 1))
+        end = size
+        while end > 1 and text[end - 1:end].isspace():  # blank lines at the end of the file do not count
+            end -= 1
+        num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, end))
 
         if num_lines >= 20 or (one_row_per_line and num_lines > 1):
             num_dev_lines = max(num_lines // 20, 1)
-            border = size - 1
+            border = end
             for _ in range(num_dev_lines):
                 border = text.rfind(b"\n", 0, border)
             return border + 1

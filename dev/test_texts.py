@@ -373,6 +373,15 @@ def test_twenty_lines_are_cut_between_lines_and_nineteen_at_a_space(tmp_path):
     assert lengths_of_splits(tmp_path, 19 * line, one_row_per_line=False) == (299, 24)
 
 
+@pytest.mark.parametrize("blank", ["\n", "\n \r\n\n"])
+@pytest.mark.parametrize("num_lines, one_row_per_line", [(25, False), (25, True), (5, True)])
+def test_blank_lines_at_the_end_are_no_dev_text(tmp_path, blank, num_lines, one_row_per_line):
+    lines = num_lines * "three more words\n"
+    expected, _ = lengths_of_splits(tmp_path, lines, one_row_per_line)
+    assert expected == (num_lines - 1) * 17
+    assert lengths_of_splits(tmp_path, lines + blank, one_row_per_line)[0] == expected
+
+
 def test_a_single_line_is_cut_at_a_space_also_when_each_line_is_a_row(tmp_path):
     content = "ten bytes " * 10 + "\n"
     assert lengths_of_splits(tmp_path, content, one_row_per_line=True) == (93, 8)
