@@ -377,7 +377,8 @@ def load(path) -> Model:
         the prefix of a TensorFlow checkpoint, or its .index or .data file
         fairseq's model.pt
 
-    All weights become fp32. Tensors that the model does not use are reported in one printed line. Raises
+    All weights become fp32. Tensors that the model does not use are reported in one printed line, but for those of
+    optimizers, buffers, and the task heads of TensorFlow and fairseq. Raises
     FileNotFoundError, or a ValueError that lists the tensors that are missing, misshapen or not finite."""
     # Read the weights and the settings. Most formats keep the settings in a config.json beside the weights; a fairseq
     # file holds its own, and a config.json beside it, if there is one, wins.
@@ -1279,4 +1280,5 @@ def dropout_mask(shape, dropout_prob: float):
     bits = torch.empty((num_draws + 3) // 4, dtype=torch.int64).random_(-2**63, None)
     draws = bits.view(torch.int16)[:num_draws].view(shape)  # signed: from -2^15 to 2^15 - 1
     mask = torch.empty(shape, dtype=torch.uint8)  # the product is twice as fast with bytes as with bool
-    return torch.ge(draws, round(2**16 * dropout_prob) - 2**15, out=mask)
+    num_dropped = min(round(2**16 * dropout_prob), 2**16 - 1)  # of the 2^16 values of a draw
+    return torch.ge(draws, num_dropped - 2**15, out=mask)

@@ -28,6 +28,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import lzma
 import mmap
 import os
 import re
@@ -478,7 +479,7 @@ def piece_pattern(tokenizer: Tokenizer) -> re.Pattern:
     newline: then cuts are made before spaces only. And if tokens may cross white space, nothing is cut."""
     rules = json.loads(tokenizer.to_str())  # its tokenizer.json
     added_tokens = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    if not splits_at_white_space(rules) or any(len(token.split()) > 1 for token in added_tokens):
+    if not splits_at_white_space(rules) or any(token.split() != [token] for token in added_tokens):
         return re.compile("(?!)")  # matches nothing
 
     pre_tokenizer_steps = steps_of(rules["pre_tokenizer"])
@@ -649,6 +650,7 @@ SETTING_TYPES = {  # of the settings that are not themselves tokens; null counts
     "strip_accents": bool,
     "tokenize_chinese_chars": bool,
     "add_prefix_space": bool,
+    "one_row_per_line": bool,
     "never_split": list,
     "added_tokens_decoder": dict,
     "additional_special_tokens": (list, dict),
@@ -832,6 +834,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
     if vocabulary.one_row_per_line:
         settings["one_row_per_line"] = True  # transformers ignores it
 
+    for stale in ("special_tokens_map.json", "added_tokens.json"):  # of another tokenizer, which would be read, too
+        (folder / stale).unlink(missing_ok=True)
     normalizer = tokenizer.normalizer
     pre_tokenizer = tokenizer.pre_tokenizer
     if model_type == "bert" and vocabulary.num_separators == 1 and is_plain_bert(tokenizer):
@@ -1300,7 +1304,7 @@ def unpack(archive, folder, suffixes: tuple = ("",)) -> Path:
         else:
             unpack_tar(archive, part, tuple(suffixes), limit)
         os.replace(part, folder)
-    except (ValueError, OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile,
+    except (ValueError, KeyError, OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
             tarfile.TarError) as error:
         if folder.is_dir():  # another process was faster
             return folder

@@ -134,6 +134,7 @@ def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
         torch.manual_seed(settings.seed)
         model.add_mlm_head()
         model.mlm_head.is_fresh = True
+        model.mlm_head.decoder = None  # it takes the word embeddings; a random decoder would not be trained
     return model.requires_grad_(False).to(machine.device), vocabulary
 
 

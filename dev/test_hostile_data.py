@@ -10,6 +10,7 @@ import io
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,9 +20,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import bert
 import data
+import tamt
+from test_tamt import mask_settings, write
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = bytes(range(256)) * 2000  # 512,000 bytes
@@ -328,3 +332,49 @@ def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path):
     assert (tmp_path / "x").read_text() == "old" and left(tmp_path) == ["x"]
     with pytest.raises(OSError, match="gone/x"), bert.atomic_write(tmp_path / "gone" / "x") as file:
         file.write(b"half")
+
+
+def test_a_tar_with_a_link_to_nothing_is_damaged(tmp_path):
+    link = tarfile.TarInfo("m/pytorch_model.bin")
+    link.type = tarfile.LNKTYPE
+    link.linkname = "m/nothere"
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.addfile(link)
+    with pytest.raises(ValueError, match="cannot unpack"):
+        data.unpack(tmp_path / "a.tar.gz", tmp_path / "folder")
+
+
+def test_a_setting_that_is_a_text_is_not_taken_for_true(inputs, tmp_path):
+    shutil.copytree(inputs / "bert", tmp_path / "bert")
+    write(tmp_path / "bert/tokenizer_config.json", {"one_row_per_line": "false"})
+    with pytest.raises(ValueError, match="one_row_per_line"):
+        data.vocabulary(tmp_path / "bert")
+
+
+def test_an_export_does_not_inherit_special_tokens(inputs, tmp_path):
+    vocabulary = data.vocabulary(inputs / "bert")
+    write(tmp_path / "x/special_tokens_map.json", {"additional_special_tokens": ["the"]})
+    data.save_vocabulary(vocabulary, tmp_path / "x", "bert", max_tokens=48)
+    assert data.vocabulary(tmp_path / "x").special_ids == vocabulary.special_ids
+
+
+def test_a_text_is_not_cut_inside_a_token_that_ends_in_a_space(inputs, tmp_path):
+    shutil.copytree(inputs / "bert", tmp_path / "bert")
+    write(tmp_path / "bert/tokenizer_config.json", {"extra_special_tokens": ["<word> "]})
+    vocabulary = data.vocabulary(tmp_path / "bert")
+    assert not data.piece_pattern(vocabulary.tokenizer).search("<word> " * 3000)
+
+
+def test_dropout_of_nearly_everything_keeps_nearly_nothing():
+    for dropout_prob in (0.9999, 0.999995):
+        assert bert.dropout_mask((4, 10000), dropout_prob).float().mean() < 0.001
+
+
+def test_a_fresh_head_takes_the_word_embeddings_also_if_the_model_is_not_tied(inputs, tmp_path):
+    model = bert.load(inputs / "bert")
+    tensors = {name: tensor for name, tensor in model.named_parameters() if not name.startswith("cls.")}
+    shutil.copytree(inputs / "bert", tmp_path / "bert")
+    bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM", tie_word_embeddings=False)
+    settings = mask_settings(inputs, tmp_path / "run", model=str(tmp_path / "bert"))
+    opened, _ = tamt.open_model(settings, tamt.Machine(torch.device("cpu")))
+    assert opened.mlm_head.is_fresh and opened.mlm_head.decoder is None
