@@ -258,7 +258,8 @@ def load_glue(task, split: str, folder) -> list[Example]:
 
     # Without a header the first line is a row like all others.
     has_header = any(isinstance(column, str) for column in (*text_columns, task.label_column))
-    if not has_header:
+    is_empty = path.stat().st_size == 0
+    if not has_header and not is_empty:
         rows = chain([(where, first_row)], rows)
 
     dev_ids = None
@@ -321,8 +322,6 @@ def read_rows(path: Path):
     A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped; but in a file of
     one column an empty line is an empty text."""
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if not content:
-        raise ValueError(f"{path}: the file is empty")
     has_one_column = b"\t" not in content
     content = content.removesuffix(b"\n") if has_one_column else content.rstrip(b"\r\n")
     for number, line in enumerate(content.split(b"\n"), start=1):

@@ -385,7 +385,7 @@ def test_a_task_is_not_named_like_a_submission_file(tasks, tmp_path, capsys, nam
 def test_an_empty_test_table_is_refused(tasks, tmp_path, capsys):
     write(tmp_path / "a/empty.tsv", "")
     task = own_task(tasks, tmp_path / "a", test="empty.tsv")
-    assert "empty.tsv: the file is empty" in refused(capsys, tasks, tmp_path, task, "--predict")
+    assert "empty.tsv: no rows for test" in refused(capsys, tasks, tmp_path, task, "--predict")
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "predictions.json", "RTE.tsv"])
