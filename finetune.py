@@ -117,7 +117,6 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     # Third, the folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = choose_folder(run, tickets, identity)  # the default name contains a hash of the identity
-    refuse_folder_of_tables(run, tasks)
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
         return reopen_finished(run, tasks, examples, result)  # nothing is left to train
@@ -627,10 +626,11 @@ def find_imp(settings) -> dict:
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search_settings, mask=mask_file, out=folder, results=None)
 
+        remove_stale_mask(folder, search_settings)
+
         # Opening the experiment reads the pre-trained weights anew: that is the rewinding. As released, every round
         # starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So within a round the
         # learning rate falls from lr to .9 lr, and no further.
-        remove_stale_mask(folder, search_settings)
         experiment = open_experiment(round_settings, horizon_rounds=10)
         if number == 1:
             mark_folder(search_settings)
@@ -1355,7 +1355,7 @@ def open_search(settings: Settings) -> Settings:
 
 
 def remove_stale_mask(folder: Path, search_settings: Settings):
-    """A round that was killed has a mask but no result, if it is this search's: the mask is made again."""
+    """If a round of this search was killed before its result was written, removes its mask, which is made again."""
     is_this_search = (search_settings.out / "search.json").exists()
     if is_this_search and not (folder / "result.json").exists():
         (folder / "mask.pt").unlink(missing_ok=True)
@@ -1449,12 +1449,14 @@ def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
     for name in written:
         if run.results is not None and run.results.absolute() == (run.out / name).absolute():
             raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
+    if run.predict:
+        refuse_folder_of_tables(run)
     return run
 
 
-def refuse_folder_of_tables(run: Run, tasks: list):
-    """--predict writes tables into the folder of the run, which must not be those of the task."""
-    for task in tasks if run.predict else []:
+def refuse_folder_of_tables(run: Run):
+    """--predict writes tables into the folder of the run. They must not replace those that the task is read from."""
+    for task in named_tasks(run):
         folder = task_folder(task, run)
         tables = [glue_squad.find_file(task, split, folder) for split in ("train", "dev")]
         if any(Path(table).resolve().parent == run.out.resolve() for table in tables):

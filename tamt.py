@@ -401,13 +401,12 @@ class Scores:
         self.layers = layers
         self.sparsity = sparsity
         self.rank = rank
-        # Gives each layer its views of the two vectors, and finds which scores compete.
         self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in layers])  # Eq. 5
         self.mask = torch.cat([first_masks[name].flatten() for name in layers])
         self.pools = []
 
         begin = 0
-        for name, layer in layers.items():
+        for name, layer in layers.items():  # each gets its views of the two vectors
             end = begin + layer.weight.numel()
             shape = layer.weight.shape
             is_frozen = name in without_gradient and bool(without_gradient[name].all())  # the pooler
@@ -1277,7 +1276,7 @@ def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
         raise ValueError(f"{settings.mask}: seq_len in its metadata is no number of tokens: {seq_len!r:.60}")
     if settings.model == "toy" and meta.get("model", "toy") != "toy":  # the default
         known["model"] = meta["model"]
-        print(f"model: {meta['model']}, for which the mask was found (for the toy give its folder)")
+        print(f"model: {meta['model']}, for which the mask was found")
     if settings.data is None and meta.get("data") and "task" not in meta:  # else the data are those of a task
         known["data"] = meta["data"]
         known["lines"] = settings.lines or meta.get("lines", False)
