@@ -582,6 +582,8 @@ def read_config(settings: dict, family: str) -> Config:
     values = {}
     if family == "roberta":
         values = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+        if settings.get("layer_norm_eps") is None:
+            print("config.json does not say layer_norm_eps: 1e-05, as in the original RoBERTa")
     for field in fields(Config):
         if settings.get(field.name) is not None:
             values[field.name] = settings[field.name]

@@ -125,14 +125,16 @@ def vocabulary(path) -> Vocabulary:
 def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
     """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text."""
     names = special_names(tokenizer, settings, file)  # such as [PAD], [UNK], [CLS], [SEP], [MASK]
-    add_tokens(tokenizer, names, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
+    special = special_tokens(names, settings)  # these, and those that only this model has
+    add_tokens(tokenizer, special, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
     num_separators = count_separators(tokenizer, sep_id, file)
     tokenizer.post_processor = None  # what added [CLS] and [SEP]
 
     extra_ids = []
+    contents = {token_content(token) for token in special}
     for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        if token.special and token.content not in names:
+        if token.content not in names and (token.special or token.content in contents):
             extra_ids.append(token_id)
 
     return Vocabulary(
@@ -444,16 +446,15 @@ def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
     rules = json.loads(tokenizer.to_str())
     if rules["model"].get("dropout"):
         raise ValueError(f"{file}: with dropout {rules['model']['dropout']} it splits words at random; expected null")
-    normalizer = rules["normalizer"] or {}
-    if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
-        normalizer["strip_accents"] = normalizer["lowercase"]
     names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
              "tokenize_chinese_chars": "handle_chinese_chars", "add_prefix_space": "add_prefix_space"}
-    for setting, name in names.items():
-        found = (rules["pre_tokenizer"] or {}).get(name, normalizer.get(name))
-        if setting in settings and found is not None and bool(settings[setting]) != found:
-            raise ValueError(f"{file}: {name} is {json.dumps(found)}, but tokenizer_config.json has {setting} "
-                             f"{json.dumps(settings[setting])}; make the two agree")
+    for step in steps_of(rules["normalizer"]) + steps_of(rules["pre_tokenizer"]):
+        if step["type"] == "BertNormalizer" and step["strip_accents"] is None:
+            step["strip_accents"] = step["lowercase"]
+        for setting, name in names.items():
+            if setting in settings and name in step and bool(settings[setting]) != step[name]:
+                raise ValueError(f"{file}: {name} is {json.dumps(step[name])}, but tokenizer_config.json has {setting} "
+                                 f"{json.dumps(settings[setting])}; make the two agree")
     return tokenizer
 
 
@@ -718,12 +719,8 @@ def refuse_unsupported(file: Path, settings: dict, expected: str):
         raise ValueError(f"{file}: the tokenizer setting never_split is not supported")
 
 
-def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: Path):
-    """Tells the tokenizer which tokens are looked for in the text before it is split into words.
-
-    Without this the text "[MASK]" would become [ mask ]. In transformers' order: the tokens of
-    tokenizer_config.json or added_tokens.json by their ids, the special tokens, those that a model has
-    beyond the usual ones. A token that the vocabulary lacks gets the next free id."""
+def special_tokens(names: list[str], settings: dict) -> list[str | dict]:
+    """The special tokens that the settings name, and the usual five, in transformers' order; some of them twice."""
     roles = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
     for key in settings:
         if key.endswith("_token") and key not in roles:
@@ -731,7 +728,15 @@ def add_tokens(tokenizer: Tokenizer, names: list[str], settings: dict, folder: P
     special = [settings[role] for role in roles if isinstance(settings.get(role), (str, dict))]
 
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    special += [*names, *token_list(extra)]
+    return [*special, *names, *token_list(extra)]
+
+
+def add_tokens(tokenizer: Tokenizer, special: list, settings: dict, folder: Path):
+    """Tells the tokenizer which tokens are looked for in the text before it is split into words.
+
+    Without this the text "[MASK]" would become [ mask ]. In transformers' order: the tokens of
+    tokenizer_config.json or added_tokens.json by their ids, then the special tokens. A token that the vocabulary lacks
+    gets the next free id."""
     special_contents = {token_content(token) for token in special}
 
     numbered_tokens = {}

@@ -258,7 +258,7 @@ def load_glue(task, split: str, folder) -> list[Example]:
 
     # Without a header the first line is a row like all others.
     has_header = any(isinstance(column, str) for column in (*text_columns, task.label_column))
-    is_empty = path.stat().st_size == 0
+    is_empty = path.read_bytes() in (b"", codecs.BOM_UTF8)
     if not has_header and not is_empty:
         rows = chain([(where, first_row)], rows)
 

@@ -140,11 +140,12 @@ def test_a_model_type_that_contradicts_the_weights_is_refused(inputs, tmp_path):
     raises_one_line(bert.load, folder, match="must name one family, bert or roberta; found: bert and roberta")
 
 
-def test_old_roberta_configs_lack_three_settings(inputs, tmp_path):
+def test_old_roberta_configs_lack_three_settings(inputs, tmp_path, capsys):
     tensors, settings = read_folder(inputs / "roberta")
     settings = without(settings, "pad_token_id", "type_vocab_size", "layer_norm_eps")
     config = bert.load(write_folder(tmp_path / "old", tensors, settings)).config
     assert (config.pad_token_id, config.type_vocab_size, config.layer_norm_eps) == (1, 1, 1e-5)
+    assert capsys.readouterr().out == "config.json does not say layer_norm_eps: 1e-05, as in the original RoBERTa\n"
 
 
 def test_googles_config_lacks_layer_norm_eps(inputs, tmp_path):

@@ -382,9 +382,10 @@ def test_a_task_is_not_named_like_a_submission_file(tasks, tmp_path, capsys, nam
     assert "no official task" in refused(capsys, tasks, tmp_path, own_task(tasks, tmp_path / "a", name=name))
 
 
-def test_an_empty_test_table_is_refused(tasks, tmp_path, capsys):
-    write(tmp_path / "a/empty.tsv", "")
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"], ids=["nothing", "byte order mark"])
+def test_an_empty_test_table_is_refused(tasks, tmp_path, capsys, content):
     task = own_task(tasks, tmp_path / "a", test="empty.tsv")
+    (tmp_path / "a/empty.tsv").write_bytes(content)
     assert "empty.tsv: no rows for test" in refused(capsys, tasks, tmp_path, task, "--predict")
 
 

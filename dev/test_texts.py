@@ -257,6 +257,19 @@ def test_a_setting_that_contradicts_tokenizer_json_is_refused(tmp_path, setting,
     raises_one_line(data.vocabulary, tmp_path, match=f"tokenizer.json: {words}; make the two agree")
 
 
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_a_setting_that_contradicts_a_step_of_tokenizer_json_is_refused(tmp_path, part):
+    make_folder = bert_folder if part == "normalizer" else roberta_folder
+    rules = json.loads(data.vocabulary(make_folder(tmp_path / "plain")).tokenizer.to_str())
+    rules[part] = {"type": "Sequence", f"{part.replace('_', '')}s": [rules[part]]}
+    setting, name = ("do_lower_case", "lowercase") if part == "normalizer" else ("add_prefix_space",) * 2
+    found = rules[part][f"{part.replace('_', '')}s"][0][name]
+    write_files(tmp_path, tokenizer_json=rules, tokenizer_config_json={setting: found})
+    data.vocabulary(tmp_path)
+    write_files(tmp_path, tokenizer_config_json={setting: not found})
+    raises_one_line(data.vocabulary, tmp_path, match=f"{name} is {json.dumps(found)}, but .*; make the two agree")
+
+
 def test_a_tokenizer_that_splits_words_at_random_is_refused(tmp_path):
     rules = json.loads(data.vocabulary(roberta_folder(tmp_path / "plain")).tokenizer.to_str())
     rules["model"]["dropout"] = 0.1
@@ -640,6 +653,15 @@ def test_corruption_never_chooses_additional_special_tokens(tmp_path):
     assert vocabulary.extra_special_ids == (marker,)
     _, is_chosen = data.corrupt(np.full((50, 50), marker), vocabulary, np.random.default_rng(0))
     assert not is_chosen.any()
+
+
+def test_a_token_that_only_the_settings_call_special_is_not_chosen_either(tmp_path):
+    tokenizer = data.vocabulary(bert_folder(tmp_path / "plain")).tokenizer
+    tokenizer.add_tokens([AddedToken("[E1]", special=False)])
+    write_files(tmp_path, tokenizer_json=json.loads(tokenizer.to_str()),
+                tokenizer_config_json={"additional_special_tokens": ["[E1]"]})
+    vocabulary = data.vocabulary(tmp_path)
+    assert vocabulary.extra_special_ids == (vocabulary.tokenizer.token_to_id("[E1]"),)
 
 
 def test_progress_says_how_far_how_fast_and_how_long(capsys):
