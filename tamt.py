@@ -24,16 +24,19 @@ The method in eight steps, in which these letters recur:
 find_mask() takes them in this order. The same as one plain loop is a test in test_tamt.py:
 test_mask_training_gives_the_masks_of_a_plain_loop.
 
-    1. The eight steps      find_mask; reading, and what is done at the end
-    2. Masked layers        W * M, and the straight-through estimator
-    3. The ranking          which entries stay: global, local, N:M; OMP and random masks
-    4. Scores               one for each weight, and the masks that follow from them
-    5. Losses               masked LM, distillation, dev losses
-    6. Training             the loop, and one update
-    7. IMP                  the baseline that trains W
-    Appendices              A what follows the released code; B the fast ranking; C mask files; D the folder of a run;
-                            E settings; F devices and processes. A function that is called in chapters 1 to 7 and not
-                            defined there is in one of them; a first reading may skip them.
+The chapters:
+
+    The eight steps      find_mask; reading, and what is done at the end
+    Masked layers        W * M, and the straight-through estimator
+    The ranking          which entries stay: global, local, N:M; OMP and random masks
+    Scores               one for each weight, and the masks that follow from them
+    Batches              the rows of an update, and what masked LM makes of them
+    Losses               masked LM, distillation, dev losses
+    Training             the loop, and one update
+    IMP                  the baseline that trains W
+    Appendices           A what follows the released code; B the fast ranking; C mask files; D the folder of a run;
+                         E settings; F devices and processes. A function that is called in the chapters and not defined
+                         there is in one of them; a first reading may skip them.
 
 The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
 afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
@@ -78,7 +81,7 @@ import data
 PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
 
 # ---------------------------------------------------------------------------------------------------
-# 1. The eight steps
+# The eight steps
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -107,17 +110,19 @@ def find_mask(settings: "Settings") -> dict:
     if run.trains:
         print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
               f"({run.lr_reason})")
-    layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
+    masked_layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
     if run.method == "tamt":
-        masks = start_masks(layers, run)  # step 3
-        without_gradient = entries_without_gradient(layers, run, vocabulary, rows)  # of the pooler, for example
-        scores = Scores(layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
-        train_scores(Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows, state))  # steps 5 to 7
-    elif run.method == "imp":  # makes its masks as it goes
-        train_imp(Training(run, identity, model, vocabulary, layers, None, rows, dev_rows, state))
+        masks = start_masks(masked_layers, run)  # step 3
+        without_gradient = entries_without_gradient(masked_layers, run, vocabulary, rows)  # of the pooler, for example
+        scores = Scores(masked_layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
+        training = Training(run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state)
+        train_scores(training)  # steps 5 to 7
+    elif run.method == "imp":  # makes its masks as it goes, and has no scores
+        training = Training(run, identity, model, vocabulary, masked_layers, None, rows, dev_rows, state)
+        train_imp(training)
     else:  # omp and random end here
-        set_masks(layers, start_masks(layers, run))
-    return finish(run, identity, model, vocabulary, layers, dev_rows, start_time)  # step 8
+        set_masks(masked_layers, start_masks(masked_layers, run))
+    return finish(run, identity, model, vocabulary, masked_layers, dev_rows, start_time)  # step 8
 
 
 # The first two steps and the last are short, and stand here; the others have chapters of their own.
@@ -148,7 +153,7 @@ def open_text(run, vocabulary, split: str):
     return data.corpus_rows(source, vocabulary, run.seq_len, split, run.lines)
 
 
-def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float) -> dict:
+def finish(run, identity, model, vocabulary, masked_layers, dev_rows, start_time: float) -> dict:
     """Step 8: writes mask.pt, a report on it as mask.json, and the export if one was asked for; prints the result
     -> the content of mask.json."""
     if run.machine.process_index > 0:
@@ -156,7 +161,7 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
 
     # What is left of each matrix, and what the masked model is worth on held-out text.
     model.eval()
-    masks = {name: layer.mask for name, layer in layers.items()}
+    masks = {name: layer.mask for name, layer in masked_layers.items()}
     report = sparsity_report(model, masks)
     empty = [name for name, removed in report["matrices"].items() if removed == 1]
     if empty:
@@ -187,7 +192,7 @@ def finish(run, identity, model, vocabulary, layers, dev_rows, start_time: float
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Masked layers
+# Masked layers
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +223,7 @@ class MaskedLayer(nn.Module):
     """What masked linear layers and embeddings share: weight, mask, and scores while a mask is learned.
 
     Without scores the weight itself may train under the mask, as in IMP. While is_dense is set the layer computes with
-    its whole weight (chapter 5 does so to compare the masked model with the dense one)."""
+    its whole weight (dense_teacher does so, to compare the masked model with the dense one)."""
 
     def __init__(self, layer):
         super().__init__()
@@ -276,23 +281,23 @@ def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Modul
 
 def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
     """Puts masked layers, which keep everything at first, in the place of the maskable ones."""
-    layers = {}
+    masked_layers = {}
     for name, layer in maskable_layers(model, scope).items():
         masked_layer = MaskedLinear(layer) if isinstance(layer, nn.Linear) else MaskedEmbedding(layer)
         parent, _, child = name.removesuffix(".weight").rpartition(".")
         setattr(model.get_submodule(parent), child, masked_layer)
-        layers[name] = masked_layer
-    return layers
+        masked_layers[name] = masked_layer
+    return masked_layers
 
 
-def set_masks(layers: dict, masks: dict):
+def set_masks(masked_layers: dict, masks: dict):
     """Gives each layer its mask. A layer without one keeps everything: a mask file may lack embeddings or pooler."""
-    for name, layer in layers.items():
+    for name, layer in masked_layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 3. The ranking: which entries stay
+# The ranking: which entries stay
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -347,38 +352,38 @@ def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix ->
     return (num_ahead < num_kept).view_as(values)
 
 
-def magnitude_masks(layers: dict, sparsity: float, rank: str) -> dict:
+def magnitude_masks(masked_layers: dict, sparsity: float, rank: str) -> dict:
     """Masks by |W|. On layers that keep everything this is OMP; on masked ones, the next level of IMP."""
     magnitudes = {}
-    for name, layer in layers.items():
+    for name, layer in masked_layers.items():
         # What is pruned stays pruned: -1 is below every magnitude.
         magnitudes[name] = layer.weight.detach().abs().masked_fill(~layer.mask, -1.0)
     return make_masks(magnitudes, sparsity, rank)
 
 
-def random_masks(layers: dict, sparsity: float, rank: str, seed: int) -> dict:
+def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> dict:
     """Masks by random numbers in place of magnitudes."""
     generator = data.random_stream(seed, "masks")
     values = {}
-    for name, layer in layers.items():
+    for name, layer in masked_layers.items():
         draws = generator.random(layer.weight.shape, np.float32)
         values[name] = torch.from_numpy(draws).to(layer.weight.device)
     return make_masks(values, sparsity, rank)
 
 
-def start_masks(layers: dict, run: "Run") -> dict:
+def start_masks(masked_layers: dict, run: "Run") -> dict:
     """Step 3: the OMP mask or the random mask. With omp and random it is the result, with tamt the first mask."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
     starts_at_random = run.method == "tamt" and run.init == "random"
     if run.method == "random" or starts_at_random:
-        return random_masks(layers, run.sparsity, rank, run.seed)
-    return magnitude_masks(layers, run.sparsity, rank)
+        return random_masks(masked_layers, run.sparsity, rank, run.seed)
+    return magnitude_masks(masked_layers, run.sparsity, rank)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Scores
+# Scores
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -395,18 +400,18 @@ class Scores:
     The scores that compete form a pool: all of them (global), or those of one matrix (local). With N:M the groups
     compete, and there are no pools."""
 
-    def __init__(self, layers: dict, first_masks: dict, sparsity: float, rank: str, without_gradient: dict):
+    def __init__(self, masked_layers: dict, first_masks: dict, sparsity: float, rank: str, without_gradient: dict):
         """first_masks {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
         mask}, from entries_without_gradient."""
-        self.layers = layers
+        self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
-        self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in layers])  # Eq. 5
-        self.mask = torch.cat([first_masks[name].flatten() for name in layers])
+        self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in masked_layers])  # Eq. 5
+        self.mask = torch.cat([first_masks[name].flatten() for name in masked_layers])
         self.pools = []
 
         begin = 0
-        for name, layer in layers.items():  # each gets its views of the two vectors
+        for name, layer in masked_layers.items():  # each gets its views of the two vectors
             end = begin + layer.weight.numel()
             shape = layer.weight.shape
             is_frozen = name in without_gradient and bool(without_gradient[name].all())  # the pooler
@@ -418,17 +423,17 @@ class Scores:
 
         if rank == "global":
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
-            self.pin(layers, first_masks, without_gradient)
+            self.pin(first_masks, without_gradient)
             self.make_start_exact()
 
-    def pin(self, layers: dict, first_masks: dict, without_gradient: dict):
+    def pin(self, first_masks: dict, without_gradient: dict):
         """Entries that never get a gradient keep their first mask, and still count among the round(n s).
 
         Their scores would stay at 0 or 2 phi forever, while the threshold drifts: as soon as it passed one of the two,
         all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
         infinity if they start as pruned. The optimizer leaves it infinite."""
         for name, is_pinned in without_gradient.items():
-            scores = layers[name].scores.data
+            scores = self.masked_layers[name].scores.data
             scores.masked_fill_(is_pinned & first_masks[name], math.inf)
             scores.masked_fill_(is_pinned & ~first_masks[name], -math.inf)
 
@@ -445,17 +450,11 @@ class Scores:
         self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
 
     @torch.no_grad()
-    def update_masks(self, radius: float | None = None):
-        """Step 7: ranks the scores anew, after which exactly the right number is pruned.
-
-        radius: how far a threshold has probably moved since the last ranking, which makes this one faster; None if
-        unknown."""
-        if radius is not None and self.pools:
-            update_masks_near(self, radius)  # the same masks, faster (appendix B)
-            return
-        masks = make_masks({name: layer.scores.detach() for name, layer in self.layers.items()},
+    def update_masks(self):
+        """Step 7: ranks the scores anew, after which exactly the right number is pruned."""
+        masks = make_masks({name: layer.scores.detach() for name, layer in self.masked_layers.items()},
                            self.sparsity, self.rank)
-        for name, layer in self.layers.items():
+        for name, layer in self.masked_layers.items():
             layer.mask.copy_(masks[name])
         for pool in self.pools:
             scores = self.vector[pool.begin:pool.end]
@@ -473,12 +472,12 @@ class Pool:
     threshold: float = PHI  # halfway between the two start scores, as in the paper
 
 
-def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict:
+def entries_without_gradient(masked_layers: dict, run: "Run", vocabulary, rows) -> dict:
     """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
     embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
     not contain. (Under masked LM a tenth of the chosen tokens become any word of the vocabulary.)"""
     without = {}
-    for name, layer in layers.items():
+    for name, layer in masked_layers.items():
         device = layer.weight.device
         if name.endswith("pooler.dense.weight"):
             without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
@@ -495,7 +494,7 @@ def entries_without_gradient(layers: dict, run: "Run", vocabulary, rows) -> dict
 
 
 # ---------------------------------------------------------------------------------------------------
-# 5. Losses
+# Batches
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +540,11 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
         attention_mask=None if is_token.all() else to_device(is_token, device),
         positions=to_device(positions, device),
         labels=to_device(input_ids.reshape(-1)[positions], device))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------
 
 
 def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
@@ -644,20 +648,20 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# 6. Training: the loop, and one update
+# Training: the loop, and one update
 # ---------------------------------------------------------------------------------------------------
 
 
 class Training:
     """A run in progress. What its updates change is saved in state.pt."""
 
-    def __init__(self, run, identity, model, vocabulary, layers, scores, rows, dev_rows, state=None):
+    def __init__(self, run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state=None):
         """scores: None with imp, where W trains. state: None, or that of an interrupted run."""
         self.run = run
         self.identity = identity  # what --resume compares
         self.model = model
         self.vocabulary = vocabulary
-        self.layers = layers
+        self.masked_layers = masked_layers
         self.scores = scores
         self.rows = rows
         self.dev_rows = dev_rows
@@ -670,7 +674,7 @@ class Training:
                 self.start_weights[name] = parameter.detach().clone()
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
         self.student = wrap_network(model, run)  # the model, possibly compiled or wrapped for several processes
-        self.log = Log(run, layers)
+        self.log = Log(run, masked_layers)
         self.step = 0  # updates done
         self.saved_at = time.time()  # when state.pt was written last
         if state is not None:
@@ -701,10 +705,9 @@ def train_scores(training: Training):
         loss = update(training, batch, learning_rate, update_number=training.step + 1)  # steps 5 and 6
         training.step += 1
         if run.refresh_every == 1:
-            # AdamW moves a score by about the learning rate, and a threshold hardly ever by more than half of that.
-            training.scores.update_masks(radius=learning_rate / 2)  # step 7
+            update_masks_fast(training.scores, learning_rate)  # step 7: scores.update_masks(), but faster
         else:
-            refresh_as_released(training)  # appendix A
+            refresh_as_released(training)  # step 7 as in the released code
         report_progress(training, loss, learning_rate)
         save_state_if_due(training)
     restore_start_weights(training)  # the head is thrown away; the masks are the result
@@ -809,7 +812,7 @@ def restore_start_weights(training: Training):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 7. Iterative magnitude pruning, the baseline that trains W
+# Iterative magnitude pruning, the baseline that trains W
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -843,7 +846,7 @@ def prune_and_rewind(training: Training, level: float):
     """Prunes up to a sparsity of `level`, sets all weights but the head's back to the pre-trained ones, unless
     --no-rewind, and starts a fresh optimizer."""
     run = training.run
-    set_masks(training.layers, magnitude_masks(training.layers, level, run.rank))
+    set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, run.rank))
     if not run.no_rewind:
         for name, weight in training.start_weights.items():
             is_backbone = name.startswith(f"{run.family}.")
@@ -987,7 +990,12 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def update_masks_near(scores: Scores, radius: float):
+def update_masks_fast(scores: Scores, learning_rate: float):
+    """Makes the masks of scores.update_masks(), after one update of the scores."""
+    if is_pattern(scores.rank):
+        scores.update_masks()  # N:M has no thresholds
+        return
+    radius = learning_rate / 2  # a score moves by about the learning rate, a threshold hardly ever by more than this
     for pool in scores.pools:
         values = scores.vector[pool.begin:pool.end]
         mask = scores.mask[pool.begin:pool.end]
@@ -1245,12 +1253,12 @@ def evaluate_mask(settings: "Settings") -> dict:
     model, vocabulary = load_model(settings.model)
     run = resolve(settings, machine, model)
     model.requires_grad_(False).to(machine.device)
-    layers = mask_model(model)
+    masked_layers = mask_model(model)
     if settings.mask:
         say_if_weights_differ(meta, run.backbone_checksum, settings.mask)
         say_if_ablation_differs(meta, settings.mask)
-        masks = fit_masks(layers, masks, settings.mask)
-        set_masks(layers, masks)
+        masks = fit_masks(masked_layers, masks, settings.mask)
+        set_masks(masked_layers, masks)
 
     content = {"metadata": meta, "sparsity": sparsity_report(model, masks)}
     print(json.dumps(content, indent=1))
@@ -1471,7 +1479,7 @@ def save_state_if_due(training: Training):
         "step": training.step,
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
-        "masks": {name: pack(layer.mask) for name, layer in training.layers.items()},
+        "masks": {name: pack(layer.mask) for name, layer in training.masked_layers.items()},
         "thresholds": [pool.threshold for pool in training.scores.pools] if training.scores else [],
         "log": training.log.state(),
     })
@@ -1479,7 +1487,7 @@ def save_state_if_due(training: Training):
 
 def restore_state(training: Training, state: dict):
     restore_parameters(training.parameters, training.optimizer, state, training.run.out / "state.pt")
-    for name, layer in training.layers.items():
+    for name, layer in training.masked_layers.items():
         layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
     if training.scores is not None:
         for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
@@ -1508,7 +1516,7 @@ def save_mask_of_step(training: Training, sparsity: float):
         return
     folder = run.out / f"step-{training.step}"
     folder.mkdir(exist_ok=True)
-    masks = {name: layer.mask for name, layer in training.layers.items()}
+    masks = {name: layer.mask for name, layer in training.masked_layers.items()}
     save_mask(folder / "mask.pt", masks, metadata(run, training.step, sparsity))
 
 
@@ -1566,9 +1574,9 @@ def config_checksum(model: bert.Model) -> str:
 class Log:
     """A progress line at each interval on the terminal, and the same figures as a line of log.jsonl."""
 
-    def __init__(self, run, layers):
+    def __init__(self, run, masked_layers):
         self.run = run
-        self.layers = layers
+        self.masked_layers = masked_layers
         self.began = time.time()
         self.total_loss = 0.0  # since the last line
         self.num_updates = 0
@@ -1576,7 +1584,7 @@ class Log:
         self.bits = self.pack_masks()
 
     def pack_masks(self) -> np.ndarray:
-        return np.concatenate([pack(layer.mask).numpy() for layer in self.layers.values()])
+        return np.concatenate([pack(layer.mask).numpy() for layer in self.masked_layers.values()])
 
     def step(self, step: int, loss: float, learning_rate: float, losses: dict):
         run = self.run
@@ -1588,7 +1596,7 @@ class Log:
             return
 
         bits = self.pack_masks()
-        num_entries = sum(layer.mask.numel() for layer in self.layers.values())
+        num_entries = sum(layer.mask.numel() for layer in self.masked_layers.values())
         kept = int(np.bitwise_count(bits).sum()) / num_entries
         flips = int(np.bitwise_count(bits ^ self.bits).sum()) / num_entries
         seconds = (time.time() - self.began) / self.num_timed  # per update

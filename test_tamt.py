@@ -439,7 +439,7 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 # tamt: masked layers
 # ---------------------------------------------------------------------------------------------------
 
-# tamt.find_mask(settings) learns a mask. While it runs, a tamt.Training holds its .model, .layers (the masked ones) and
+# tamt.find_mask(settings) learns a mask. While it runs, a tamt.Training holds its .model, .masked_layers and
 # .step, the number of updates done.
 #
 #     masked layers take the place of ordinary ones; each holds a weight, a mask and scores, and computes weight * mask
@@ -852,7 +852,7 @@ def test_the_student_learns_in_train_mode_and_all_else_is_in_eval_mode(inputs, t
 
     def watch_layers(training):
         if training.step == 0:
-            for layer in training.layers.values():
+            for layer in training.masked_layers.values():
                 layer.register_forward_hook(note)
 
     before_each_update(monkeypatch, tamt, watch_layers)

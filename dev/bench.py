@@ -75,7 +75,7 @@ def make_our_step(size: Size, objective: str = "mlm") -> Callable:
     def step():
         tamt.update(training, tamt.next_batch(training), LEARNING_RATE, update_number=training.step + 1)
         training.step += 1
-        training.scores.update_masks(radius=LEARNING_RATE / 2)
+        tamt.update_masks_fast(training.scores, LEARNING_RATE)
 
     return step
 
@@ -259,7 +259,7 @@ def copy_weights(training: tamt.Training, released: Released):
     for network in (released.network, released.teacher):
         if network is not None:
             network.load_state_dict(weights, strict=False)  # the decoder is tied, the pooler missing
-    for name, layer in training.layers.items():
+    for name, layer in training.masked_layers.items():
         scores = name.removesuffix(".weight") + ".scores"
         if scores in released.parameters:
             released.parameters[scores].data.copy_(layer.scores.data)
@@ -288,7 +288,7 @@ def part_ranking(args):
     """The three things that mask training does and fine-tuning does not, as shares of an update."""
     size = args.sizes["base"]
     training = gpu.make_training(size, "mlm", cpu())
-    encoder_layers = [layer for name, layer in training.layers.items() if ".layer." in name]
+    encoder_layers = [layer for name, layer in training.masked_layers.items() if ".layer." in name]
     scores = training.scores
 
     def update():
@@ -296,7 +296,7 @@ def part_ranking(args):
         training.step += 1
 
     def rank():
-        scores.update_masks(radius=LEARNING_RATE / 2)
+        tamt.update_masks_fast(scores, LEARNING_RATE)
 
     def multiply():  # W * M forward, and dL/dS = dL/d(W * M) * W backward
         for layer in encoder_layers:

@@ -243,7 +243,7 @@ def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> f
     """What train_scores() does for each update -> the loss."""
     loss = tamt.update(training, tamt.next_batch(training), learning_rate, update_number=training.step + 1)
     training.step += 1
-    training.scores.update_masks(radius=learning_rate / 2)
+    tamt.update_masks_fast(training.scores, learning_rate)
     return loss
 
 
@@ -551,7 +551,7 @@ def part_ranking(bench: Bench):
             move.neg_()  # back and forth, so that the threshold moves at every call
             synchronize(bench.device)
             began = time.perf_counter()
-            scores.update_masks(radius=LEARNING_RATE / 2)
+            tamt.update_masks_fast(scores, LEARNING_RATE)
             synchronize(bench.device)
             seconds.append(time.perf_counter() - began)
         median = float(np.median(seconds[3:]))

@@ -77,7 +77,7 @@ def watch_rankings(monkeypatch, look):
     log_step = tamt.Log.step
 
     def look_and_log(log, step, *arguments):
-        look(log.layers, step)
+        look(log.masked_layers, step)
         log_step(log, step, *arguments)
 
     monkeypatch.setattr(tamt.Log, "step", look_and_log)

@@ -56,11 +56,11 @@ def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path):
     pretrained = weights_of(training.model)
     for round_number, level in enumerate(IMP_LEVELS):
         # What was pruned before counts as 0, so it stays pruned. (Its weight is still there, under the mask.)
-        magnitudes = {name: layer.weight.abs() * layer.mask for name, layer in training.layers.items()}
+        magnitudes = {name: layer.weight.abs() * layer.mask for name, layer in training.masked_layers.items()}
         masks = prune_all_by_sorting(magnitudes, level)
         assert same_masks(masks, found[round_number])
 
-        tamt.set_masks(training.layers, masks)
+        tamt.set_masks(training.masked_layers, masks)
         for name in pretrained.keys() - MLM_HEAD:
             training.model.get_parameter(name).data.copy_(pretrained[name])
         training.optimizer = tamt.make_optimizer(training.parameters.values(), torch.device("cpu"))

@@ -123,7 +123,7 @@ def test_tokens_in_finds_the_ids_that_occur(vocabulary):
 
 def found_pins(training):
     """{name: bool tensor}: (V, 1) for the word embeddings, of which rows are pinned, (1, 1) for the pooler."""
-    return tamt.entries_without_gradient(training.layers, training.run, training.vocabulary, training.rows)
+    return tamt.entries_without_gradient(training.masked_layers, training.run, training.vocabulary, training.rows)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
@@ -235,13 +235,13 @@ def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(mod
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
 def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_their_scores(inputs, objective):
     training = begin(mask_settings(inputs, objective=objective, sparsity=0.7, rank="global", steps=30))
-    start = masks_of(training.layers)
+    start = masks_of(training.masked_layers)
     for step in range(30):
         tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, update_number=step + 1)
         training.step += 1
         training.scores.update_masks()
         for name, rows in expected_pins(training).items():
-            assert torch.equal(training.layers[name].mask[rows], start[name][rows])
+            assert torch.equal(training.masked_layers[name].mask[rows], start[name][rows])
     [pool] = training.scores.pools
     # Without pins these scores would stay at 0 or 2 phi. The threshold has left that interval, so all of them would now
     # be kept, or all pruned.

@@ -77,7 +77,7 @@ def released_run(tmp_path, objective, settle_after=None):
     expected = np.load(REAL / "released" / f"{objective}.npz")
     batches = released_batches(expected, objective)
     training = begin_as_released(tmp_path, objective, len(batches))
-    start = masks_of(training.layers)
+    start = masks_of(training.masked_layers)
     losses = []
     num_tied = 0
     for step, batch in enumerate(batches, 1):
@@ -93,7 +93,7 @@ def released_run(tmp_path, objective, settle_after=None):
     released = released_masks(expected, start)
     return SimpleNamespace(
         num_changed=num_different(released, start),  # by the released code, from the start to the end
-        num_differing=num_different(released, masks_of(training.layers)),
+        num_differing=num_different(released, masks_of(training.masked_layers)),
         loss_differences=np.abs(np.array(losses) - expected["losses"]),
         num_tied=num_tied)
 

@@ -304,7 +304,7 @@ def test_after_resuming_the_speed_is_that_of_the_updates_since_then(inputs, tmp_
     training.log.step(2, 1.0, 1e-3, {})
     state = training.log.state()
 
-    log = tamt.Log(training.run, training.layers)  # as a new process has it
+    log = tamt.Log(training.run, training.masked_layers)  # as a new process has it
     log.restore(state)
     for step in (3, 4):
         now += 5.0

@@ -45,7 +45,7 @@ def test_the_released_step_has_our_mask_and_our_attention():
     assert torch.allclose(gpu.plain_attention(q, k, v, attention_mask, 0.0), expected, atol=1e-5)
 
     training = gpu.make_training(gpu.TOY, "mlm", machine)
-    scores = training.layers["bert.encoder.layer.0.output.dense.weight"].scores
+    scores = training.masked_layers["bert.encoder.layer.0.output.dense.weight"].scores
     ours = tamt.StraightThrough.apply(torch.ones_like(scores), scores, scores > tamt.PHI)
     theirs = gpu.Binarise.apply(scores, tamt.PHI)
     assert torch.equal(ours, theirs)

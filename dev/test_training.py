@@ -163,7 +163,7 @@ def test_thirty_updates_give_the_losses_and_masks_of_a_plain_loop(
     losses = [line["loss"] for line in read_log(tmp_path)]
 
     training = begin(settings)  # for the start mask and the batches
-    start = masks_of(training.layers)
+    start = masks_of(training.masked_layers)
     model = bert.load(inputs / "no-dropout").train()
     plain = PlainLoop(model, objective, rank, sparsity, clip, masks=start, pinned=expected_pins(training))
     for step in range(30):
