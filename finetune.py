@@ -5,7 +5,7 @@
     python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
 
-    1. One experiment          open, train, finish
+    1. One experiment          read, train, finish
     2. Ticket, network, task   what an experiment consists of
     3. Losses, predictions
     4. The training loop
@@ -37,8 +37,8 @@ Names that recur:
     identity    what --resume compares: settings, and checksums of all inputs
     task head   the layer on top: a classifier, or for SQuAD the span layer. Heads without a word in front of them are
                 attention heads
-    experiment  one fine-tuning, with all that belongs to it, from the data to the result (Experiment); a --find makes
-                several
+    inputs      what a fine-tuning reads: tasks, tickets, the network (Inputs)
+    experiment  a fine-tuning in progress (Experiment); a --find makes several
     released    as in the programs of the three papers (appendix A names them)
 
 A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
@@ -87,15 +87,31 @@ def fine_tune(settings: "Settings") -> dict:
     if settings.find == "super":
         return find_super(settings)
 
-    experiment = open_experiment(settings)
-    if experiment.result is None:  # otherwise --resume has found the run finished
-        train(experiment)
-        finish(experiment)
-    return experiment.result
+    inputs = read_inputs(settings)
+    if inputs.result is not None:  # --resume has found the run finished
+        return inputs.result
+    experiment = Experiment(inputs)
+    train(experiment)
+    return finish(experiment)
 
 
-def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experiment":
-    """Reads and checks all that the run needs, and builds its network, so that what is wrong shows before any training.
+@dataclass
+class Inputs:
+    """What a run reads, checked. Of what is wrong nearly everything shows here, before anything is trained."""
+    run: "Run"
+    identity: dict  # what --resume compares
+    tasks: list[glue_squad.Task]  # one, or several that share the encoder
+    examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
+    tickets: list["Ticket"]  # none, one, or one for each of several tasks
+    model: bert.Model  # as the checkpoint has it
+    vocabulary: data.Vocabulary
+    result: dict | None  # with --resume that of a finished run; there is nothing to train then
+    state: dict | None  # with --resume that of an interrupted run
+    start_time: float
+
+
+def read_inputs(settings: "Settings", horizon_rounds: int = 1) -> Inputs:
+    """Reads and checks what the user names, and decides where the run begins.
 
     horizon_rounds: the learning rate falls linearly, and would reach 0 after so many runs of this length: 1, but in
     IMP 10."""
@@ -103,52 +119,51 @@ def open_experiment(settings: "Settings", horizon_rounds: int = 1) -> "Experimen
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
 
-    # First, what the user names: the tasks, the tickets, and the network that they belong to.
+    # The tasks, the tickets, and the network that they belong to.
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
-    checkpoint_matrices = list(tamt.maskable_layers(model))  # what IMP may prune: no pooler that is added below
     check_tickets(tickets, model, settings)
 
-    # Second, what follows from it: the settings with every default filled in, and the examples.
+    # What follows from them: the settings with every default filled in, and the examples.
     run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
     examples = {task.name: read_examples(task, run) for task in tasks}
 
-    # Third, the folder of the run. With --resume it may hold the result, or the state to continue from.
+    # The folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = choose_folder(run, tickets, identity)  # the default name contains a hash of the identity
     result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
     if result is not None:
-        return reopen_finished(run, tasks, examples, result)  # nothing is left to train
-
-    # Fourth, what is trained: the examples as token ids, and the network with task heads and tickets.
-    all_task_data = [encode_task(task, examples[task.name], vocabulary, run) for task in tasks]
-    gradient_masks = build_network(model, all_task_data, tickets, run)
-    return Experiment(
-        run=run, identity=identity, all_task_data=all_task_data, tickets=tickets, model=model, vocabulary=vocabulary,
-        checkpoint_matrices=checkpoint_matrices, gradient_masks=gradient_masks, state=state, start_time=start_time)
+        check_finished(run, tasks, examples, result)
+    return Inputs(run, identity, tasks, examples, tickets, model, vocabulary, result, state, start_time)
 
 
-@dataclass
 class Experiment:
-    """A run, and all that it leads to. Where --resume finds it finished, only run, all_task_data and result are set."""
-    # Set by open_experiment.
-    run: "Run"
-    all_task_data: list["TaskData"]  # of one task, or of several that share the encoder
-    tickets: list["Ticket"] = field(default_factory=list)  # none, one, or one for each of several tasks
-    model: bert.Model | None = None
-    vocabulary: data.Vocabulary | None = None
-    checkpoint_matrices: list[str] = field(default_factory=list)  # names of the weights that a ticket may prune
-    gradient_masks: dict[str, torch.Tensor] = field(default_factory=dict)  # from build_network
-    identity: dict = field(default_factory=dict)
-    state: dict | None = None  # of an interrupted run
-    start_time: float = 0.0
-    # Set by train.
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # all that trains
-    optimizer: torch.optim.Optimizer | None = None
-    history: list[dict] = field(default_factory=list)  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
-    # Set by finish, or found by --resume.
-    result: dict | None = None
+    """A fine-tuning in progress. What its updates change is saved in state.pt."""
+
+    def __init__(self, inputs: Inputs):
+        self.run = inputs.run
+        self.identity = inputs.identity
+        self.tickets = inputs.tickets
+        self.vocabulary = inputs.vocabulary
+        self.start_time = inputs.start_time
+
+        # The examples as token ids, for each task.
+        self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, inputs.run)
+                              for task in inputs.tasks]
+
+        # The network that trains: with task heads, and under the tickets.
+        self.model = inputs.model
+        self.checkpoint_matrices = list(tamt.maskable_layers(self.model))  # what IMP may prune: no pooler added below
+        self.gradient_masks = build_network(self.model, self.all_task_data, self.tickets, self.run)
+        self.parameters = dict(self.model.named_parameters())  # all that trains
+        self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
+
+        self.step = 0  # updates done
+        self.total_loss = 0.0  # the sum of their losses since the last evaluation
+        self.history = []  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
+        if inputs.state is not None:
+            restore_state(self, inputs.state)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -440,36 +455,38 @@ def train(experiment: Experiment):
     continues exactly."""
     run = experiment.run
     model = experiment.model
-    experiment.parameters = dict(model.named_parameters())
-    experiment.optimizer = tamt.make_optimizer(experiment.parameters.values(), run.machine.device)
-    step, total_loss = restore_state(experiment)
-
     updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))  # all epochs have as many
     num_updates = updates_per_epoch * run.epochs
     horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
-    progress = Progress(step, num_updates)
+    progress = Progress(experiment.step, num_updates)
     saved_at = time.time()
     model.train()
-    for epoch in range(step // updates_per_epoch, run.epochs):
+    for epoch in range(experiment.step // updates_per_epoch, run.epochs):
         batches = epoch_batches(experiment.all_task_data, run, epoch)
         # Of a run that was interrupted after 70 updates, with 50 in an epoch, epoch 1 begins with its batch 20.
-        for task_data, indices in batches[step % updates_per_epoch:]:
-            tamt.seed_dropout(run.seed, step)
-            learning_rate = run.lr * (1 - step / horizon)  # linear decay, no warm-up
-            total_loss += update(experiment, task_data, indices, learning_rate, update_number=step + 1)
-            step += 1
+        for task_data, indices in batches[experiment.step % updates_per_epoch:]:
+            tamt.seed_dropout(run.seed, experiment.step)
+            learning_rate = run.lr * (1 - experiment.step / horizon)  # linear decay, no warm-up
+            loss = update(experiment, task_data, indices, learning_rate, update_number=experiment.step + 1)
+            experiment.step += 1
+            experiment.total_loss += loss
 
-            is_epoch_end = step % updates_per_epoch == 0
-            if is_epoch_end or step % run.eval_every == 0:
-                last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
-                mean_loss = total_loss / (step - last_evaluated)
-                experiment.history.append({"step": step, "loss": mean_loss, **evaluate(experiment)})
+            is_epoch_end = experiment.step % updates_per_epoch == 0
+            if is_epoch_end or experiment.step % run.eval_every == 0:
+                record_evaluation(experiment)
                 progress.show(experiment.history[-1])
-                total_loss = 0.0
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
                 saved_at = time.time()
-                save_state(experiment, step, total_loss)
+                save_state(experiment)
     model.eval()
+
+
+def record_evaluation(experiment: Experiment):
+    """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
+    last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
+    mean_loss = experiment.total_loss / (experiment.step - last_evaluated)
+    experiment.history.append({"step": experiment.step, "loss": mean_loss, **evaluate(experiment)})
+    experiment.total_loss = 0.0
 
 
 def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
@@ -516,23 +533,20 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
     return loss_value
 
 
-def restore_state(experiment: Experiment) -> tuple[int, float]:
-    """The number of updates done, and the sum of their losses since the last evaluation: 0 in a run that begins."""
-    state = experiment.state
-    if state is None:
-        return 0, 0.0
+def restore_state(experiment: Experiment, state: dict):
     tamt.restore_parameters(experiment.parameters, experiment.optimizer, state, experiment.run.out / "state.pt")
+    experiment.step = state["step"]
+    experiment.total_loss = state["total_loss"]
     experiment.history = list(state["history"])
-    return state["step"], state["total_loss"]
 
 
-def save_state(experiment: Experiment, step: int, total_loss: float):
+def save_state(experiment: Experiment):
     tamt.write_torch(experiment.run.out / "state.pt", {
         "format": 2,
-        "settings": experiment.identity,  # open_experiment() compares them
-        "step": step,
+        "settings": experiment.identity,  # read_inputs() compares them
+        "step": experiment.step,
         "history": experiment.history,
-        "total_loss": total_loss,
+        "total_loss": experiment.total_loss,
         "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},
         "optimizer": experiment.optimizer.state_dict(),
     })
@@ -543,25 +557,35 @@ def save_state(experiment: Experiment, step: int, total_loss: float):
 # ---------------------------------------------------------------------------------------------------
 
 
-def finish(experiment: Experiment):
+def finish(experiment: Experiment) -> dict:
     """Writes the predictions and the export, if asked for, with the weights after the last update (not the best ones);
-    then result.json, and the line in --results."""
+    then result.json, and the line in --results -> the content of result.json."""
     run = experiment.run
     for task_data in experiment.all_task_data:
         if run.predict:
             write_predictions(experiment, task_data)
         if run.export:
             export_model(experiment, task_data)
+    result = make_result(experiment)
+    tamt.write_json(run.out / "result.json", result)
+    record(run, result)
+    print_summary(result)
+    return result
 
+
+def make_result(experiment: Experiment) -> dict:
+    run = experiment.run
+    tasks = [task_data.task for task_data in experiment.all_task_data]
+    examples = {task_data.task.name: task_data.examples for task_data in experiment.all_task_data}
     best, final = best_and_final(experiment)
-    floor = scores_of_guessing(experiment)
+    floor = floor_scores(experiment)
     metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
     # Not the masks themselves, but how they were made: a dict or None, and of several tasks a list.
     metas = [ticket.meta for ticket in experiment.tickets]
-    if len(experiment.all_task_data) == 1:
+    if len(tasks) == 1:
         metas = metas[0] if metas else None
-    experiment.result = {
-        "task": task_names(experiment.all_task_data),
+    return {
+        "task": task_names(tasks),
         "model": run.model,
         "mask": metas,
         "sparsity": experiment.identity["sparsity"],  # removed share of the entries that have a mask
@@ -571,7 +595,7 @@ def finish(experiment: Experiment):
         "best_step": best["step"],
         "steps": final["step"],
         "floor": floor,
-        "written": written_files(run, experiment.all_task_data),  # hashes, which --resume compares
+        "written": written_files(run, tasks, examples),  # hashes, which --resume compares
         "seconds": round(time.time() - experiment.start_time, 1),
         "command": run.command,
         "settings": experiment.identity | {"data": tamt.plain(run.data)},
@@ -580,12 +604,16 @@ def finish(experiment: Experiment):
         "versions": tamt.versions(),
         "evaluations": experiment.history,
     }
-    tamt.write_json(run.out / "result.json", experiment.result)
-    record(run, experiment.result)
-    print_summary(experiment.result)
 
 
-def scores_of_guessing(experiment: Experiment) -> dict[str, float]:
+def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
+    """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
+    names = [task_data.metric_prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
+    best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
+    return best, experiment.history[-1]
+
+
+def floor_scores(experiment: Experiment) -> dict[str, float]:
     """What always answering the most frequent class would score in each metric; for numbers and answers 0."""
     scores = {}
     for task_data in experiment.all_task_data:
@@ -594,13 +622,6 @@ def scores_of_guessing(experiment: Experiment) -> dict[str, float]:
             for name, value in of_split.items():
                 scores[task_data.metric_prefix + name] = value
     return scores
-
-
-def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
-    """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
-    names = [task_data.metric_prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
-    best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
-    return best, experiment.history[-1]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -628,20 +649,21 @@ def find_imp(settings) -> dict:
 
         remove_stale_mask(folder, search_settings)
 
-        # Opening the experiment reads the pre-trained weights anew: that is the rewinding. As released, every round
-        # starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So within a round the
-        # learning rate falls from lr to .9 lr, and no further.
-        experiment = open_experiment(round_settings, horizon_rounds=10)
-        if number == 1:
-            mark_folder(search_settings)
-        if experiment.result is None:
+        # Reading the inputs reads the pre-trained weights anew: that is the rewinding. As released, every round starts
+        # the schedule afresh, which is as long as ten rounds, whatever the sparsity. So within a round the learning
+        # rate falls from lr to .9 lr, and no further.
+        inputs = read_inputs(round_settings, horizon_rounds=10)
+        result = inputs.result
+        if result is None:
+            experiment = Experiment(inputs)
+            if number == 1:
+                mark_folder(search_settings)
             (folder / "mask.pt").unlink(missing_ok=True)  # of an earlier search
             train(experiment)
             masks = prune_trained(experiment, next_sparsity, search_settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
                 "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
-            finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
-        result = experiment.result
+            result = finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
@@ -670,7 +692,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
         "seed": run.seed,
         "lr": run.lr,
         "data": tamt.plain(run.data),
-        "task": task_names(experiment.all_task_data),
+        "task": task_names([task_data.task for task_data in experiment.all_task_data]),
         "sparsity": report["masked_set"],
         # The fractions removed: of the entries that have a mask ("sparsity" again), of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
@@ -698,14 +720,15 @@ def find_super(settings) -> dict:
 
     # Fine-tune the whole model, and write a ticket for each order and level.
     result_of = {}  # {name of a ticket: its result}
-    experiment = open_experiment(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
-    mark_folder(search_settings)
-    if experiment.result is None:  # as in fine_tune(), but with the importance measured before it ends
+    inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
+    result_of["dense"] = inputs.result
+    if inputs.result is None:  # as in fine_tune(), but with the importance measured before it ends
+        experiment = Experiment(inputs)
+        mark_folder(search_settings)
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
-        finish(experiment)  # last: result.json tells --resume that the tickets are there
-    result_of["dense"] = experiment.result
+        result_of["dense"] = finish(experiment)  # last: result.json tells --resume that the tickets are there
 
     # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
     for order in search_settings.orders:
@@ -715,7 +738,7 @@ def find_super(settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
-    first_metric = experiment.all_task_data[0].task.metrics[0]
+    first_metric = inputs.tasks[0].metrics[0]
     curve = make_curve(result_of, first_metric)
     best_file = None
     winning = [name for name in result_of if name.startswith("winning")]
@@ -1045,30 +1068,28 @@ def record(run, result: dict, is_resumed: bool = False):
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
-def reopen_finished(run, tasks: list, examples: dict, result: dict) -> Experiment:
-    """--resume of a run that has nothing left to do."""
+def check_finished(run, tasks: list, examples: dict, result: dict):
+    """--resume of a run that is finished: adds its line to --results if that was left to do, and raises ValueError if
+    it has not written what is asked for now."""
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
         record(run, result, is_resumed=True)
-    all_task_data = [TaskData(task, examples[task.name], [], np.zeros(0), {}) for task in tasks]
-    for name, hashes in written_files(run, all_task_data).items():
+    for name, hashes in written_files(run, tasks, examples).items():
         if result.get("written", {}).get(name) != hashes:
             raise ValueError(f"{run.out} is finished, its model gone, and what --{name} asks for is not there as this "
                              "run would write it: run it again, without --resume")
-    return Experiment(run, all_task_data, result=result)
 
 
-def written_files(run, all_task_data: list[TaskData]) -> dict[str, list]:
+def written_files(run, tasks: list, examples: dict[str, dict]) -> dict[str, list]:
     """Hashes of the predictions, if --predict asks for them, and of the texts that they were made for; and of the
     exported weights, if --export does: {"predict": [...], "export": [...]}. None stands for a file that is missing."""
     written = {}
     if run.predict:
         files = sorted(file for pattern in ("*.tsv", "predictions.json") for file in run.out.glob(pattern))
-        texts = [task_data.examples.get(split) for task_data in all_task_data for split in ("test", "test_mm", "ax")]
+        texts = [examples[task.name].get(split) for task in tasks for split in ("test", "test_mm", "ax")]
         written["predict"] = [digest(texts), *[data.file_sha256(file) for file in files]]
     if run.export:
-        tasks = [task_data.task for task_data in all_task_data]
         files = [folder / "model.safetensors" for folder in export_folders(run, tasks)]
         written["export"] = [data.file_sha256(file) if file.is_file() else None for file in files]
     return written
@@ -1166,8 +1187,8 @@ def export_folders(run, tasks: list) -> list[Path]:
     return [Path(run.export) / task.name for task in tasks]
 
 
-def task_names(all_task_data: list[TaskData]) -> str:
-    return ",".join(task_data.task.name for task_data in all_task_data)
+def task_names(tasks: list[glue_squad.Task]) -> str:
+    return ",".join(task.name for task in tasks)
 
 
 def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
@@ -1362,8 +1383,8 @@ def remove_stale_mask(folder: Path, search_settings: Settings):
 
 
 def mark_folder(search_settings: Settings):
-    """Writes into the folder of a search which one it holds. Called when its first experiment could be opened, so that
-    a search that is refused leaves the folder as it was."""
+    """Writes into the folder of a search which one it holds. Called when its first experiment stands, so that a search
+    that is refused leaves the folder as it was."""
     if not search_settings.resume:
         (search_settings.out / "mask.json").unlink(missing_ok=True)
     tamt.write_json(search_settings.out / "search.json", {"settings": search_identity(search_settings)})

@@ -1217,15 +1217,19 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 # finetune: experiments
 # ---------------------------------------------------------------------------------------------------
 
-# finetune.fine_tune(settings) opens an experiment, trains it, and writes the result into a folder. The tests take these
-# steps one by one:
+# finetune.fine_tune(settings) reads all inputs, makes an experiment of them, trains it, and writes the result into a
+# folder. The tests take these steps one by one:
 #
-#     experiment = finetune.open_experiment(settings)
-#     finetune.train(experiment)                          # calls finetune.update(experiment, ...) for each batch
+#     experiment = new_experiment(settings)
+#     finetune.train(experiment)             # calls finetune.update(experiment, ...) for each batch
 #
 # It holds .model, the network with a head for its task; .run, the settings with all defaults filled in; and
 # .all_task_data, for each of its tasks the token ids .train_sequences, the .train_targets, and the .task.
 # finetune.task_logits(model, task_data, sequences) is its forward pass.
+
+
+def new_experiment(settings, horizon_rounds=1):
+    return finetune.Experiment(finetune.read_inputs(settings, horizon_rounds))
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):
@@ -1255,7 +1259,7 @@ def test_pruned_weights_stay_exactly_zero_in_every_update(inputs, tmp_path, monk
         pruned = torch.cat([experiment.model.get_parameter(name)[~mask] for name, mask in masks.items()])
         num_nonzero.append(int(pruned.count_nonzero()))
 
-    experiment = finetune.open_experiment(finetune_settings(inputs, tmp_path))
+    experiment = new_experiment(finetune_settings(inputs, tmp_path))
     before_each_update(monkeypatch, finetune, count)
     finetune.train(experiment)
     count(experiment)
@@ -1278,10 +1282,10 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
     the unpruned network and its logits, the batches and the seeds of dropout from finetune. Its schedule, clipping and
     optimizer are its own."""
-    experiment = finetune.open_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
+    experiment = new_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
     finetune.train(experiment)
 
-    reference = finetune.open_experiment(dense_settings(inputs, tmp_path / "b", "stsb", family, lr=1e-3, epochs=3))
+    reference = new_experiment(dense_settings(inputs, tmp_path / "b", "stsb", family, lr=1e-3, epochs=3))
     model = reference.model.train()
     masks = tamt.load_mask(inputs / f"{family}.pt")
     if family == "roberta":
@@ -1351,7 +1355,7 @@ def test_imp_on_a_task_finds_the_masks_of_experiments_opened_round_by_round(inpu
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
-        experiment = finetune.open_experiment(settings, horizon_rounds=10)
+        experiment = new_experiment(settings, horizon_rounds=10)
         finetune.train(experiment)
         magnitudes = {name: experiment.model.get_parameter(name).abs() for name in names}  # 0 where pruned
         masks = prune_all_by_sorting(magnitudes, level)
@@ -1476,7 +1480,7 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 @both_families
 def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(inputs, tmp_path, family):
     ticket_path = save_super_ticket(tmp_path / "super.pt", inputs / family, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path, family=family, mask=ticket_path))
+    cut = new_experiment(finetune_settings(inputs, tmp_path, family=family, mask=ticket_path))
     first, second = cut.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
@@ -1492,8 +1496,8 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     with the bias of its output. Both networks have the same seed, hence the same task head."""
     folder = inputs / family
     ticket_path = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
-    cut = finetune.open_experiment(finetune_settings(inputs, tmp_path / "cut", family=family, mask=ticket_path))
-    full = finetune.open_experiment(dense_settings(inputs, tmp_path / "full", family=family))
+    cut = new_experiment(finetune_settings(inputs, tmp_path / "cut", family=family, mask=ticket_path))
+    full = new_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
     sequences = task_data.train_sequences[:8]
     found = finetune.task_logits(cut.model, task_data, sequences)
@@ -1536,10 +1540,10 @@ def two_super_tickets(inputs, tmp_path):
 
 def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
     """Nothing is trained, so task heads are random: a task alone is given the head that it has beside the other."""
-    shared = finetune.open_experiment(finetune_settings(inputs, out / "shared", task="rte,stsb", mask=mask_paths))
+    shared = new_experiment(finetune_settings(inputs, out / "shared", task="rte,stsb", mask=mask_paths))
     for task_data, mask in zip(shared.all_task_data, mask_paths.split(","), strict=True):
         name = task_data.task.name
-        alone = finetune.open_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
+        alone = new_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
         alone.model.classifier = task_data.parts.task_head
         found = finetune.predict_logits(shared, task_data, task_data.train_sequences)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train_sequences)

@@ -18,7 +18,7 @@ import finetune
 import glue_squad
 import tamt
 from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, num_entries, num_pruned
+from test_tamt import assert_close, dense_settings, finetune_settings, new_experiment, num_entries, num_pruned
 
 
 def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
@@ -70,7 +70,7 @@ def test_final_is_the_last_evaluation():
 
 def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
     """A bf16 number has three digits: too few to order the predictions of STS-B."""
-    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
+    experiment = new_experiment(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
     task_data = experiment.all_task_data[0]
     with torch.no_grad(), tamt.autocast(experiment.run.machine):
         logits = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8])
@@ -96,7 +96,7 @@ def finished(tasks, tmp_path_factory):
     def run(name, family):
         out = tmp_path_factory.mktemp("finished")
         task = str(tasks / "mood.json") if name == "mood" else name
-        experiment = finetune.open_experiment(finetune_settings(
+        experiment = new_experiment(finetune_settings(
             tasks, out, task=task, mask=str(tasks / f"{family}.pt"), predict=True, export=out / "export"))
         finetune.train(experiment)
         finetune.finish(experiment)
@@ -110,16 +110,21 @@ squad_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run
 glue_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] != "squad"])
 
 
+def result_of(experiment):
+    return json.loads((experiment.run.out / "result.json").read_text())
+
+
 @all_runs
 def test_a_result_holds_the_metrics_of_its_task(finished, name, family):
     experiment = finished(name, family)
     metrics = list(experiment.all_task_data[0].task.metrics)
-    assert list(experiment.result["best"]) == list(experiment.result["final"]) == metrics
+    result = result_of(experiment)
+    assert list(result["best"]) == list(result["final"]) == metrics
 
 
 @all_runs
 def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, name, family):
-    result = finished(name, family).result
+    result = result_of(finished(name, family))
     assert (result["settings"]["task"], result["settings"]["lr"], result["seed"]) == (result["task"], 1e-3, 1)
     assert result["versions"]["torch"] == torch.__version__
 
@@ -168,7 +173,7 @@ def test_the_answers_in_the_file_score_what_the_run_reports(finished, name, fami
     experiment = finished(name, family)
     answers = json.loads((experiment.run.out / "predictions.json").read_text())
     scores = glue_squad.squad_scores(answers, experiment.all_task_data[0].examples["dev"])
-    assert scores == pytest.approx(experiment.result["final"])
+    assert scores == pytest.approx(result_of(experiment)["final"])
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
@@ -189,7 +194,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp
 
 def matrices(tasks, out, weights):
     """{name: matrix} of the network at the start of a run with --weights."""
-    model = finetune.open_experiment(dense_settings(tasks, out, weights=weights)).model
+    model = new_experiment(dense_settings(tasks, out, weights=weights)).model
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.ndim == 2}
 
 
@@ -211,7 +216,7 @@ def test_the_option_weights_random_draws_each_matrix_as_berts_initialisation_doe
 
 
 def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path):
-    model = finetune.open_experiment(dense_settings(tasks, tmp_path, weights="random")).model
+    model = new_experiment(dense_settings(tasks, tmp_path, weights="random")).model
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert (parameter == (1 if name.endswith("LayerNorm.weight") else 0)).all(), name
@@ -220,14 +225,14 @@ def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path
 def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks, tmp_path):
     heads = []
     for kind in ("pretrained", "shuffled", "random"):
-        experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / kind, weights=kind))
+        experiment = new_experiment(dense_settings(tasks, tmp_path / kind, weights=kind))
         heads.append(experiment.model.classifier.weight)
     assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
 
 def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, tmp_path):
     for kind in ("shuffled", "random"):
-        experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path / kind, weights=kind))
+        experiment = new_experiment(finetune_settings(tasks, tmp_path / kind, weights=kind))
         for name, mask in experiment.gradient_masks.items():
             assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
 
@@ -235,7 +240,7 @@ def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, 
 def limited_data(tasks, out, task, **changes):
     """[(input_ids, target)] of the training examples of a task, under --limit and other settings."""
     settings = dense_settings(tasks, out / str(changes), task=task, max_len=24, **changes)
-    task_data = finetune.open_experiment(settings).all_task_data[0]
+    task_data = new_experiment(settings).all_task_data[0]
     return [(tuple(input_ids), tuple(np.ravel(target)))
             for (input_ids, _), target in zip(task_data.train_sequences, task_data.train_targets, strict=True)]
 
@@ -255,11 +260,11 @@ def test_limit_draws_by_the_seed_alone(tasks, tmp_path, task):
 
 
 def test_for_squad_limit_is_a_number_of_windows(tasks, tmp_path):
-    task_data = finetune.open_experiment(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
+    task_data = new_experiment(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
     num_questions = len(task_data.examples["train"])
     assert num_questions == 24 < len(task_data.train_sequences)  # a long paragraph gives several windows
     settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
-    assert len(finetune.open_experiment(settings).all_task_data[0].train_sequences) == 30
+    assert len(new_experiment(settings).all_task_data[0].train_sequences) == 30
 
 
 def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):
@@ -267,14 +272,14 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
     shutil.copytree(tasks / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
-    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
+    experiment = new_experiment(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
     assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.checkpoint_matrices])
 
 
 def test_each_epoch_of_fine_tuning_has_its_own_order(tasks, tmp_path):
-    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment = new_experiment(dense_settings(tasks, tmp_path))
     orders = []
     for epoch in (0, 1, 0):
         batches = finetune.epoch_batches(experiment.all_task_data, experiment.run, epoch)

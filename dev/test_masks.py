@@ -12,13 +12,13 @@ from torch.nn.utils import prune
 
 import bert
 import data
-import finetune
 import tamt
 from helpers import ids_of
 from test_tamt import (
     assert_close,
     finetune_settings,
     mask_settings,
+    new_experiment,
     num_entries,
     num_pruned,
     ordinary_ids,
@@ -192,7 +192,7 @@ NOTE = "this mask was found for other weights"
 def says_that_weights_differ(inputs, out, capsys, **changes):
     """Whether opening an experiment says that its mask belongs to other weights."""
     capsys.readouterr()
-    finetune.open_experiment(finetune_settings(inputs, out, **changes))
+    new_experiment(finetune_settings(inputs, out, **changes))
     return NOTE in capsys.readouterr().out
 
 

@@ -31,6 +31,7 @@ from test_tamt import (
     assert_close,
     dense_settings,
     finetune_settings,
+    new_experiment,
     num_entries,
     num_pruned,
     same_masks,
@@ -47,7 +48,7 @@ def super_ticket(request, tasks, tmp_path):
 @pytest.fixture
 def cut_experiment(tasks, tmp_path, super_ticket):
     """An experiment with the Super Ticket, before its first update."""
-    return finetune.open_experiment(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
+    return new_experiment(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
 
 
 def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
@@ -126,7 +127,7 @@ def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_
     next(iter(masks.values()))[0, 0] ^= True
     tamt.save_mask(super_ticket, masks, meta)
     with pytest.raises(ValueError, match="a Super Ticket takes out whole heads"):
-        finetune.open_experiment(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
+        new_experiment(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
@@ -177,9 +178,8 @@ def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_p
     finish = finetune.finish
 
     def finish_with_made_up_score(experiment):
-        finish(experiment)
         scores = {"winning-5": 0.9, "random-3": 0.95}
-        experiment.result["best"] = {"accuracy": scores.get(experiment.run.out.name, 0.5)}
+        return finish(experiment) | {"best": {"accuracy": scores.get(experiment.run.out.name, 0.5)}}
 
     monkeypatch.setattr(finetune, "finish", finish_with_made_up_score)
     settings = dense_settings(tasks, tmp_path, find="super", orders=("winning", "random"), epochs=1, limit=8)
@@ -253,7 +253,7 @@ def test_find_super_writes_a_ticket_for_each_order_and_level_from_what_it_measur
     orders = ("winning",)  # those whose tickets are fine-tuned as well
     finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, **values))
 
-    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / "by hand", **values))
+    experiment = new_experiment(dense_settings(tasks, tmp_path / "by hand", **values))
     finetune.train(experiment)
     importance = finetune.measure_importance(experiment)
     for order, level in itertools.product(finetune.ORDERS, finetune.LEVELS):
@@ -298,7 +298,7 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
 
 
 def test_the_importance_of_an_ffn_is_the_absolute_gradient_at_its_gates(tasks, tmp_path):
-    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment = new_experiment(dense_settings(tasks, tmp_path))
     experiment.model.train()
     _, found = finetune.measure_importance(experiment)  # it switches dropout off
     _, expected = importance_by_gates(experiment)
@@ -307,7 +307,7 @@ def test_the_importance_of_an_ffn_is_the_absolute_gradient_at_its_gates(tasks, t
 
 def test_the_importance_of_a_head_is_that_of_its_gates_divided_by_the_norm_of_all_heads_in_its_layer(tasks, tmp_path):
     """The scaling is that of the code of Liang et al."""
-    experiment = finetune.open_experiment(dense_settings(tasks, tmp_path))
+    experiment = new_experiment(dense_settings(tasks, tmp_path))
     experiment.model.train()
     found, _ = finetune.measure_importance(experiment)  # it switches dropout off
     expected, _ = importance_by_gates(experiment)
@@ -318,7 +318,7 @@ def test_random_weights_are_the_same_for_all_tasks(tasks, tmp_path):
     """Whatever the task heads, of one, two or three outputs, have drawn before."""
     weights = []
     for task in ("rte", "stsb", "squad"):  # squad has no pooler
-        experiment = finetune.open_experiment(dense_settings(tasks, tmp_path / task, task=task, weights="random"))
+        experiment = new_experiment(dense_settings(tasks, tmp_path / task, task=task, weights="random"))
         weights.append(experiment.model.bert.encoder.layer[0].attention.self.query.weight)
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
@@ -330,7 +330,7 @@ def test_a_ticket_used_on_other_than_its_random_weights_is_noted(tasks, tmp_path
     mask = str(tmp_path / "found/run/mask.pt")
     for changes, is_noted in (({}, True), ({"weights": "random"}, False), ({"weights": "random", "seed": 2}, True)):
         capsys.readouterr()
-        finetune.open_experiment(finetune_settings(tasks, tmp_path / str(changes), mask=mask, **changes))
+        new_experiment(finetune_settings(tasks, tmp_path / str(changes), mask=mask, **changes))
         assert ("this mask was found on random weights (seed 1)" in capsys.readouterr().out) == is_noted
 
 

@@ -16,7 +16,7 @@ import bert
 import finetune
 import tamt
 from helpers import stop_fine_tuning_at, transformers_logits, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, write
+from test_tamt import assert_close, dense_settings, finetune_settings, new_experiment, write
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
@@ -39,7 +39,7 @@ def test_a_task_that_shares_an_encoder_may_have_any_name(tasks, tmp_path, name):
 def exported_tasks(tasks, tmp_path, two_masks):
     """The experiment of two tasks after training and export."""
     settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x")
-    experiment = finetune.open_experiment(settings)
+    experiment = new_experiment(settings)
     finetune.train(experiment)
     finetune.finish(experiment)
     return experiment
@@ -56,7 +56,7 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tas
 def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks, tmp_path, request, tickets):
     masks = request.getfixturevalue(tickets)
     settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=masks, export=tmp_path / "x")
-    experiment = finetune.open_experiment(settings)
+    experiment = new_experiment(settings)
     finetune.train(experiment)
     finetune.finish(experiment)
     for task_data in experiment.all_task_data:
@@ -84,7 +84,7 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 
 
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
-    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
     finetune.task_logits(experiment.model, rte, rte.train_sequences[:8]).sum().backward()
     assert rte.parts.task_head.weight.grad is not None
@@ -92,7 +92,7 @@ def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_
 
 
 def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
-    experiment = finetune.open_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for task_data in experiment.all_task_data:
         experiment.model.zero_grad()
         finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8]).sum().backward()
@@ -130,8 +130,8 @@ def train_in_plain_torch(experiment, backpropagate) -> float:
 def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mask_keeps_it(tasks, tmp_path, two_masks):
     """The plain loop multiplies the weights by a task's mask before its batch, restores them afterwards, and sets the
     gradients of what the mask prunes to zero. By AdamW's momentum such a weight may still move."""
-    ours = finetune.open_experiment(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
-    theirs = finetune.open_experiment(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
+    ours = new_experiment(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
+    theirs = new_experiment(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
     parameters = dict(theirs.model.named_parameters())
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     masks = {name: tamt.load_mask(file) for name, file in zip(["rte", "stsb"], two_masks.split(","), strict=True)}
