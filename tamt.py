@@ -4,54 +4,47 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-The method in eight steps, in which these letters recur:
+Each weight gets a score, and the weights with the highest scores are kept. The method in eight steps, with the function
+that takes each, and the equation of the paper:
 
-    W    weights (theta in the paper)             S    scores (the paper's underlined M)
-    M    binary mask, True = kept                 phi  0.01, half of the score that kept entries start with
-    n    number of maskable entries               s    sparsity, the fraction of them that is REMOVED
-
-    1  open_model         read an original checkpoint; its weights W are frozen (IMP alone trains them)
-    2  open_text          cut plain text into rows of T token ids
-    3  start_masks        one-shot magnitude pruning (OMP): keep the largest |W| of each matrix
-    4  Scores             one real score for each weight: 2 phi where OMP keeps, 0 where it prunes      Eq. 5
-       train_scores       repeat 5 to 7, each time with the next rows:
-    5     update          backpropagate: the loss of W * M, which is masked LM, the distance to the     Eq. 3, 6
-                          dense model, or both; its gradient passes straight through M to S             Eq. 4
-    6                     then the optimizer moves the scores
-    7     update_masks    rank the scores anew: exactly round(n s) are pruned after every update        Eq. 2
-    8  finish             save the mask, and say what it is worth on held-out text
+    1  read a checkpoint; its weights are frozen                     open_model
+    2  cut plain text into rows of token ids                         open_text
+    3  first mask: keep the largest |weights| of each matrix         first_masks
+    4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
+       repeat, each time with other rows:                            train_scores
+    5      the loss of weights * mask, and its gradient for the      backpropagate          Eq. 3, 4, 6
+           mask, which is taken for that of the scores
+    6      Adam moves the scores                                     optimizer_step
+    7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2
+    8  save the mask, and say what it is worth on held-out text      finish
 
 find_mask() takes them in this order. The same as one plain loop is a test in test_tamt.py:
 test_mask_training_gives_the_masks_of_a_plain_loop.
 
+The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum. For mlm the
+head of the model is trained, too, and thrown away afterwards. Three baselines are in the same program: `--method omp`,
+one-shot magnitude pruning, ends after step 3; `--method random` draws a random mask there; `--method imp`, iterative
+magnitude pruning, trains the weights themselves between prunings.
+
 The chapters:
 
     The eight steps      find_mask; reading, and what is done at the end
-    Masked layers        W * M, and the straight-through estimator
+    Masked layers        weights * mask, and the straight-through estimator
     The ranking          which entries stay: global, local, N:M; OMP and random masks
     Scores               one for each weight, and the masks that follow from them
     Batches              the rows of an update, and what masked LM makes of them
     Losses               masked LM, distillation, dev losses
     Training             the loop, and one update
-    IMP                  the baseline that trains W
+    IMP                  the baseline that trains weights
     Appendices           A what follows the released code; B the fast ranking; C mask files; D the folder of a run;
                          E settings; F devices and processes. A function that is called in the chapters and not defined
                          there is in one of them; a first reading may skip them.
 
-The mask alone is the result. With the masked-LM loss (mlm) the head of the model is trained, too, and thrown away
-afterwards; distillation (kd) needs no head. Baselines: `--method omp` ends after step 3, `--method random` draws a
-random mask instead, and `--method imp`, iterative magnitude pruning, trains W itself between prunings.
-
-In shapes: B sequences (b of a micro-batch), T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM
-predicts. "TAMT FILE.py" is a file of the released code.
-
-    batch        the rows of one update: --batch-size times --accumulate
-    micro-batch  the rows of one forward pass (--batch-size); several processes compute a part of it each
-    settings     what the user chose: the flags of the command line (settings.sparsity)
-    run          the settings with all defaults filled in, and what follows from them (Run, in appendix E)
-    identity     the settings and checksums that --resume compares
-
-How the paper, the released code and this program differ stands in a table at the head of appendix A.
+In formulas, W is a weight matrix (theta in the paper), M its mask and S its scores (the paper's underlined M); n is the
+number of maskable entries, and s the sparsity, the fraction of them that is REMOVED. In shapes: B sequences (b of a
+micro-batch), T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts. "TAMT FILE.py" is a
+file of the released code. How the paper, the released code and this program differ stands in a table at the head of
+appendix A.
 """
 
 import argparse
@@ -78,7 +71,7 @@ from torch import nn
 import bert
 import data
 
-PHI = 0.01  # Eq. 5: kept entries start at 2 phi, pruned ones at 0
+START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, with the first threshold phi in between)
 
 # ---------------------------------------------------------------------------------------------------
 # The eight steps
@@ -89,30 +82,31 @@ def find_mask(settings: "Settings") -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (With several
     processes, only the first one does; the others return {}.)
 
-    Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
+    settings are what the user chose: the flags of the command line (settings.sparsity). run is the same with all
+    defaults filled in, and with what follows from them (Run, in appendix E). Raises ValueError or OSError, with one
+    line that a user understands, for input that is wrong."""
     start_time = time.time()
-    machine = start_machine(settings.device, settings.dtype)
+    machine = start_machine(settings.device, settings.dtype)  # device, type of numbers, and which process this is
     with first_process_first(machine):  # it downloads and tokenises, and the others find its files
         model, vocabulary = open_model(settings, machine)  # step 1
-        run = resolve(settings, machine, model)  # some defaults depend on the model
-        # omp and random do not train. They need a text only for dev losses, and only if --data names one.
-        rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
-        dev_rows = open_text(run, vocabulary, "dev") if run.data else None
+        run = fill_in_defaults(settings, machine, model)  # some depend on the model
+        rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2; omp and random do not train
+        dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # only to say what the mask is worth
 
     # The folder of the run. With --resume it may hold the result of a finished run, of which only an export may be left
     # to do, or the state to continue from.
-    identity = identity_of_run(run, rows, dev_rows)
+    identity = identity_of_run(run, rows, dev_rows)  # the settings and checksums that --resume compares
     result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
     if result is not None:
         export_finished(run, model, vocabulary)
         return result
-
     if run.trains:
         print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
               f"({run.lr_reason})")
-    masked_layers = mask_model(model, run.scope)  # masked layers take the place of the maskable ones
+
+    masked_layers = mask_model(model, run.scope)  # they take the place of the maskable layers
     if run.method == "tamt":
-        masks = start_masks(masked_layers, run)  # step 3
+        masks = first_masks(masked_layers, run)  # step 3
         without_gradient = entries_without_gradient(masked_layers, run, vocabulary, rows)  # of the pooler, for example
         scores = Scores(masked_layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
         training = Training(run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state)
@@ -121,7 +115,7 @@ def find_mask(settings: "Settings") -> dict:
         training = Training(run, identity, model, vocabulary, masked_layers, None, rows, dev_rows, state)
         train_imp(training)
     else:  # omp and random end here
-        set_masks(masked_layers, start_masks(masked_layers, run))
+        set_masks(masked_layers, first_masks(masked_layers, run))
     return finish(run, identity, model, vocabulary, masked_layers, dev_rows, start_time)  # step 8
 
 
@@ -133,18 +127,18 @@ def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
-        # Dev losses and exports take the head as it was before training, so they leave a random one out.
         print(f"{settings.model} has no masked-LM head: a fresh one is trained, too, and left out of dev losses and "
               "exports")
-        torch.manual_seed(settings.seed)
-        model.add_mlm_head()
-        model.mlm_head.is_fresh = True
-        model.mlm_head.decoder = None  # it takes the word embeddings; a random decoder would not be trained
+        add_fresh_head(model, settings.seed)
     return model.requires_grad_(False).to(machine.device), vocabulary
 
 
-def has_pretrained_head(model: bert.Model) -> bool:
-    return model.mlm_head is not None and not model.mlm_head.is_fresh
+def add_fresh_head(model: bert.Model, seed: int):
+    """A masked-LM head that only helps to train the masks."""
+    torch.manual_seed(seed)
+    model.add_mlm_head()
+    model.mlm_head.is_fresh = True
+    model.mlm_head.decoder = None  # it takes the word embeddings; a random decoder would not be trained
 
 
 def open_text(run, vocabulary, split: str):
@@ -154,39 +148,18 @@ def open_text(run, vocabulary, split: str):
 
 
 def finish(run, identity, model, vocabulary, masked_layers, dev_rows, start_time: float) -> dict:
-    """Step 8: writes mask.pt, a report on it as mask.json, and the export if one was asked for; prints the result
-    -> the content of mask.json."""
+    """Step 8: saves the mask, with what is left of each matrix and what it is worth on held-out text -> the content of
+    mask.json."""
     if run.machine.process_index > 0:
         return {}
-
-    # What is left of each matrix, and what the masked model is worth on held-out text.
-    model.eval()
     masks = {name: layer.mask for name, layer in masked_layers.items()}
     report = sparsity_report(model, masks)
-    empty = [name for name, removed in report["matrices"].items() if removed == 1]
-    if empty:
-        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
     losses = {}
     if dev_rows is not None:
         losses = dev_losses(model, dev_rows, vocabulary, run.machine)
-
-    # mask.pt has no times in it, so that equal runs give equal files.
-    meta = metadata(run, run.num_updates, run.sparsity)
-    meta["found"] = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
-    save_mask(run.out / "mask.pt", masks, meta | losses)
+    content = write_results(run, identity, masks, report, losses, start_time)  # the run is finished with this
     if run.export:
         export_model(model, masks, vocabulary, run.export)
-
-    content = {
-        "settings": identity | {"data": plain(run.data)},
-        "sparsity": report,
-        **losses,
-        "seconds": round(time.time() - start_time, 1),
-        "device": str(run.machine.device),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    write_json(run.out / "mask.json", content)  # last: it tells --resume that the run is finished
     print_summary(run.out / "mask.pt", content, run)
     return content
 
@@ -228,12 +201,13 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. A plain attribute, not a buffer: Scores puts a view into its place.
+        # Everything is kept at first. The class Scores puts scores in, and its own memory in the place of this mask.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-        self.register_parameter("scores", None)  # the class Scores sets it: a parameter of the weight's shape
+        self.register_parameter("scores", None)
         self.is_dense = False
 
-    def apply_mask(self, weight, scores, mask):  # whole matrices, or those rows of them that an embedding looked up
+    def apply_mask(self, weight, scores, mask):
+        """Three whole matrices, or those rows of them that an embedding looked up -> the masked weight."""
         if self.is_dense:
             return weight
         if scores is None:
@@ -304,9 +278,11 @@ def set_masks(masked_layers: dict, masks: dict):
 def make_masks(values: dict, sparsity: float, rank: str) -> dict:
     """{name: values} -> {name: mask}: the largest values stay. rank, as in --rank, says which entries compete: all of
     them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
-    if is_pattern(rank):
-        num_kept, group_size = parse_pattern(rank)
-        return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
+    if rank == "global":  # all matrices as one vector
+        vector = torch.cat([matrix.flatten() for matrix in values.values()])
+        mask = prune_smallest(vector, round(len(vector) * sparsity))
+        pieces = mask.split([matrix.numel() for matrix in values.values()])
+        return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
     if rank == "local":
         masks = {}
@@ -315,11 +291,8 @@ def make_masks(values: dict, sparsity: float, rank: str) -> dict:
             masks[name] = prune_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
         return masks
 
-    # "global": all matrices as one vector.
-    vector = torch.cat([matrix.flatten() for matrix in values.values()])
-    mask = prune_smallest(vector, round(len(vector) * sparsity))
-    pieces = mask.split([matrix.numel() for matrix in values.values()])
-    return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
+    num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
+    return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
 
 def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
@@ -371,8 +344,8 @@ def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> 
     return make_masks(values, sparsity, rank)
 
 
-def start_masks(masked_layers: dict, run: "Run") -> dict:
-    """Step 3: the OMP mask or the random mask. With omp and random it is the result, with tamt the first mask."""
+def first_masks(masked_layers: dict, run: "Run") -> dict:
+    """Step 3: the OMP mask or the random mask. With omp and random it is the result."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
@@ -402,100 +375,64 @@ class Scores:
 
     def __init__(self, masked_layers: dict, first_masks: dict, sparsity: float, rank: str, without_gradient: dict):
         """first_masks {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
-        mask}, from entries_without_gradient."""
+        mask}, from entries_without_gradient in appendix A."""
         self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
-        self.vector = torch.cat([2 * PHI * first_masks[name].flatten().float() for name in masked_layers])  # Eq. 5
-        self.mask = torch.cat([first_masks[name].flatten() for name in masked_layers])
+        self.all_masks = torch.cat([first_masks[name].flatten() for name in masked_layers])
+        self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
         self.pools = []
 
         begin = 0
-        for name, layer in masked_layers.items():  # each gets its views of the two vectors
+        for layer in masked_layers.values():  # each gets its views of the two vectors
             end = begin + layer.weight.numel()
             shape = layer.weight.shape
-            is_frozen = name in without_gradient and bool(without_gradient[name].all())  # the pooler
-            layer.scores = nn.Parameter(self.vector[begin:end].view(shape), requires_grad=not is_frozen)
-            layer.mask = self.mask[begin:end].view(shape)
+            layer.scores = nn.Parameter(self.all_scores[begin:end].view(shape))
+            layer.mask = self.all_masks[begin:end].view(shape)
             if rank == "local":
                 self.pools.append(Pool(begin, end, round((end - begin) * sparsity)))
             begin = end
 
         if rank == "global":
             self.pools.append(Pool(0, begin, round(begin * sparsity)))
-            self.pin(first_masks, without_gradient)
-            self.make_start_exact()
-
-    def pin(self, first_masks: dict, without_gradient: dict):
-        """Entries that never get a gradient keep their first mask, and still count among the round(n s).
-
-        Their scores would stay at 0 or 2 phi forever, while the threshold drifts: as soon as it passed one of the two,
-        all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
-        infinity if they start as pruned. The optimizer leaves it infinite."""
-        for name, is_pinned in without_gradient.items():
-            scores = self.masked_layers[name].scores.data
-            scores.masked_fill_(is_pinned & first_masks[name], math.inf)
-            scores.masked_fill_(is_pinned & ~first_masks[name], -math.inf)
-
-    def make_start_exact(self):
-        """Lets a few entries change sides, so that the count is exact before the first update, too. (With other
-        rankings it is, since the first mask was ranked among the same entries.)
-
-        The start mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each,
-        together 4, where round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the
-        last ones go. Each entry that changes sides gets the start score of its new side."""
-        [pool] = self.pools  # of all scores
-        self.mask.copy_(prune_smallest(self.vector, pool.num_pruned))
-        start_scores = 2 * PHI * self.mask
-        self.vector.copy_(torch.where(self.vector.isinf(), self.vector, start_scores))
+            pin_without_gradient(self, first_masks, without_gradient)  # appendix A, like the next one
+            make_start_exact(self)  # the first mask was rounded in each matrix
 
     @torch.no_grad()
-    def update_masks(self):
-        """Step 7: ranks the scores anew, after which exactly the right number is pruned."""
-        masks = make_masks({name: layer.scores.detach() for name, layer in self.masked_layers.items()},
-                           self.sparsity, self.rank)
-        for name, layer in self.masked_layers.items():
-            layer.mask.copy_(masks[name])
+    def update_masks(self, learning_rate: float):
+        """Step 7: in each pool the lowest scores are pruned, exactly as many as the sparsity asks for. learning_rate:
+        that of the update since the last call."""
+        if is_pattern(self.rank):
+            masks = make_masks({name: layer.scores for name, layer in self.masked_layers.items()},
+                               self.sparsity, self.rank)
+            for name, layer in self.masked_layers.items():
+                layer.mask.copy_(masks[name])
         for pool in self.pools:
-            scores = self.vector[pool.begin:pool.end]
-            pruned_scores = scores[~self.mask[pool.begin:pool.end]]
-            pool.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
+            scores = self.all_scores[pool.begin:pool.end]
+            mask = self.all_masks[pool.begin:pool.end]
+            # mask.copy_(prune_smallest(scores, pool.num_pruned)), but faster (appendix B). AdamW moves a score by about
+            # the learning rate, and a threshold hardly ever by more than half of that.
+            pool.threshold = prune_smallest_near(
+                scores, pool.num_pruned, pool.threshold, radius=learning_rate / 2, mask=mask)
 
 
 @dataclass
 class Pool:
-    """Scores that compete with each other: vector[begin:end] of Scores. Kept ones lie at or above the threshold, pruned
-    ones at or below it."""
+    """Scores that compete with each other: all_scores[begin:end]. Kept ones lie at or above the threshold, pruned ones
+    at or below it."""
     begin: int
     end: int
     num_pruned: int
-    threshold: float = PHI  # halfway between the two start scores, as in the paper
-
-
-def entries_without_gradient(masked_layers: dict, run: "Run", vocabulary, rows) -> dict:
-    """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
-    embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
-    not contain. (Under masked LM a tenth of the chosen tokens become any word of the vocabulary.)"""
-    without = {}
-    for name, layer in masked_layers.items():
-        device = layer.weight.device
-        if name.endswith("pooler.dense.weight"):
-            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
-        if name.endswith("word_embeddings.weight"):
-            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if run.objective == "kd":
-                is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
-            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
-            is_read[vocabulary.pad_id] = False
-            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
-            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
-    return without
+    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
 
 
 # ---------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------
+
+
+# A batch holds the rows of one update, --batch-size times --accumulate of them, in numpy. Each forward pass takes a
+# slice of it to the device, a micro-batch of --batch-size rows (of which several processes compute a part each).
 
 
 @dataclass
@@ -522,7 +459,7 @@ def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
 
 
 class MicroBatch(NamedTuple):
-    """The rows of one forward pass of this process, as tensors on its device."""
+    """The rows of one forward pass, as tensors on the device."""
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
@@ -547,39 +484,34 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
 # ---------------------------------------------------------------------------------------------------
 
 
-def mlm_loss(logits, labels, num_predictions: int | None = None):  # (P, V), (P,) -> scalar
-    """Cross-entropy at the chosen positions, their sum divided by num_predictions (default: P). A micro-batch
-    divides by the number of its whole batch, so that the losses of the micro-batches add up to the batch's mean."""
-    if num_predictions is None:
-        num_predictions = len(labels)
+def mlm_loss(logits, labels, num_predictions: int):  # (P, V), (P,) -> scalar
+    """Eq. 3: cross-entropy at the chosen positions, their sum divided by num_predictions. That is the number of the
+    whole batch, so that the losses of its micro-batches add up to its mean."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / max(num_predictions, 1)  # 0 if no token was chosen
 
 
-def kd_loss(teacher, student, attention_mask=None, num_tokens: int | None = None):
+def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
     """Eq. 6: 1 - cosine of the hidden states of the teacher, which is the whole network, and the student, which is the
-    same network under its mask.
+    same network under its mask: 0 for equal states, 2 for opposite ones. The embedding output does not count.
 
-    teacher, student: lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar, the mean over
-    the layers 1 .. L, without the embedding output, and over tokens: 0 for equal states, 2 for opposite ones. With
-    num_tokens the sum over tokens is divided by that number instead, as in mlm_loss."""
+    Two lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar: the mean over the layers 1 .. L of
+    the sum over tokens, divided by num_tokens, the number of the whole batch."""
     total = 0.0
-    for teacher_state, student_state in zip(teacher[1:], student[1:], strict=True):  # (B, T, D) each
+    for teacher_state, student_state in zip(teacher_states[1:], student_states[1:], strict=True):  # (B, T, D) each
         cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (B, T)
         distance = 1 - cosine
         if attention_mask is not None:
             distance = distance * attention_mask
         total = total + distance.sum()
-    if num_tokens is None:
-        num_tokens = teacher[0].shape[:2].numel() if attention_mask is None else attention_mask.sum()
-    num_layers = len(teacher) - 1
+    num_layers = len(teacher_states) - 1
     return total / (num_layers * num_tokens)
 
 
 @contextmanager
 def dense_teacher(model):
-    """Inside the with block the model is its own teacher: unmasked, without dropout and gradients. There is no second
-    copy of the weights, since training changes none of them."""
+    """Inside the with block the model is its own teacher: unmasked, without gradients, and without dropout (which the
+    student has). There is no second copy of the weights, since training changes none of them."""
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     was_training = model.training
     for layer in layers:
@@ -595,11 +527,10 @@ def dense_teacher(model):
 
 
 def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, num_tokens: int, num_predictions: int):
-    """The loss of a micro-batch. num_tokens and num_predictions are those of its whole batch, so the losses of the
-    micro-batches add up to the mean over the batch.
+    """The loss of a micro-batch. num_tokens and num_predictions are those of its whole batch.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
-    one. student: the model, possibly compiled or wrapped for several processes."""
+    one. student: the model again, possibly compiled or wrapped for several processes."""
     input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
     student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
@@ -614,6 +545,10 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, nu
             teacher_states = model(input_ids, micro_batch.attention_mask)
         loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, num_tokens)
     return loss
+
+
+def has_pretrained_head(model: bert.Model) -> bool:
+    return model.mlm_head is not None and not model.mlm_head.is_fresh
 
 
 @torch.no_grad()
@@ -652,122 +587,42 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 # ---------------------------------------------------------------------------------------------------
 
 
-class Training:
-    """A run in progress. What its updates change is saved in state.pt."""
-
-    def __init__(self, run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state=None):
-        """scores: None with imp, where W trains. state: None, or that of an interrupted run."""
-        self.run = run
-        self.identity = identity  # what --resume compares
-        self.model = model
-        self.vocabulary = vocabulary
-        self.masked_layers = masked_layers
-        self.scores = scores
-        self.rows = rows
-        self.dev_rows = dev_rows
-
-        self.parameters = choose_what_trains(model, run)  # {name: what trains}
-        # Of the weights among them (the head with mlm, all with imp, none with kd) the values before training.
-        self.start_weights = {}
-        for name, parameter in self.parameters.items():
-            if not name.endswith(".scores"):
-                self.start_weights[name] = parameter.detach().clone()
-        self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
-        self.student = wrap_network(model, run)  # the model, possibly compiled or wrapped for several processes
-        self.log = Log(run, masked_layers)
-        self.step = 0  # updates done
-        self.saved_at = time.time()  # when state.pt was written last
-        if state is not None:
-            restore_state(self, state)
-
-
-def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
-    """Freezes all other parameters, and returns those that train. With tamt the scores, and for masked LM its head
-    without the decoder (TAMT masking/maskers.py:524); with imp all weights but the pooler's, which get no gradient."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(".scores"):
-            continue  # Scores has decided that already: all train but the pooler's
-        is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-        if run.method == "imp":
-            parameter.requires_grad_("pooler" not in name)
-        else:
-            parameter.requires_grad_(is_head and run.objective != "kd")
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def train_scores(training: Training):
+def train_scores(training: "Training"):
     """Steps 5 to 7, from where the training stands to its end."""
     run = training.run
     training.model.train()
     while training.step < run.num_updates:
-        learning_rate = run.lr * (1 - training.step / run.horizon)  # would reach 0 at update run.horizon
+        # Linear decay. It would reach 0 at update run.horizon: the last one if --steps is given, else a later one.
+        learning_rate = run.lr * (1 - training.step / run.horizon)
         batch = next_batch(training)
-        loss = update(training, batch, learning_rate, update_number=training.step + 1)  # steps 5 and 6
+        loss = backpropagate(training, batch)  # step 5
+        loss = optimizer_step(training, loss, learning_rate, update_number=training.step + 1)  # step 6
         training.step += 1
         if run.refresh_every == 1:
-            update_masks_fast(training.scores, learning_rate)  # step 7: scores.update_masks(), but faster
+            training.scores.update_masks(learning_rate)  # step 7
         else:
-            refresh_as_released(training)  # step 7 as in the released code
-        report_progress(training, loss, learning_rate)
+            refresh_as_released(training, learning_rate)  # step 7 with --refresh-every (appendix A)
+        evaluate_and_log(training, loss, learning_rate)
         save_state_if_due(training)
-    restore_start_weights(training)  # the head is thrown away; the masks are the result
+    restore_pretrained(training)  # the head is thrown away; the masks are the result
 
 
-def report_progress(training: Training, loss: float, learning_rate: float):
-    """A line of the log, and now and then the dev losses and the mask as a file."""
+def next_batch(training: "Training") -> Batch:
+    """The rows of the next update, corrupted. They follow from the seed of the run and the number of the update alone,
+    so a resumed run sees what an uninterrupted one sees."""
     run = training.run
-    losses = {}
-    if training.step % run.eval_every == 0 and training.step < run.num_updates:  # finish() does the last evaluation
-        with start_weights_in_place(training):  # with the head as it was before training, so that masks compare
-            losses = evaluate_on_dev(training)
-    training.log.step(training.step, loss, learning_rate, losses)
-    if training.step % run.save_every == 0:
-        save_mask_of_step(training, run.sparsity)
-
-
-def next_batch(training: Training) -> Batch:
-    """The rows of the next update, corrupted. Also seeds torch's generator, for dropout. All of it follows from the
-    seed of the run and the number of the update alone, so a resumed run sees what an uninterrupted one sees."""
-    run = training.run
-    step = training.step
-    seed_dropout(run.seed, step, run.machine.process_index)
     batch_rows = run.batch_size * run.accumulate
-    indices = data.row_indices(len(training.rows), run.seed, step * batch_rows, batch_rows)
-    generator = data.random_stream(run.seed, "corruption", step)
+    indices = data.row_indices(len(training.rows), run.seed, training.step * batch_rows, batch_rows)
+    generator = data.random_stream(run.seed, "corruption", training.step)
     return make_batch(training.rows[indices], training.vocabulary, generator)
 
 
-def seed_dropout(seed: int, step: int, process_index: int = 0):
-    """Dropout depends on nothing else. The two primes keep the seeds of different updates (up to a million) and
-    processes (up to a thousand) apart."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
-
-
-def update(training: Training, batch: Batch, learning_rate: float, update_number: int) -> float:
-    """Steps 5 and 6: one update of the scores (with imp, of the weights) -> the loss of the batch.
-
-    update_number: that of the optimizer, from 1; with imp it restarts in each round."""
-    run = training.run
-    loss = backpropagate(training, batch)
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
-    loss, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
-    if not math.isfinite(loss + norm):
-        raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
-                         f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
-                         "state")
-
-    # eps and rate are such that torch's AdamW computes what the released optimizers do (appendix A).
-    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-    return loss
-
-
-def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
+def backpropagate(training: "Training", batch: Batch) -> torch.Tensor:
     """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device. The batch is computed in
     micro-batches, of which every process computes its share."""
     run = training.run
     machine = run.machine
+    seed_dropout(run.seed, training.step, machine.process_index)
     slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
     total_loss = torch.zeros((), device=machine.device)
     for row_slice in slices:
@@ -784,6 +639,89 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     return total_loss
 
 
+def seed_dropout(seed: int, step: int, process_index: int = 0):
+    """Dropout depends on nothing else. The two primes keep the seeds of different updates (up to a million) and
+    processes (up to a thousand) apart."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
+
+
+def optimizer_step(training: "Training", loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
+    """Step 6: moves the scores (with imp, the weights) by their gradients -> the loss as a number.
+
+    update_number: that of the optimizer, from 1; with imp it restarts in each round."""
+    run = training.run
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
+    loss, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
+                         f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
+                         "state")
+
+    # Learning rate, eps and weight decay are such that torch's AdamW computes what the released optimizers do: they are
+    # not the same in each update (appendix A).
+    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return loss
+
+
+class Training:
+    """The training of a run: what it is given, and what changes from update to update. The latter is in state.pt."""
+
+    def __init__(self, run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state=None):
+        """scores: None with imp, where weights train. state: None, or that of an interrupted run."""
+        self.run = run
+        self.identity = identity  # what --resume compares
+        self.model = model
+        self.vocabulary = vocabulary
+        self.masked_layers = masked_layers
+        self.rows = rows
+        self.dev_rows = dev_rows
+
+        self.scores = scores
+        self.parameters = choose_what_trains(model, run)  # {name: what trains}
+        self.student = wrap_network(model, run)  # the model, possibly compiled or wrapped for several processes
+        # Of the weights among them (the head with mlm, all with imp, none with kd) the values before training.
+        self.pretrained = {}
+        for name, parameter in self.parameters.items():
+            if not name.endswith(".scores"):
+                self.pretrained[name] = parameter.detach().clone()
+        self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
+        self.log = Log(run, masked_layers)
+        self.step = 0  # updates done
+        self.saved_at = time.time()  # when state.pt was written last
+        if state is not None:
+            restore_state(self, state)
+
+
+def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
+    """{name: parameter}; all others are frozen. With tamt the scores train, and for masked LM its head without the
+    decoder (TAMT masking/maskers.py:524); with imp all weights. The pooler does not, since no loss reads it."""
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
+        if run.method == "imp" or name.endswith(".scores"):
+            trains = "pooler" not in name
+        else:
+            trains = is_head and run.objective != "kd"
+        parameter.requires_grad_(trains)
+        if trains:
+            chosen[name] = parameter
+    return chosen
+
+
+def evaluate_and_log(training: Training, loss: float, learning_rate: float):
+    """A line of the log, and now and then the dev losses and the mask as a file."""
+    run = training.run
+    losses = {}
+    if training.step % run.eval_every == 0 and training.step < run.num_updates:  # finish() does the last evaluation
+        with pretrained_in_place(training):  # with the head as it was before training, so that masks compare
+            losses = evaluate_on_dev(training)
+    training.log.step(training.step, loss, learning_rate, losses)
+    if training.step % run.save_every == 0:
+        save_mask_of_step(training, run.sparsity)
+
+
 def evaluate_on_dev(training: Training) -> dict[str, float]:
     if training.dev_rows is None or training.run.machine.process_index > 0:
         return {}
@@ -794,11 +732,12 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 
 
 @contextmanager
-def start_weights_in_place(training: Training):
-    """Inside the with block the weights that train are what they were before; afterwards the trained ones are back.
-    Nothing is copied: the parameters exchange the memory that they point to."""
-    trained = {name: training.parameters[name].data for name in training.start_weights}
-    restore_start_weights(training)
+def pretrained_in_place(training: Training):
+    """Inside the with block the weights that train have their values from before the training: with mlm, those of the
+    head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
+    to."""
+    trained = {name: training.parameters[name].data for name in training.pretrained}
+    restore_pretrained(training)
     try:
         yield
     finally:
@@ -806,8 +745,8 @@ def start_weights_in_place(training: Training):
             training.parameters[name].data = weight
 
 
-def restore_start_weights(training: Training):
-    for name, weight in training.start_weights.items():
+def restore_pretrained(training: Training):
+    for name, weight in training.pretrained.items():
         training.parameters[name].data = weight
 
 
@@ -833,13 +772,14 @@ def train_imp(training: Training):
     while training.step < run.num_updates:
         step_in_round = training.step % run.prune_every
         learning_rate = run.lr * (1 - step_in_round / run.horizon)
-        loss = update(training, next_batch(training), learning_rate, update_number=step_in_round + 1)
+        loss = backpropagate(training, next_batch(training))
+        loss = optimizer_step(training, loss, learning_rate, update_number=step_in_round + 1)
         training.step += 1
         if training.step % run.prune_every == 0:
             prune_and_rewind(training, levels[training.step // run.prune_every])
         training.log.step(training.step, loss, learning_rate, {})
         save_state_if_due(training)
-    restore_start_weights(training)  # of all that was trained the masks alone are the result
+    restore_pretrained(training)  # of all that was trained the masks alone are the result
 
 
 def prune_and_rewind(training: Training, level: float):
@@ -848,9 +788,9 @@ def prune_and_rewind(training: Training, level: float):
     run = training.run
     set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, run.rank))
     if not run.no_rewind:
-        for name, weight in training.start_weights.items():
+        for name, weight in training.pretrained.items():
             is_backbone = name.startswith(f"{run.family}.")
-            if is_backbone:  # copied, since training goes on from here and must not change the start weights
+            if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
                 training.parameters[name].data.copy_(weight)
     training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
     save_mask_of_step(training, level)
@@ -930,19 +870,31 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
     return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
 
 
-def refresh_as_released(training: Training):
+def refresh_as_released(training: Training, learning_rate: float):
     """--refresh-every: the masks follow from new thresholds only now and then, and from the old ones in between."""
+    scores = training.scores
     if is_refresh_due(training.run, training.step):
-        training.scores.update_masks()
+        scores.update_masks(learning_rate)
+        set_thresholds(scores)
     else:
-        apply_old_thresholds(training.scores)
+        apply_old_thresholds(scores)
+
+
+@torch.no_grad()
+def set_thresholds(scores: Scores):
+    """The threshold of a pool becomes its largest pruned score."""
+    for pool in scores.pools:
+        values = scores.all_scores[pool.begin:pool.end]
+        pruned_values = values[~scores.all_masks[pool.begin:pool.end]]
+        pool.threshold = float(pruned_values.max()) if len(pruned_values) else -math.inf
 
 
 @torch.no_grad()
 def apply_old_thresholds(scores: Scores):
     """In place of update_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
     for pool in scores.pools:
-        torch.gt(scores.vector[pool.begin:pool.end], pool.threshold, out=scores.mask[pool.begin:pool.end])
+        values = scores.all_scores[pool.begin:pool.end]
+        torch.gt(values, pool.threshold, out=scores.all_masks[pool.begin:pool.end])
 
 
 def is_refresh_due(run: "Run", step: int) -> bool:
@@ -955,11 +907,58 @@ def is_refresh_due(run: "Run", step: int) -> bool:
     return step % run.refresh_every == 0
 
 
+def entries_without_gradient(masked_layers: dict, run: "Run", vocabulary, rows) -> dict:
+    """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
+    embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
+    not contain. (Under masked LM a tenth of the chosen tokens become any word of the vocabulary.)"""
+    without = {}
+    for name, layer in masked_layers.items():
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
+            is_read[vocabulary.pad_id] = False
+            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
+            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+    return without
+
+
+def pin_without_gradient(scores: Scores, first_masks: dict, without_gradient: dict):
+    """Entries that never get a gradient keep their first mask, and still count among the round(n s). (Only with --rank
+    global. With --rank local they compete like all others, as in the released code.)
+
+    Their scores would stay at 0 or START_SCORE forever, while the threshold drifts: as soon as it passed one of the
+    two, all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
+    infinity if they start as pruned. The optimizer leaves it infinite."""
+    for name, is_pinned in without_gradient.items():
+        values = scores.masked_layers[name].scores.data
+        values.masked_fill_(is_pinned & first_masks[name], math.inf)
+        values.masked_fill_(is_pinned & ~first_masks[name], -math.inf)
+
+
+def make_start_exact(scores: Scores):
+    """Lets a few entries change sides, so that the count is exact before the first update, too, with --rank global.
+    (With other rankings it is, since the first mask was ranked among the same entries.)
+
+    The first mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together
+    4, where round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go.
+    Each entry that changes sides gets the start score of its new side."""
+    [pool] = scores.pools  # of all scores
+    scores.all_masks.copy_(prune_smallest(scores.all_scores, pool.num_pruned))
+    start_scores = START_SCORE * scores.all_masks
+    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
+
+
 def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
     """The learning rate of a short run with --steps, whose decay reaches 0 at its end.
 
     An update moves a score by about the learning rate, and the mask changes where scores have moved by about
-    phi = 0.01: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is raised until the
+    half of START_SCORE: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is raised until the
     scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
     full_run = paper_updates(sparsity)
     factor = travel(full_run, HORIZON, objective) / travel(num_updates, num_updates, objective)
@@ -988,18 +987,6 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 # Appendix B: the fast ranking
 # ---------------------------------------------------------------------------------------------------
-
-
-def update_masks_fast(scores: Scores, learning_rate: float):
-    """Makes the masks of scores.update_masks(), after one update of the scores."""
-    if is_pattern(scores.rank):
-        scores.update_masks()  # N:M has no thresholds
-        return
-    radius = learning_rate / 2  # a score moves by about the learning rate, a threshold hardly ever by more than this
-    for pool in scores.pools:
-        values = scores.vector[pool.begin:pool.end]
-        mask = scores.mask[pool.begin:pool.end]
-        pool.threshold = prune_smallest_near(values, pool.num_pruned, pool.threshold, radius, mask)
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
@@ -1062,6 +1049,28 @@ def split_at(values, low: float, high: float, mask):
 # ---------------------------------------------------------------------------------------------------
 # Appendix C: mask files, reports, export
 # ---------------------------------------------------------------------------------------------------
+
+
+def write_results(run, identity, masks: dict, report: dict, losses: dict, start_time: float) -> dict:
+    """Writes mask.pt and mask.json -> the content of mask.json. report: of sparsity_report; losses: of dev_losses."""
+    empty = [name for name, fraction in report["matrices"].items() if fraction == 1]
+    if empty:
+        print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
+    # mask.pt has no times in it, so that equal runs give equal files.
+    meta = metadata(run, run.num_updates, run.sparsity)
+    meta["found"] = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
+    save_mask(run.out / "mask.pt", masks, meta | losses)
+    content = {
+        "settings": identity | {"data": plain(run.data)},
+        "sparsity": report,
+        **losses,
+        "seconds": round(time.time() - start_time, 1),
+        "device": str(run.machine.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    write_json(run.out / "mask.json", content)  # last: it tells --resume that the run is finished
+    return content
 
 
 def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
@@ -1251,7 +1260,7 @@ def evaluate_mask(settings: "Settings") -> dict:
         settings = settings_of_mask(settings, meta)
 
     model, vocabulary = load_model(settings.model)
-    run = resolve(settings, machine, model)
+    run = fill_in_defaults(settings, machine, model)
     model.requires_grad_(False).to(machine.device)
     masked_layers = mask_model(model)
     if settings.mask:
@@ -1639,7 +1648,7 @@ def option(default, help: str, check: str | None = None, **argparse_options):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a user can choose: a field is a flag of the command line. None: resolve() chooses.
+    """What a user can choose: a field is a flag of the command line. None: fill_in_defaults() chooses.
 
     The toy has defaults of its own (TOY), so that its run takes a minute."""
     model: str = option("toy", f"{', '.join(data.MODELS)}, toy (default; with --mask its model), or a path: a folder, "
@@ -1726,7 +1735,7 @@ class Run(Settings):
         return self.method in ("tamt", "imp")
 
 
-def resolve(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
+def fill_in_defaults(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
     """Fills in everything that the settings leave open; what this model cannot do is a ValueError."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     values |= {each.name: each.default for each in fields(Settings)

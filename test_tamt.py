@@ -614,8 +614,8 @@ def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(mask
 def test_kd_loss_is_0_for_equal_states_and_2_for_opposite_ones():
     states = [torch.randn(2, 5, 8) for _ in range(3)]
     opposite = [-state for state in states]
-    assert tamt.kd_loss(states, states).item() == pytest.approx(0, abs=1e-6)
-    assert tamt.kd_loss(states, opposite).item() == pytest.approx(2, abs=1e-6)
+    assert tamt.kd_loss(states, states, None, num_tokens=10).item() == pytest.approx(0, abs=1e-6)
+    assert tamt.kd_loss(states, opposite, None, num_tokens=10).item() == pytest.approx(2, abs=1e-6)
 
 
 EMBEDDINGS = torch.ones(1, 2, 2)  # kd_loss skips the embeddings, so even opposite ones cost nothing
@@ -628,7 +628,8 @@ NORTH_NORTH = torch.tensor([[NORTH, NORTH]])
 def test_kd_loss_is_a_mean_over_layers_without_the_embeddings():
     teacher = [EMBEDDINGS, EAST_NORTH, EAST_NORTH]
     student = [-EMBEDDINGS, NORTH_NORTH, EAST_NORTH]
-    assert tamt.kd_loss(teacher, student).item() == 0.25  # one of two tokens differs, in one of two layers
+    loss = tamt.kd_loss(teacher, student, None, num_tokens=2)
+    assert loss.item() == 0.25  # one of two tokens differs, in one of two layers
 
 
 def test_kd_loss_counts_every_token_once_however_long_its_sequence():
@@ -636,12 +637,13 @@ def test_kd_loss_counts_every_token_once_however_long_its_sequence():
     student = torch.tensor([[EAST, EAST, EAST], [NORTH, EAST, EAST]])
     is_token = torch.tensor([[True, True, True], [True, False, False]])
     embeddings = torch.ones(2, 3, 2)
-    assert tamt.kd_loss([embeddings, teacher], [embeddings, student], is_token).item() == pytest.approx(1 / 4)
+    loss = tamt.kd_loss([embeddings, teacher], [embeddings, student], is_token, num_tokens=4)
+    assert loss.item() == pytest.approx(1 / 4)
 
 
 def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
-    loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]))
+    loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]), num_predictions=2)
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
@@ -798,13 +800,14 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
 def before_each_update(monkeypatch, module, call):
     """From now on call(trainer) comes before each update of a run. tamt's trainer is a Training, finetune's an
     Experiment; both hold the model."""
-    update = module.update
+    name = "backpropagate" if module is tamt else "update"  # the first thing that each of them does
+    function = getattr(module, name)
 
-    def call_and_update(trainer, *arguments, **keywords):
+    def call_and_go_on(trainer, *arguments, **keywords):
         call(trainer)
-        return update(trainer, *arguments, **keywords)
+        return function(trainer, *arguments, **keywords)
 
-    monkeypatch.setattr(module, "update", call_and_update)
+    monkeypatch.setattr(module, name, call_and_go_on)
 
 
 def parameters_before_each_update(monkeypatch, settings):
@@ -951,11 +954,11 @@ def folder_content(folder):
 
 def interrupt_after(monkeypatch, num_updates):
     """Ctrl-C in the next run, when that many updates are done. Runs after it are not disturbed."""
-    update = tamt.update
+    backpropagate = tamt.backpropagate
 
     def interrupt(training):
         if training.step == num_updates:
-            monkeypatch.setattr(tamt, "update", update)
+            monkeypatch.setattr(tamt, "backpropagate", backpropagate)
             raise KeyboardInterrupt
 
     before_each_update(monkeypatch, tamt, interrupt)

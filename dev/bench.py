@@ -14,7 +14,7 @@
 
 The variants of a step:
 
-    ours       tamt.update() and the ranking, as train_scores() calls them
+    ours       one update and the ranking, as train_scores() calls them
     released   the released code's step re-created with transformers: a mask from the scores in every forward pass,
                attention in single products, logits at all positions, AdamW in Python tensor by tensor. For mlm+kd
                its teacher computes logits and a loss that nobody reads. For kd both models stop below the
@@ -73,9 +73,9 @@ def make_our_step(size: Size, objective: str = "mlm") -> Callable:
     training = gpu.make_training(size, objective, cpu())
 
     def step():
-        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, update_number=training.step + 1)
+        gpu.one_update(training, LEARNING_RATE, training.step + 1)
         training.step += 1
-        tamt.update_masks_fast(training.scores, LEARNING_RATE)
+        training.scores.update_masks(LEARNING_RATE)
 
     return step
 
@@ -141,7 +141,7 @@ class Released:
             if isinstance(layer, nn.Linear) or name.endswith("word_embeddings"):
                 is_kept = torch.rand_like(layer.weight) > 0.7
                 noise = 0.005 * torch.randn_like(layer.weight)
-                scores = nn.Parameter(2 * tamt.PHI * is_kept + noise)
+                scores = nn.Parameter(tamt.START_SCORE * is_kept + noise)
                 layer.forward = gpu.masked_forward(layer, scores)
                 parameters[f"{name}.scores"] = scores
         return parameters
@@ -238,7 +238,8 @@ def part_equal(args):
     size = dataclasses.replace(TOY, dropout=0.0)
     for objective in ("mlm", "kd", "mlm+kd"):
         training = gpu.make_training(size, objective, cpu())
-        training.scores.vector.copy_(2 * tamt.PHI * training.scores.mask)  # the released threshold stands at phi
+        # The released threshold stands at half of START_SCORE.
+        training.scores.all_scores.copy_(tamt.START_SCORE * training.scores.all_masks)
         released = Released(size, objective)
         copy_weights(training, released)
 
@@ -292,11 +293,11 @@ def part_ranking(args):
     scores = training.scores
 
     def update():
-        tamt.update(training, tamt.next_batch(training), LEARNING_RATE, update_number=training.step + 1)
+        gpu.one_update(training, LEARNING_RATE, training.step + 1)
         training.step += 1
 
     def rank():
-        tamt.update_masks_fast(scores, LEARNING_RATE)
+        scores.update_masks(LEARNING_RATE)
 
     def multiply():  # W * M forward, and dL/dS = dL/d(W * M) * W backward
         for layer in encoder_layers:

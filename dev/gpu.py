@@ -48,6 +48,7 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -218,9 +219,9 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
 
     settings = tamt.Settings(model="random", objective=objective, rank=rank, batch_size=size.B, lr=LEARNING_RATE,
                              compile=compiled)
-    run = tamt.resolve(settings, machine, model)
+    run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.mask_model(model, run.scope)
-    start = tamt.start_masks(layers, run)
+    start = tamt.first_masks(layers, run)
     tamt.set_masks(layers, start)
     without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
     scores = tamt.Scores(layers, start, run.sparsity, run.rank, without_gradient)
@@ -231,19 +232,24 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
 
 
 def spread(scores: tamt.Scores):
-    """Gives scores the values that they have after some training, around 0 and around 2 phi. The two values of
+    """Gives scores the values that they have after some training, around 0 and around START_SCORE. The two values of
     the start are cheaper to rank. Infinite scores are pinned, and stay."""
-    noise = 0.005 * torch.randn(len(scores.vector)).to(scores.vector.device)
-    spread_scores = 2 * tamt.PHI * scores.mask + noise
-    scores.vector.copy_(torch.where(scores.vector.isinf(), scores.vector, spread_scores))
-    scores.update_masks()
+    noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)
+    spread_scores = tamt.START_SCORE * scores.all_masks + noise
+    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, spread_scores))
+    scores.update_masks(LEARNING_RATE)
+
+
+def one_update(training: tamt.Training, learning_rate: float, update_number: int) -> float:
+    loss = tamt.backpropagate(training, tamt.next_batch(training))
+    return tamt.optimizer_step(training, loss, learning_rate, update_number)
 
 
 def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> float:
     """What train_scores() does for each update -> the loss."""
-    loss = tamt.update(training, tamt.next_batch(training), learning_rate, update_number=training.step + 1)
+    loss = one_update(training, learning_rate, training.step + 1)
     training.step += 1
-    tamt.update_masks_fast(training.scores, learning_rate)
+    training.scores.update_masks(learning_rate)
     return loss
 
 
@@ -310,7 +316,7 @@ def compare_with_cpu(device: str) -> dict[str, float]:
     reference = make_training(TOY, "mlm+kd", cpu)
     measured = make_training(TOY, "mlm+kd", exact)
     in_bf16 = make_training(TOY, "mlm+kd", rounded)
-    start = reference.scores.mask.clone()
+    start = reference.scores.all_masks.clone()
 
     loss = float(tamt.backpropagate(reference, tamt.next_batch(reference)))
     measured_loss = float(tamt.backpropagate(measured, tamt.next_batch(measured)))
@@ -325,8 +331,8 @@ def compare_with_cpu(device: str) -> dict[str, float]:
         training.optimizer.zero_grad()
         for _ in range(20):
             one_step(training, learning_rate=1e-3)
-    is_different = reference.scores.mask != measured.scores.mask.cpu()
-    is_flipped = reference.scores.mask != start
+    is_different = reference.scores.all_masks != measured.scores.all_masks.cpu()
+    is_flipped = reference.scores.all_masks != start
     return {
         "loss": abs(measured_loss / loss - 1),
         "gradient": max(gradient_differences),
@@ -468,7 +474,7 @@ def make_released_step(size: Size, machine):
     model = bert.Model(bert.Config(**size.config())).requires_grad_(False).to(machine.device).train()
     parameters = []
     for layer in tamt.maskable_layers(model).values():
-        start = 2 * tamt.PHI * (torch.rand_like(layer.weight) > 0.7) + 0.005 * torch.randn_like(layer.weight)
+        start = tamt.START_SCORE * (torch.rand_like(layer.weight) > 0.7) + 0.005 * torch.randn_like(layer.weight)
         scores = nn.Parameter(start)
         layer.forward = masked_forward(layer, scores)
         parameters.append(scores)
@@ -498,7 +504,7 @@ def make_released_step(size: Size, machine):
 
 def masked_forward(layer, scores):
     def forward(x):
-        weight = layer.weight * Binarise.apply(scores, tamt.PHI)
+        weight = layer.weight * Binarise.apply(scores, tamt.START_SCORE / 2)
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, layer.bias)
         return F.embedding(x, weight, layer.padding_idx)
@@ -544,14 +550,14 @@ def part_ranking(bench: Bench):
         free_memory(bench.device)
         training = make_training(bench.size, "mlm", machine, rank)
         scores = training.scores
-        move = LEARNING_RATE * torch.randn_like(scores.vector).clamp_(-1, 1)
+        move = LEARNING_RATE * torch.randn_like(scores.all_scores).clamp_(-1, 1)
         seconds = []
         for _ in range(3 + bench.num_calls):
-            scores.vector.add_(move)
+            scores.all_scores.add_(move)
             move.neg_()  # back and forth, so that the threshold moves at every call
             synchronize(bench.device)
             began = time.perf_counter()
-            tamt.update_masks_fast(scores, LEARNING_RATE)
+            scores.update_masks(LEARNING_RATE)
             synchronize(bench.device)
             seconds.append(time.perf_counter() - began)
         median = float(np.median(seconds[3:]))
@@ -561,8 +567,9 @@ def part_ranking(bench: Bench):
                       "<= 5" if rank == "global" else "")
         if rank == "global":
             count_waits(bench, training)
-            scores.update_masks()
-            full = median_seconds(scores.update_masks, bench.device, 1, num_warm_up=0)
+            num_pruned = scores.pools[0].num_pruned
+            full = median_seconds(partial(tamt.prune_smallest, scores.all_scores, num_pruned), bench.device, 1,
+                                  num_warm_up=0)
             bench.add("d", "ranking, global, without a guess of the threshold", full * 1e3, "ms")
 
     batch_seconds = median_seconds(lambda: tamt.next_batch(training), "cpu", bench.num_calls)

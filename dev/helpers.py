@@ -163,12 +163,12 @@ def begin(settings):
     """A run before its first update. This repeats what find_mask() does up to there."""
     machine = tamt.start_machine("cpu")
     model, vocabulary = tamt.open_model(settings, machine)
-    run = tamt.resolve(settings, machine, model)  # the settings with all defaults filled in
+    run = tamt.fill_in_defaults(settings, machine, model)  # the settings with all defaults filled in
     rows = tamt.open_text(run, vocabulary, "train")
     layers = tamt.mask_model(model, run.scope)
     scores = None
     if run.method == "tamt":
-        masks = tamt.start_masks(layers, run)
+        masks = tamt.first_masks(layers, run)
         tamt.set_masks(layers, masks)
         without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
         scores = tamt.Scores(layers, masks, run.sparsity, run.rank, without_gradient)
@@ -177,9 +177,14 @@ def begin(settings):
     return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
 
 
+def one_update(training, learning_rate, update_number):
+    loss = tamt.backpropagate(training, tamt.next_batch(training))
+    return tamt.optimizer_step(training, loss, learning_rate, update_number)
+
+
 def three_updates(training):
     for t in (1, 2, 3):
-        tamt.update(training, tamt.next_batch(training), learning_rate=2e-3, update_number=t)
+        one_update(training, 2e-3, t)
         training.step += 1
 
 

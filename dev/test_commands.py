@@ -144,7 +144,7 @@ NAMES = {"bert-tamt-mlm-0.7-s1": {},
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_without_out_goes_into_a_folder_named_after_it(inputs, name):
     machine = tamt.Machine(torch.device("cpu"))
-    run = tamt.resolve(mask_settings(inputs, **NAMES[name]), machine, bert.load(inputs / "bert"))
+    run = tamt.fill_in_defaults(mask_settings(inputs, **NAMES[name]), machine, bert.load(inputs / "bert"))
     assert run.out == Path("out") / name
 
 
@@ -341,7 +341,7 @@ def test_settings_are_never_changed(inputs):
 
 def test_2_4_is_fine_with_the_sparsity_it_has(inputs):
     machine = tamt.Machine(torch.device("cpu"))
-    run = tamt.resolve(mask_settings(inputs, rank="2:4", sparsity=0.5), machine, bert.load(inputs / "bert"))
+    run = tamt.fill_in_defaults(mask_settings(inputs, rank="2:4", sparsity=0.5), machine, bert.load(inputs / "bert"))
     assert run.sparsity == 0.5
 
 

@@ -359,5 +359,5 @@ def test_the_model_of_a_mask_in_place_of_the_toy_is_said(inputs, tmp_path, capsy
 
 def test_imp_on_the_toy_has_a_horizon_of_ten_rounds(inputs):
     settings = tamt.Settings(model="toy", method="imp", prune_every=400)
-    run = tamt.resolve(settings, tamt.Machine(torch.device("cpu")), bert.load(inputs / "bert"))
+    run = tamt.fill_in_defaults(settings, tamt.Machine(torch.device("cpu")), bert.load(inputs / "bert"))
     assert run.horizon == 4000

@@ -19,7 +19,7 @@ from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, mask_settings, ordina
 def test_mlm_loss_of_a_batch_in_which_nothing_was_chosen_is_0():
     no_logits = torch.empty(0, 10)
     no_labels = torch.empty(0, dtype=torch.long)
-    assert tamt.mlm_loss(no_logits, no_labels).item() == 0
+    assert tamt.mlm_loss(no_logits, no_labels, num_predictions=0).item() == 0
 
 
 def test_the_teacher_shares_the_weights_of_the_student(model):
@@ -100,7 +100,7 @@ def test_without_any_chosen_token_there_is_no_dev_mlm_loss(inputs, empty_row):
 
 @pytest.mark.parametrize("is_token, expected", [([True, False], 1.0), ([False, True], 0.0)])
 def test_kd_loss_leaves_padding_out(is_token, expected):
-    loss = tamt.kd_loss([EMBEDDINGS, EAST_NORTH], [-EMBEDDINGS, NORTH_NORTH], torch.tensor([is_token]))
+    loss = tamt.kd_loss([EMBEDDINGS, EAST_NORTH], [-EMBEDDINGS, NORTH_NORTH], torch.tensor([is_token]), num_tokens=1)
     assert loss.item() == expected
 
 
@@ -154,7 +154,7 @@ def test_the_dev_kd_loss_is_the_mean_over_batches_of_clean_text(dev_batches):
         student = model(torch.from_numpy(batch.input_ids))
         with tamt.dense_teacher(model):
             teacher = model(torch.from_numpy(batch.input_ids))
-        losses.append(tamt.kd_loss(teacher, student).item())
+        losses.append(tamt.kd_loss(teacher, student, None, batch.num_tokens).item())
     assert found["dev_kd_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import data
 import tamt
-from helpers import begin, expected_pins, is_subset, masks_of, num_different
+from helpers import begin, expected_pins, is_subset, masks_of, num_different, one_update
 from test_tamt import mask_settings, num_entries, num_pruned, ordinary_ids, random_case, same_masks
 
 
@@ -75,16 +75,16 @@ def local_scores(masked_layers):
 
 def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
-    scores.mask.fill_(False)
-    scores.update_masks()
+    scores.all_masks.fill_(False)
+    scores.update_masks(1e-3)
     assert same_masks(masks_of(masked_layers), start)
 
 
 def test_thresholding_at_phi_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
     for pool in scores.pools:
-        assert pool.threshold == tamt.PHI
-    scores.mask.fill_(False)
+        assert pool.threshold == tamt.START_SCORE / 2
+    scores.all_masks.fill_(False)
     tamt.apply_old_thresholds(scores)
     assert same_masks(masks_of(masked_layers), start)
 
@@ -113,7 +113,7 @@ def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_ar
 
 def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
     _, scores = global_scores
-    assert torch.equal(scores.vector, 2 * tamt.PHI * scores.mask)
+    assert torch.equal(scores.all_scores, tamt.START_SCORE * scores.all_masks)
 
 
 def test_tokens_in_finds_the_ids_that_occur(vocabulary):
@@ -172,11 +172,11 @@ def between_refreshes(masked_layers, local_scores):
     """Scores that have moved since the last refresh -> the masked layers, their pools, and the thresholds of that
     refresh."""
     _, scores = local_scores
-    scores.vector.normal_()
-    scores.update_masks()
+    scores.all_scores.normal_()
+    scores.update_masks(1e-3)
     thresholds = [pool.threshold for pool in scores.pools]
-    assert thresholds != [tamt.PHI] * len(masked_layers)
-    scores.vector.normal_()
+    assert thresholds != [tamt.START_SCORE / 2] * len(masked_layers)
+    scores.all_scores.normal_()
     tamt.apply_old_thresholds(scores)
     return masked_layers, scores.pools, thresholds
 
@@ -226,7 +226,7 @@ def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(mod
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", without_gradient={})
     for layer in layers.values():
         layer.scores.data.normal_()
-    scores.update_masks()
+    scores.update_masks(1e-3)
     learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
     mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
     assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
@@ -237,15 +237,15 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
     training = begin(mask_settings(inputs, objective=objective, sparsity=0.7, rank="global", steps=30))
     start = masks_of(training.masked_layers)
     for step in range(30):
-        tamt.update(training, tamt.next_batch(training), learning_rate=1e-2, update_number=step + 1)
+        one_update(training, 1e-2, step + 1)
         training.step += 1
-        training.scores.update_masks()
+        training.scores.update_masks(1e-3)
         for name, rows in expected_pins(training).items():
             assert torch.equal(training.masked_layers[name].mask[rows], start[name][rows])
     [pool] = training.scores.pools
     # Without pins these scores would stay at 0 or 2 phi. The threshold has left that interval, so all of them would now
     # be kept, or all pruned.
-    assert not 0 <= pool.threshold < 2 * tamt.PHI
+    assert not 0 <= pool.threshold < tamt.START_SCORE
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])

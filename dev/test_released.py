@@ -62,9 +62,9 @@ def begin_as_released(tmp_path, objective, num_updates):
                              seq_len=64, data="toy", eval_every=10**6, save_every=10**6)
     machine = tamt.Machine(torch.device("cpu"))
     model, vocabulary = tamt.open_model(settings, machine)
-    run = tamt.resolve(settings, machine, model)
+    run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.mask_model(model)
-    start = tamt.start_masks(layers, run)
+    start = tamt.first_masks(layers, run)
     tamt.set_masks(layers, start)
     scores = tamt.Scores(layers, start, 0.75, "local", without_gradient={})
     model.train()
@@ -82,11 +82,13 @@ def released_run(tmp_path, objective, settle_after=None):
     num_tied = 0
     for step, batch in enumerate(batches, 1):
         learning_rate = RELEASED_RATES[objective] * (1 - (step - 1) / len(batches))
-        losses.append(tamt.update(training, batch, learning_rate, step))
+        loss = tamt.backpropagate(training, batch)
+        losses.append(tamt.optimizer_step(training, loss, learning_rate, step))
         if step == settle_after:
             num_tied = settle_ties(training.scores)
         if tamt.is_refresh_due(training.run, step):
-            training.scores.update_masks()
+            training.scores.update_masks(learning_rate)
+            tamt.set_thresholds(training.scores)
         else:
             tamt.apply_old_thresholds(training.scores)
 
@@ -104,7 +106,7 @@ def settle_ties(scores) -> int:
     """Puts scores that lie within two units in the last place of their threshold onto it -> how many those are."""
     num_tied = 0
     for pool in scores.pools:
-        stretch = scores.vector[pool.begin:pool.end]
+        stretch = scores.all_scores[pool.begin:pool.end]
         is_tied = (stretch - pool.threshold).abs() <= 2 * UNIT_IN_THE_LAST_PLACE
         stretch[is_tied] = pool.threshold
         num_tied += int(is_tied.sum())

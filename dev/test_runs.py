@@ -324,7 +324,7 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(inputs, tmp_path):
     identities = []
     for num_processes in (1, 2):
         machine = tamt.Machine(torch.device("cpu"), num_processes=num_processes)
-        run = tamt.resolve(mask_settings(inputs, tmp_path), machine, bert.load(inputs / "bert"))
+        run = tamt.fill_in_defaults(mask_settings(inputs, tmp_path), machine, bert.load(inputs / "bert"))
         identities.append(tamt.identity_of_run(run, None, None))
     state = {"format": 2, "settings": identities[1], "step": 3}
     torch.save(state, tmp_path / "state.pt")
@@ -348,13 +348,14 @@ def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, mo
         now += 1000.0
         return {"dev_kd_loss": 1.0}
 
-    def update(*_, **__):
+    def backpropagate(*_):
         nonlocal now
         now += 3.0
-        return 1.0
+        return torch.tensor(1.0)
 
     monkeypatch.setattr(tamt.time, "time", lambda: now)
     monkeypatch.setattr(tamt, "dev_losses", evaluate)
-    monkeypatch.setattr(tamt, "update", update)
+    monkeypatch.setattr(tamt, "backpropagate", backpropagate)
+    monkeypatch.setattr(tamt, "optimizer_step", lambda *_, **__: 1.0)
     tamt.find_mask(mask_settings(inputs, tmp_path, eval_every=4))
     assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3

@@ -46,6 +46,6 @@ def test_the_released_step_has_our_mask_and_our_attention():
 
     training = gpu.make_training(gpu.TOY, "mlm", machine)
     scores = training.masked_layers["bert.encoder.layer.0.output.dense.weight"].scores
-    ours = tamt.StraightThrough.apply(torch.ones_like(scores), scores, scores > tamt.PHI)
-    theirs = gpu.Binarise.apply(scores, tamt.PHI)
+    ours = tamt.StraightThrough.apply(torch.ones_like(scores), scores, scores > tamt.START_SCORE / 2)
+    theirs = gpu.Binarise.apply(scores, tamt.START_SCORE / 2)
     assert torch.equal(ours, theirs)
