@@ -1,49 +1,42 @@
-"""Fine-tune a BERT under a mask, its "ticket", on a GLUE task or SQuAD v1.1, and record what it scores.
+"""Fine-tune a pruned BERT on a GLUE task or SQuAD v1.1, and record what it scores.
 
-    python finetune.py --task sst2 --mask mask.pt                   a ticket on a task
-    python finetune.py --task sst2 --find imp --sparsity 0.5        find one by iterative magnitude pruning (IMP)
-    python finetune.py --task sst2 --find super                     whole heads and FFNs (Liang et al. 2021)
-    python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each by its ticket
+    python finetune.py --task sst2 --mask mask.pt                   under a mask that tamt.py has found
+    python finetune.py --task sst2                                  the whole network, to compare
+    python finetune.py --task sst2 --find imp --sparsity 0.5        find a mask by iterative magnitude pruning (IMP)
+    python finetune.py --task sst2 --find super                     cut out whole heads and FFNs (Liang et al. 2021)
+    python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each with its own mask
 
-    1. One experiment          read, train, finish
-    2. Ticket, network, task   what an experiment consists of
+    1. One experiment             begin, train, finish
+    2. Tickets, tasks, network    what an experiment consists of
     3. Losses, predictions
     4. The training loop
     5. The result
-    6. IMP on a task           a loop around the experiment
-    7. Super Tickets           how important each head and each FFN is; tickets that cut them out
-    8. Several tasks           one encoder, and for each task a head and a ticket
-    Appendix A                 what differs; ablations, progress, records, predictions, export
-    Appendix B                 settings and the command line
+    6. IMP on a task              a loop around the experiment
+    7. Super Tickets              how important each head and each FFN is; tickets that cut them out
+    8. Several tasks              one encoder, and for each task a head and a ticket
+    Appendix A                    what differs; ablations, states, records, predictions, export
+    Appendix B                    settings and the command line
 
-A ticket is what a mask file holds: for each matrix a mask, True where a weight is kept, and a note on how it was made.
-It comes from tamt.py or from --find. Only matrices have masks, six in each layer, and perhaps the pooler and the word
-embeddings; biases, LayerNorms and task heads always train. The masks stay as they are while the weights that they keep
-are trained. Without --mask all weights are trained. An ordinary ticket removes single weights; a Super Ticket removes
-whole units, which are attention heads and the feed-forward networks (FFNs) of layers. A ticket is applied in one of
-three ways (build_network):
+A mask file is called a ticket, as in "lottery ticket": for each matrix a mask, True where a weight is kept, and a note
+on how it was found. It comes from tamt.py or from --find. Only matrices have masks, six in each layer, and perhaps the
+pooler and the word embeddings; biases, LayerNorms and task heads always train. The masks stay as they are while the
+weights that they keep are trained.
 
-    one task, an ordinary ticket   The weights that it removes are set to zero once. Before every update their gradients
-                                   are set to zero, too, so they stay exactly zero. (zero_pruned_weights, update)
-    one task, a Super Ticket       The rows and columns of the units that it removes are cut out of the matrices before
-                                   training. (cut_out_units, chapter 7)
-    several tasks of GLUE,         The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
-    each with a ticket             the weights multiplied by the ticket of its own task. (switch_to, chapter 8)
+There are two kinds. An ordinary ticket removes single weights. A Super Ticket removes whole units, which are attention
+heads and the feed-forward networks (FFNs) of layers. The ways in which they are applied stand at build_network.
 
 Names that recur:
 
     settings    what the user asked for (Settings); its fields are named like the flags
     run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
     identity    what --resume compares: settings, and checksums of all inputs
-    task head   the layer on top: a classifier, or for SQuAD the span layer. Heads without a word in front of them are
-                attention heads
     inputs      what a fine-tuning reads: tasks, tickets, the network (Inputs)
     experiment  a fine-tuning in progress (Experiment); a --find makes several
-    released    as in the programs of the three papers (appendix A names them)
+    task head   the layer on top: a classifier, or for SQuAD the span layer. All other heads are attention heads.
 
-A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
-network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
-devices and folders (tamt.py).
+"Released" means: in the programs of the three papers, which appendix A names. A function that is called in chapters 1
+to 8 and not defined there is in an appendix. From the other modules come the network (bert.py), vocabularies and random
+streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -79,42 +72,47 @@ def fine_tune(settings: "Settings") -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
     returns the content of result.json.
 
-    With settings.find it looks for a ticket on the task instead, which takes several experiments (find_imp in chapter
-    6, find_super in 7), and returns the content of mask.json. Raises ValueError or OSError, with a message of one line,
-    for input that is wrong."""
-    if settings.find == "imp":
-        return find_imp(settings)
-    if settings.find == "super":
-        return find_super(settings)
+    With settings.find it looks for a ticket on the task instead, which takes several experiments (chapters 6 and 7),
+    and returns the content of mask.json. Raises ValueError or OSError, with a message of one line, for input that is
+    wrong."""
+    if settings.find is not None:
+        return {"imp": find_imp, "super": find_super}[settings.find](settings)
+    experiment, result = begin(settings)
+    if result is None:
+        train(experiment)
+        result = finish(experiment)
+    return result
 
-    inputs = read_inputs(settings)
-    if inputs.result is not None:  # --resume has found the run finished
-        return inputs.result
-    experiment = Experiment(inputs)
-    train(experiment)
-    return finish(experiment)
+
+def begin(settings: "Settings", horizon_rounds: int = 1) -> tuple:
+    """-> (experiment, None), or (None, result) if --resume finds that the run is finished.
+
+    horizon_rounds: the learning rate falls linearly. It reaches 0 at the end of the run (1), or would do so after ten
+    runs of this length (10, in a round of IMP)."""
+    inputs = read_inputs(settings, horizon_rounds)
+    run = inputs.run
+    result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
+    if result is not None:
+        complete_finished_run(inputs, result)
+        return None, result
+    return Experiment(inputs, state), None  # state: None, or that of an interrupted run
 
 
 @dataclass
 class Inputs:
-    """What a run reads, checked. Of what is wrong nearly everything shows here, before anything is trained."""
+    """What a run reads."""
     run: "Run"
     identity: dict  # what --resume compares
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list["Ticket"]  # none, one, or one for each of several tasks
-    model: bert.Model  # as the checkpoint has it
+    model: bert.Model  # as the checkpoint has it; Experiment changes it
     vocabulary: data.Vocabulary
-    result: dict | None  # with --resume that of a finished run; there is nothing to train then
-    state: dict | None  # with --resume that of an interrupted run
     start_time: float
 
 
 def read_inputs(settings: "Settings", horizon_rounds: int = 1) -> Inputs:
-    """Reads and checks what the user names, and decides where the run begins.
-
-    horizon_rounds: the learning rate falls linearly, and would reach 0 after so many runs of this length: 1, but in
-    IMP 10."""
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -123,58 +121,53 @@ def read_inputs(settings: "Settings", horizon_rounds: int = 1) -> Inputs:
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
     model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
-    check_tickets(tickets, model, settings)
+    fit_tickets(tickets, model, settings)
 
     # What follows from them: the settings with every default filled in, and the examples.
-    run = resolve(settings, machine, tasks, tickets, model, horizon_rounds)
+    run = fill_in_defaults(settings, machine, tasks, tickets, model, horizon_rounds)
     examples = {task.name: read_examples(task, run) for task in tasks}
-
-    # The folder of the run. With --resume it may hold the result, or the state to continue from.
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = choose_folder(run, tickets, identity)  # the default name contains a hash of the identity
-    result, state = tamt.open_folder(run.out, identity, run.resume, "result.json", machine)
-    if result is not None:
-        check_finished(run, tasks, examples, result)
-    return Inputs(run, identity, tasks, examples, tickets, model, vocabulary, result, state, start_time)
+    return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
+                  vocabulary=vocabulary, start_time=start_time)
 
 
 class Experiment:
     """A fine-tuning in progress. What its updates change is saved in state.pt."""
 
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: Inputs, state: dict | None = None):
+        self.inputs = inputs
         self.run = inputs.run
-        self.identity = inputs.identity
-        self.tickets = inputs.tickets
-        self.vocabulary = inputs.vocabulary
-        self.start_time = inputs.start_time
 
         # The examples as token ids, for each task.
-        self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, inputs.run)
+        self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, self.run)
                               for task in inputs.tasks]
 
-        # The network that trains: with task heads, and under the tickets.
+        # The network that trains, with task heads and under the tickets. IMP prunes only matrices of the checkpoint,
+        # not a pooler that build_network adds: hence the names.
         self.model = inputs.model
-        self.checkpoint_matrices = list(tamt.maskable_layers(self.model))  # what IMP may prune: no pooler added below
-        self.gradient_masks = build_network(self.model, self.all_task_data, self.tickets, self.run)
+        self.checkpoint_matrices = list(tamt.maskable_layers(self.model))
+        build_network(self.model, self.all_task_data, inputs.tickets, self.run)
         self.parameters = dict(self.model.named_parameters())  # all that trains
+        self.gradient_masks = masks_of_gradients(self)
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
 
         self.step = 0  # updates done
-        self.total_loss = 0.0  # the sum of their losses since the last evaluation
+        self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
         self.history = []  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
-        if inputs.state is not None:
-            restore_state(self, inputs.state)
+        if state is not None:
+            restore_state(self, state)
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Ticket, network, task: what an experiment consists of
+# 2. Tickets, tasks, network: what an experiment consists of
 # ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Ticket:
     """The content of a mask file."""
-    file: Path  # or the folder of the run that found it
+    file: Path  # or a folder with mask.pt in it
     masks: dict[str, torch.Tensor]  # {name of a weight: True where it is kept}
     meta: dict  # how it was made: "model", "method", "sparsity", ...
 
@@ -207,9 +200,9 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def check_tickets(tickets: list[Ticket], model, settings):
-    """Raises ValueError if a ticket belongs to another network, and prints a note if it was found on other weights.
-    Puts its masks in the order of the model's weights."""
+def fit_tickets(tickets: list[Ticket], model, settings):
+    """Puts the masks of each ticket in the order of the model's weights. Raises ValueError if it belongs to another
+    network, and prints a note if it was found on other weights."""
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
@@ -217,67 +210,9 @@ def check_tickets(tickets: list[Ticket], model, settings):
         tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
 
-def build_network(model, all_task_data: list["TaskData"], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
-    """Makes of the pre-trained model what is trained: with task heads, under tickets, on the device. Returns the masks
-    of an ordinary ticket of the only task, by which update() multiplies the gradients; in all other cases {}."""
-    task = all_task_data[0].task  # of several tasks all predict classes or numbers, and need the same network below
-    torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
-    remove_pretraining_heads(model)
-    fit_pooler(model, task)
-    if run.weights != "pretrained":
-        replace_weights(model, run.weights, run.seed)  # an ablation (appendix A), with random numbers of its own
-    gradient_masks = {}
-    if len(all_task_data) > 1:
-        share_encoder(model, all_task_data, tickets, run)  # chapter 8
-    else:
-        add_task_head(model, task)
-        if tickets and tickets[0].is_super:
-            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])  # chapter 7
-            cut_out_units(model, removed_heads, removed_ffns)
-        elif tickets:
-            gradient_masks = zero_pruned_weights(model, tickets[0])
-    model.to(run.machine.device)
-    return {name: mask.to(run.machine.device) for name, mask in gradient_masks.items()}
-
-
-def remove_pretraining_heads(model):
-    for name in ("cls", "lm_head"):  # BERT's, RoBERTa's
-        if hasattr(model, name):
-            delattr(model, name)
-
-
-def fit_pooler(model, task: glue_squad.Task):
-    """Only BERT's classifier reads the pooler: it gets a fresh one if the checkpoint has none. (RoBERTa's classifier
-    has a layer of its own.) In all other cases the pooler is removed."""
-    needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
-    if needs_pooler and not model.has_pooler:
-        model.add_pooler()
-        print("the checkpoint has no pooler: a fresh one is trained, dense")
-    if not needs_pooler and model.has_pooler:
-        del model.backbone.pooler
-
-
-def add_task_head(model, task: glue_squad.Task):
-    if task.predicts == "span":
-        model.add_span_head()
-    else:
-        model.add_classifier(task.num_outputs)
-
-
-def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets what an ordinary ticket prunes to zero. Returns its masks, by which update() multiplies the gradients."""
-    gradient_masks = {}
-    parameters = dict(model.named_parameters())
-    for name, mask in ticket.masks.items():
-        if name in parameters:  # a ticket may have a mask for a pooler that no task head reads
-            parameters[name].data.mul_(mask)
-            gradient_masks[name] = mask
-    return gradient_masks
-
-
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD it is a window: a
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window, a
     question and as much of its paragraph as fits. task.predicts says what the network's answer is: a "class", a
     "number" (STS-B), or a "span" (SQuAD), the first and the last token of the answer."""
     task: glue_squad.Task
@@ -353,6 +288,78 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
         dev_windows=dev_windows)
 
 
+def build_network(model, all_task_data: list[TaskData], tickets: list[Ticket], run):
+    """Turns the pre-trained model into the network that trains: with task heads, under tickets, on the device. A ticket
+    is applied in one of three ways:
+
+    one task, an ordinary ticket   The weights that it removes are set to zero once. Before every update their gradients
+                                   are set to zero, too, so they stay exactly zero. (masks_of_gradients, update)
+    one task, a Super Ticket       The rows and columns of the units that it removes are cut out of the matrices before
+                                   training. (cut_out_units, chapter 7)
+    several tasks of GLUE,         The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
+    with one ticket each           the weights multiplied by the ticket of its own task. (select_task, chapter 8)
+
+    Without a ticket all weights are trained."""
+    torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
+    task = all_task_data[0].task  # several tasks are all of GLUE: the pooler that one of them needs serves all
+    remove_pretraining_heads(model)
+    fit_pooler(model, task)
+    if run.weights != "pretrained":
+        replace_weights(model, run.weights, run.seed)  # an ablation (appendix A), with random numbers of its own
+
+    if len(all_task_data) > 1:
+        share_encoder(model, all_task_data, tickets, run)
+    else:
+        add_task_head(model, task)
+        if tickets and tickets[0].is_super:
+            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])
+            cut_out_units(model, removed_heads, removed_ffns)
+        elif tickets:
+            zero_pruned_weights(model, tickets[0])
+    model.to(run.machine.device)
+
+
+def remove_pretraining_heads(model):
+    for name in ("cls", "lm_head"):  # BERT's, RoBERTa's
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+def fit_pooler(model, task: glue_squad.Task):
+    """BERT's classifier reads the pooler, so a checkpoint without one gets a fresh one. RoBERTa's classifier, which has
+    a layer of its own, and the span head do not: then the pooler is removed."""
+    needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
+    if needs_pooler and not model.has_pooler:
+        model.add_pooler()
+        print("the checkpoint has no pooler: a fresh one is trained, dense")
+    if not needs_pooler and model.has_pooler:
+        del model.backbone.pooler
+
+
+def add_task_head(model, task: glue_squad.Task):
+    if task.predicts == "span":
+        model.add_span_head()
+    else:
+        model.add_classifier(task.num_outputs)
+
+
+def zero_pruned_weights(model, ticket: Ticket):
+    parameters = dict(model.named_parameters())
+    for name, mask in ticket.masks.items():
+        if name in parameters:  # a ticket may have a mask for a pooler that no task head reads
+            parameters[name].data.mul_(mask)
+
+
+def masks_of_gradients(experiment: Experiment) -> dict[str, torch.Tensor]:
+    """{name of a weight: mask}, by which update() multiplies the gradients: those of the ordinary ticket of the only
+    task; in all other cases {}."""
+    tickets = experiment.inputs.tickets
+    if len(experiment.all_task_data) > 1 or not tickets or tickets[0].is_super:
+        return {}
+    device = experiment.run.machine.device
+    return {name: mask.to(device) for name, mask in tickets[0].masks.items() if name in experiment.parameters}
+
+
 # ---------------------------------------------------------------------------------------------------
 # 3. Losses and predictions
 # ---------------------------------------------------------------------------------------------------
@@ -360,19 +367,11 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
 
 def task_logits(model, task_data: TaskData, sequences: list):
     """B sequences -> logits (B, C), or (B, T, 2) for answers."""
-    switch_to(model, task_data)  # where tasks share the encoder (chapter 8); it does nothing if there is one
-    batch = glue_squad.pad_batch(sequences, model.config.pad_token_id)
-    input_ids, attention_mask, token_type_ids = batch  # (B, T) each
-    is_padded = not attention_mask.all()
-    has_token_types = model.config.type_vocab_size > 1  # RoBERTa has none
-    device = next(model.parameters()).device
-    input_ids = tamt.to_device(input_ids, device)
-    attention_mask = tamt.to_device(attention_mask, device) if is_padded else None
-    token_type_ids = tamt.to_device(token_type_ids, device) if has_token_types else None
-
+    select_task(model, task_data)  # if tasks share the encoder, this task's head and ticket (chapter 8)
+    input_ids, attention_mask, token_type_ids = to_tensors(model, sequences)
     hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
-    with torch.autocast(device.type, enabled=False):  # bf16 has three digits: too few to tell predictions apart
+    with torch.autocast(last_hidden_state.device.type, enabled=False):  # bf16 has three digits: too few for logits
         if task_data.task.predicts != "span":
             return model.class_logits(last_hidden_state)
         logits = model.span_logits(last_hidden_state)
@@ -381,13 +380,24 @@ def task_logits(model, task_data: TaskData, sequences: list):
     return logits
 
 
+def to_tensors(model, sequences: list) -> tuple:
+    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None with RoBERTa, which has
+    none), (B, T) each, on the device of the model."""
+    device = next(model.parameters()).device
+    input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, model.config.pad_token_id)
+    is_padded = not attention_mask.all()
+    has_token_types = model.config.type_vocab_size > 1
+    return (tamt.to_device(input_ids, device),
+            tamt.to_device(attention_mask, device) if is_padded else None,
+            tamt.to_device(token_type_ids, device) if has_token_types else None)
+
+
 def task_loss(task: glue_squad.Task, logits, targets):
     """The mean loss of a batch. Logits and targets are
 
     (B, C) and (B,)          for classes: cross-entropy
     (B, 1) and (B,)          for numbers: squared error
     (B, T, 2) and (B, 2)     for answers: the mean of the cross-entropies of first and last position"""
-    logits = logits.float()
     if task.predicts == "number":
         return F.mse_loss(logits[:, 0], targets)
     if task.predicts == "class":
@@ -399,18 +409,19 @@ def task_loss(task: glue_squad.Task, logits, targets):
 
 @torch.no_grad()
 def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list:
-    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T with the padding of its batch."""
+    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
+    of its batch."""
     model = experiment.model
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
     lengths = [len(input_ids) for input_ids, _ in sequences]
-    by_length = np.argsort(lengths, kind="stable")  # little padding
+    by_length = np.argsort(lengths, kind="stable")  # neighbours in length share a batch, so there is little padding
     for start in range(0, len(sequences), batch_size):
         indices = by_length[start:start + batch_size]
         with tamt.autocast(experiment.run.machine):
             batch_logits = task_logits(model, task_data, [sequences[index] for index in indices])
-        for index, row in zip(indices, batch_logits.float().cpu().numpy(), strict=True):
+        for index, row in zip(indices, batch_logits.cpu().numpy(), strict=True):
             logits[index] = row
     model.train(was_training)
     return logits
@@ -463,13 +474,14 @@ def train(experiment: Experiment):
     model.train()
     for epoch in range(experiment.step // updates_per_epoch, run.epochs):
         batches = epoch_batches(experiment.all_task_data, run, epoch)
-        # Of a run that was interrupted after 70 updates, with 50 in an epoch, epoch 1 begins with its batch 20.
+        # Of a run that was interrupted after 70 updates, with 50 in an epoch, epoch 1 begins with its batch 20. (All
+        # three are counted from 0.)
         for task_data, indices in batches[experiment.step % updates_per_epoch:]:
             tamt.seed_dropout(run.seed, experiment.step)
             learning_rate = run.lr * (1 - experiment.step / horizon)  # linear decay, no warm-up
-            loss = update(experiment, task_data, indices, learning_rate, update_number=experiment.step + 1)
+            loss = update(experiment, task_data, indices, learning_rate)
             experiment.step += 1
-            experiment.total_loss += loss
+            experiment.loss_since_evaluation += loss
 
             is_epoch_end = experiment.step % updates_per_epoch == 0
             if is_epoch_end or experiment.step % run.eval_every == 0:
@@ -484,9 +496,9 @@ def train(experiment: Experiment):
 def record_evaluation(experiment: Experiment):
     """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
     last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
-    mean_loss = experiment.total_loss / (experiment.step - last_evaluated)
+    mean_loss = experiment.loss_since_evaluation / (experiment.step - last_evaluated)
     experiment.history.append({"step": experiment.step, "loss": mean_loss, **evaluate(experiment)})
-    experiment.total_loss = 0.0
+    experiment.loss_since_evaluation = 0.0
 
 
 def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
@@ -502,54 +514,33 @@ def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list
     return batches
 
 
-def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: float, update_number: int) -> float:
-    """One update of all weights under the masks, on these examples of a task's training set -> their mean loss.
-    update_number counts from 1."""
-    model = experiment.model
+def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: float) -> float:
+    """One update of all weights under the masks, on these examples of a task's training set -> their mean loss."""
     machine = experiment.run.machine
     parameters = experiment.parameters
-    optimizer = experiment.optimizer
     targets = tamt.to_device(task_data.train_targets[indices], machine.device)
     with tamt.autocast(machine):
-        logits = task_logits(model, task_data, [task_data.train_sequences[index] for index in indices])
+        logits = task_logits(experiment.model, task_data, [task_data.train_sequences[index] for index in indices])
     loss = task_loss(task_data.task, logits, targets)
     loss.backward()
 
-    # What is pruned is 0. Without a gradient its moments in AdamW are 0, and there is no decay: so it stays 0. Nor does
-    # it count in the norm that is clipped.
+    # A pruned weight is 0. Since its gradient is, too, AdamW's moments stay 0, and there is no weight decay: so it
+    # remains 0. This comes before clipping, so that pruned weights do not count in the norm.
     for name, mask in experiment.gradient_masks.items():
         parameters[name].grad.mul_(mask)
     norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
-                         f"{update_number}: a lower --lr (here {learning_rate:g}) may help")
+                         f"{experiment.step + 1}: a lower --lr (here {learning_rate:g}) may help")
 
     # Sets the learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
     # (tamt.py, appendix A).
-    optimizer.param_groups[0].update(tamt.optimizer_settings("fine-tuning", learning_rate, update_number))
-    optimizer.step()
-    optimizer.zero_grad()
+    options = tamt.optimizer_settings("fine-tuning", learning_rate, experiment.step + 1)
+    experiment.optimizer.param_groups[0].update(options)
+    experiment.optimizer.step()
+    experiment.optimizer.zero_grad()
     return loss_value
-
-
-def restore_state(experiment: Experiment, state: dict):
-    tamt.restore_parameters(experiment.parameters, experiment.optimizer, state, experiment.run.out / "state.pt")
-    experiment.step = state["step"]
-    experiment.total_loss = state["total_loss"]
-    experiment.history = list(state["history"])
-
-
-def save_state(experiment: Experiment):
-    tamt.write_torch(experiment.run.out / "state.pt", {
-        "format": 2,
-        "settings": experiment.identity,  # read_inputs() compares them
-        "step": experiment.step,
-        "history": experiment.history,
-        "total_loss": experiment.total_loss,
-        "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},
-        "optimizer": experiment.optimizer.state_dict(),
-    })
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -559,51 +550,20 @@ def save_state(experiment: Experiment):
 
 def finish(experiment: Experiment) -> dict:
     """Writes the predictions and the export, if asked for, with the weights after the last update (not the best ones);
-    then result.json, and the line in --results -> the content of result.json."""
+    then result.json, and the line in --results -> the content of result.json:
+
+        {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}"""
     run = experiment.run
     for task_data in experiment.all_task_data:
         if run.predict:
             write_predictions(experiment, task_data)
         if run.export:
             export_model(experiment, task_data)
-    result = make_result(experiment)
+    result = make_result(experiment)  # appendix A
     tamt.write_json(run.out / "result.json", result)
-    record(run, result)
+    append_to_results(run, result)
     print_summary(result)
     return result
-
-
-def make_result(experiment: Experiment) -> dict:
-    run = experiment.run
-    tasks = [task_data.task for task_data in experiment.all_task_data]
-    examples = {task_data.task.name: task_data.examples for task_data in experiment.all_task_data}
-    best, final = best_and_final(experiment)
-    floor = floor_scores(experiment)
-    metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
-    # Not the masks themselves, but how they were made: a dict or None, and of several tasks a list.
-    metas = [ticket.meta for ticket in experiment.tickets]
-    if len(tasks) == 1:
-        metas = metas[0] if metas else None
-    return {
-        "task": task_names(tasks),
-        "model": run.model,
-        "mask": metas,
-        "sparsity": experiment.identity["sparsity"],  # removed share of the entries that have a mask
-        "seed": run.seed,
-        "best": {name: best[name] for name in metric_names},
-        "final": {name: final[name] for name in metric_names},
-        "best_step": best["step"],
-        "steps": final["step"],
-        "floor": floor,
-        "written": written_files(run, tasks, examples),  # hashes, which --resume compares
-        "seconds": round(time.time() - experiment.start_time, 1),
-        "command": run.command,
-        "settings": experiment.identity | {"data": tamt.plain(run.data)},
-        "device": str(run.machine.device),
-        "threads": torch.get_num_threads(),
-        "versions": tamt.versions(),
-        "evaluations": experiment.history,
-    }
 
 
 def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
@@ -631,8 +591,9 @@ def floor_scores(experiment: Experiment) -> dict[str, float]:
 
 def find_imp(settings) -> dict:
     """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
-    left), go back to the pre-trained weights, repeat. By default all matrices of the encoder, and of the pooler if the
-    task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word embeddings.
+    left), go back to the pre-trained weights (begin() reads them anew), repeat. By default all matrices of the encoder,
+    and of the pooler if the task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word
+    embeddings.
 
     Each round scores the mask of the round before, and makes the next one. So the last mask has no score yet: the
     command that is printed at the end fine-tunes it. --resume does not repeat a finished round."""
@@ -647,15 +608,11 @@ def find_imp(settings) -> dict:
         # A round is a step on the way, so it adds no line to --results.
         round_settings = settings_of_one_run(search_settings, mask=mask_file, out=folder, results=None)
 
+        # As released, every round starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So
+        # within a round the learning rate falls from lr to .9 lr, and no further.
         remove_stale_mask(folder, search_settings)
-
-        # Reading the inputs reads the pre-trained weights anew: that is the rewinding. As released, every round starts
-        # the schedule afresh, which is as long as ten rounds, whatever the sparsity. So within a round the learning
-        # rate falls from lr to .9 lr, and no further.
-        inputs = read_inputs(round_settings, horizon_rounds=10)
-        result = inputs.result
+        experiment, result = begin(round_settings, horizon_rounds=10)
         if result is None:
-            experiment = Experiment(inputs)
             if number == 1:
                 mark_folder(search_settings)
             (folder / "mask.pt").unlink(missing_ok=True)  # of an earlier search
@@ -681,8 +638,8 @@ def prune_trained(experiment: Experiment, sparsity: float, search_settings) -> d
     return tamt.make_masks(magnitudes, sparsity, search_settings.rank)
 
 
-def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
-    """Writes a mask file. Its metadata say how it was made; provenance: what the caller adds to them."""
+def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
+    """Writes a mask file. Its metadata say how it was made; how_found: what the caller adds to them."""
     run = experiment.run
     report = tamt.sparsity_report(experiment.model, masks)
     meta = {
@@ -692,19 +649,19 @@ def save_ticket(path, experiment: Experiment, masks: dict, provenance: dict):
         "seed": run.seed,
         "lr": run.lr,
         "data": tamt.plain(run.data),
-        "task": task_names([task_data.task for task_data in experiment.all_task_data]),
+        "task": task_names(experiment.inputs.tasks),
         "sparsity": report["masked_set"],
         # The fractions removed: of the entries that have a mask ("sparsity" again), of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
-    tamt.save_mask(path, masks, meta | provenance)
+    tamt.save_mask(path, masks, meta | how_found)
 
 
 # ---------------------------------------------------------------------------------------------------
 # 7. Super Tickets: whole attention heads and feed-forward networks (FFNs)
 # ---------------------------------------------------------------------------------------------------
 
-ORDERS = ("winning", "random", "losing")  # in which units are removed
+ORDERS = ("winning", "random", "losing")  # the least important units go first, any, the most important ones
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
 
@@ -720,15 +677,14 @@ def find_super(settings) -> dict:
 
     # Fine-tune the whole model, and write a ticket for each order and level.
     result_of = {}  # {name of a ticket: its result}
-    inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
-    result_of["dense"] = inputs.result
-    if inputs.result is None:  # as in fine_tune(), but with the importance measured before it ends
-        experiment = Experiment(inputs)
+    experiment, result = begin(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
+    if result is None:  # as in fine_tune(), but with the importance measured before it ends
         mark_folder(search_settings)
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
-        result_of["dense"] = finish(experiment)  # last: result.json tells --resume that the tickets are there
+        result = finish(experiment)  # last: result.json tells --resume that the tickets are there
+    result_of["dense"] = result
 
     # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
     for order in search_settings.orders:
@@ -738,8 +694,8 @@ def find_super(settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
-    first_metric = inputs.tasks[0].metrics[0]
-    curve = make_curve(result_of, first_metric)
+    first_metric = named_tasks(search_settings)[0].metrics[0]
+    curve = report_curve(result_of, first_metric)
     best_file = None
     winning = [name for name in result_of if name.startswith("winning")]
     if winning:
@@ -748,50 +704,47 @@ def find_super(settings) -> dict:
     return finish_search(search_settings, best_file, {"curve": curve}, start_time)
 
 
-def make_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
-    """How much of the model remains under each ticket, and what it scores. Prints it, too."""
-    curve = []
-    for name, result in result_of.items():
-        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
-        removed = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0
-        remaining = 1.0 - removed
-        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
-        print(f"{name:10} {remaining:.1%} of the weights remain  best_{metric}: {result['best'][metric]:.4f}")
-    return curve
-
-
 def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:
-    """How sensitive the loss is to each head (L, H) and each FFN (L,), in eval mode over the training set.
-
-    Let o be the output of one head (its context vector) or of one FFN at one token. Then |<d loss / d o, o>| is summed
-    over all tokens of a batch, and the importance is the mean over batches. In each layer the importances of the heads
-    are then divided by their l2 norm (mt_dnn/inference.py)."""
-    model = experiment.model
-    run = experiment.run
-    task_data = experiment.all_task_data[0]
-    config = model.config
-    model.eval()
+    """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
+    in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
+    config = experiment.model.config
+    batch_size = experiment.run.batch_size
+    experiment.model.eval()
     head_importance = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
     ffn_importance = torch.zeros(config.num_hidden_layers)
-    starts = range(0, len(task_data.train_sequences), run.batch_size)
+    starts = range(0, len(experiment.all_task_data[0].train_sequences), batch_size)
     for start in starts:
-        batch = slice(start, start + run.batch_size)
-        targets = tamt.to_device(task_data.train_targets[batch], run.machine.device)
-        with recorded_outputs(model) as (contexts, ffn_outputs), tamt.autocast(run.machine):
-            logits = task_logits(model, task_data, task_data.train_sequences[batch])
-        loss = task_loss(task_data.task, logits, targets)
-
-        gradients = torch.autograd.grad(loss, [*contexts, *ffn_outputs])  # 2 L times (B, T, D)
-        context_gradients = gradients[:len(contexts)]
-        ffn_gradients = gradients[len(contexts):]
-        for index in range(config.num_hidden_layers):
-            product = (context_gradients[index] * contexts[index]).detach().float()  # (B, T, D)
-            head_products = product.unflatten(-1, (config.num_attention_heads, -1)).sum(-1)  # (B, T, H)
-            head_importance[index] += head_products.abs().sum((0, 1)).cpu() / len(starts)
-            ffn_products = (ffn_gradients[index] * ffn_outputs[index]).detach().float().sum(-1)  # (B, T)
-            ffn_importance[index] += ffn_products.abs().sum().cpu() / len(starts)
+        of_heads, of_ffns = importance_in_batch(experiment, slice(start, start + batch_size))
+        head_importance += of_heads / len(starts)
+        ffn_importance += of_ffns / len(starts)
     norms = head_importance.norm(dim=1, keepdim=True)
     return head_importance / (norms + 1e-20), ffn_importance
+
+
+def importance_in_batch(experiment: Experiment, batch: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let o be the output of one head (its context vector) or of one FFN at one token. Then |<d loss / d o, o>| is
+    summed over all tokens of the batch -> (L, H) for heads, (L,) for FFNs."""
+    task_data = experiment.all_task_data[0]
+    num_heads = experiment.model.config.num_attention_heads
+    targets = tamt.to_device(task_data.train_targets[batch], experiment.run.machine.device)
+    with recorded_outputs(experiment.model) as (contexts, ffn_outputs):
+        with tamt.autocast(experiment.run.machine):
+            logits = task_logits(experiment.model, task_data, task_data.train_sequences[batch])
+    loss = task_loss(task_data.task, logits, targets)
+    gradients = torch.autograd.grad(loss, [*contexts, *ffn_outputs])  # 2 L times (B, T, D)
+    context_gradients = gradients[:len(contexts)]
+    ffn_gradients = gradients[len(contexts):]
+
+    of_heads = []
+    for context, gradient in zip(contexts, context_gradients, strict=True):
+        product = (context * gradient).detach().float()  # (B, T, D)
+        head_products = product.unflatten(-1, (num_heads, -1)).sum(-1)  # (B, T, H)
+        of_heads.append(head_products.abs().sum((0, 1)).cpu())
+    of_ffns = []
+    for output, gradient in zip(ffn_outputs, ffn_gradients, strict=True):
+        ffn_products = (output * gradient).detach().float().sum(-1)  # (B, T)
+        of_ffns.append(ffn_products.abs().sum().cpu())
+    return torch.stack(of_heads), torch.stack(of_ffns)
 
 
 @contextmanager
@@ -831,8 +784,8 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
     Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
-    each removes what the one below removes, and more. Every layer keeps one head at least, the one that would go last
-    (so if layers have very few heads, fewer go)."""
+    each removes what the one below removes, and more. Every layer keeps the head that would go last, so no more than
+    L (H - 1) heads go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
     # Units with the smallest keys go first.
@@ -846,7 +799,7 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         head_keys = head_importance.numpy().copy()  # a copy, since np.inf is written into it below
         ffn_keys = ffn_importance.numpy()
 
-    # The strongest head of each layer never goes: its key is infinite, and no more go than all others together.
+    # The head that would go last in each layer never goes: its key becomes infinite.
     head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     return smallest(head_keys, num_heads_out), smallest(ffn_keys, num_layers * level // 12)
@@ -861,7 +814,9 @@ def smallest(keys: np.ndarray, count: int) -> np.ndarray:
 
 def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
     """removed_heads (L, H), removed_ffns (L,) -> the masks of the six matrices of each layer. A head has rows in query,
-    key and value, and columns in the output matrix, which reads its context vector."""
+    key and value, and columns in the output matrix, which reads its context vector.
+
+    So a Super Ticket is a mask file like any other, and all tools read it. units_from_masks() gets the units back."""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -875,6 +830,21 @@ def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
         masks[f"{layer}.intermediate.dense.weight"] = torch.full((config.intermediate_size, D), is_kept)
         masks[f"{layer}.output.dense.weight"] = torch.full((D, config.intermediate_size), is_kept)
     return masks
+
+
+def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
+    """How much of the model remains under each ticket, and what it scores. Prints it, too."""
+    curve = []
+    for name, result in result_of.items():
+        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
+        removed = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0
+        remaining = 1.0 - removed
+        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
+        print(f"{name:10} {remaining:.1%} of the weights remain  best_{metric}: {result['best'][metric]:.4f}")
+    return curve
+
+
+# How a Super Ticket is applied.
 
 
 def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
@@ -903,7 +873,7 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
 
 class SkippableResidual(nn.Module):
     """The last part of an FFN, with a switch that leaves the FFN out: for good (cut_out_units), or for the batches of a
-    task (switch_to). Then the LayerNorm is applied to the residual alone.
+    task (select_task). Then the LayerNorm is applied to the residual alone.
 
     Several tasks that share an encoder mask units instead of cutting them out. A masked head then adds nothing, but a
     masked FFN would still add its output bias: hence this switch."""
@@ -937,7 +907,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
             layer.output = SkippableResidual(layer.output)
             layer.output.is_skipped = True
             layer.output.dense = None
-            layer.intermediate = nn.Identity()
+            layer.intermediate = nn.Identity()  # its output is not read any more
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -957,12 +927,12 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients only from the tasks that keep it. The model gets masked_layers and task_heads; switch_to()
+    weight gets gradients only from the tasks that keep it. The model gets masked_layers and task_heads; select_task()
     makes one of the task_heads the classifier."""
     if tickets:
         model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
-            layer.output = SkippableResidual(layer.output)  # takes over its dense layer, a masked one by now
+            layer.output = SkippableResidual(layer.output)  # after mask_model: its dense layer is the masked one
 
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for index, task_data in enumerate(all_task_data):
@@ -978,14 +948,14 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
                 _, removed_ffns = units_from_masks(model.config, ticket)
                 skipped_ffns = removed_ffns.tolist()
         task_data.parts = TaskParts(model.classifier, masks, skipped_ffns)
-    del model.classifier  # switch_to() puts one of the task heads in its place
+    del model.classifier  # select_task() puts one of the task heads in its place
 
 
-def switch_to(model, task_data: TaskData):
+def select_task(model, task_data: TaskData):
     """From now on the encoder serves this task: with its task head, its masks, and the FFNs that its ticket keeps."""
     parts = task_data.parts
-    if parts is None:
-        return  # the only task
+    if parts is None:  # the only task: there is nothing to choose
+        return
     model.classifier = parts.task_head
     if parts.masks:  # if there are tickets
         tamt.set_masks(model.masked_layers, parts.masks)
@@ -994,7 +964,7 @@ def switch_to(model, task_data: TaskData):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: what differs; ablations, progress, records, predictions, export. Skip it at a first reading.
+# Appendix A: what differs; ablations, states, records, predictions, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 # "Released code" is that of the three papers: TAMT (task-agnostic mask training, glue_trans.py), Chen et al.
@@ -1039,6 +1009,57 @@ def replace_weights(model, kind: str, seed: int):
                 layer.weight.data = weight.flatten()[order].view(weight.shape)
 
 
+def restore_state(experiment: Experiment, state: dict):
+    tamt.restore_parameters(experiment.parameters, experiment.optimizer, state, experiment.run.out / "state.pt")
+    experiment.step = state["step"]
+    experiment.loss_since_evaluation = state["total_loss"]
+    experiment.history = list(state["history"])
+
+
+def save_state(experiment: Experiment):
+    tamt.write_torch(experiment.run.out / "state.pt", {
+        "format": 2,
+        "settings": experiment.inputs.identity,  # begin() compares them
+        "step": experiment.step,
+        "history": experiment.history,
+        "total_loss": experiment.loss_since_evaluation,
+        "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},
+        "optimizer": experiment.optimizer.state_dict(),
+    })
+
+
+def make_result(experiment: Experiment) -> dict:
+    run = experiment.run
+    inputs = experiment.inputs
+    best, final = best_and_final(experiment)
+    floor = floor_scores(experiment)
+    metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
+    # Not the masks themselves, but how they were made: a dict or None, and of several tasks a list.
+    metas = [ticket.meta for ticket in inputs.tickets]
+    if len(inputs.tasks) == 1:
+        metas = metas[0] if metas else None
+    return {
+        "task": task_names(inputs.tasks),
+        "model": run.model,
+        "mask": metas,
+        "sparsity": inputs.identity["sparsity"],  # removed share of the entries that have a mask
+        "seed": run.seed,
+        "best": {name: best[name] for name in metric_names},
+        "final": {name: final[name] for name in metric_names},
+        "best_step": best["step"],
+        "steps": final["step"],
+        "floor": floor,
+        "written": written_files(inputs),  # hashes, which --resume compares
+        "seconds": round(time.time() - inputs.start_time, 1),
+        "command": run.command,
+        "settings": inputs.identity | {"data": tamt.plain(run.data)},
+        "device": str(run.machine.device),
+        "threads": torch.get_num_threads(),
+        "versions": tamt.versions(),
+        "evaluations": experiment.history,
+    }
+
+
 class Progress:
     """A line for each evaluation, with the time that is left."""
 
@@ -1055,7 +1076,7 @@ class Progress:
         print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
 
 
-def record(run, result: dict, is_resumed: bool = False):
+def append_to_results(run, result: dict, is_resumed: bool = False):
     """Adds the line of a finished run to --results exactly once, even if the program is killed in between: a run that
     is resumed may have added it already. The state goes last: it is three times the size of the model, and of no more
     use."""
@@ -1068,29 +1089,31 @@ def record(run, result: dict, is_resumed: bool = False):
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
-def check_finished(run, tasks: list, examples: dict, result: dict):
+def complete_finished_run(inputs: Inputs, result: dict):
     """--resume of a run that is finished: adds its line to --results if that was left to do, and raises ValueError if
     it has not written what is asked for now."""
+    run = inputs.run
     if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
-        record(run, result, is_resumed=True)
-    for name, hashes in written_files(run, tasks, examples).items():
+        append_to_results(run, result, is_resumed=True)
+    for name, hashes in written_files(inputs).items():
         if result.get("written", {}).get(name) != hashes:
             raise ValueError(f"{run.out} is finished, its model gone, and what --{name} asks for is not there as this "
                              "run would write it: run it again, without --resume")
 
 
-def written_files(run, tasks: list, examples: dict[str, dict]) -> dict[str, list]:
+def written_files(inputs: Inputs) -> dict[str, list]:
     """Hashes of the predictions, if --predict asks for them, and of the texts that they were made for; and of the
     exported weights, if --export does: {"predict": [...], "export": [...]}. None stands for a file that is missing."""
+    run = inputs.run
     written = {}
     if run.predict:
         files = sorted(file for pattern in ("*.tsv", "predictions.json") for file in run.out.glob(pattern))
-        texts = [examples[task.name].get(split) for task in tasks for split in ("test", "test_mm", "ax")]
+        texts = [inputs.examples[task.name].get(split) for task in inputs.tasks for split in ("test", "test_mm", "ax")]
         written["predict"] = [digest(texts), *[data.file_sha256(file) for file in files]]
     if run.export:
-        files = [folder / "model.safetensors" for folder in export_folders(run, tasks)]
+        files = [folder / "model.safetensors" for folder in export_folders(run, inputs.tasks)]
         written["export"] = [data.file_sha256(file) if file.is_file() else None for file in files]
     return written
 
@@ -1121,7 +1144,7 @@ def write_predictions(experiment: Experiment, task_data: TaskData):
     for split, name in files.items():
         sequences = task_data.dev_sequences.get(split)
         if sequences is None:
-            sequences = glue_squad.encode(task_data.examples[split], experiment.vocabulary, run.max_len)
+            sequences = glue_squad.encode(task_data.examples[split], experiment.inputs.vocabulary, run.max_len)
         predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
         glue_squad.write_submission(task, predictions, run.out / name)
         print(f"{run.out / name}: {len(predictions):,} predictions")
@@ -1140,13 +1163,14 @@ def export_model(experiment: Experiment, task_data: TaskData):
         extra["label2id"] = {label: index for index, label in enumerate(labels)}
     if task.predicts == "number":
         extra["problem_type"] = "regression"
-    switch_to(model, task_data)
+    select_task(model, task_data)
     folder = experiment.run.export
     if len(experiment.all_task_data) > 1:
         folder = folder / task.name
     bert.save(folder, model.config, full_size_tensors(model), architecture, **extra)
     config = model.config
-    data.save_vocabulary(experiment.vocabulary, folder, config.model_type, config.max_tokens, config.type_vocab_size)
+    vocabulary = experiment.inputs.vocabulary
+    data.save_vocabulary(vocabulary, folder, config.model_type, config.max_tokens, config.type_vocab_size)
 
 
 def full_size_tensors(model) -> dict[str, torch.Tensor]:
@@ -1225,7 +1249,7 @@ def finish_search(search_settings, mask_file, story: dict, start_time: float) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a user can choose: a field is a flag of the command line. None: the task, or resolve(), chooses."""
+    """What a user can choose: a field is a flag of the command line. None: the task, or fill_in_defaults(), chooses."""
     task: str = option("sst2", f"{', '.join(glue_squad.TASKS)}, or the FILE.json of a task of your own; several, with "
                        "commas, share an encoder", required=True)
     mask: str | None = option(None, "mask file or folder of a run, for several tasks one each; without it the dense "
@@ -1315,7 +1339,7 @@ def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
-def resolve(settings: Settings, machine, tasks: list, tickets: list[Ticket], model, horizon_rounds: int) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, tickets: list, model, horizon_rounds: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text

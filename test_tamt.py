@@ -1232,7 +1232,8 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 
 
 def new_experiment(settings, horizon_rounds=1):
-    return finetune.Experiment(finetune.read_inputs(settings, horizon_rounds))
+    experiment, _ = finetune.begin(settings, horizon_rounds)
+    return experiment
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):

@@ -88,9 +88,9 @@ def updates_made(monkeypatch):
     numbers = []
     update = finetune.update
 
-    def counted(*arguments, update_number):
-        numbers.append(update_number)
-        return update(*arguments, update_number=update_number)
+    def counted(experiment, *arguments):
+        numbers.append(experiment.step + 1)
+        return update(experiment, *arguments)
 
     monkeypatch.setattr(finetune, "update", counted)
     return numbers

@@ -157,7 +157,7 @@ def test_the_predictions_in_the_file_are_those_of_the_export_in_transformers(fin
     experiment = finished(name, family)
     task_data = experiment.all_task_data[0]
     task = task_data.task
-    sequences = glue_squad.encode(task_data.examples["test"], experiment.vocabulary, experiment.run.max_len)
+    sequences = glue_squad.encode(task_data.examples["test"], experiment.inputs.vocabulary, experiment.run.max_len)
     logits, _ = logits_of_export(experiment, sequences)
     if name == "stsb":
         expected = [f"{value:.3f}" for value in logits[:, 0].tolist()]

@@ -229,7 +229,7 @@ def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_round
     """As in the code of Chen et al. 2020, whose schedule is that of all its ten rounds, and begins anew with each."""
     learning_rates = []
 
-    def no_update(experiment, task_data, indices, learning_rate, update_number):
+    def no_update(experiment, task_data, indices, learning_rate):
         learning_rates.append(learning_rate)
         return 0.0
 
