@@ -11,6 +11,7 @@
     3. Losses, predictions
     4. The training loop
     5. The result
+  The methods of other papers; skip them if you came for TAMT:
     6. IMP on a task              a loop around the experiment
     7. Super Tickets              how important each head and each FFN is; tickets that cut them out
     8. Several tasks              one encoder, and for each task a head and a ticket
@@ -23,20 +24,23 @@ pooler and the word embeddings; biases, LayerNorms and task heads always train. 
 weights that they keep are trained.
 
 There are two kinds. An ordinary ticket removes single weights. A Super Ticket removes whole units, which are attention
-heads and the feed-forward networks (FFNs) of layers. The ways in which they are applied stand at build_network.
+heads and the feed-forward networks (FFNs) of layers. How they are applied is a table in the docstring of build_network.
 
 Names that recur:
 
     settings    what the user asked for (Settings); its fields are named like the flags
-    run         the same with every default filled in (Run): run.lr, run.epochs, ..., and run.machine
+    run         one fine-tuning; as a variable, its settings with every default filled in (Run): run.lr, run.epochs, ...
+    inputs      what a run reads: tasks, tickets, the network (Inputs)
     identity    what --resume compares: settings, and checksums of all inputs
-    inputs      what a fine-tuning reads: tasks, tickets, the network (Inputs)
-    experiment  a fine-tuning in progress (Experiment); a --find makes several
-    task head   the layer on top: a classifier, or for SQuAD the span layer. All other heads are attention heads.
+    experiment  a run in progress (Experiment)
+    search      a --find: several runs, which in IMP are called rounds
+    task head   the layer on top: a classifier, or for SQuAD the span layer. Pre-training heads (masked LM) are removed.
+                A plain "head" is an attention head.
 
-"Released" means: in the programs of the three papers, which appendix A names. A function that is called in chapters 1
-to 8 and not defined there is in an appendix. From the other modules come the network (bert.py), vocabularies and random
-streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
+"Released" means: in the programs of the three papers, TAMT, Chen et al. 2020 and Liang et al. 2021. A function that is
+called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the network (bert.py),
+vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders
+(tamt.py).
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -75,8 +79,10 @@ def fine_tune(settings: "Settings") -> dict:
     With settings.find it looks for a ticket on the task instead, which takes several experiments (chapters 6 and 7),
     and returns the content of mask.json. Raises ValueError or OSError, with a message of one line, for input that is
     wrong."""
-    if settings.find is not None:
-        return {"imp": find_imp, "super": find_super}[settings.find](settings)
+    if settings.find == "imp":
+        return find_imp(settings)
+    if settings.find == "super":
+        return find_super(settings)
     experiment, result = begin(settings)
     if result is None:
         train(experiment)
@@ -84,12 +90,12 @@ def fine_tune(settings: "Settings") -> dict:
     return result
 
 
-def begin(settings: "Settings", horizon_rounds: int = 1) -> tuple:
-    """-> (experiment, None), or (None, result) if --resume finds that the run is finished.
+def begin(settings: "Settings", schedule_runs: int = 1) -> tuple:
+    """Opens a run -> (experiment, None): it is to be trained; or (None, result): --resume has found it finished.
 
-    horizon_rounds: the learning rate falls linearly. It reaches 0 at the end of the run (1), or would do so after ten
-    runs of this length (10, in a round of IMP)."""
-    inputs = read_inputs(settings, horizon_rounds)
+    schedule_runs: the learning rate falls linearly, as if to reach 0 after this many runs of this length. 1, or 10 in a
+    round of IMP, of which only the first tenth is run."""
+    inputs = read_inputs(settings, schedule_runs)
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -100,18 +106,18 @@ def begin(settings: "Settings", horizon_rounds: int = 1) -> tuple:
 
 @dataclass
 class Inputs:
-    """What a run reads."""
+    """A run before its first update: its settings, and all that it reads."""
     run: "Run"
     identity: dict  # what --resume compares
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list["Ticket"]  # none, one, or one for each of several tasks
-    model: bert.Model  # as the checkpoint has it; Experiment changes it
+    model: bert.Model  # the pre-trained one; Experiment turns it into the network that trains
     vocabulary: data.Vocabulary
-    start_time: float
+    start_time: float  # for the seconds in result.json
 
 
-def read_inputs(settings: "Settings", horizon_rounds: int = 1) -> Inputs:
+def read_inputs(settings: "Settings", schedule_runs: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
@@ -123,11 +129,12 @@ def read_inputs(settings: "Settings", horizon_rounds: int = 1) -> Inputs:
     model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
     fit_tickets(tickets, model, settings)
 
-    # What follows from them: the settings with every default filled in, and the examples.
-    run = fill_in_defaults(settings, machine, tasks, tickets, model, horizon_rounds)
+    # What follows from them: the settings with every default filled in, the examples, and the folder of the run. That
+    # comes last, since its default name contains a hash of the identity.
+    run = fill_in_defaults(settings, machine, tasks, tickets, model, schedule_runs)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
-    run = choose_folder(run, tickets, identity)  # the default name contains a hash of the identity
+    run = choose_folder(run, tickets, identity)
     return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
                   vocabulary=vocabulary, start_time=start_time)
 
@@ -143,8 +150,8 @@ class Experiment:
         self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, self.run)
                               for task in inputs.tasks]
 
-        # The network that trains, with task heads and under the tickets. IMP prunes only matrices of the checkpoint,
-        # not a pooler that build_network adds: hence the names.
+        # The network that trains, with task heads and under the tickets. The names of the matrices are taken before
+        # build_network may add a fresh pooler, which IMP must not prune.
         self.model = inputs.model
         self.checkpoint_matrices = list(tamt.maskable_layers(self.model))
         build_network(self.model, self.all_task_data, inputs.tickets, self.run)
@@ -274,8 +281,8 @@ def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, ma
 
 
 def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
-    """Each question gives one or more windows. A window whose part of the paragraph lacks the answer has position 0,
-    that of [CLS], for its first and last token."""
+    """Each question gives one or more windows. If the answer is not in a window, both its targets are 0, the position
+    of [CLS]."""
     train_windows = glue_squad.make_windows(examples["train"], vocabulary, max_len, training=True)
     dev_windows = glue_squad.make_windows(examples["dev"], vocabulary, max_len)
     if not train_windows:
@@ -301,21 +308,21 @@ def build_network(model, all_task_data: list[TaskData], tickets: list[Ticket], r
 
     Without a ticket all weights are trained."""
     torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
-    task = all_task_data[0].task  # several tasks are all of GLUE: the pooler that one of them needs serves all
     remove_pretraining_heads(model)
-    fit_pooler(model, task)
+    task = all_task_data[0].task  # several tasks are all of GLUE, so the first one decides about the pooler for all
+    add_or_remove_pooler(model, task)
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation (appendix A), with random numbers of its own
 
-    if len(all_task_data) > 1:
-        share_encoder(model, all_task_data, tickets, run)
-    else:
+    if len(all_task_data) == 1:
         add_task_head(model, task)
-        if tickets and tickets[0].is_super:
-            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])
-            cut_out_units(model, removed_heads, removed_ffns)
-        elif tickets:
+        if tickets and not tickets[0].is_super:
             zero_pruned_weights(model, tickets[0])
+        elif tickets:
+            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])  # they are stored as masks
+            cut_out_units(model, removed_heads, removed_ffns)
+    else:
+        share_encoder(model, all_task_data, tickets, run)
     model.to(run.machine.device)
 
 
@@ -325,7 +332,7 @@ def remove_pretraining_heads(model):
             delattr(model, name)
 
 
-def fit_pooler(model, task: glue_squad.Task):
+def add_or_remove_pooler(model, task: glue_squad.Task):
     """BERT's classifier reads the pooler, so a checkpoint without one gets a fresh one. RoBERTa's classifier, which has
     a layer of its own, and the span head do not: then the pooler is removed."""
     needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
@@ -366,8 +373,7 @@ def masks_of_gradients(experiment: Experiment) -> dict[str, torch.Tensor]:
 
 
 def task_logits(model, task_data: TaskData, sequences: list):
-    """B sequences -> logits (B, C), or (B, T, 2) for answers."""
-    select_task(model, task_data)  # if tasks share the encoder, this task's head and ticket (chapter 8)
+    """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
     input_ids, attention_mask, token_type_ids = to_tensors(model, sequences)
     hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
@@ -412,6 +418,7 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
     of its batch."""
     model = experiment.model
+    select_task(model, task_data)  # if tasks share the encoder, this task's head and ticket (chapter 8)
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
@@ -460,7 +467,8 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
 
 
 def train(experiment: Experiment):
-    """Trains all weights that the tickets keep, and evaluates every --eval-every updates and after each epoch.
+    """Trains all parameters but the weights that the tickets prune, and evaluates every --eval-every updates and after
+    each epoch.
 
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
@@ -468,7 +476,7 @@ def train(experiment: Experiment):
     model = experiment.model
     updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))  # all epochs have as many
     num_updates = updates_per_epoch * run.epochs
-    horizon = num_updates * run.horizon_rounds  # the update at which the learning rate would reach 0
+    schedule_length = num_updates * run.schedule_runs  # the update at which the learning rate would reach 0
     progress = Progress(experiment.step, num_updates)
     saved_at = time.time()
     model.train()
@@ -478,7 +486,7 @@ def train(experiment: Experiment):
         # three are counted from 0.)
         for task_data, indices in batches[experiment.step % updates_per_epoch:]:
             tamt.seed_dropout(run.seed, experiment.step)
-            learning_rate = run.lr * (1 - experiment.step / horizon)  # linear decay, no warm-up
+            learning_rate = run.lr * (1 - experiment.step / schedule_length)  # linear decay, no warm-up
             loss = update(experiment, task_data, indices, learning_rate)
             experiment.step += 1
             experiment.loss_since_evaluation += loss
@@ -518,9 +526,11 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
     """One update of all weights under the masks, on these examples of a task's training set -> their mean loss."""
     machine = experiment.run.machine
     parameters = experiment.parameters
+    select_task(experiment.model, task_data)  # if tasks share the encoder, this task's head and ticket (chapter 8)
+    sequences = [task_data.train_sequences[index] for index in indices]
     targets = tamt.to_device(task_data.train_targets[indices], machine.device)
     with tamt.autocast(machine):
-        logits = task_logits(experiment.model, task_data, [task_data.train_sequences[index] for index in indices])
+        logits = task_logits(experiment.model, task_data, sequences)
     loss = task_loss(task_data.task, logits, targets)
     loss.backward()
 
@@ -552,14 +562,18 @@ def finish(experiment: Experiment) -> dict:
     """Writes the predictions and the export, if asked for, with the weights after the last update (not the best ones);
     then result.json, and the line in --results -> the content of result.json:
 
-        {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}"""
+        {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
+
+    best: of all evaluations on dev, which is therefore a little too high; final: the last one; floor: what always
+    answering the most frequent class scores."""
     run = experiment.run
     for task_data in experiment.all_task_data:
         if run.predict:
             write_predictions(experiment, task_data)
         if run.export:
             export_model(experiment, task_data)
-    result = make_result(experiment)  # appendix A
+    best, final = best_and_final(experiment)
+    result = make_result(experiment, best, final, floor_scores(experiment))  # with all that repeats it (appendix A)
     tamt.write_json(run.out / "result.json", result)
     append_to_results(run, result)
     print_summary(result)
@@ -578,8 +592,8 @@ def floor_scores(experiment: Experiment) -> dict[str, float]:
     scores = {}
     for task_data in experiment.all_task_data:
         for split in task_data.dev_sequences:
-            of_split = glue_squad.majority_scores(task_data.task, task_data.examples[split], split)
-            for name, value in of_split.items():
+            floor = glue_squad.majority_scores(task_data.task, task_data.examples[split], split)
+            for name, value in floor.items():
                 scores[task_data.metric_prefix + name] = value
     return scores
 
@@ -595,7 +609,7 @@ def find_imp(settings) -> dict:
     and of the pooler if the task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word
     embeddings.
 
-    Each round scores the mask of the round before, and makes the next one. So the last mask has no score yet: the
+    Each round evaluates the mask of the round before, and makes the next one. So the last mask has no score yet: the
     command that is printed at the end fine-tunes it. --resume does not repeat a finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
@@ -610,17 +624,14 @@ def find_imp(settings) -> dict:
 
         # As released, every round starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So
         # within a round the learning rate falls from lr to .9 lr, and no further.
-        remove_stale_mask(folder, search_settings)
-        experiment, result = begin(round_settings, horizon_rounds=10)
+        experiment, result = begin_in_search(search_settings, round_settings, schedule_runs=10)
         if result is None:
-            if number == 1:
-                mark_folder(search_settings)
-            (folder / "mask.pt").unlink(missing_ok=True)  # of an earlier search
             train(experiment)
             masks = prune_trained(experiment, next_sparsity, search_settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
                 "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
             result = finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
+        # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
@@ -661,7 +672,10 @@ def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
 # 7. Super Tickets: whole attention heads and feed-forward networks (FFNs)
 # ---------------------------------------------------------------------------------------------------
 
-ORDERS = ("winning", "random", "losing")  # the least important units go first, any, the most important ones
+# The search.
+
+# In which units are removed: the least important first, in random order, or the most important first.
+ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
 
@@ -669,17 +683,16 @@ def find_super(settings) -> dict:
     """Super Tickets (Liang et al. 2021): fine-tune once, measure how important each head and each FFN is, remove more
     and more of them from the pre-trained model, and fine-tune each ticket.
 
-    Tickets come in three orders of removal (the least important units first, "winning"; the most important ones
-    first, "losing"; "random") and on eight levels, each removing more. The winning ticket with the best dev score
-    becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units are called so.)"""
+    Tickets come in three orders of removal and on eight levels, each removing more. Of the "winning" ones the best on
+    dev becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
 
     # Fine-tune the whole model, and write a ticket for each order and level.
     result_of = {}  # {name of a ticket: its result}
-    experiment, result = begin(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
+    dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
+    experiment, result = begin_in_search(search_settings, dense_settings)
     if result is None:  # as in fine_tune(), but with the importance measured before it ends
-        mark_folder(search_settings)
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
@@ -702,6 +715,21 @@ def find_super(settings) -> dict:
         best_name = max(winning, key=lambda name: result_of[name]["best"][first_metric])
         best_file = search_settings.out / f"{best_name}.pt"
     return finish_search(search_settings, best_file, {"curve": curve}, start_time)
+
+
+def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
+    """How much of the model remains under each ticket, and what it scores. Prints it, too."""
+    curve = []
+    for name, result in result_of.items():
+        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
+        removed = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0
+        remaining = 1.0 - removed
+        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
+        print(f"{name:10} {remaining:.1%} of the weights remain  best_{metric}: {result['best'][metric]:.4f}")
+    return curve
+
+
+# How important units are.
 
 
 def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:
@@ -767,6 +795,9 @@ def recorded_outputs(model):
             hook.remove()
 
 
+# Which units go, and tickets that say so.
+
+
 def save_super_tickets(experiment: Experiment, head_importance, ffn_importance, folder: Path):
     """Writes importance.json, and the tickets of all orders and levels. Importances: (L, H), (L,)."""
     tamt.write_json(folder / "importance.json", {
@@ -775,7 +806,7 @@ def save_super_tickets(experiment: Experiment, head_importance, ffn_importance, 
         for level in LEVELS:
             removed_heads, removed_ffns = choose_units(
                 head_importance, ffn_importance, order, level, experiment.run.seed)
-            masks = unit_masks(experiment.model.config, removed_heads, removed_ffns)
+            masks = masks_from_units(experiment.model.config, removed_heads, removed_ffns)
             save_ticket(folder / f"{order}-{level}.pt", experiment, masks, {
                 "method": "super", "order": order, "level": level})
 
@@ -802,17 +833,17 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     # The head that would go last in each layer never goes: its key becomes infinite.
     head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return smallest(head_keys, num_heads_out), smallest(ffn_keys, num_layers * level // 12)
+    return mask_of_smallest(head_keys, num_heads_out), mask_of_smallest(ffn_keys, num_layers * level // 12)
 
 
-def smallest(keys: np.ndarray, count: int) -> np.ndarray:
+def mask_of_smallest(keys: np.ndarray, count: int) -> np.ndarray:
     """True at the `count` smallest keys; of equal ones the first."""
     chosen = np.zeros(keys.size, bool)
     chosen[np.argsort(keys, axis=None, kind="stable")[:count]] = True
     return chosen.reshape(keys.shape)
 
 
-def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
+def masks_from_units(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
     """removed_heads (L, H), removed_ffns (L,) -> the masks of the six matrices of each layer. A head has rows in query,
     key and value, and columns in the output matrix, which reads its context vector.
 
@@ -832,23 +863,8 @@ def unit_masks(config, removed_heads, removed_ffns) -> dict[str, torch.Tensor]:
     return masks
 
 
-def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
-    """How much of the model remains under each ticket, and what it scores. Prints it, too."""
-    curve = []
-    for name, result in result_of.items():
-        ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
-        removed = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0
-        remaining = 1.0 - removed
-        curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
-        print(f"{name:10} {remaining:.1%} of the weights remain  best_{metric}: {result['best'][metric]:.4f}")
-    return curve
-
-
-# How a Super Ticket is applied.
-
-
 def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
-    """The units that the masks of a Super Ticket remove: unit_masks() the other way round. Raises ValueError if the
+    """The units that the masks of a Super Ticket remove, the reverse of masks_from_units(). Raises ValueError if the
     masks are not made of whole units."""
     head_size = config.hidden_size // config.num_attention_heads
     removed_heads = []
@@ -861,7 +877,7 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
     removed_heads = np.stack(removed_heads)
     removed_ffns = np.array(removed_ffns)
 
-    expected = unit_masks(config, removed_heads, removed_ffns)
+    expected = masks_from_units(config, removed_heads, removed_ffns)
     is_whole = ticket.masks.keys() == expected.keys()
     is_whole = is_whole and all(torch.equal(ticket.masks[name].cpu(), expected[name]) for name in expected)
     leaves_no_head = removed_heads.all(axis=1).any()  # in some layer
@@ -869,6 +885,9 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
         raise ValueError(f"{ticket.file}: a Super Ticket takes out whole heads, not all of a layer, and whole "
                          "feed-forward networks")
     return removed_heads, removed_ffns
+
+
+# How a Super Ticket is applied.
 
 
 class SkippableResidual(nn.Module):
@@ -1028,11 +1047,9 @@ def save_state(experiment: Experiment):
     })
 
 
-def make_result(experiment: Experiment) -> dict:
+def make_result(experiment: Experiment, best: dict, final: dict, floor: dict) -> dict:
     run = experiment.run
     inputs = experiment.inputs
-    best, final = best_and_final(experiment)
-    floor = floor_scores(experiment)
     metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
     # Not the masks themselves, but how they were made: a dict or None, and of several tasks a list.
     metas = [ticket.meta for ticket in inputs.tickets]
@@ -1317,7 +1334,7 @@ class Run(Settings):
     checkpoint: str  # checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of their config.json
-    horizon_rounds: int  # the learning rate would reach 0 after so many runs like this one
+    schedule_runs: int  # the learning rate would reach 0 after so many runs like this one
     command: str
 
 
@@ -1339,7 +1356,7 @@ def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
-def fill_in_defaults(settings: Settings, machine, tasks: list, tickets: list, model, horizon_rounds: int) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, tickets: list, model, schedule_runs: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
@@ -1366,7 +1383,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, tickets: list, mo
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
                backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
-               horizon_rounds=horizon_rounds, command=shlex.join(words))
+               schedule_runs=schedule_runs, command=shlex.join(words))
 
 
 def open_search(settings: Settings) -> Settings:
@@ -1399,16 +1416,23 @@ def open_search(settings: Settings) -> Settings:
     return settings
 
 
-def remove_stale_mask(folder: Path, search_settings: Settings):
-    """If a round of this search was killed before its result was written, removes its mask, which is made again."""
+def begin_in_search(search_settings: Settings, run_settings: Settings, schedule_runs: int = 1) -> tuple:
+    """begin() for a run of a search. If an earlier one was killed before its result was written, its mask goes, which
+    is made again."""
+    mask_file = run_settings.out / "mask.pt"
     is_this_search = (search_settings.out / "search.json").exists()
-    if is_this_search and not (folder / "result.json").exists():
-        (folder / "mask.pt").unlink(missing_ok=True)
+    if is_this_search and not (run_settings.out / "result.json").exists():
+        mask_file.unlink(missing_ok=True)  # else begin() would take it for the mask of something else
+    experiment, result = begin(run_settings, schedule_runs)
+    if result is None:
+        mark_folder(search_settings)
+        mask_file.unlink(missing_ok=True)  # of an earlier search
+    return experiment, result
 
 
 def mark_folder(search_settings: Settings):
-    """Writes into the folder of a search which one it holds. Called when its first experiment stands, so that a search
-    that is refused leaves the folder as it was."""
+    """Writes into the folder of a search which one it holds. Called when an experiment stands, so that a search that is
+    refused leaves the folder as it was."""
     if not search_settings.resume:
         (search_settings.out / "mask.json").unlink(missing_ok=True)
     tamt.write_json(search_settings.out / "search.json", {"settings": search_identity(search_settings)})
@@ -1449,8 +1473,9 @@ def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, voc
     """What makes this run this run; --resume refuses any other. Masks, texts, the tokenizer and weights count by
     content."""
     names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
-             "config", "horizon_rounds")
+             "config")
     identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
+    identity["horizon_rounds"] = run.schedule_runs  # under the name that earlier versions gave it
     identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
     own_labels = [task.labels for task in tasks if task.name not in glue_squad.TASKS]
     if own_labels:

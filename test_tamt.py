@@ -1231,8 +1231,8 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 # finetune.task_logits(model, task_data, sequences) is its forward pass.
 
 
-def new_experiment(settings, horizon_rounds=1):
-    experiment, _ = finetune.begin(settings, horizon_rounds)
+def new_experiment(settings, schedule_runs=1):
+    experiment, _ = finetune.begin(settings, schedule_runs)
     return experiment
 
 
@@ -1339,7 +1339,7 @@ def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(resu
 
 # IMP on a task differs from IMP on text: it trains before its first pruning; it leaves the word embeddings dense; and
 # each round is an experiment of its own, with a new task head. In each round the learning rate begins anew and, as in
-# the released code, falls by a tenth only, as if ten such rounds followed each other (horizon_rounds=10).
+# the released code, falls by a tenth only, as if ten such rounds followed each other (schedule_runs=10).
 
 IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
@@ -1359,7 +1359,7 @@ def test_imp_on_a_task_finds_the_masks_of_experiments_opened_round_by_round(inpu
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
-        experiment = new_experiment(settings, horizon_rounds=10)
+        experiment = new_experiment(settings, schedule_runs=10)
         finetune.train(experiment)
         magnitudes = {name: experiment.model.get_parameter(name).abs() for name in names}  # 0 where pruned
         masks = prune_all_by_sorting(magnitudes, level)
@@ -1463,7 +1463,7 @@ def test_levels_1_and_8_leave_as_many_weights_of_bert_base_as_liang_et_al_report
     config = bert.Config(vocab_size=30_522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
                          intermediate_size=3072, max_position_embeddings=512)
     removed = finetune.choose_units(torch.rand(12, 12), torch.rand(12), "winning", level, seed=1)
-    masks = finetune.unit_masks(config, *removed)
+    masks = finetune.masks_from_units(config, *removed)
     embeddings = (30_522 + 512 + 2) * 768 + 2 * 768  # words, positions, token types; LayerNorm
     layer = 4 * 768 * 768 + 2 * 768 * 3072 + (3072 + 5 * 768) + 4 * 768  # matrices, biases, two LayerNorms
     num_weights = embeddings + 12 * layer + 768 * 768 + 768  # with the pooler: 109,482,240
@@ -1476,7 +1476,7 @@ REMOVED_FFNS = np.array([False, True])
 
 def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
     """Saves a mask of whole units -> its path."""
-    masks = finetune.unit_masks(bert.load(model_folder).config, removed_heads, removed_ffns)
+    masks = finetune.masks_from_units(bert.load(model_folder).config, removed_heads, removed_ffns)
     tamt.save_mask(path, masks, {"method": "super", "model": str(model_folder)})
     return str(path)
 

@@ -253,7 +253,7 @@ def test_a_task_file_with_a_comma_in_its_path_is_one_task(tasks, tmp_path):
 
 def super_file(tasks, path, removed_heads, removed_feed_forward):
     config = bert.load(tasks / "bert").config
-    masks = finetune.unit_masks(config, np.array(removed_heads), np.array(removed_feed_forward))
+    masks = finetune.masks_from_units(config, np.array(removed_heads), np.array(removed_feed_forward))
     tamt.save_mask(path, masks, {"method": "super", "model": str(tasks / "bert")})
     return path
 
@@ -346,7 +346,7 @@ def test_the_masks_of_a_super_ticket_as_an_ordinary_ticket_are_another_run(tasks
     model = bert.load(tasks / "bert")
     heads = np.zeros((model.config.num_hidden_layers, model.config.num_attention_heads), bool)
     heads[0, 0] = True
-    masks = finetune.unit_masks(model.config, heads, np.zeros(model.config.num_hidden_layers, bool))
+    masks = finetune.masks_from_units(model.config, heads, np.zeros(model.config.num_hidden_layers, bool))
     tamt.save_mask(tmp_path / "super.pt", masks, {"method": "super"})
     tamt.save_mask(tmp_path / "plain.pt", masks, {"method": "omp"})
     settings = finetune_settings(tasks, tmp_path / "run", mask=str(tmp_path / "super.pt"), model=str(tasks / "bert"))

@@ -258,7 +258,7 @@ def test_find_super_writes_a_ticket_for_each_order_and_level_from_what_it_measur
     importance = finetune.measure_importance(experiment)
     for order, level in itertools.product(finetune.ORDERS, finetune.LEVELS):
         removed_units = finetune.choose_units(*importance, order, level, seed=1)  # the default seed
-        expected = finetune.unit_masks(experiment.model.config, *removed_units)
+        expected = finetune.masks_from_units(experiment.model.config, *removed_units)
         assert same_masks(tamt.load_mask(tmp_path / f"run/{order}-{level}.pt"), expected)
 
 

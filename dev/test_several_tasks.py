@@ -86,6 +86,7 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte, stsb = experiment.all_task_data
+    finetune.select_task(experiment.model, rte)
     finetune.task_logits(experiment.model, rte, rte.train_sequences[:8]).sum().backward()
     assert rte.parts.task_head.weight.grad is not None
     assert stsb.parts.task_head.weight.grad is None
@@ -95,6 +96,7 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
     experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for task_data in experiment.all_task_data:
         experiment.model.zero_grad()
+        finetune.select_task(experiment.model, task_data)
         finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8]).sum().backward()
         for name, mask in task_data.parts.masks.items():
             gradient = experiment.model.get_parameter(name).grad
@@ -141,6 +143,7 @@ def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mas
         whole = {name: parameters[name].data.clone() for name in masks_of_task}
         for name, mask in masks_of_task.items():
             parameters[name].data.mul_(mask)
+        finetune.select_task(theirs.model, task_data)
         logits = finetune.task_logits(theirs.model, task_data, sequences)
         is_rte = task_data.task.name == "rte"
         loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
