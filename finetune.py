@@ -1267,8 +1267,8 @@ def finish_search(search_settings, mask_file, story: dict, start_time: float) ->
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a user can choose: a field is a flag of the command line. None: the task, or fill_in_defaults(), chooses."""
-    task: str = option("sst2", f"{', '.join(glue_squad.TASKS)}, or the FILE.json of a task of your own; several, with "
-                       "commas, share an encoder", required=True)
+    task: str = option("sst2", f"{', '.join(glue_squad.TASKS)}; toy, which is made up for the model toy; or the "
+                       "FILE.json of a task of your own; several, with commas, share an encoder", required=True)
     mask: str | None = option(None, "mask file or folder of a run, for several tasks one each; without it the dense "
                               "model is fine-tuned")
     model: str | None = option(None, "name or path of the checkpoint (the one the mask's metadata names; toy)")
@@ -1453,7 +1453,10 @@ def task_folder(task, run) -> Path:
     """Where the files of a task are: --data, the toy's tasks, or the cache, after a download."""
     if run.data is not None and not run.data.is_dir():
         raise FileNotFoundError(f"--data {run.data}: no such folder")
-    if task.name not in glue_squad.TASKS:
+    if task.name == "toy" and run.model != "toy":
+        raise ValueError(f"--task toy is made up for --model toy, not for {run.model}: expected a task of GLUE, squad, "
+                         "or a FILE.json")
+    if task.name not in {*glue_squad.TASKS, "toy"}:
         return Path(task.files["train"][0]).parent
     if run.data is not None:
         return run.data
@@ -1477,7 +1480,7 @@ def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, voc
     identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
     identity["horizon_rounds"] = run.schedule_runs  # under the name that earlier versions gave it
     identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
-    own_labels = [task.labels for task in tasks if task.name not in glue_squad.TASKS]
+    own_labels = [task.labels for task in tasks if task.name not in {*glue_squad.TASKS, "toy"}]
     if own_labels:
         identity["labels"] = digest(own_labels)
     identity["dtype"] = str(run.machine.dtype)

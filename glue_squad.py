@@ -35,7 +35,7 @@ import string
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -209,6 +209,7 @@ SQUAD = Task(
 # QQP, QNLI and WNLI are not in the paper and take its settings for GLUE.
 ALL_TASKS = (COLA, SST2, MRPC, STSB, QQP, MNLI, QNLI, RTE, WNLI, SQUAD)
 TASKS = {task.name: task for task in ALL_TASKS}
+TOY = replace(SST2, name="toy")  # a task of the toy's made-up language, in the form of SST-2 (dev/toy.py)
 
 
 def find_task(name_or_path) -> Task:
@@ -220,8 +221,10 @@ def find_task(name_or_path) -> Task:
     name = str(name_or_path)
     if name.endswith(".json"):
         return read_task(Path(name))
+    if name == "toy":
+        return TOY
     if name not in TASKS:
-        raise ValueError(f"unknown task {name[:60]!r}; known: {', '.join(TASKS)}, or a FILE.json")
+        raise ValueError(f"unknown task {name[:60]!r}; known: {', '.join(TASKS)}, toy, or a FILE.json")
     return TASKS[name]
 
 
@@ -1047,7 +1050,8 @@ def read_task(path: Path) -> Task:
             raise ValueError(f"{path}: unknown key {key[:60]!r}; {valid_keys}")
 
     name = content["name"]
-    official = [*TASKS, *(task.folder for task in ALL_TASKS), *(Path(name).stem for name in SUBMISSION_FILES.values())]
+    official = [*TASKS, TOY.name, *(task.folder for task in ALL_TASKS)]
+    official += [Path(file).stem for file in SUBMISSION_FILES.values()]
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name) or name in official:
         raise ValueError(f'{path}: "name" must be a word that is no official task')
 

@@ -1345,7 +1345,8 @@ def print_summary(mask, content: dict, run):
         if name in content:
             print(f"{name}: {content[name]:.4f}")
     if mask:
-        words = ["finetune.py", "--task", "sst2", "--mask", str(mask)]
+        task = "toy" if run.model == "toy" else "sst2"
+        words = ["finetune.py", "--task", task, "--mask", str(mask)]
         meta = content.get("metadata")  # with --evaluate
         if meta is not None and meta.get("model") != run.model:
             words += ["--model", run.model]

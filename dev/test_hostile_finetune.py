@@ -377,7 +377,11 @@ def test_predictions_do_not_replace_the_tables_of_the_task(tasks, tmp_path):
     assert (tmp_path / "run/mood.tsv").read_bytes() == (tasks / "mood.tsv").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["MNLI-m", "MNLI-mm", "AX"])
+def test_the_task_of_the_toy_is_for_the_toy_alone(tasks, tmp_path, capsys):
+    assert "--task toy is made up for --model toy" in refused(capsys, tasks, tmp_path, "toy")
+
+
+@pytest.mark.parametrize("name", ["MNLI-m", "MNLI-mm", "AX", "toy"])
 def test_a_task_is_not_named_like_a_submission_file(tasks, tmp_path, capsys, name):
     assert "no official task" in refused(capsys, tasks, tmp_path, own_task(tasks, tmp_path / "a", name=name))
 
