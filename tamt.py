@@ -12,14 +12,14 @@ that takes each, and the equation of the paper:
     3  first mask: keep the largest |weights| of each matrix         first_masks
     4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
        repeat, each time with other rows:                            train_scores
-    5      the loss of weights * mask, and its gradient for the      backpropagate          Eq. 3, 4, 6
-           mask, which is taken for that of the scores
+    5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 3, 4, 6
+           to the mask is used as that of the scores
     6      Adam moves the scores                                     optimizer_step
     7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2
     8  save the mask, and say what it is worth on held-out text      finish
 
-find_mask() takes them in this order. The same as one plain loop is a test in test_tamt.py:
-test_mask_training_gives_the_masks_of_a_plain_loop.
+find_mask() takes them in this order, and learn_masks() those from 3 to 7. The same as one plain loop is a test in
+test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum. For mlm the
 head of the model is trained, too, and thrown away afterwards. Three baselines are in the same program: `--method omp`,
@@ -36,15 +36,15 @@ The chapters:
     Losses               masked LM, distillation, dev losses
     Training             the loop, and one update
     IMP                  the baseline that trains weights
-    Appendices           A what follows the released code; B the fast ranking; C mask files; D the folder of a run;
+    Appendices           A what follows the released code; B fast rankings; C mask files; D the folder of a run;
                          E settings; F devices and processes. A function that is called in the chapters and not defined
                          there is in one of them; a first reading may skip them.
 
 In formulas, W is a weight matrix (theta in the paper), M its mask and S its scores (the paper's underlined M); n is the
-number of maskable entries, and s the sparsity, the fraction of them that is REMOVED. In shapes: B sequences (b of a
-micro-batch), T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts. "TAMT FILE.py" is a
-file of the released code. How the paper, the released code and this program differ stands in a table at the head of
-appendix A.
+number of entries of all matrices that have a mask, and s the sparsity, the fraction of them that is pruned. "Dense"
+means without a mask. In shapes: B sequences (b of a micro-batch), T tokens, D hidden size, L layers, V vocabulary;
+P positions that masked LM predicts. "TAMT FILE.py" is a file of the released code. How the paper, the released code and
+this program differ stands in a table at the head of appendix A.
 """
 
 import argparse
@@ -71,8 +71,6 @@ from torch import nn
 import bert
 import data
 
-START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, with the first threshold phi in between)
-
 # ---------------------------------------------------------------------------------------------------
 # The eight steps
 # ---------------------------------------------------------------------------------------------------
@@ -82,48 +80,67 @@ def find_mask(settings: "Settings") -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (With several
     processes, only the first one does; the others return {}.)
 
-    settings are what the user chose: the flags of the command line (settings.sparsity). run is the same with all
-    defaults filled in, and with what follows from them (Run, in appendix E). Raises ValueError or OSError, with one
-    line that a user understands, for input that is wrong."""
+    Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
     machine = start_machine(settings.device, settings.dtype)  # device, type of numbers, and which process this is
     with first_process_first(machine):  # it downloads and tokenises, and the others find its files
-        model, vocabulary = open_model(settings, machine)  # step 1
-        run = fill_in_defaults(settings, machine, model)  # some depend on the model
-        rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2; omp and random do not train
-        dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # only to say what the mask is worth
+        inputs = read_inputs(settings, machine)  # steps 1 and 2
+    run = inputs.run
 
     # The folder of the run. With --resume it may hold the result of a finished run, of which only an export may be left
     # to do, or the state to continue from.
-    identity = identity_of_run(run, rows, dev_rows)  # the settings and checksums that --resume compares
-    result, state = open_folder(run.out, identity, run.resume, "mask.json", machine)
+    result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
-        export_finished(run, model, vocabulary)
+        export_finished(inputs)
         return result
-    if run.trains:
-        print(f"{len(rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
-              f"({run.lr_reason})")
+    masked_layers = learn_masks(inputs, state)  # steps 3 to 7
+    return finish(inputs, masked_layers, start_time)  # step 8
 
-    masked_layers = mask_model(model, run.scope)  # they take the place of the maskable layers
+
+def learn_masks(inputs: "Inputs", state: dict | None) -> dict[str, "MaskedLayer"]:
+    """Steps 3 to 7 -> {name of a weight: the layer that holds its mask}. state: of an interrupted run, or None."""
+    run = inputs.run
+    if run.trains:
+        print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+              f"({run.lr_reason})")
+    masked_layers = mask_model(inputs.model, run.scope)  # they take the place of the maskable layers
     if run.method == "tamt":
         masks = first_masks(masked_layers, run)  # step 3
-        without_gradient = entries_without_gradient(masked_layers, run, vocabulary, rows)  # of the pooler, for example
-        scores = Scores(masked_layers, masks, run.sparsity, run.rank, without_gradient)  # step 4
-        training = Training(run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state)
-        train_scores(training)  # steps 5 to 7
+        scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
+        if run.rank == "global":
+            pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
+        train_scores(Training(inputs, masked_layers, scores, state))  # steps 5 to 7
     elif run.method == "imp":  # makes its masks as it goes, and has no scores
-        training = Training(run, identity, model, vocabulary, masked_layers, None, rows, dev_rows, state)
-        train_imp(training)
+        train_imp(Training(inputs, masked_layers, None, state))
     else:  # omp and random end here
         set_masks(masked_layers, first_masks(masked_layers, run))
-    return finish(run, identity, model, vocabulary, masked_layers, dev_rows, start_time)  # step 8
+    return masked_layers
+
+
+@dataclass
+class Inputs:
+    """A run before its first update: its settings, and all that it reads."""
+    run: "Run"  # what the user chose (Settings), with all defaults filled in: run.method, run.sparsity, run.lr, ...
+    identity: dict  # settings and checksums, which --resume compares
+    model: bert.Model
+    vocabulary: data.Vocabulary
+    rows: np.ndarray | None  # (n, T); omp and random need none
+    dev_rows: np.ndarray | None  # only to say what the mask is worth
 
 
 # The first two steps and the last are short, and stand here; the others have chapters of their own.
 
 
+def read_inputs(settings: "Settings", machine: "Machine") -> Inputs:
+    model, vocabulary = open_model(settings, machine)  # step 1
+    run = fill_in_defaults(settings, machine, model)  # some depend on the model
+    rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
+    dev_rows = open_text(run, vocabulary, "dev") if run.data else None
+    return Inputs(run, identity_of_run(run, rows, dev_rows), model, vocabulary, rows, dev_rows)
+
+
 def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen, on the device, and its vocabulary."""
+    """Step 1: the checkpoint, frozen until Training chooses what trains, on the device; and its vocabulary."""
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
@@ -138,7 +155,7 @@ def add_fresh_head(model: bert.Model, seed: int):
     torch.manual_seed(seed)
     model.add_mlm_head()
     model.mlm_head.is_fresh = True
-    model.mlm_head.decoder = None  # it takes the word embeddings; a random decoder would not be trained
+    model.mlm_head.decoder = None  # it takes the word embeddings; a decoder of its own would never be trained
 
 
 def open_text(run, vocabulary, split: str):
@@ -147,21 +164,22 @@ def open_text(run, vocabulary, split: str):
     return data.corpus_rows(source, vocabulary, run.seq_len, split, run.lines)
 
 
-def finish(run, identity, model, vocabulary, masked_layers, dev_rows, start_time: float) -> dict:
+def finish(inputs: Inputs, masked_layers: dict, start_time: float) -> dict:
     """Step 8: saves the mask, with what is left of each matrix and what it is worth on held-out text -> the content of
     mask.json."""
+    run = inputs.run
     if run.machine.process_index > 0:
         return {}
     masks = {name: layer.mask for name, layer in masked_layers.items()}
-    report = sparsity_report(model, masks)
+    report = sparsity_report(inputs.model, masks)
     losses = {}
-    if dev_rows is not None:
-        losses = dev_losses(model, dev_rows, vocabulary, run.machine)
-    content = write_results(run, identity, masks, report, losses, start_time)  # the run is finished with this
+    if inputs.dev_rows is not None:
+        losses = dev_losses(inputs.model, inputs.dev_rows, inputs.vocabulary, run.machine)
+    result = write_results(inputs, masks, report, losses, start_time)  # the run is finished with this
     if run.export:
-        export_model(model, masks, vocabulary, run.export)
-    print_summary(run.out / "mask.pt", content, run)
-    return content
+        export_model(inputs.model, masks, inputs.vocabulary, run.export)
+    print_summary(run.out / "mask.pt", result, run)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -193,10 +211,11 @@ class StraightThrough(torch.autograd.Function):
 
 
 class MaskedLayer(nn.Module):
-    """What masked linear layers and embeddings share: weight, mask, and scores while a mask is learned.
+    """What masked linear layers and embeddings share. They compute in one of three ways:
 
-    Without scores the weight itself may train under the mask, as in IMP. While is_dense is set the layer computes with
-    its whole weight (dense_teacher does so, to compare the masked model with the dense one)."""
+    with scores      W * M, with the straight-through gradient to the scores: while a mask is learned
+    without scores   W * M, through which W itself may train, as in IMP
+    is_dense         W, to compare the masked model with the dense one (dense_teacher, in the chapter on losses)"""
 
     def __init__(self, layer):
         super().__init__()
@@ -207,7 +226,7 @@ class MaskedLayer(nn.Module):
         self.is_dense = False
 
     def apply_mask(self, weight, scores, mask):
-        """Three whole matrices, or those rows of them that an embedding looked up -> the masked weight."""
+        """The masked weight. An embedding passes only those rows of the three that it has looked up."""
         if self.is_dense:
             return weight
         if scores is None:
@@ -227,7 +246,7 @@ class MaskedLinear(MaskedLayer):
 
 class MaskedEmbedding(MaskedLayer):
     """Looks up rows of the weight, the scores and the mask, and masks only those. The decoder of the masked-LM head,
-    which shares the weight, reads it directly: so the decoder stays whole."""
+    which shares the weight, reads it directly: so the decoder stays dense, as in the released code."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -265,7 +284,8 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
 
 
 def set_masks(masked_layers: dict, masks: dict):
-    """Gives each layer its mask. A layer without one keeps everything: a mask file may lack embeddings or pooler."""
+    """Gives each layer its mask, in the place of the one before (not for layers with scores: see Scores). A layer
+    without one keeps everything."""
     for name, layer in masked_layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -308,23 +328,6 @@ def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
     return mask
 
 
-def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix -> bool matrix
-    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
-    the `num_kept` largest stay, of equal ones the first.
-
-    An entry stays if fewer than num_kept entries of its group are larger, or equal and further left. Counting them
-    is four times as fast as sorting so many small groups."""
-    groups = values.reshape(-1, group_size)
-    num_ahead = torch.zeros_like(groups, dtype=torch.int32)
-    for i in range(group_size):
-        for j in range(group_size):
-            if j < i:
-                num_ahead[:, i] += groups[:, j] >= groups[:, i]
-            elif j > i:
-                num_ahead[:, i] += groups[:, j] > groups[:, i]
-    return (num_ahead < num_kept).view_as(values)
-
-
 def magnitude_masks(masked_layers: dict, sparsity: float, rank: str) -> dict:
     """Masks by |W|. On layers that keep everything this is OMP; on masked ones, the next level of IMP."""
     magnitudes = {}
@@ -349,7 +352,7 @@ def first_masks(masked_layers: dict, run: "Run") -> dict:
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
-    starts_at_random = run.method == "tamt" and run.init == "random"
+    starts_at_random = run.method == "tamt" and run.init == "random"  # the other methods do not heed --init
     if run.method == "random" or starts_at_random:
         return random_masks(masked_layers, run.sparsity, rank, run.seed)
     return magnitude_masks(masked_layers, run.sparsity, rank)
@@ -360,6 +363,9 @@ def first_masks(masked_layers: dict, run: "Run") -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
+START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, with the first threshold phi in between)
+
+
 class Scores:
     """One score for each masked weight, in one long vector, and the masks that follow from it.
 
@@ -368,62 +374,63 @@ class Scores:
 
     layer.scores and layer.mask are views of these stretches: what the optimizer writes into layer.scores is what is
     ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
-    changed in place.
+    changed in place."""
 
-    The scores that compete form a pool: all of them (global), or those of one matrix (local). With N:M the groups
-    compete, and there are no pools."""
-
-    def __init__(self, masked_layers: dict, first_masks: dict, sparsity: float, rank: str, without_gradient: dict):
-        """first_masks {name: mask}; rank as in make_masks; without_gradient {name: bool tensor that broadcasts to the
-        mask}, from entries_without_gradient in appendix A."""
+    def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
+        """masks {name: mask}, the first ones; rank as in make_masks."""
         self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
-        self.all_masks = torch.cat([first_masks[name].flatten() for name in masked_layers])
+        self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
         self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        self.pools = []
+        self.pools = make_pools(masked_layers, sparsity, rank)
 
         begin = 0
         for layer in masked_layers.values():  # each gets its views of the two vectors
             end = begin + layer.weight.numel()
-            shape = layer.weight.shape
-            layer.scores = nn.Parameter(self.all_scores[begin:end].view(shape))
-            layer.mask = self.all_masks[begin:end].view(shape)
-            if rank == "local":
-                self.pools.append(Pool(begin, end, round((end - begin) * sparsity)))
+            layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
+            layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
             begin = end
 
-        if rank == "global":
-            self.pools.append(Pool(0, begin, round(begin * sparsity)))
-            pin_without_gradient(self, first_masks, without_gradient)  # appendix A, like the next one
-            make_start_exact(self)  # the first mask was rounded in each matrix
-
     @torch.no_grad()
-    def update_masks(self, learning_rate: float):
-        """Step 7: in each pool the lowest scores are pruned, exactly as many as the sparsity asks for. learning_rate:
-        that of the update since the last call."""
+    def update_masks(self):
+        """Step 7 (Eq. 2): in each pool the lowest scores are pruned, exactly as many as the sparsity asks for."""
         if is_pattern(self.rank):
             masks = make_masks({name: layer.scores for name, layer in self.masked_layers.items()},
                                self.sparsity, self.rank)
             for name, layer in self.masked_layers.items():
                 layer.mask.copy_(masks[name])
+            return
         for pool in self.pools:
             scores = self.all_scores[pool.begin:pool.end]
             mask = self.all_masks[pool.begin:pool.end]
-            # mask.copy_(prune_smallest(scores, pool.num_pruned)), but faster (appendix B). AdamW moves a score by about
-            # the learning rate, and a threshold hardly ever by more than half of that.
-            pool.threshold = prune_smallest_near(
-                scores, pool.num_pruned, pool.threshold, radius=learning_rate / 2, mask=mask)
+            prune_lowest(scores, pool, mask)  # mask.copy_(prune_smallest(scores, pool.num_pruned)), faster: appendix B
 
 
 @dataclass
 class Pool:
     """Scores that compete with each other: all_scores[begin:end]. Kept ones lie at or above the threshold, pruned ones
-    at or below it."""
+    at or below it. The ranking starts its search there; with --refresh-every it decides between two rankings."""
     begin: int
     end: int
     num_pruned: int
     threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
+    radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
+
+
+def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
+    """One pool of all scores (global), or one for each matrix (local). With N:M the groups of a row compete, and there
+    are no pools."""
+    sizes = [layer.weight.numel() for layer in masked_layers.values()]
+    if rank == "global":
+        return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]
+    pools = []
+    if rank == "local":
+        begin = 0
+        for size in sizes:
+            pools.append(Pool(begin, begin + size, round(size * sparsity)))
+            begin += size
+    return pools
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -439,7 +446,7 @@ class Pool:
 class Batch:
     """The rows of one update, and what masked LM makes of them; all arrays (rows, T)."""
     input_ids: np.ndarray  # int64
-    corrupted_ids: np.ndarray  # int64
+    corrupted_ids: np.ndarray  # int64; kd does not read them
     is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
     is_token: np.ndarray  # bool: False at padding
 
@@ -510,7 +517,7 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
 
 @contextmanager
 def dense_teacher(model):
-    """Inside the with block the model is its own teacher: unmasked, without gradients, and without dropout (which the
+    """Inside the with block the model is its own teacher: dense, without gradients, and without dropout (which the
     student has). There is no second copy of the weights, since training changes none of them."""
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     was_training = model.training
@@ -536,7 +543,7 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, nu
     loss = 0.0
 
     if objective in ("mlm", "mlm+kd"):
-        # Other positions do not count in this loss, so no logits are computed there.
+        # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
         hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
         loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, num_predictions)
 
@@ -587,101 +594,20 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 # ---------------------------------------------------------------------------------------------------
 
 
-def train_scores(training: "Training"):
-    """Steps 5 to 7, from where the training stands to its end."""
-    run = training.run
-    training.model.train()
-    while training.step < run.num_updates:
-        # Linear decay. It would reach 0 at update run.horizon: the last one if --steps is given, else a later one.
-        learning_rate = run.lr * (1 - training.step / run.horizon)
-        batch = next_batch(training)
-        loss = backpropagate(training, batch)  # step 5
-        loss = optimizer_step(training, loss, learning_rate, update_number=training.step + 1)  # step 6
-        training.step += 1
-        if run.refresh_every == 1:
-            training.scores.update_masks(learning_rate)  # step 7
-        else:
-            refresh_as_released(training, learning_rate)  # step 7 with --refresh-every (appendix A)
-        evaluate_and_log(training, loss, learning_rate)
-        save_state_if_due(training)
-    restore_pretrained(training)  # the head is thrown away; the masks are the result
-
-
-def next_batch(training: "Training") -> Batch:
-    """The rows of the next update, corrupted. They follow from the seed of the run and the number of the update alone,
-    so a resumed run sees what an uninterrupted one sees."""
-    run = training.run
-    batch_rows = run.batch_size * run.accumulate
-    indices = data.row_indices(len(training.rows), run.seed, training.step * batch_rows, batch_rows)
-    generator = data.random_stream(run.seed, "corruption", training.step)
-    return make_batch(training.rows[indices], training.vocabulary, generator)
-
-
-def backpropagate(training: "Training", batch: Batch) -> torch.Tensor:
-    """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device. The batch is computed in
-    micro-batches, of which every process computes its share."""
-    run = training.run
-    machine = run.machine
-    seed_dropout(run.seed, training.step, machine.process_index)
-    slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
-    total_loss = torch.zeros((), device=machine.device)
-    for row_slice in slices:
-        micro_batch = make_micro_batch(batch, row_slice, machine.device)
-        is_last = row_slice is slices[-1]  # only now do the processes exchange their gradients
-        with average_gradients_if(is_last, training):
-            with autocast(machine):
-                loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch,
-                                        batch.num_tokens, batch.num_predictions)
-            (loss * machine.num_processes).backward()  # processes average gradients; their sum is wanted
-        total_loss += loss.detach()
-    if machine.num_processes > 1:
-        torch.distributed.all_reduce(total_loss)
-    return total_loss
-
-
-def seed_dropout(seed: int, step: int, process_index: int = 0):
-    """Dropout depends on nothing else. The two primes keep the seeds of different updates (up to a million) and
-    processes (up to a thousand) apart."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
-
-
-def optimizer_step(training: "Training", loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
-    """Step 6: moves the scores (with imp, the weights) by their gradients -> the loss as a number.
-
-    update_number: that of the optimizer, from 1; with imp it restarts in each round."""
-    run = training.run
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
-    loss, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
-    if not math.isfinite(loss + norm):
-        raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
-                         f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
-                         "state")
-
-    # Learning rate, eps and weight decay are such that torch's AdamW computes what the released optimizers do: they are
-    # not the same in each update (appendix A).
-    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-    return loss
-
-
 class Training:
     """The training of a run: what it is given, and what changes from update to update. The latter is in state.pt."""
 
-    def __init__(self, run, identity, model, vocabulary, masked_layers, scores, rows, dev_rows, state=None):
+    def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None, state: dict | None = None):
         """scores: None with imp, where weights train. state: None, or that of an interrupted run."""
+        run = inputs.run
+        self.inputs = inputs
         self.run = run
-        self.identity = identity  # what --resume compares
-        self.model = model
-        self.vocabulary = vocabulary
+        self.model = inputs.model
         self.masked_layers = masked_layers
-        self.rows = rows
-        self.dev_rows = dev_rows
-
         self.scores = scores
-        self.parameters = choose_what_trains(model, run)  # {name: what trains}
-        self.student = wrap_network(model, run)  # the model, possibly compiled or wrapped for several processes
-        # Of the weights among them (the head with mlm, all with imp, none with kd) the values before training.
+        self.parameters = choose_what_trains(self.model, run)  # {name: parameter}
+        self.student = wrap_network(self.model, run)  # the model, possibly compiled, or wrapped for several processes
+        # With mlm the head trains, too, and with imp all weights do. These are their values before that.
         self.pretrained = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -710,6 +636,76 @@ def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
     return chosen
 
 
+def train_scores(training: Training):
+    """Steps 5 to 7, from where the training stands to its end."""
+    run = training.run
+    training.model.train()
+    while training.step < run.num_updates:
+        # Linear decay to 0 at update run.horizon. That is the last one with --steps; the paper's runs end before it.
+        learning_rate = run.lr * (1 - training.step / run.horizon)
+        batch = next_batch(training)
+        loss = backpropagate(training, batch)  # step 5
+        loss = optimizer_step(training, loss, learning_rate, update_number=training.step + 1)  # step 6
+        training.step += 1
+        if run.refresh_every == 1:
+            training.scores.update_masks()  # step 7
+        else:
+            refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
+        evaluate_and_log(training, loss, learning_rate)
+        save_state_if_due(training)
+    restore_pretrained(training)  # the head is thrown away; the masks are the result
+
+
+def next_batch(training: Training) -> Batch:
+    """The rows of the next update, corrupted. They follow from the seed of the run and the number of the update alone,
+    so a resumed run sees what an uninterrupted one sees."""
+    run = training.run
+    batch_rows = run.batch_size * run.accumulate
+    rows = training.inputs.rows
+    indices = data.row_indices(len(rows), run.seed, training.step * batch_rows, batch_rows)
+    generator = data.random_stream(run.seed, "corruption", training.step)
+    return make_batch(rows[indices], training.inputs.vocabulary, generator)
+
+
+def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
+    """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device. The batch is computed in
+    micro-batches, of which each of several processes computes its share."""
+    run = training.run
+    machine = run.machine
+    seed_dropout(run.seed, training.step, machine.process_index)  # so it does not depend on what was drawn before
+    total_loss = torch.zeros((), device=machine.device)
+    slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
+    for row_slice in slices:
+        micro_batch = make_micro_batch(batch, row_slice, machine.device)
+        with share_gradients_if(row_slice is slices[-1], training):  # only in the last backward pass
+            with autocast(machine):
+                loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch,
+                                        batch.num_tokens, batch.num_predictions)
+            (loss * machine.num_processes).backward()  # processes average their gradients; the sum is wanted
+        total_loss += loss.detach()
+    return sum_over_processes(total_loss, machine)
+
+
+def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
+    """Step 6: moves the scores (with imp, the weights) by their gradients -> the loss as a number.
+
+    update_number: that of the optimizer, from 1; with imp it restarts in each round."""
+    run = training.run
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
+    loss, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
+                         f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
+                         "state")
+
+    # With these settings, which change from update to update, torch's AdamW computes what the released optimizers do
+    # (appendix A).
+    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return loss
+
+
 def evaluate_and_log(training: Training, loss: float, learning_rate: float):
     """A line of the log, and now and then the dev losses and the mask as a file."""
     run = training.run
@@ -723,10 +719,11 @@ def evaluate_and_log(training: Training, loss: float, learning_rate: float):
 
 
 def evaluate_on_dev(training: Training) -> dict[str, float]:
-    if training.dev_rows is None or training.run.machine.process_index > 0:
+    inputs = training.inputs
+    if inputs.dev_rows is None or training.run.machine.process_index > 0:
         return {}
     start_time = time.time()
-    losses = dev_losses(training.model, training.dev_rows, training.vocabulary, training.run.machine)
+    losses = dev_losses(training.model, inputs.dev_rows, inputs.vocabulary, training.run.machine)
     training.log.began += time.time() - start_time  # the next line gives the time of updates, and this was none
     return losses
 
@@ -767,7 +764,7 @@ def train_imp(training: Training):
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
-    if training.step == 0:
+    if training.step == 0:  # not resumed
         prune_and_rewind(training, levels[0])
     while training.step < run.num_updates:
         step_in_round = training.step % run.prune_every
@@ -870,11 +867,11 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
     return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
 
 
-def refresh_as_released(training: Training, learning_rate: float):
+def refresh_as_released(training: Training):
     """--refresh-every: the masks follow from new thresholds only now and then, and from the old ones in between."""
     scores = training.scores
     if is_refresh_due(training.run, training.step):
-        scores.update_masks(learning_rate)
+        scores.update_masks()
         set_thresholds(scores)
     else:
         apply_old_thresholds(scores)
@@ -907,51 +904,51 @@ def is_refresh_due(run: "Run", step: int) -> bool:
     return step % run.refresh_every == 0
 
 
-def entries_without_gradient(masked_layers: dict, run: "Run", vocabulary, rows) -> dict:
+def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
+    """Before the first global ranking: entries that never get a gradient keep their first mask from now on, and still
+    count among the round(n s). (With --rank local they compete like all others, as in the released code.)
+
+    Their scores would stay at 0 or START_SCORE forever, while the threshold drifts: as soon as it passed one of the
+    two, all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
+    infinity if they start as pruned. The optimizer leaves it infinite."""
+    for name, is_pinned in entries_without_gradient(scores.masked_layers, inputs).items():
+        layer = scores.masked_layers[name]
+        layer.scores.data.masked_fill_(is_pinned & layer.mask, math.inf)
+        layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
+    make_start_exact(scores)
+
+
+def make_start_exact(scores: Scores):
+    """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
+    rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
+    round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
+    entry that changes sides gets the start score of its new side."""
+    [pool] = scores.pools  # of all scores
+    scores.all_masks.copy_(prune_smallest(scores.all_scores, pool.num_pruned))
+    start_scores = START_SCORE * scores.all_masks
+    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
+
+
+def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
     """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
     embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
     not contain. (Under masked LM a tenth of the chosen tokens become any word of the vocabulary.)"""
     without = {}
+    vocabulary = inputs.vocabulary
     for name, layer in masked_layers.items():
         device = layer.weight.device
         if name.endswith("pooler.dense.weight"):
             without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
         if name.endswith("word_embeddings.weight"):
             is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if run.objective == "kd":
+            if inputs.run.objective == "kd":
                 is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(rows, vocabulary))
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(inputs.rows, vocabulary))
             is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
             is_read[vocabulary.pad_id] = False
             is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
             without[name] = ~is_read.to(device)[:, None]  # (V, 1)
     return without
-
-
-def pin_without_gradient(scores: Scores, first_masks: dict, without_gradient: dict):
-    """Entries that never get a gradient keep their first mask, and still count among the round(n s). (Only with --rank
-    global. With --rank local they compete like all others, as in the released code.)
-
-    Their scores would stay at 0 or START_SCORE forever, while the threshold drifts: as soon as it passed one of the
-    two, all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
-    infinity if they start as pruned. The optimizer leaves it infinite."""
-    for name, is_pinned in without_gradient.items():
-        values = scores.masked_layers[name].scores.data
-        values.masked_fill_(is_pinned & first_masks[name], math.inf)
-        values.masked_fill_(is_pinned & ~first_masks[name], -math.inf)
-
-
-def make_start_exact(scores: Scores):
-    """Lets a few entries change sides, so that the count is exact before the first update, too, with --rank global.
-    (With other rankings it is, since the first mask was ranked among the same entries.)
-
-    The first mask is rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together
-    4, where round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go.
-    Each entry that changes sides gets the start score of its new side."""
-    [pool] = scores.pools  # of all scores
-    scores.all_masks.copy_(prune_smallest(scores.all_scores, pool.num_pruned))
-    start_scores = START_SCORE * scores.all_masks
-    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
 
 
 def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
@@ -985,23 +982,30 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: the fast ranking
+# Appendix B: fast rankings
 # ---------------------------------------------------------------------------------------------------
+
+
+def prune_lowest(scores, pool: Pool, mask):
+    """Writes into `mask` what prune_smallest(scores, pool.num_pruned) returns. Called after every update, which moves
+    the threshold little: by about as much as the last one."""
+    threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, pool.radius, mask)
+    pool.radius = max(2 * abs(threshold - pool.threshold), pool.radius / 2, 1e-9)
+    pool.threshold = threshold
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
     """Writes into `mask` what prune_smallest() returns, faster, and returns where the threshold now lies.
 
-    It is called after every update, with the threshold that the last call returned. One update moves it little, so
-    nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
+    Nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
     radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
 
         values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
     If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
-    is exact in any case. Values may be infinite (Scores.pin makes them so), as long as no more than num_pruned
-    are minus infinity, and no more are plus infinity than are kept."""
+    is exact in any case. Values may be infinite (pin_unlearnable_scores makes them so), as long as no more than
+    num_pruned are minus infinity, and no more are plus infinity than are kept."""
     low = threshold - radius
     high = threshold + radius
     # split_at() writes values > high into mask; undecided: the positions where low < value <= high
@@ -1046,13 +1050,31 @@ def split_at(values, low: float, high: float, mask):
     return num_above, torch.from_numpy(np.concatenate(between))
 
 
+def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix -> bool matrix
+    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
+    the `num_kept` largest stay, of equal ones the first.
+
+    An entry stays if fewer than num_kept entries of its group are larger, or equal and further left. Counting them
+    is four times as fast as sorting so many small groups."""
+    groups = values.reshape(-1, group_size)
+    num_ahead = torch.zeros_like(groups, dtype=torch.int32)
+    for i in range(group_size):
+        for j in range(group_size):
+            if j < i:
+                num_ahead[:, i] += groups[:, j] >= groups[:, i]
+            elif j > i:
+                num_ahead[:, i] += groups[:, j] > groups[:, i]
+    return (num_ahead < num_kept).view_as(values)
+
+
 # ---------------------------------------------------------------------------------------------------
 # Appendix C: mask files, reports, export
 # ---------------------------------------------------------------------------------------------------
 
 
-def write_results(run, identity, masks: dict, report: dict, losses: dict, start_time: float) -> dict:
+def write_results(inputs: Inputs, masks: dict, report: dict, losses: dict, start_time: float) -> dict:
     """Writes mask.pt and mask.json -> the content of mask.json. report: of sparsity_report; losses: of dev_losses."""
+    run = inputs.run
     empty = [name for name, fraction in report["matrices"].items() if fraction == 1]
     if empty:
         print(f"{len(empty)} of {len(masks)} matrices keep nothing: {bert.shorten(empty)}")
@@ -1061,7 +1083,7 @@ def write_results(run, identity, masks: dict, report: dict, losses: dict, start_
     meta["found"] = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
     save_mask(run.out / "mask.pt", masks, meta | losses)
     content = {
-        "settings": identity | {"data": plain(run.data)},
+        "settings": inputs.identity | {"data": plain(run.data)},
         "sparsity": report,
         **losses,
         "seconds": round(time.time() - start_time, 1),
@@ -1301,11 +1323,12 @@ def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
     return dataclasses.replace(settings, **known)
 
 
-def export_finished(run, model: bert.Model, vocabulary):
+def export_finished(inputs: Inputs):
     """--resume with --export, of a run that is finished."""
+    run = inputs.run
     if run.export and run.machine.process_index == 0:
-        masks = fit_masks(maskable_layers(model, run.scope), load_mask(run.out), run.out)
-        export_model(model, masks, vocabulary, run.export)
+        masks = fit_masks(maskable_layers(inputs.model, run.scope), load_mask(run.out), run.out)
+        export_model(inputs.model, masks, inputs.vocabulary, run.export)
 
 
 def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
@@ -1485,7 +1508,7 @@ def save_state_if_due(training: Training):
     training.saved_at = time.time()
     write_torch(run.out / "state.pt", {
         "format": 2,
-        "settings": training.identity,
+        "settings": training.inputs.identity,
         "step": training.step,
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
@@ -2043,6 +2066,12 @@ def wrap_network(model, run):
     return network
 
 
+def seed_dropout(seed: int, step: int, process_index: int = 0):
+    """Dropout depends on nothing else. The two primes keep the seeds of different updates (up to a million) and
+    processes (up to a thousand) apart."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
+
+
 def slices_of_process(run, num_rows: int) -> list[slice]:
     """The rows that this process computes, a slice of each micro-batch: with 2 processes and micro-batches of 16 rows
     the first process computes the rows 0 .. 7, 16 .. 23, and so on."""
@@ -2051,11 +2080,17 @@ def slices_of_process(run, num_rows: int) -> list[slice]:
     return [slice(start, start + share) for start in starts]
 
 
-def average_gradients_if(is_last: bool, training: "Training"):
+def share_gradients_if(is_last: bool, training: "Training"):
     """Gradients are averaged across processes in the last backward pass of an update only."""
     if is_last or training.run.machine.num_processes == 1:
         return nullcontext()
     return training.student.no_sync()
+
+
+def sum_over_processes(value: torch.Tensor, machine: Machine) -> torch.Tensor:
+    if machine.num_processes > 1:
+        torch.distributed.all_reduce(value)
+    return value
 
 
 @contextmanager

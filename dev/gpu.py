@@ -221,12 +221,12 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
                              compile=compiled)
     run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.mask_model(model, run.scope)
-    start = tamt.first_masks(layers, run)
-    tamt.set_masks(layers, start)
-    without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
-    scores = tamt.Scores(layers, start, run.sparsity, run.rank, without_gradient)
+    inputs = tamt.Inputs(run, {}, model, vocabulary, rows, dev_rows=None)
+    scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
+    if rank == "global":
+        tamt.pin_unlearnable_scores(scores, inputs)
     spread(scores)
-    training = tamt.Training(run, {}, model, vocabulary, layers, scores, rows, None)
+    training = tamt.Training(inputs, layers, scores)
     model.train()
     return training
 
@@ -237,7 +237,7 @@ def spread(scores: tamt.Scores):
     noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)
     spread_scores = tamt.START_SCORE * scores.all_masks + noise
     scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, spread_scores))
-    scores.update_masks(LEARNING_RATE)
+    scores.update_masks()
 
 
 def one_update(training: tamt.Training, learning_rate: float, update_number: int) -> float:
@@ -249,7 +249,7 @@ def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> f
     """What train_scores() does for each update -> the loss."""
     loss = one_update(training, learning_rate, training.step + 1)
     training.step += 1
-    training.scores.update_masks(learning_rate)
+    training.scores.update_masks()
     return loss
 
 
@@ -557,7 +557,7 @@ def part_ranking(bench: Bench):
             move.neg_()  # back and forth, so that the threshold moves at every call
             synchronize(bench.device)
             began = time.perf_counter()
-            scores.update_masks(LEARNING_RATE)
+            scores.update_masks()
             synchronize(bench.device)
             seconds.append(time.perf_counter() - began)
         median = float(np.median(seconds[3:]))
@@ -637,7 +637,7 @@ def part_full_run(bench: Bench):
     free_memory(bench.device)
     training = make_training(bench.size, "mlm", machine)
     one_step(training)
-    dev_rows = training.rows[:32]
+    dev_rows = training.inputs.rows[:32]
     with quiet(), tempfile.TemporaryDirectory() as folder:
         run = dataclasses.replace(training.run, out=Path(folder), save_every=1, log_every=1)
         training.run = run
@@ -646,7 +646,7 @@ def part_full_run(bench: Bench):
         save_state = median_seconds(lambda: tamt.save_state_if_due(training), bench.device, 1, 0)
         save_mask = median_seconds(lambda: tamt.save_mask_of_step(training, 0.7), bench.device, 1, 0)
     evaluate = median_seconds(
-        lambda: tamt.dev_losses(training.model, dev_rows, training.vocabulary, machine), bench.device, 1, 1)
+        lambda: tamt.dev_losses(training.model, dev_rows, training.inputs.vocabulary, machine), bench.device, 1, 1)
     evaluate *= DEV_ROWS / len(dev_rows)
 
     bench.add("f", "a progress line, every 100 updates", log * 1e3, "ms")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,19 +163,16 @@ def read_log(folder):
 def begin(settings):
     """A run before its first update. This repeats what find_mask() does up to there."""
     machine = tamt.start_machine("cpu")
-    model, vocabulary = tamt.open_model(settings, machine)
-    run = tamt.fill_in_defaults(settings, machine, model)  # the settings with all defaults filled in
-    rows = tamt.open_text(run, vocabulary, "train")
-    layers = tamt.mask_model(model, run.scope)
+    inputs = replace(tamt.read_inputs(settings, machine), dev_rows=None)
+    run = inputs.run  # the settings with all defaults filled in
+    layers = tamt.mask_model(inputs.model, run.scope)
     scores = None
     if run.method == "tamt":
-        masks = tamt.first_masks(layers, run)
-        tamt.set_masks(layers, masks)
-        without_gradient = tamt.entries_without_gradient(layers, run, vocabulary, rows)
-        scores = tamt.Scores(layers, masks, run.sparsity, run.rank, without_gradient)
-    model.train()
-    identity = {}  # nothing is resumed
-    return tamt.Training(run, identity, model, vocabulary, layers, scores, rows, dev_rows=None)
+        scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
+        if run.rank == "global":
+            tamt.pin_unlearnable_scores(scores, inputs)
+    inputs.model.train()
+    return tamt.Training(inputs, layers, scores)
 
 
 def one_update(training, learning_rate, update_number):
@@ -209,10 +207,10 @@ def assert_masks_differ(before, after):
 def expected_pins(training):
     """The pooler, the row of [PAD], whose embedding never gets a gradient (padding_idx), and with kd the rows of words
     that the text does not contain. With mlm, corruption may put any other word anywhere."""
-    vocabulary = training.vocabulary
+    vocabulary = training.inputs.vocabulary
     is_unread = torch.zeros(vocabulary.size, dtype=torch.bool)
     if training.run.objective == "kd":
-        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.rows))
+        is_unread = torch.from_numpy(~np.isin(np.arange(vocabulary.size), training.inputs.rows))
     is_unread[vocabulary.pad_id] = True
     return {"bert.embeddings.word_embeddings.weight": is_unread, "bert.pooler.dense.weight": slice(None)}
 

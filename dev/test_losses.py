@@ -64,13 +64,14 @@ def test_an_error_inside_the_teacher_restores_the_masked_model(model, masked_lay
 
 def test_after_the_dev_losses_training_goes_on_with_dropout(inputs):
     training = begin(mask_settings(inputs))
-    tamt.dev_losses(training.model, training.rows[:16], training.vocabulary, training.run.machine)
+    tamt.dev_losses(training.model, training.inputs.rows[:16], training.inputs.vocabulary, training.run.machine)
     assert all(module.training for module in training.model.modules())
 
 
 def test_the_dev_kd_loss_of_the_unpruned_model_is_0(inputs):
     training = begin(mask_settings(inputs, sparsity=0.0))
-    losses = tamt.dev_losses(training.model, training.rows[:32], training.vocabulary, training.run.machine)
+    inputs = training.inputs
+    losses = tamt.dev_losses(training.model, inputs.rows[:32], inputs.vocabulary, training.run.machine)
     assert 0 <= losses["dev_kd_loss"] < 1e-6
 
 
@@ -85,16 +86,16 @@ def empty_row(inputs):
 
 def test_a_dev_batch_in_which_nothing_was_chosen_does_not_count(inputs, empty_row):
     training = begin(mask_settings(inputs))
-    rows = training.rows[:16]  # one batch; the short row is the second one
-    expected = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine)
+    rows = training.inputs.rows[:16]  # one batch; the short row is the second one
+    expected = tamt.dev_losses(training.model, rows, training.inputs.vocabulary, training.run.machine)
     with_short_row = np.concatenate([rows, empty_row])
-    found = tamt.dev_losses(training.model, with_short_row, training.vocabulary, training.run.machine)
+    found = tamt.dev_losses(training.model, with_short_row, training.inputs.vocabulary, training.run.machine)
     assert found["dev_mlm_loss"] == expected["dev_mlm_loss"]
 
 
 def test_without_any_chosen_token_there_is_no_dev_mlm_loss(inputs, empty_row):
     training = begin(mask_settings(inputs))
-    losses = tamt.dev_losses(training.model, empty_row, training.vocabulary, training.run.machine)
+    losses = tamt.dev_losses(training.model, empty_row, training.inputs.vocabulary, training.run.machine)
     assert losses.keys() == {"dev_kd_loss"}
 
 
@@ -128,11 +129,11 @@ def dev_batches(inputs):
     """A model, its dev losses on 40 rows (any will do), and these rows in batches of 16, 16 and 8, corrupted with the
     seed of the released evaluation."""
     training = begin(mask_settings(inputs))
-    rows = training.rows[:40]
-    found = tamt.dev_losses(training.model, rows, training.vocabulary, training.run.machine, batch_size=16)
+    rows = training.inputs.rows[:40]
+    found = tamt.dev_losses(training.model, rows, training.inputs.vocabulary, training.run.machine, batch_size=16)
     training.model.eval()
     generator = np.random.default_rng(42)
-    batches = [tamt.make_batch(rows[start:start + 16], training.vocabulary, generator) for start in (0, 16, 32)]
+    batches = [tamt.make_batch(rows[start:start + 16], training.inputs.vocabulary, generator) for start in (0, 16, 32)]
     return training.model, found, batches
 
 
@@ -161,7 +162,7 @@ def test_the_dev_kd_loss_is_the_mean_over_batches_of_clean_text(dev_batches):
 def test_every_masked_matrix_but_the_pooler_gets_a_gradient(model):
     """The hidden states, which both losses read, depend on all of them."""
     layers = tamt.mask_model(model.requires_grad_(False))
-    tamt.Scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6, "local", without_gradient={})
+    tamt.Scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6, "local")
     model(ordinary_ids(model))[-1].square().sum().backward()
     without_gradient = [name for name, layer in layers.items() if layer.scores.grad is None]
     assert without_gradient == [f"{model.config.model_type}.pooler.dense.weight"]

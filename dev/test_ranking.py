@@ -70,13 +70,13 @@ def test_more_than_255_entries_of_a_group_may_be_kept():
 def local_scores(masked_layers):
     """Scores that start from OMP at 70 %, ranked inside each matrix -> the start mask, and the scores."""
     start = tamt.magnitude_masks(masked_layers, 0.7, "local")
-    return start, tamt.Scores(masked_layers, start, 0.7, "local", without_gradient={})
+    return start, tamt.Scores(masked_layers, start, 0.7, "local")
 
 
 def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
     scores.all_masks.fill_(False)
-    scores.update_masks(1e-3)
+    scores.update_masks()
     assert same_masks(masks_of(masked_layers), start)
 
 
@@ -95,7 +95,9 @@ def global_scores(masked_layers):
     each matrix, so its total may differ from 70 % of all entries by a few."""
     start = tamt.magnitude_masks(masked_layers, 0.7, "local")
     assert num_pruned(start) != round(num_entries(start) * 0.7)
-    return start, tamt.Scores(masked_layers, start, 0.7, "global", without_gradient={})
+    scores = tamt.Scores(masked_layers, start, 0.7, "global")
+    tamt.make_start_exact(scores)
+    return start, scores
 
 
 @pytest.mark.usefixtures("global_scores")
@@ -123,7 +125,7 @@ def test_tokens_in_finds_the_ids_that_occur(vocabulary):
 
 def found_pins(training):
     """{name: bool tensor}: (V, 1) for the word embeddings, of which rows are pinned, (1, 1) for the pooler."""
-    return tamt.entries_without_gradient(training.masked_layers, training.run, training.vocabulary, training.rows)
+    return tamt.entries_without_gradient(training.masked_layers, training.inputs)
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
@@ -134,7 +136,7 @@ def test_the_pooler_is_pinned(inputs, objective):
 
 def test_with_kd_the_words_that_the_text_does_not_contain_are_pinned(inputs):
     training = begin(mask_settings(inputs, objective="kd"))
-    vocabulary = training.vocabulary
+    vocabulary = training.inputs.vocabulary
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
     assert is_pinned[vocabulary.pad_id]
     assert is_pinned[vocabulary.tokenizer.token_to_id("here")]  # no line of the text has this word
@@ -145,7 +147,7 @@ def test_with_mlm_the_only_pinned_word_embedding_is_that_of_padding(inputs):
     """Corruption may put any word anywhere."""
     training = begin(mask_settings(inputs, objective="mlm"))
     is_pinned = found_pins(training)["bert.embeddings.word_embeddings.weight"][:, 0]
-    assert is_pinned.nonzero().flatten().tolist() == [training.vocabulary.pad_id]
+    assert is_pinned.nonzero().flatten().tolist() == [training.inputs.vocabulary.pad_id]
 
 
 def test_the_scope_encoder_leaves_out_the_word_embeddings(model):
@@ -173,7 +175,7 @@ def between_refreshes(masked_layers, local_scores):
     refresh."""
     _, scores = local_scores
     scores.all_scores.normal_()
-    scores.update_masks(1e-3)
+    scores.update_masks()
     thresholds = [pool.threshold for pool in scores.pools]
     assert thresholds != [tamt.START_SCORE / 2] * len(masked_layers)
     scores.all_scores.normal_()
@@ -223,10 +225,10 @@ def test_random_masks_depend_on_their_seed_alone(masked_layers):
 def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
     """A layer's scores and mask are views of the long vectors that are ranked."""
     layers = tamt.mask_model(model)
-    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global", without_gradient={})
+    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
     for layer in layers.values():
         layer.scores.data.normal_()
-    scores.update_masks(1e-3)
+    scores.update_masks()
     learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
     mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
     assert torch.equal(mask, tamt.prune_smallest(learned, round(len(learned) * 0.5)))
@@ -239,7 +241,7 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
     for step in range(30):
         one_update(training, 1e-2, step + 1)
         training.step += 1
-        training.scores.update_masks(1e-3)
+        training.scores.update_masks()
         for name, rows in expected_pins(training).items():
             assert torch.equal(training.masked_layers[name].mask[rows], start[name][rows])
     [pool] = training.scores.pools

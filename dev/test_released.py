@@ -64,11 +64,10 @@ def begin_as_released(tmp_path, objective, num_updates):
     model, vocabulary = tamt.open_model(settings, machine)
     run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.mask_model(model)
-    start = tamt.first_masks(layers, run)
-    tamt.set_masks(layers, start)
-    scores = tamt.Scores(layers, start, 0.75, "local", without_gradient={})
+    scores = tamt.Scores(layers, tamt.first_masks(layers, run), 0.75, "local")
     model.train()
-    return tamt.Training(run, {}, model, vocabulary, layers, scores, rows=None, dev_rows=None)
+    inputs = tamt.Inputs(run, {}, model, vocabulary, rows=None, dev_rows=None)
+    return tamt.Training(inputs, layers, scores)
 
 
 def released_run(tmp_path, objective, settle_after=None):
@@ -87,7 +86,7 @@ def released_run(tmp_path, objective, settle_after=None):
         if step == settle_after:
             num_tied = settle_ties(training.scores)
         if tamt.is_refresh_due(training.run, step):
-            training.scores.update_masks(learning_rate)
+            training.scores.update_masks()
             tamt.set_thresholds(training.scores)
         else:
             tamt.apply_old_thresholds(training.scores)
