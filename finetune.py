@@ -1,9 +1,9 @@
 """Fine-tune a pruned BERT on a GLUE task or SQuAD v1.1, and record what it scores.
 
     python finetune.py --task sst2 --mask mask.pt                   under a mask that tamt.py has found
-    python finetune.py --task sst2                                  the whole network, to compare
-    python finetune.py --task sst2 --find imp --sparsity 0.5        find a mask by iterative magnitude pruning (IMP)
-    python finetune.py --task sst2 --find super                     cut out whole heads and FFNs (Liang et al. 2021)
+    python finetune.py --task sst2 --model bert-base                the whole network, to compare
+    python finetune.py --task sst2 --model bert-base --find imp     find a mask by iterative magnitude pruning (IMP)
+    python finetune.py --task sst2 --model bert-base --find super   cut out whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each with its own mask
 
     1. One experiment             begin, train, finish
@@ -93,8 +93,8 @@ def fine_tune(settings: "Settings") -> dict:
 def begin(settings: "Settings", schedule_runs: int = 1) -> tuple:
     """Opens a run -> (experiment, None): it is to be trained; or (None, result): --resume has found it finished.
 
-    schedule_runs: the learning rate falls linearly, as if to reach 0 after this many runs of this length. 1, or 10 in a
-    round of IMP, of which only the first tenth is run."""
+    schedule_runs: the learning rate falls linearly, and would reach 0 after so many runs like this one: after 1; or in
+    a round of IMP after 10, so that there it falls to .9 lr only."""
     inputs = read_inputs(settings, schedule_runs)
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
@@ -159,7 +159,7 @@ class Experiment:
         self.gradient_masks = masks_of_gradients(self)
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
 
-        self.step = 0  # updates done
+        self.updates_done = 0
         self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
         self.history = []  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
         if state is not None:
@@ -477,22 +477,22 @@ def train(experiment: Experiment):
     updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))  # all epochs have as many
     num_updates = updates_per_epoch * run.epochs
     schedule_length = num_updates * run.schedule_runs  # the update at which the learning rate would reach 0
-    progress = Progress(experiment.step, num_updates)
+    progress = Progress(experiment.updates_done, num_updates)
     saved_at = time.time()
     model.train()
-    for epoch in range(experiment.step // updates_per_epoch, run.epochs):
+    for epoch in range(experiment.updates_done // updates_per_epoch, run.epochs):
         batches = epoch_batches(experiment.all_task_data, run, epoch)
-        # Of a run that was interrupted after 70 updates, with 50 in an epoch, epoch 1 begins with its batch 20. (All
-        # three are counted from 0.)
-        for task_data, indices in batches[experiment.step % updates_per_epoch:]:
-            tamt.seed_dropout(run.seed, experiment.step)
-            learning_rate = run.lr * (1 - experiment.step / schedule_length)  # linear decay, no warm-up
+        # Example: 50 updates per epoch, interrupted after 70. Then epoch 1 (the second) goes on with its batch 20 (the
+        # 21st).
+        for task_data, indices in batches[experiment.updates_done % updates_per_epoch:]:
+            tamt.seed_dropout(run.seed, experiment.updates_done)
+            learning_rate = run.lr * (1 - experiment.updates_done / schedule_length)  # linear decay, no warm-up
             loss = update(experiment, task_data, indices, learning_rate)
-            experiment.step += 1
+            experiment.updates_done += 1
             experiment.loss_since_evaluation += loss
 
-            is_epoch_end = experiment.step % updates_per_epoch == 0
-            if is_epoch_end or experiment.step % run.eval_every == 0:
+            is_epoch_end = experiment.updates_done % updates_per_epoch == 0
+            if is_epoch_end or experiment.updates_done % run.eval_every == 0:
                 record_evaluation(experiment)
                 progress.show(experiment.history[-1])
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
@@ -504,8 +504,8 @@ def train(experiment: Experiment):
 def record_evaluation(experiment: Experiment):
     """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
     last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
-    mean_loss = experiment.loss_since_evaluation / (experiment.step - last_evaluated)
-    experiment.history.append({"step": experiment.step, "loss": mean_loss, **evaluate(experiment)})
+    mean_loss = experiment.loss_since_evaluation / (experiment.updates_done - last_evaluated)
+    experiment.history.append({"step": experiment.updates_done, "loss": mean_loss, **evaluate(experiment)})
     experiment.loss_since_evaluation = 0.0
 
 
@@ -542,11 +542,11 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
-                         f"{experiment.step + 1}: a lower --lr (here {learning_rate:g}) may help")
+                         f"{experiment.updates_done + 1}: a lower --lr (here {learning_rate:g}) may help")
 
     # Sets the learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
     # (tamt.py, appendix A).
-    options = tamt.optimizer_settings("fine-tuning", learning_rate, experiment.step + 1)
+    options = tamt.optimizer_settings("fine-tuning", learning_rate, experiment.updates_done + 1)
     experiment.optimizer.param_groups[0].update(options)
     experiment.optimizer.step()
     experiment.optimizer.zero_grad()
@@ -564,7 +564,7 @@ def finish(experiment: Experiment) -> dict:
 
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
-    best: of all evaluations on dev, which is therefore a little too high; final: the last one; floor: what always
+    best: the highest of many evaluations on dev, so a little too high; final: the last one; floor: what always
     answering the most frequent class scores."""
     run = experiment.run
     for task_data in experiment.all_task_data:
@@ -573,7 +573,7 @@ def finish(experiment: Experiment) -> dict:
         if run.export:
             export_model(experiment, task_data)
     best, final = best_and_final(experiment)
-    result = make_result(experiment, best, final, floor_scores(experiment))  # with all that repeats it (appendix A)
+    result = make_result(experiment, best, final, floor_scores(experiment))  # with all that is needed to repeat it
     tamt.write_json(run.out / "result.json", result)
     append_to_results(run, result)
     print_summary(result)
@@ -638,8 +638,7 @@ def find_imp(settings) -> dict:
 
 
 def prune_trained(experiment: Experiment, sparsity: float, search_settings) -> dict[str, torch.Tensor]:
-    """Masks that prune the smallest trained weights, so many that this share of all is pruned. What was pruned before
-    stays pruned."""
+    """Masks that prune this share of all ranked entries: what is pruned already, and the smallest trained weights."""
     magnitudes = {}
     for name in tamt.maskable_layers(experiment.model, search_settings.scope):
         if name in experiment.checkpoint_matrices:  # not a fresh pooler, which no ticket may prune
@@ -674,7 +673,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
 
 # The search.
 
-# In which units are removed: the least important first, in random order, or the most important first.
+# The orders in which units are removed: the least important first, at random, or the most important first.
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
@@ -1030,7 +1029,7 @@ def replace_weights(model, kind: str, seed: int):
 
 def restore_state(experiment: Experiment, state: dict):
     tamt.restore_parameters(experiment.parameters, experiment.optimizer, state, experiment.run.out / "state.pt")
-    experiment.step = state["step"]
+    experiment.updates_done = state["step"]
     experiment.loss_since_evaluation = state["total_loss"]
     experiment.history = list(state["history"])
 
@@ -1039,7 +1038,7 @@ def save_state(experiment: Experiment):
     tamt.write_torch(experiment.run.out / "state.pt", {
         "format": 2,
         "settings": experiment.inputs.identity,  # begin() compares them
-        "step": experiment.step,
+        "step": experiment.updates_done,
         "history": experiment.history,
         "total_loss": experiment.loss_since_evaluation,
         "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},

@@ -37,8 +37,8 @@ The chapters:
     Training             the loop, and one update
     IMP                  the baseline that trains weights
     Appendices           A what follows the released code; B fast rankings; C mask files; D the folder of a run;
-                         E settings; F devices and processes. A function that is called in the chapters and not defined
-                         there is in one of them; a first reading may skip them.
+                         E settings; F devices and processes. A function that is called in a chapter and defined in
+                         none is in an appendix; a first reading may skip them.
 
 In formulas, W is a weight matrix (theta in the paper), M its mask and S its scores (the paper's underlined M); n is the
 number of entries of all matrices that have a mask, and s the sparsity, the fraction of them that is pruned. "Dense"
@@ -595,7 +595,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 class Training:
-    """The training of a run: what it is given, and what changes from update to update. The latter is in state.pt."""
+    """The training of a run: what it is given, and what changes from update to update, which state.pt keeps."""
 
     def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None, state: dict | None = None):
         """scores: None with imp, where weights train. state: None, or that of an interrupted run."""
@@ -614,7 +614,7 @@ class Training:
                 self.pretrained[name] = parameter.detach().clone()
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
         self.log = Log(run, masked_layers)
-        self.step = 0  # updates done
+        self.updates_done = 0
         self.saved_at = time.time()  # when state.pt was written last
         if state is not None:
             restore_state(self, state)
@@ -640,18 +640,18 @@ def train_scores(training: Training):
     """Steps 5 to 7, from where the training stands to its end."""
     run = training.run
     training.model.train()
-    while training.step < run.num_updates:
+    while training.updates_done < run.num_updates:
         # Linear decay to 0 at update run.horizon. That is the last one with --steps; the paper's runs end before it.
-        learning_rate = run.lr * (1 - training.step / run.horizon)
+        learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
-        loss = optimizer_step(training, loss, learning_rate, update_number=training.step + 1)  # step 6
-        training.step += 1
+        loss_value = optimizer_step(training, loss, learning_rate, update_number=training.updates_done + 1)  # step 6
+        training.updates_done += 1
         if run.refresh_every == 1:
             training.scores.update_masks()  # step 7
         else:
             refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
-        evaluate_and_log(training, loss, learning_rate)
+        evaluate_and_log(training, loss_value, learning_rate)
         save_state_if_due(training)
     restore_pretrained(training)  # the head is thrown away; the masks are the result
 
@@ -662,8 +662,8 @@ def next_batch(training: Training) -> Batch:
     run = training.run
     batch_rows = run.batch_size * run.accumulate
     rows = training.inputs.rows
-    indices = data.row_indices(len(rows), run.seed, training.step * batch_rows, batch_rows)
-    generator = data.random_stream(run.seed, "corruption", training.step)
+    indices = data.row_indices(len(rows), run.seed, training.updates_done * batch_rows, batch_rows)
+    generator = data.random_stream(run.seed, "corruption", training.updates_done)
     return make_batch(rows[indices], training.inputs.vocabulary, generator)
 
 
@@ -672,7 +672,7 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     micro-batches, of which each of several processes computes its share."""
     run = training.run
     machine = run.machine
-    seed_dropout(run.seed, training.step, machine.process_index)  # so it does not depend on what was drawn before
+    seed_dropout(run.seed, training.updates_done, machine.process_index)  # it depends on nothing else
     total_loss = torch.zeros((), device=machine.device)
     slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
     for row_slice in slices:
@@ -687,34 +687,35 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
 
 
 def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
-    """Step 6: moves the scores (with imp, the weights) by their gradients -> the loss as a number.
+    """Step 6: Adam moves the scores (with imp, the weights) by their gradients -> the loss as a number.
 
     update_number: that of the optimizer, from 1; with imp it restarts in each round."""
     run = training.run
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
-    loss, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
-    if not math.isfinite(loss + norm):
-        raise ValueError(f"the loss is {loss} and the norm of its gradient {norm:.3g} at update {training.step + 1}: "
-                         f"try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; {run.out} keeps the last "
-                         "state")
+    loss_value, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
+    if not math.isfinite(loss_value + norm):
+        raise ValueError(f"the loss is {loss_value} and the norm of its gradient {norm:.3g} at update "
+                         f"{training.updates_done + 1}: try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; "
+                         f"{run.out} keeps the last state")
 
     # With these settings, which change from update to update, torch's AdamW computes what the released optimizers do
     # (appendix A).
     training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
     training.optimizer.step()
     training.optimizer.zero_grad()
-    return loss
+    return loss_value
 
 
 def evaluate_and_log(training: Training, loss: float, learning_rate: float):
     """A line of the log, and now and then the dev losses and the mask as a file."""
     run = training.run
     losses = {}
-    if training.step % run.eval_every == 0 and training.step < run.num_updates:  # finish() does the last evaluation
+    is_last = training.updates_done == run.num_updates  # then finish() evaluates
+    if training.updates_done % run.eval_every == 0 and not is_last:
         with pretrained_in_place(training):  # with the head as it was before training, so that masks compare
             losses = evaluate_on_dev(training)
-    training.log.step(training.step, loss, learning_rate, losses)
-    if training.step % run.save_every == 0:
+    training.log.add(training.updates_done, loss, learning_rate, losses)
+    if training.updates_done % run.save_every == 0:
         save_mask_of_step(training, run.sparsity)
 
 
@@ -764,17 +765,17 @@ def train_imp(training: Training):
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
-    if training.step == 0:  # not resumed
+    if training.updates_done == 0:  # not resumed
         prune_and_rewind(training, levels[0])
-    while training.step < run.num_updates:
-        step_in_round = training.step % run.prune_every
-        learning_rate = run.lr * (1 - step_in_round / run.horizon)
+    while training.updates_done < run.num_updates:
+        update_in_round = training.updates_done % run.prune_every
+        learning_rate = run.lr * (1 - update_in_round / run.horizon)
         loss = backpropagate(training, next_batch(training))
-        loss = optimizer_step(training, loss, learning_rate, update_number=step_in_round + 1)
-        training.step += 1
-        if training.step % run.prune_every == 0:
-            prune_and_rewind(training, levels[training.step // run.prune_every])
-        training.log.step(training.step, loss, learning_rate, {})
+        loss_value = optimizer_step(training, loss, learning_rate, update_number=update_in_round + 1)
+        training.updates_done += 1
+        if training.updates_done % run.prune_every == 0:
+            prune_and_rewind(training, levels[training.updates_done // run.prune_every])
+        training.log.add(training.updates_done, loss_value, learning_rate, {})
         save_state_if_due(training)
     restore_pretrained(training)  # of all that was trained the masks alone are the result
 
@@ -870,7 +871,7 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
 def refresh_as_released(training: Training):
     """--refresh-every: the masks follow from new thresholds only now and then, and from the old ones in between."""
     scores = training.scores
-    if is_refresh_due(training.run, training.step):
+    if is_refresh_due(training.run, training.updates_done):
         scores.update_masks()
         set_thresholds(scores)
     else:
@@ -1502,14 +1503,14 @@ def cut_log(file: Path, step: int):
 def save_state_if_due(training: Training):
     """state.pt: all that the next update depends on. Order, corruption and dropout follow from (seed, step)."""
     run = training.run
-    is_due = training.step % run.save_every == 0 or training.step == run.num_updates
+    is_due = training.updates_done % run.save_every == 0 or training.updates_done == run.num_updates
     if run.machine.process_index > 0 or not (is_due or time.time() - training.saved_at > SAVE_SECONDS):
         return
     training.saved_at = time.time()
     write_torch(run.out / "state.pt", {
         "format": 2,
         "settings": training.inputs.identity,
-        "step": training.step,
+        "step": training.updates_done,
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
         "masks": {name: pack(layer.mask) for name, layer in training.masked_layers.items()},
@@ -1526,7 +1527,7 @@ def restore_state(training: Training, state: dict):
         for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
             pool.threshold = threshold
     training.log.restore(state["log"])
-    training.step = state["step"]
+    training.updates_done = state["step"]
 
 
 def restore_parameters(parameters: dict, optimizer, state: dict, file):
@@ -1547,10 +1548,10 @@ def save_mask_of_step(training: Training, sparsity: float):
     run = training.run
     if run.machine.process_index > 0:
         return
-    folder = run.out / f"step-{training.step}"
+    folder = run.out / f"step-{training.updates_done}"
     folder.mkdir(exist_ok=True)
     masks = {name: layer.mask for name, layer in training.masked_layers.items()}
-    save_mask(folder / "mask.pt", masks, metadata(run, training.step, sparsity))
+    save_mask(folder / "mask.pt", masks, metadata(run, training.updates_done, sparsity))
 
 
 def metadata(run, step: int, sparsity: float) -> dict:
@@ -1619,7 +1620,7 @@ class Log:
     def pack_masks(self) -> np.ndarray:
         return np.concatenate([pack(layer.mask).numpy() for layer in self.masked_layers.values()])
 
-    def step(self, step: int, loss: float, learning_rate: float, losses: dict):
+    def add(self, step: int, loss: float, learning_rate: float, losses: dict):
         run = self.run
         self.total_loss += loss
         self.num_updates += 1

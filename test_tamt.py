@@ -854,7 +854,7 @@ def test_the_student_learns_in_train_mode_and_all_else_is_in_eval_mode(inputs, t
         in_train_mode[kind].add(layer.training)
 
     def watch_layers(training):
-        if training.step == 0:
+        if training.updates_done == 0:
             for layer in training.masked_layers.values():
                 layer.register_forward_hook(note)
 
@@ -957,7 +957,7 @@ def interrupt_after(monkeypatch, num_updates):
     backpropagate = tamt.backpropagate
 
     def interrupt(training):
-        if training.step == num_updates:
+        if training.updates_done == num_updates:
             monkeypatch.setattr(tamt, "backpropagate", backpropagate)
             raise KeyboardInterrupt
 

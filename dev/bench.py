@@ -73,8 +73,8 @@ def make_our_step(size: Size, objective: str = "mlm") -> Callable:
     training = gpu.make_training(size, objective, cpu())
 
     def step():
-        gpu.one_update(training, LEARNING_RATE, training.step + 1)
-        training.step += 1
+        gpu.one_update(training, LEARNING_RATE, training.updates_done + 1)
+        training.updates_done += 1
         training.scores.update_masks()
 
     return step
@@ -293,8 +293,8 @@ def part_ranking(args):
     scores = training.scores
 
     def update():
-        gpu.one_update(training, LEARNING_RATE, training.step + 1)
-        training.step += 1
+        gpu.one_update(training, LEARNING_RATE, training.updates_done + 1)
+        training.updates_done += 1
 
     def rank():
         scores.update_masks()

@@ -247,8 +247,8 @@ def one_update(training: tamt.Training, learning_rate: float, update_number: int
 
 def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> float:
     """What train_scores() does for each update -> the loss."""
-    loss = one_update(training, learning_rate, training.step + 1)
-    training.step += 1
+    loss = one_update(training, learning_rate, training.updates_done + 1)
+    training.updates_done += 1
     training.scores.update_masks()
     return loss
 
@@ -352,7 +352,7 @@ def differences_after_resume(folder: Path, device: str, dtype: str) -> int:
 
     def save_and_stop(training):
         save_state_if_due(training)
-        if training.step == 10:
+        if training.updates_done == 10:
             raise KeyboardInterrupt
 
     with quiet(), mock.patch.dict(os.environ, {"TAMT_CACHE": str(folder / "cache")}):
@@ -642,7 +642,7 @@ def part_full_run(bench: Bench):
         run = dataclasses.replace(training.run, out=Path(folder), save_every=1, log_every=1)
         training.run = run
         training.log.run = run
-        log = median_seconds(lambda: training.log.step(1, 1.0, 1e-5, {}), bench.device, 2, 1)
+        log = median_seconds(lambda: training.log.add(1, 1.0, 1e-5, {}), bench.device, 2, 1)
         save_state = median_seconds(lambda: tamt.save_state_if_due(training), bench.device, 1, 0)
         save_mask = median_seconds(lambda: tamt.save_mask_of_step(training, 0.7), bench.device, 1, 0)
     evaluate = median_seconds(

@@ -74,14 +74,14 @@ def stop_fine_tuning_at(monkeypatch, number):
 
 
 def watch_rankings(monkeypatch, look):
-    """Calls look(layers, step) after every update of a run: when its ranking is done, find_mask() calls Log.step()."""
-    log_step = tamt.Log.step
+    """Calls look(layers, step) after every update of a run: when its ranking is done, find_mask() calls Log.add()."""
+    add = tamt.Log.add
 
     def look_and_log(log, step, *arguments):
         look(log.masked_layers, step)
-        log_step(log, step, *arguments)
+        add(log, step, *arguments)
 
-    monkeypatch.setattr(tamt.Log, "step", look_and_log)
+    monkeypatch.setattr(tamt.Log, "add", look_and_log)
 
 
 def updates_made(monkeypatch):
@@ -90,7 +90,7 @@ def updates_made(monkeypatch):
     update = finetune.update
 
     def counted(experiment, *arguments):
-        numbers.append(experiment.step + 1)
+        numbers.append(experiment.updates_done + 1)
         return update(experiment, *arguments)
 
     monkeypatch.setattr(finetune, "update", counted)
@@ -183,7 +183,7 @@ def one_update(training, learning_rate, update_number):
 def three_updates(training):
     for t in (1, 2, 3):
         one_update(training, 2e-3, t)
-        training.step += 1
+        training.updates_done += 1
 
 
 def weights_of(model):

@@ -26,7 +26,7 @@ save_state_if_due = tamt.save_state_if_due
 
 def save_and_stop(training):
     save_state_if_due(training)
-    if training.step == int(os.environ["STOP_AT"]):
+    if training.updates_done == int(os.environ["STOP_AT"]):
         os._exit(9)
 
 tamt.save_state_if_due = save_and_stop

@@ -68,7 +68,7 @@ def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path):
         for t in (1, 2, 3):
             learning_rate = 2e-3 * (1 - (t - 1) / 30)  # falls as if a round had 30 updates, ten times as many as it has
             one_update(training, learning_rate, t)
-            training.step += 1
+            training.updates_done += 1
 
 
 def test_a_pruning_of_imp_leaves_the_head_as_it_was_trained(inputs, tmp_path):

@@ -240,7 +240,7 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
     start = masks_of(training.masked_layers)
     for step in range(30):
         one_update(training, 1e-2, step + 1)
-        training.step += 1
+        training.updates_done += 1
         training.scores.update_masks()
         for name, rows in expected_pins(training).items():
             assert torch.equal(training.masked_layers[name].mask[rows], start[name][rows])

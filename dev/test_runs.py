@@ -264,7 +264,7 @@ def test_the_masked_lm_head_is_trained_only_if_the_objective_has_masked_lm(input
 
 def batch_of(inputs, seed, step):
     training = begin(mask_settings(inputs, seed=seed))
-    training.step = step
+    training.updates_done = step
     found = tamt.next_batch(training)
     return [found.input_ids.tolist(), found.corrupted_ids.tolist(), found.is_chosen.tolist()]
 
@@ -300,15 +300,15 @@ def test_after_resuming_the_speed_is_that_of_the_updates_since_then(inputs, tmp_
     now = 0.0
     monkeypatch.setattr(tamt.time, "time", lambda: now)
     training = begin(mask_settings(inputs, tmp_path))  # a line after every fourth update
-    training.log.step(1, 1.0, 1e-3, {})
-    training.log.step(2, 1.0, 1e-3, {})
+    training.log.add(1, 1.0, 1e-3, {})
+    training.log.add(2, 1.0, 1e-3, {})
     state = training.log.state()
 
     log = tamt.Log(training.run, training.masked_layers)  # as a new process has it
     log.restore(state)
     for step in (3, 4):
         now += 5.0
-        log.step(step, 2.0, 1e-3, {})
+        log.add(step, 2.0, 1e-3, {})
     line = read_log(tmp_path)[-1]
     assert line["loss"] == 1.5
     assert line["ms_per_step"] == 5000

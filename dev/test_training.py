@@ -168,7 +168,7 @@ def test_thirty_updates_give_the_losses_and_masks_of_a_plain_loop(
     plain = PlainLoop(model, objective, rank, sparsity, clip, masks=start, pinned=expected_pins(training))
     for step in range(30):
         loss = plain.update(tamt.next_batch(training), learning_rate=3e-3 * (1 - step / 30))
-        training.step += 1
+        training.updates_done += 1
         assert losses[step] == pytest.approx(loss, abs=2e-6)
         assert same_masks(masks[step], plain.masks), f"after update {step + 1}"
     assert_masks_differ(start, plain.masks)
