@@ -399,6 +399,8 @@ def load(path) -> Model:
     with file_named_in_errors(config_file or weights_file):
         config = read_config(settings, family)
         check_number_of_layers(config, tensors)
+    if config_file is not None and settings.get("layer_norm_eps") is None and family == "roberta":
+        print("config.json does not say layer_norm_eps: 1e-05, as in the original RoBERTa")
     config, tensors = settle_decoder(config, tensors)
 
     # Build the model without memory of its own ("meta") and compare it with the file.
@@ -582,8 +584,6 @@ def read_config(settings: dict, family: str) -> Config:
     values = {}
     if family == "roberta":
         values = {"pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-        if settings.get("layer_norm_eps") is None:
-            print("config.json does not say layer_norm_eps: 1e-05, as in the original RoBERTa")
     for field in fields(Config):
         if settings.get(field.name) is not None:
             values[field.name] = settings[field.name]

@@ -1305,7 +1305,7 @@ class Settings:
         names = split_per_task(self.task, self)
         tasks = named_tasks(self)
         if len(names) > 1:
-            is_repeated = len({task.name for task in tasks}) < len(tasks)
+            is_repeated = len({(task.folder, str(task.files)) for task in tasks}) < len(tasks)  # toy is an SST-2
             if is_repeated or any(task.predicts == "span" for task in tasks):
                 raise ValueError("--task: tasks that share an encoder are different ones, without squad")
             num_masks = len(split_per_task(self.mask or "", self))

@@ -175,9 +175,7 @@ def finish(inputs: Inputs, masked_layers: dict, start_time: float) -> dict:
     losses = {}
     if inputs.dev_rows is not None:
         losses = dev_losses(inputs.model, inputs.dev_rows, inputs.vocabulary, run.machine)
-    result = write_results(inputs, masks, report, losses, start_time)  # the run is finished with this
-    if run.export:
-        export_model(inputs.model, masks, inputs.vocabulary, run.export)
+    result = write_results(inputs, masks, report, losses, start_time)
     print_summary(run.out / "mask.pt", result, run)
     return result
 
@@ -990,8 +988,12 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 def prune_lowest(scores, pool: Pool, mask):
     """Writes into `mask` what prune_smallest(scores, pool.num_pruned) returns. Called after every update, which moves
     the threshold little: by about as much as the last one."""
-    threshold = prune_smallest_near(scores, pool.num_pruned, pool.threshold, pool.radius, mask)
-    pool.radius = max(2 * abs(threshold - pool.threshold), pool.radius / 2, 1e-9)
+    guess = pool.threshold if math.isfinite(pool.threshold) else START_SCORE / 2  # not finite if nothing is pruned
+    threshold = prune_smallest_near(scores, pool.num_pruned, guess, pool.radius, mask)
+    moved = abs(threshold - guess)
+    pool.radius = min(max(2 * moved, pool.radius / 2, 1e-9), 1.0)
+    if moved > START_SCORE / 4:  # the first ranking jumps from the middle to a start score, and the next will not
+        pool.radius = 1e-5
     pool.threshold = threshold
 
 
@@ -1074,7 +1076,8 @@ def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix ->
 
 
 def write_results(inputs: Inputs, masks: dict, report: dict, losses: dict, start_time: float) -> dict:
-    """Writes mask.pt and mask.json -> the content of mask.json. report: of sparsity_report; losses: of dev_losses."""
+    """Writes mask.pt, the export if one was asked for, and mask.json -> the content of mask.json. report: of
+    sparsity_report; losses: of dev_losses."""
     run = inputs.run
     empty = [name for name, fraction in report["matrices"].items() if fraction == 1]
     if empty:
@@ -1083,6 +1086,8 @@ def write_results(inputs: Inputs, masks: dict, report: dict, losses: dict, start
     meta = metadata(run, run.num_updates, run.sparsity)
     meta["found"] = {name: report[name] for name in ("masked_set", "encoder", "whole_model")}
     save_mask(run.out / "mask.pt", masks, meta | losses)
+    if run.export:
+        export_model(inputs.model, masks, inputs.vocabulary, run.export)
     content = {
         "settings": inputs.identity | {"data": plain(run.data)},
         "sparsity": report,

@@ -440,7 +440,7 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 # ---------------------------------------------------------------------------------------------------
 
 # tamt.find_mask(settings) learns a mask. While it runs, a tamt.Training holds its .model, .masked_layers and
-# .step, the number of updates done.
+# .updates_done, the number of updates.
 #
 #     masked layers take the place of ordinary ones; each holds a weight, a mask and scores, and computes weight * mask
 #     the first mask prunes the smallest weights of each matrix, whatever the ranking is later on

@@ -277,3 +277,14 @@ def test_prune_smallest_near_equals_prune_smallest_whatever_the_guess():
         mask = torch.rand(len(values)) < 0.5  # whatever was there before
         tamt.prune_smallest_near(values, count, threshold, radius, mask)
         assert torch.equal(mask, tamt.prune_smallest(values, count))
+
+
+def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
+    """Their threshold is minus infinity after a refresh, and moves away without end otherwise."""
+    start = tamt.magnitude_masks(masked_layers, 0.0, "local")
+    scores = tamt.Scores(masked_layers, start, 0.0, "local")
+    for _ in range(1200):
+        scores.update_masks()
+    tamt.set_thresholds(scores)
+    scores.update_masks()
+    assert scores.all_masks.all()
