@@ -1452,9 +1452,9 @@ def task_folder(task, run) -> Path:
     """Where the files of a task are: --data, the toy's tasks, or the cache, after a download."""
     if run.data is not None and not run.data.is_dir():
         raise FileNotFoundError(f"--data {run.data}: no such folder")
-    if task.name == "toy" and run.model != "toy":
-        raise ValueError(f"--task toy is made up for --model toy, not for {run.model}: expected a task of GLUE, squad, "
-                         "or a FILE.json")
+    if task.name == "toy" and (run.model != "toy" or run.data is not None):
+        raise ValueError("--task toy is made up for --model toy, without --data: expected a task of GLUE, squad, or a "
+                         "FILE.json")
     if task.name not in {*glue_squad.TASKS, "toy"}:
         return Path(task.files["train"][0]).parent
     if run.data is not None:

@@ -893,14 +893,14 @@ def apply_old_thresholds(scores: Scores):
         torch.gt(values, pool.threshold, out=scores.all_masks[pool.begin:pool.end])
 
 
-def is_refresh_due(run: "Run", step: int) -> bool:
+def is_refresh_due(run: "Run", updates_done: int) -> bool:
     """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
     updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
-    if step % run.eval_every == 0 or step % run.save_every == 0 or step == run.num_updates:
+    if updates_done % run.eval_every == 0 or updates_done % run.save_every == 0 or updates_done == run.num_updates:
         return True
     if run.objective == "kd":
-        return step == 1 or (step + 1) % run.refresh_every == 0
-    return step % run.refresh_every == 0
+        return updates_done == 1 or (updates_done + 1) % run.refresh_every == 0
+    return updates_done % run.refresh_every == 0
 
 
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
