@@ -6,7 +6,7 @@
     python finetune.py --task sst2 --model bert-base --find super   cut out whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each with its own mask
 
-    1. One experiment             begin, train, finish
+    1. One experiment             read, train, finish
     2. Tickets, tasks, network    what an experiment consists of
     3. Losses, predictions
     4. The training loop
@@ -45,6 +45,8 @@ vocabularies and random streams (data.py), tasks, batches and metrics (glue_squa
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -72,7 +74,7 @@ from tamt import option
 # ---------------------------------------------------------------------------------------------------
 
 
-def fine_tune(settings: "Settings") -> dict:
+def fine_tune(settings: Settings) -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
     returns the content of result.json.
 
@@ -83,42 +85,33 @@ def fine_tune(settings: "Settings") -> dict:
         return find_imp(settings)
     if settings.find == "super":
         return find_super(settings)
-    experiment, result = begin(settings)
+    inputs = read_inputs(settings)
+    result, state = open_run(inputs)  # with --resume: the result of a finished run, or the state of an interrupted one
     if result is None:
+        experiment = Experiment(inputs, state)
         train(experiment)
         result = finish(experiment)
     return result
 
 
-def begin(settings: "Settings", schedule_runs: int = 1) -> tuple:
-    """Opens a run -> (experiment, None): it is to be trained; or (None, result): --resume has found it finished.
-
-    schedule_runs: the learning rate falls linearly, and would reach 0 after so many runs like this one: after 1; or in
-    a round of IMP after 10, so that there it falls to .9 lr only."""
-    inputs = read_inputs(settings, schedule_runs)
-    run = inputs.run
-    result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
-    if result is not None:
-        complete_finished_run(inputs, result)
-        return None, result
-    return Experiment(inputs, state), None  # state: None, or that of an interrupted run
-
-
 @dataclass
 class Inputs:
     """A run before its first update: its settings, and all that it reads."""
-    run: "Run"
+    run: Run
     identity: dict  # what --resume compares
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
-    tickets: list["Ticket"]  # none, one, or one for each of several tasks
+    tickets: list[Ticket]  # none, one, or one for each of several tasks
     model: bert.Model  # the pre-trained one; Experiment turns it into the network that trains
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
 
-def read_inputs(settings: "Settings", schedule_runs: int = 1) -> Inputs:
-    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
+def read_inputs(settings: Settings, schedule_runs: int = 1) -> Inputs:
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
+
+    schedule_runs: the learning rate falls linearly, and would reach 0 after so many runs like this one: after 1; or in
+    a round of IMP after 10, so that there it falls to .9 lr only."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -137,6 +130,15 @@ def read_inputs(settings: "Settings", schedule_runs: int = 1) -> Inputs:
     run = choose_folder(run, tickets, identity)
     return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
                   vocabulary=vocabulary, start_time=start_time)
+
+
+def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
+    """Opens the folder of the run -> result, state. Both are None if nothing is done yet."""
+    run = inputs.run
+    result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
+    if result is not None:
+        complete_finished_run(inputs, result)
+    return result, state
 
 
 class Experiment:
@@ -228,7 +230,7 @@ class TaskData:
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
-    parts: "TaskParts | None" = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
+    parts: TaskParts | None = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
 
     @property
     def metric_prefix(self) -> str:
@@ -257,7 +259,7 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
     return examples
 
 
-def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: "Run") -> TaskData:
+def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> TaskData:
     """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as for the
     low-data curves of TAMT's paper."""
     encode = encode_squad if task.predicts == "span" else encode_glue
@@ -509,7 +511,7 @@ def record_evaluation(experiment: Experiment):
     experiment.loss_since_evaluation = 0.0
 
 
-def epoch_batches(all_task_data: list[TaskData], run: "Run", epoch: int) -> list[tuple[TaskData, np.ndarray]]:
+def epoch_batches(all_task_data: list[TaskData], run: Run, epoch: int) -> list[tuple[TaskData, np.ndarray]]:
     """The batches of an epoch, those of several tasks shuffled together: (data of a task, indices into its train)."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
@@ -605,7 +607,7 @@ def floor_scores(experiment: Experiment) -> dict[str, float]:
 
 def find_imp(settings) -> dict:
     """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
-    left), go back to the pre-trained weights (begin() reads them anew), repeat. By default all matrices of the encoder,
+    left), go back to the pre-trained weights (they are read anew), repeat. By default all matrices of the encoder,
     and of the pooler if the task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word
     embeddings.
 
@@ -624,8 +626,11 @@ def find_imp(settings) -> dict:
 
         # As released, every round starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So
         # within a round the learning rate falls from lr to .9 lr, and no further.
-        experiment, result = begin_in_search(search_settings, round_settings, schedule_runs=10)
+        inputs = read_inputs(round_settings, schedule_runs=10)
+        result, state = open_run_of_search(search_settings, inputs)
         if result is None:
+            experiment = Experiment(inputs, state)
+            mark_folders(search_settings, inputs.run)
             train(experiment)
             masks = prune_trained(experiment, next_sparsity, search_settings)
             save_ticket(folder / "mask.pt", experiment, masks, {
@@ -690,8 +695,11 @@ def find_super(settings) -> dict:
     # Fine-tune the whole model, and write a ticket for each order and level.
     result_of = {}  # {name of a ticket: its result}
     dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
-    experiment, result = begin_in_search(search_settings, dense_settings)
+    inputs = read_inputs(dense_settings)
+    result, state = open_run_of_search(search_settings, inputs)
     if result is None:  # as in fine_tune(), but with the importance measured before it ends
+        experiment = Experiment(inputs, state)
+        mark_folders(search_settings, inputs.run)
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
@@ -1037,7 +1045,7 @@ def restore_state(experiment: Experiment, state: dict):
 def save_state(experiment: Experiment):
     tamt.write_torch(experiment.run.out / "state.pt", {
         "format": 2,
-        "settings": experiment.inputs.identity,  # begin() compares them
+        "settings": experiment.inputs.identity,  # open_run() compares them
         "step": experiment.updates_done,
         "history": experiment.history,
         "total_loss": experiment.loss_since_evaluation,
@@ -1415,23 +1423,20 @@ def open_search(settings: Settings) -> Settings:
     return settings
 
 
-def begin_in_search(search_settings: Settings, run_settings: Settings, schedule_runs: int = 1) -> tuple:
-    """begin() for a run of a search. If an earlier one was killed before its result was written, its mask goes, which
-    is made again."""
-    mask_file = run_settings.out / "mask.pt"
+def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, dict | None]:
+    """open_run() for a run of a search. If an earlier one was killed before its result was written, its mask goes,
+    which is made again."""
+    folder = inputs.run.out
     is_this_search = (search_settings.out / "search.json").exists()
-    if is_this_search and not (run_settings.out / "result.json").exists():
-        mask_file.unlink(missing_ok=True)  # else begin() would take it for the mask of something else
-    experiment, result = begin(run_settings, schedule_runs)
-    if result is None:
-        mark_folder(search_settings)
-        mask_file.unlink(missing_ok=True)  # of an earlier search
-    return experiment, result
+    if is_this_search and not (folder / "result.json").exists():
+        (folder / "mask.pt").unlink(missing_ok=True)  # else open_run() would take it for the mask of something else
+    return open_run(inputs)
 
 
-def mark_folder(search_settings: Settings):
-    """Writes into the folder of a search which one it holds. Called when an experiment stands, so that a search that is
-    refused leaves the folder as it was."""
+def mark_folders(search_settings: Settings, run: Run):
+    """Writes into the folder of a search which one it holds, and removes what an earlier search has left there, and in
+    the folder of this run. Called when an experiment stands, so that a search that is refused leaves all as it was."""
+    (run.out / "mask.pt").unlink(missing_ok=True)
     if not search_settings.resume:
         (search_settings.out / "mask.json").unlink(missing_ok=True)
     tamt.write_json(search_settings.out / "search.json", {"settings": search_identity(search_settings)})

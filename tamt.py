@@ -40,12 +40,23 @@ The chapters:
                          E settings; F devices and processes. A function that is called in a chapter and defined in
                          none is in an appendix; a first reading may skip them.
 
+Functions hand on these objects:
+
+    Settings    what the user chose on the command line
+    Run         the settings with every default filled in: run.sparsity, run.lr, run.num_updates, ...
+    Inputs      a run before its first update: with the model and the rows that it reads
+    Training    a run in progress: with the optimizer and the number of updates done
+    Scores      all scores, the masks that follow from them, and how they are ranked
+    Batch       the rows of one update; the network takes them in one or more micro-batches
+
 In formulas, W is a weight matrix (theta in the paper), M its mask and S its scores (the paper's underlined M); n is the
 number of entries of all matrices that have a mask, and s the sparsity, the fraction of them that is pruned. "Dense"
 means without a mask. In shapes: B sequences (b of a micro-batch), T tokens, D hidden size, L layers, V vocabulary;
 P positions that masked LM predicts. "TAMT FILE.py" is a file of the released code. How the paper, the released code and
 this program differ stands in a table at the head of appendix A.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -76,7 +87,7 @@ import data
 # ---------------------------------------------------------------------------------------------------
 
 
-def find_mask(settings: "Settings") -> dict:
+def find_mask(settings: Settings) -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (With several
     processes, only the first one does; the others return {}.)
 
@@ -97,7 +108,7 @@ def find_mask(settings: "Settings") -> dict:
     return finish(inputs, masked_layers, start_time)  # step 8
 
 
-def learn_masks(inputs: "Inputs", state: dict | None) -> dict[str, "MaskedLayer"]:
+def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, MaskedLayer]:
     """Steps 3 to 7 -> {name of a weight: the layer that holds its mask}. state: of an interrupted run, or None."""
     run = inputs.run
     if run.trains:
@@ -120,7 +131,7 @@ def learn_masks(inputs: "Inputs", state: dict | None) -> dict[str, "MaskedLayer"
 @dataclass
 class Inputs:
     """A run before its first update: its settings, and all that it reads."""
-    run: "Run"  # what the user chose (Settings), with all defaults filled in: run.method, run.sparsity, run.lr, ...
+    run: Run  # what the user chose (Settings), with all defaults filled in: run.method, run.sparsity, run.lr, ...
     identity: dict  # settings and checksums, which --resume compares
     model: bert.Model
     vocabulary: data.Vocabulary
@@ -131,7 +142,7 @@ class Inputs:
 # The first two steps and the last are short, and stand here; the others have chapters of their own.
 
 
-def read_inputs(settings: "Settings", machine: "Machine") -> Inputs:
+def read_inputs(settings: Settings, machine: Machine) -> Inputs:
     model, vocabulary = open_model(settings, machine)  # step 1
     run = fill_in_defaults(settings, machine, model)  # some depend on the model
     rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
@@ -298,7 +309,7 @@ def make_masks(values: dict, sparsity: float, rank: str) -> dict:
     them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
     if rank == "global":  # all matrices as one vector
         vector = torch.cat([matrix.flatten() for matrix in values.values()])
-        mask = prune_smallest(vector, round(len(vector) * sparsity))
+        mask = mask_without_smallest(vector, round(len(vector) * sparsity))
         pieces = mask.split([matrix.numel() for matrix in values.values()])
         return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
@@ -306,14 +317,14 @@ def make_masks(values: dict, sparsity: float, rank: str) -> dict:
         masks = {}
         for name, matrix in values.items():
             num_pruned = round(matrix.numel() * sparsity)
-            masks[name] = prune_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
+            masks[name] = mask_without_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
         return masks
 
     num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
     return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
 
-def prune_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
+def mask_without_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
     """The mask that prunes exactly the `num_pruned` smallest values.
 
     Of equal values at the border, those with lower indices stay. So the count is always exact:
@@ -345,7 +356,7 @@ def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> 
     return make_masks(values, sparsity, rank)
 
 
-def first_masks(masked_layers: dict, run: "Run") -> dict:
+def first_masks(masked_layers: dict, run: Run) -> dict:
     """Step 3: the OMP mask or the random mask. With omp and random it is the result."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
@@ -402,7 +413,8 @@ class Scores:
         for pool in self.pools:
             scores = self.all_scores[pool.begin:pool.end]
             mask = self.all_masks[pool.begin:pool.end]
-            prune_lowest(scores, pool, mask)  # mask.copy_(prune_smallest(scores, pool.num_pruned)), faster: appendix B
+            # As mask.copy_(mask_without_smallest(scores, pool.num_pruned)), but faster (appendix B).
+            rank_again(scores, pool, mask)
 
 
 @dataclass
@@ -618,7 +630,7 @@ class Training:
             restore_state(self, state)
 
 
-def choose_what_trains(model, run: "Run") -> dict[str, nn.Parameter]:
+def choose_what_trains(model, run: Run) -> dict[str, nn.Parameter]:
     """{name: parameter}; all others are frozen. With tamt the scores train, and for masked LM its head without the
     decoder (TAMT masking/maskers.py:524); with imp all weights. The pooler does not, since no loss reads it."""
     chosen = {}
@@ -702,43 +714,6 @@ def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float,
     training.optimizer.step()
     training.optimizer.zero_grad()
     return loss_value
-
-
-def evaluate_and_log(training: Training, loss: float, learning_rate: float):
-    """A line of the log, and now and then the dev losses and the mask as a file."""
-    run = training.run
-    losses = {}
-    is_last = training.updates_done == run.num_updates  # then finish() evaluates
-    if training.updates_done % run.eval_every == 0 and not is_last:
-        with pretrained_in_place(training):  # with the head as it was before training, so that masks compare
-            losses = evaluate_on_dev(training)
-    training.log.add(training.updates_done, loss, learning_rate, losses)
-    if training.updates_done % run.save_every == 0:
-        save_mask_of_step(training, run.sparsity)
-
-
-def evaluate_on_dev(training: Training) -> dict[str, float]:
-    inputs = training.inputs
-    if inputs.dev_rows is None or training.run.machine.process_index > 0:
-        return {}
-    start_time = time.time()
-    losses = dev_losses(training.model, inputs.dev_rows, inputs.vocabulary, training.run.machine)
-    training.log.began += time.time() - start_time  # the next line gives the time of updates, and this was none
-    return losses
-
-
-@contextmanager
-def pretrained_in_place(training: Training):
-    """Inside the with block the weights that train have their values from before the training: with mlm, those of the
-    head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
-    to."""
-    trained = {name: training.parameters[name].data for name in training.pretrained}
-    restore_pretrained(training)
-    try:
-        yield
-    finally:
-        for name, weight in trained.items():
-            training.parameters[name].data = weight
 
 
 def restore_pretrained(training: Training):
@@ -893,7 +868,7 @@ def apply_old_thresholds(scores: Scores):
         torch.gt(values, pool.threshold, out=scores.all_masks[pool.begin:pool.end])
 
 
-def is_refresh_due(run: "Run", updates_done: int) -> bool:
+def is_refresh_due(run: Run, updates_done: int) -> bool:
     """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
     updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
     if updates_done % run.eval_every == 0 or updates_done % run.save_every == 0 or updates_done == run.num_updates:
@@ -923,7 +898,7 @@ def make_start_exact(scores: Scores):
     round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
     entry that changes sides gets the start score of its new side."""
     [pool] = scores.pools  # of all scores
-    scores.all_masks.copy_(prune_smallest(scores.all_scores, pool.num_pruned))
+    scores.all_masks.copy_(mask_without_smallest(scores.all_scores, pool.num_pruned))
     start_scores = START_SCORE * scores.all_masks
     scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
 
@@ -985,9 +960,9 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def prune_lowest(scores, pool: Pool, mask):
-    """Writes into `mask` what prune_smallest(scores, pool.num_pruned) returns. Called after every update, which moves
-    the threshold little: by about as much as the last one."""
+def rank_again(scores, pool: Pool, mask):
+    """Writes into `mask` what mask_without_smallest(scores, pool.num_pruned) returns. Called after every update, which
+    moves the threshold little: by about as much as the last one."""
     guess = pool.threshold if math.isfinite(pool.threshold) else START_SCORE / 2  # not finite if nothing is pruned
     threshold = prune_smallest_near(scores, pool.num_pruned, guess, pool.radius, mask)
     moved = abs(threshold - guess)
@@ -998,7 +973,7 @@ def prune_lowest(scores, pool: Pool, mask):
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
-    """Writes into `mask` what prune_smallest() returns, faster, and returns where the threshold now lies.
+    """Writes into `mask` what mask_without_smallest() returns, faster, and returns where the threshold now lies.
 
     Nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
     radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
@@ -1020,7 +995,7 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
         return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
 
     undecided_values = values[undecided]
-    undecided_mask = prune_smallest(undecided_values, num_undecided_to_prune)
+    undecided_mask = mask_without_smallest(undecided_values, num_undecided_to_prune)
     mask[undecided] = undecided_mask
     if num_undecided_to_prune == 0:
         return low  # a lower bound of where the threshold lies is good enough as the next guess
@@ -1272,7 +1247,7 @@ def compare_masks(files: list):
         print(f"{values}  distance {1 - row[0]:.4f}  {file}")
 
 
-def evaluate_mask(settings: "Settings") -> dict:
+def evaluate_mask(settings: Settings) -> dict:
     """--evaluate and --export of a finished mask, or of the dense model."""
     start_time = time.time()
     settings = dataclasses.replace(settings, **{
@@ -1309,7 +1284,7 @@ def evaluate_mask(settings: "Settings") -> dict:
     return content
 
 
-def settings_of_mask(settings: "Settings", meta: dict) -> "Settings":
+def settings_of_mask(settings: Settings, meta: dict) -> Settings:
     """The model (instead of the toy, the default) and the text with its rows are those of the mask's run, if no others
     are asked for. So --evaluate gives the dev losses that the mask file holds, with the same --dtype."""
     known = {}
@@ -1387,7 +1362,7 @@ def print_summary(mask, content: dict, run):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix D: the folder of a run
+# Appendix D: the folder of a run, and evaluations on the way
 # ---------------------------------------------------------------------------------------------------
 
 SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no more work than that
@@ -1666,6 +1641,43 @@ class Log:
         self.bits = state["bits"].numpy()
 
 
+def evaluate_and_log(training: Training, loss: float, learning_rate: float):
+    """A line of the log, and now and then the dev losses and the mask as a file."""
+    run = training.run
+    losses = {}
+    is_last = training.updates_done == run.num_updates  # then finish() evaluates
+    if training.updates_done % run.eval_every == 0 and not is_last:
+        with pretrained_in_place(training):  # with the head as it was before training, so that masks compare
+            losses = evaluate_on_dev(training)
+    training.log.add(training.updates_done, loss, learning_rate, losses)
+    if training.updates_done % run.save_every == 0:
+        save_mask_of_step(training, run.sparsity)
+
+
+def evaluate_on_dev(training: Training) -> dict[str, float]:
+    inputs = training.inputs
+    if inputs.dev_rows is None or training.run.machine.process_index > 0:
+        return {}
+    start_time = time.time()
+    losses = dev_losses(training.model, inputs.dev_rows, inputs.vocabulary, training.run.machine)
+    training.log.began += time.time() - start_time  # the next line gives the time of updates, and this was none
+    return losses
+
+
+@contextmanager
+def pretrained_in_place(training: Training):
+    """Inside the with block the weights that train have their values from before the training: with mlm, those of the
+    head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
+    to."""
+    trained = {name: training.parameters[name].data for name in training.pretrained}
+    restore_pretrained(training)
+    try:
+        yield
+    finally:
+        for name, weight in trained.items():
+            training.parameters[name].data = weight
+
+
 # ---------------------------------------------------------------------------------------------------
 # Appendix E: settings and the command line
 # ---------------------------------------------------------------------------------------------------
@@ -1751,7 +1763,7 @@ DEFAULTS = {"log_every": 100, "eval_every": 1000, "save_every": 1000, "prune_eve
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
     """The settings of one run with nothing left open."""
-    machine: "Machine"
+    machine: Machine
     family: str  # bert or roberta
     weights: str  # checksum of the checkpoint
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
@@ -1765,7 +1777,7 @@ class Run(Settings):
         return self.method in ("tamt", "imp")
 
 
-def fill_in_defaults(settings: Settings, machine: "Machine", model: bert.Model) -> Run:
+def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) -> Run:
     """Fills in everything that the settings leave open; what this model cannot do is a ValueError."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     values |= {each.name: each.default for each in fields(Settings)
@@ -2086,7 +2098,7 @@ def slices_of_process(run, num_rows: int) -> list[slice]:
     return [slice(start, start + share) for start in starts]
 
 
-def share_gradients_if(is_last: bool, training: "Training"):
+def share_gradients_if(is_last: bool, training: Training):
     """Gradients are averaged across processes in the last backward pass of an update only."""
     if is_last or training.run.machine.num_processes == 1:
         return nullcontext()

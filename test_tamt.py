@@ -543,11 +543,11 @@ def random_case(generator):
     return torch.tensor(values), generator.randint(0, num_values)
 
 
-def test_prune_smallest_prunes_the_smallest_and_of_equal_values_the_last():
+def test_mask_without_smallest_prunes_the_smallest_and_of_equal_values_the_last():
     generator = random.Random(0)
     for _ in range(300):
         values, count = random_case(generator)
-        assert tamt.prune_smallest(values, count).tolist() == prune_by_sorting(values.tolist(), count)
+        assert tamt.mask_without_smallest(values, count).tolist() == prune_by_sorting(values.tolist(), count)
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])
@@ -1232,8 +1232,9 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 
 
 def new_experiment(settings, schedule_runs=1):
-    experiment, _ = finetune.begin(settings, schedule_runs)
-    return experiment
+    inputs = finetune.read_inputs(settings, schedule_runs)
+    _, state = finetune.open_run(inputs)
+    return finetune.Experiment(inputs, state)
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):

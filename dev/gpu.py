@@ -568,7 +568,7 @@ def part_ranking(bench: Bench):
         if rank == "global":
             count_waits(bench, training)
             num_pruned = scores.pools[0].num_pruned
-            full = median_seconds(partial(tamt.prune_smallest, scores.all_scores, num_pruned), bench.device, 1,
+            full = median_seconds(partial(tamt.mask_without_smallest, scores.all_scores, num_pruned), bench.device, 1,
                                   num_warm_up=0)
             bench.add("d", "ranking, global, without a guess of the threshold", full * 1e3, "ms")
 
