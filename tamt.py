@@ -21,8 +21,8 @@ that takes each, and the equation of the paper:
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. The same as one plain loop is a test in
 test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop.
 
-The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum. For mlm the
-head of the model is trained, too, and thrown away afterwards. Three baselines are in the same program: `--method omp`,
+The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
+masked LM its head is trained, too, and thrown away afterwards. Three baselines are in the same program: `--method omp`,
 one-shot magnitude pruning, ends after step 3; `--method random` draws a random mask there; `--method imp`, iterative
 magnitude pruning, trains the weights themselves between prunings.
 
@@ -43,17 +43,27 @@ The chapters:
 Functions hand on these objects:
 
     Settings    what the user chose on the command line
-    Run         the settings with every default filled in: run.sparsity, run.lr, run.num_updates, ...
-    Inputs      a run before its first update: with the model and the rows that it reads
-    Training    a run in progress: with the optimizer and the number of updates done
-    Scores      all scores, the masks that follow from them, and how they are ranked
+    Run         the same with every default filled in; its fields are below
+    Inputs      the Run, and the model, vocabulary and rows of text that were read
+    Training    the Inputs, the optimizer, and how many updates are done
+    Scores      all scores, and the masks that follow from them
     Batch       the rows of one update; the network takes them in one or more micro-batches
 
-In formulas, W is a weight matrix (theta in the paper), M its mask and S its scores (the paper's underlined M); n is the
-number of entries of all matrices that have a mask, and s the sparsity, the fraction of them that is pruned. "Dense"
-means without a mask. In shapes: B sequences (b of a micro-batch), T tokens, D hidden size, L layers, V vocabulary;
-P positions that masked LM predicts. "TAMT FILE.py" is a file of the released code. How the paper, the released code and
-this program differ stands in a table at the head of appendix A.
+    run.method, run.objective            tamt, imp, omp or random; mlm, kd or mlm+kd
+    run.sparsity, run.rank               how many entries are pruned, and which compete: those of all matrices (global),
+                                         of each matrix (local), or of groups of a row (N:M)
+    run.scope, run.init                  whether the word embeddings have a mask; whether the first mask is OMP's
+    run.num_updates, run.prune_every     how many updates there are; with imp, how many in a round
+    run.lr, run.horizon                  the first learning rate, and after how many updates its decay would reach 0
+    run.batch_size, run.accumulate       rows of a micro-batch; micro-batches of an update
+    run.trains, run.machine              False for omp and random; device, type of numbers, and processes
+
+A mask belongs to one matrix; masks, {name: mask}, are what a run finds. In formulas, W is a weight matrix (theta in the
+paper), M its mask and S its scores (the paper's underlined M); n is the number of entries of all matrices that have a
+mask, and s the sparsity, the fraction of them that is pruned. "Dense" means without a mask. In shapes: B sequences (b
+of a micro-batch), T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts. "TAMT FILE.py"
+is a file of the released code. How the paper, the released code and this program differ stands in a table at the head
+of appendix A.
 """
 
 from __future__ import annotations
@@ -88,18 +98,18 @@ import data
 
 
 def find_mask(settings: Settings) -> dict:
-    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (With several
-    processes, only the first one does; the others return {}.)
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several
+    processes the first one saves and returns it, and the others return {}.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
     machine = start_machine(settings.device, settings.dtype)  # device, type of numbers, and which process this is
-    with first_process_first(machine):  # it downloads and tokenises, and the others find its files
+    with first_process_first(machine):  # the first one downloads and tokenises, and the others find its files
         inputs = read_inputs(settings, machine)  # steps 1 and 2
     run = inputs.run
 
-    # The folder of the run. With --resume it may hold the result of a finished run, of which only an export may be left
-    # to do, or the state to continue from.
+    # With --resume the folder holds either the result of a finished run, of which only --export may be left to do, or
+    # the state to continue from.
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
         export_finished(inputs)
@@ -120,9 +130,10 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, MaskedLayer]:
         scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
         if run.rank == "global":
             pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
-        train_scores(Training(inputs, masked_layers, scores, state))  # steps 5 to 7
+            make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
+        train_scores(Training(inputs, masked_layers, scores, state))  # steps 5 to 7; a state takes the place of 3 and 4
     elif run.method == "imp":  # makes its masks as it goes, and has no scores
-        train_imp(Training(inputs, masked_layers, None, state))
+        train_imp(Training(inputs, masked_layers, scores=None, state=state))
     else:  # omp and random end here
         set_masks(masked_layers, first_masks(masked_layers, run))
     return masked_layers
@@ -151,7 +162,7 @@ def read_inputs(settings: Settings, machine: Machine) -> Inputs:
 
 
 def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen until Training chooses what trains, on the device; and its vocabulary."""
+    """Step 1: the checkpoint, frozen (choose_what_trains unfreezes what is to train), and its vocabulary."""
     model, vocabulary = load_model(settings.model)
     trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
     if trains_head and model.mlm_head is None:
@@ -166,7 +177,7 @@ def add_fresh_head(model: bert.Model, seed: int):
     torch.manual_seed(seed)
     model.add_mlm_head()
     model.mlm_head.is_fresh = True
-    model.mlm_head.decoder = None  # it takes the word embeddings; a decoder of its own would never be trained
+    model.mlm_head.decoder = None  # it takes the word embeddings; one of its own would stay random (choose_what_trains)
 
 
 def open_text(run, vocabulary, split: str):
@@ -224,12 +235,12 @@ class MaskedLayer(nn.Module):
 
     with scores      W * M, with the straight-through gradient to the scores: while a mask is learned
     without scores   W * M, through which W itself may train, as in IMP
-    is_dense         W, to compare the masked model with the dense one (dense_teacher, in the chapter on losses)"""
+    is_dense         W, for the teacher of kd (dense_teacher, in the chapter on losses)"""
 
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. The class Scores puts scores in, and its own memory in the place of this mask.
+        # Everything is kept at first. The class Scores puts scores in, and a view of its long vector for this mask.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)
         self.is_dense = False
@@ -255,7 +266,7 @@ class MaskedLinear(MaskedLayer):
 
 class MaskedEmbedding(MaskedLayer):
     """Looks up rows of the weight, the scores and the mask, and masks only those. The decoder of the masked-LM head,
-    which shares the weight, reads it directly: so the decoder stays dense, as in the released code."""
+    which shares the weight, reads it without this layer: so the decoder stays dense, as in the released code."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -273,7 +284,7 @@ def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Modul
     """{name of the weight, as in checkpoints: layer} of the masked set, in model order: word embeddings (not with
     scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
-    for name, module in model.backbone.named_modules(prefix=model.config.model_type):
+    for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # so without the heads
         is_linear = isinstance(module, nn.Linear)
         is_embedding = name.endswith("word_embeddings")
         if is_linear or (is_embedding and scope == "all"):
@@ -293,8 +304,8 @@ def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
 
 
 def set_masks(masked_layers: dict, masks: dict):
-    """Gives each layer its mask, in the place of the one before (not for layers with scores: see Scores). A layer
-    without one keeps everything."""
+    """Sets the mask of each layer; one that has none in `masks` keeps everything. (Not for layers with scores, whose
+    masks are views.)"""
     for name, layer in masked_layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -309,36 +320,40 @@ def make_masks(values: dict, sparsity: float, rank: str) -> dict:
     them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
     if rank == "global":  # all matrices as one vector
         vector = torch.cat([matrix.flatten() for matrix in values.values()])
-        mask = mask_without_smallest(vector, round(len(vector) * sparsity))
-        pieces = mask.split([matrix.numel() for matrix in values.values()])
+        vector_mask = keep_largest(vector, num_kept_of(len(vector), sparsity))
+        pieces = vector_mask.split([matrix.numel() for matrix in values.values()])
         return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
 
     if rank == "local":
         masks = {}
         for name, matrix in values.items():
-            num_pruned = round(matrix.numel() * sparsity)
-            masks[name] = mask_without_smallest(matrix.flatten(), num_pruned).view(matrix.shape)
+            mask = keep_largest(matrix.flatten(), num_kept_of(matrix.numel(), sparsity))
+            masks[name] = mask.view(matrix.shape)
         return masks
 
     num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
     return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
 
-def mask_without_smallest(values, num_pruned: int):  # (n,) -> (n,) bool
-    """The mask that prunes exactly the `num_pruned` smallest values.
+def num_kept_of(num_entries: int, sparsity: float) -> int:
+    return num_entries - round(num_entries * sparsity)
+
+
+def keep_largest(values, num_kept: int):  # (n,) -> (n,) bool
+    """The mask that keeps exactly the `num_kept` largest values.
 
     Of equal values at the border, those with lower indices stay. So the count is always exact:
 
-        values 3 1 2 2 2, num_pruned 3   ->   mask 1 0 1 0 0
+        values 3 1 2 2 2, num_kept 2   ->   mask 1 0 1 0 0
     """
     order = torch.argsort(values, descending=True, stable=True)  # largest first, equals in their order
     mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    mask[order[:len(values) - num_pruned]] = True
+    mask[order[:num_kept]] = True
     return mask
 
 
 def magnitude_masks(masked_layers: dict, sparsity: float, rank: str) -> dict:
-    """Masks by |W|. On layers that keep everything this is OMP; on masked ones, the next level of IMP."""
+    """Masks by |W|. On layers that keep everything this is OMP; on masked ones, the next mask of IMP."""
     magnitudes = {}
     for name, layer in masked_layers.items():
         # What is pruned stays pruned: -1 is below every magnitude.
@@ -361,8 +376,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
-    starts_at_random = run.method == "tamt" and run.init == "random"  # the other methods do not heed --init
-    if run.method == "random" or starts_at_random:
+    if run.method == "random" or run.init == "random":
         return random_masks(masked_layers, run.sparsity, rank, run.seed)
     return magnitude_masks(masked_layers, run.sparsity, rank)
 
@@ -372,7 +386,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, with the first threshold phi in between)
+START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, where phi is the first threshold)
 
 
 class Scores:
@@ -392,10 +406,10 @@ class Scores:
         self.rank = rank
         self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
         self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        self.pools = make_pools(masked_layers, sparsity, rank)
+        self.pools = make_pools(masked_layers, sparsity, rank)  # for fast rankings (appendix B)
 
         begin = 0
-        for layer in masked_layers.values():  # each gets its views of the two vectors
+        for layer in masked_layers.values():
             end = begin + layer.weight.numel()
             layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
             layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
@@ -403,44 +417,13 @@ class Scores:
 
     @torch.no_grad()
     def update_masks(self):
-        """Step 7 (Eq. 2): in each pool the lowest scores are pruned, exactly as many as the sparsity asks for."""
-        if is_pattern(self.rank):
-            masks = make_masks({name: layer.scores for name, layer in self.masked_layers.items()},
-                               self.sparsity, self.rank)
-            for name, layer in self.masked_layers.items():
-                layer.mask.copy_(masks[name])
+        """Step 7 (Eq. 2): the lowest scores are pruned, exactly as many as the sparsity asks for."""
+        if self.pools:  # global or local: what the lines below would do, but faster (appendix B)
+            rank_pools(self)
             return
-        for pool in self.pools:
-            scores = self.all_scores[pool.begin:pool.end]
-            mask = self.all_masks[pool.begin:pool.end]
-            # As mask.copy_(mask_without_smallest(scores, pool.num_pruned)), but faster (appendix B).
-            rank_again(scores, pool, mask)
-
-
-@dataclass
-class Pool:
-    """Scores that compete with each other: all_scores[begin:end]. Kept ones lie at or above the threshold, pruned ones
-    at or below it. The ranking starts its search there; with --refresh-every it decides between two rankings."""
-    begin: int
-    end: int
-    num_pruned: int
-    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
-    radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
-
-
-def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
-    """One pool of all scores (global), or one for each matrix (local). With N:M the groups of a row compete, and there
-    are no pools."""
-    sizes = [layer.weight.numel() for layer in masked_layers.values()]
-    if rank == "global":
-        return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]
-    pools = []
-    if rank == "local":
-        begin = 0
-        for size in sizes:
-            pools.append(Pool(begin, begin + size, round(size * sparsity)))
-            begin += size
-    return pools
+        scores = {name: layer.scores for name, layer in self.masked_layers.items()}
+        for name, mask in make_masks(scores, self.sparsity, self.rank).items():
+            self.masked_layers[name].mask.copy_(mask)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -448,15 +431,15 @@ def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
 # ---------------------------------------------------------------------------------------------------
 
 
-# A batch holds the rows of one update, --batch-size times --accumulate of them, in numpy. Each forward pass takes a
-# slice of it to the device, a micro-batch of --batch-size rows (of which several processes compute a part each).
+# A batch holds the rows of one update, in numpy: run.accumulate times run.batch_size of them. Each forward pass takes a
+# slice of it to the device, a micro-batch of run.batch_size rows (of which several processes compute a part each).
 
 
 @dataclass
 class Batch:
     """The rows of one update, and what masked LM makes of them; all arrays (rows, T)."""
     input_ids: np.ndarray  # int64
-    corrupted_ids: np.ndarray  # int64; kd does not read them
+    corrupted_ids: np.ndarray  # int64; kd trains without them, but its dev losses need them
     is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
     is_token: np.ndarray  # bool: False at padding
 
@@ -480,8 +463,10 @@ class MicroBatch(NamedTuple):
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
-    positions: torch.Tensor  # (P,) indices into the b * T tokens
-    labels: torch.Tensor  # (P,)
+    positions: torch.Tensor  # (P,) of the chosen tokens, indices into the b * T tokens
+    labels: torch.Tensor  # (P,) the original ids of these tokens
+    num_tokens: int  # of the whole batch, as is num_predictions: so the losses of its micro-batches add up to its mean
+    num_predictions: int
 
 
 def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
@@ -493,7 +478,9 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
         corrupted_ids=to_device(batch.corrupted_ids[row_slice], device),
         attention_mask=None if is_token.all() else to_device(is_token, device),
         positions=to_device(positions, device),
-        labels=to_device(input_ids.reshape(-1)[positions], device))
+        labels=to_device(input_ids.reshape(-1)[positions], device),
+        num_tokens=batch.num_tokens,
+        num_predictions=batch.num_predictions)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -502,8 +489,7 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
 
 
 def mlm_loss(logits, labels, num_predictions: int):  # (P, V), (P,) -> scalar
-    """Eq. 3: cross-entropy at the chosen positions, their sum divided by num_predictions. That is the number of the
-    whole batch, so that the losses of its micro-batches add up to its mean."""
+    """Eq. 3: cross-entropy at the chosen positions, their sum divided by num_predictions, the number of the batch."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / max(num_predictions, 1)  # 0 if no token was chosen
 
@@ -515,7 +501,7 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
     Two lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar: the mean over the layers 1 .. L of
     the sum over tokens, divided by num_tokens, the number of the whole batch."""
     total = 0.0
-    for teacher_state, student_state in zip(teacher_states[1:], student_states[1:], strict=True):  # (B, T, D) each
+    for teacher_state, student_state in zip(teacher_states[1:], student_states[1:], strict=True):
         cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (B, T)
         distance = 1 - cosine
         if attention_mask is not None:
@@ -543,11 +529,12 @@ def dense_teacher(model):
         model.train(was_training)
 
 
-def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, num_tokens: int, num_predictions: int):
-    """The loss of a micro-batch. num_tokens and num_predictions are those of its whole batch.
+def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
+    """The share of a micro-batch in the loss of its batch. student: the model again, possibly compiled or wrapped for
+    several processes.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
-    one. student: the model again, possibly compiled or wrapped for several processes."""
+    one."""
     input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
     student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
@@ -555,12 +542,12 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch, nu
     if objective in ("mlm", "mlm+kd"):
         # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
         hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
-        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, num_predictions)
+        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.num_predictions)
 
     if objective in ("kd", "mlm+kd"):
         with dense_teacher(model):
             teacher_states = model(input_ids, micro_batch.attention_mask)
-        loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, num_tokens)
+        loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, micro_batch.num_tokens)
     return loss
 
 
@@ -570,8 +557,8 @@ def has_pretrained_head(model: bert.Model) -> bool:
 
 @torch.no_grad()
 def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
-    """What a mask is worth on held-out rows, in eval mode; each loss is the mean over batches, however short the last
-    (TAMT mask_training/eval_mlm.py, eval_kd.py).
+    """What a mask is worth on held-out rows, in eval mode; each loss is the mean of those of the batches, in which
+    a shorter last one counts as much as any (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
     dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
     or if the rows are so few that no token was chosen for prediction.
@@ -588,7 +575,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
             if objective == "mlm" and batch.num_predictions == 0:
                 continue  # a last batch may be so short that it says nothing
             with autocast(machine):
-                loss = micro_batch_loss(model, model, objective, micro_batch, batch.num_tokens, batch.num_predictions)
+                loss = micro_batch_loss(model, model, objective, micro_batch)
             batch_losses[objective].append(max(float(loss), 0.0))  # for equal states 1 - cosine may round to below 0
     model.train(was_training)
 
@@ -605,7 +592,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 class Training:
-    """The training of a run: what it is given, and what changes from update to update, which state.pt keeps."""
+    """The training of a run: what it is given, and what changes from update to update (state.pt keeps that)."""
 
     def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None, state: dict | None = None):
         """scores: None with imp, where weights train. state: None, or that of an interrupted run."""
@@ -616,8 +603,8 @@ class Training:
         self.masked_layers = masked_layers
         self.scores = scores
         self.parameters = choose_what_trains(self.model, run)  # {name: parameter}
-        self.student = wrap_network(self.model, run)  # the model, possibly compiled, or wrapped for several processes
-        # With mlm the head trains, too, and with imp all weights do. These are their values before that.
+        self.student = wrap_network(self.model, run)  # as in micro_batch_loss
+        # With mlm the head trains, too, and with imp all weights do. These are their values before that; with kd none.
         self.pretrained = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -631,14 +618,17 @@ class Training:
 
 
 def choose_what_trains(model, run: Run) -> dict[str, nn.Parameter]:
-    """{name: parameter}; all others are frozen. With tamt the scores train, and for masked LM its head without the
-    decoder (TAMT masking/maskers.py:524); with imp all weights. The pooler does not, since no loss reads it."""
+    """{name: parameter} of those that train; all others stay frozen. With tamt the scores train (Scores has put them
+    into the layers), and for masked LM its head without the decoder (TAMT masking/maskers.py:524); with imp all
+    weights. The pooler does not, since no loss reads it."""
     chosen = {}
     for name, parameter in model.named_parameters():
-        is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-        if run.method == "imp" or name.endswith(".scores"):
-            trains = "pooler" not in name
+        if "pooler" in name:
+            trains = False
+        elif run.method == "imp" or name.endswith(".scores"):
+            trains = True
         else:
+            is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
             trains = is_head and run.objective != "kd"
         parameter.requires_grad_(trains)
         if trains:
@@ -653,17 +643,24 @@ def train_scores(training: Training):
     while training.updates_done < run.num_updates:
         # Linear decay to 0 at update run.horizon. That is the last one with --steps; the paper's runs end before it.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
-        batch = next_batch(training)
-        loss = backpropagate(training, batch)  # step 5
-        loss_value = optimizer_step(training, loss, learning_rate, update_number=training.updates_done + 1)  # step 6
-        training.updates_done += 1
+        loss = update(training, learning_rate, update_number=training.updates_done + 1)  # steps 5 and 6
         if run.refresh_every == 1:
             training.scores.update_masks()  # step 7
         else:
             refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
-        evaluate_and_log(training, loss_value, learning_rate)
+        report(training, loss, learning_rate)  # the log, dev losses, and masks on the way
         save_state_if_due(training)
     restore_pretrained(training)  # the head is thrown away; the masks are the result
+
+
+def update(training: Training, learning_rate: float, update_number: int) -> float:
+    """Steps 5 and 6, of TAMT and of IMP -> the loss. update_number: that of the optimizer, from 1; with imp it starts
+    anew in each round."""
+    batch = next_batch(training)
+    loss = backpropagate(training, batch)
+    loss_value = optimizer_step(training, loss, learning_rate, update_number)
+    training.updates_done += 1
+    return loss_value
 
 
 def next_batch(training: Training) -> Batch:
@@ -678,28 +675,26 @@ def next_batch(training: Training) -> Batch:
 
 
 def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
-    """Step 5: the loss of a batch, and its gradients -> the loss, a scalar on the device. The batch is computed in
-    micro-batches, of which each of several processes computes its share."""
+    """Step 5: the loss of a batch, and its gradients, which StraightThrough hands to the scores -> the loss, a scalar
+    on the device. The batch is computed in micro-batches, of which each of several processes computes its share."""
     run = training.run
     machine = run.machine
-    seed_dropout(run.seed, training.updates_done, machine.process_index)  # it depends on nothing else
+    seed_dropout(run.seed, training.updates_done, machine.process_index)  # so a resumed run draws the same
     total_loss = torch.zeros((), device=machine.device)
     slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
     for row_slice in slices:
         micro_batch = make_micro_batch(batch, row_slice, machine.device)
         with share_gradients_if(row_slice is slices[-1], training):  # only in the last backward pass
             with autocast(machine):
-                loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch,
-                                        batch.num_tokens, batch.num_predictions)
+                loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch)
             (loss * machine.num_processes).backward()  # processes average their gradients; the sum is wanted
         total_loss += loss.detach()
     return sum_over_processes(total_loss, machine)
 
 
 def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
-    """Step 6: Adam moves the scores (with imp, the weights) by their gradients -> the loss as a number.
-
-    update_number: that of the optimizer, from 1; with imp it restarts in each round."""
+    """Step 6: Adam moves the scores (with imp, the weights) against their gradients -> the loss as a number. Raises
+    ValueError if the loss or its gradient is not finite, and then moves nothing."""
     run = training.run
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
     loss_value, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
@@ -708,15 +703,17 @@ def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float,
                          f"{training.updates_done + 1}: try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; "
                          f"{run.out} keeps the last state")
 
-    # With these settings, which change from update to update, torch's AdamW computes what the released optimizers do
-    # (appendix A).
-    training.optimizer.param_groups[0].update(optimizer_settings(run.objective, learning_rate, update_number))
+    # The learning rate, eps and weight decay of this update, with which torch's AdamW computes what the released
+    # optimizers do (appendix A).
+    options = optimizer_settings(run.objective, learning_rate, update_number)
+    training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
     return loss_value
 
 
 def restore_pretrained(training: Training):
+    """What trained, but for the scores, gets its values from before the training."""
     for name, weight in training.pretrained.items():
         training.parameters[name].data = weight
 
@@ -733,8 +730,9 @@ def train_imp(training: Training):
         sparsity .7    prune to .1, train, prune to .2, train, ... train, prune to .7
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
-    losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The schedule's
-    horizon is that of ten rounds, so the learning rate hardly falls within one (TAMT LT_pretrain.py)."""
+    losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. However
+    many rounds there are, the schedule is as long as ten, so the learning rate hardly falls within one (TAMT
+    LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
@@ -743,12 +741,10 @@ def train_imp(training: Training):
     while training.updates_done < run.num_updates:
         update_in_round = training.updates_done % run.prune_every
         learning_rate = run.lr * (1 - update_in_round / run.horizon)
-        loss = backpropagate(training, next_batch(training))
-        loss_value = optimizer_step(training, loss, learning_rate, update_number=update_in_round + 1)
-        training.updates_done += 1
+        loss = update(training, learning_rate, update_number=update_in_round + 1)
         if training.updates_done % run.prune_every == 0:
             prune_and_rewind(training, levels[training.updates_done // run.prune_every])
-        training.log.add(training.updates_done, loss_value, learning_rate, {})
+        training.log.add(training.updates_done, loss, learning_rate, {})
         save_state_if_due(training)
     restore_pretrained(training)  # of all that was trained the masks alone are the result
 
@@ -771,7 +767,7 @@ def imp_levels(sparsity: float) -> list[float]:
     """Sparsities .1, .2, ...: fractions of all entries, not of those that are left. A target that is not a multiple
     of 10 % ends with a smaller step."""
     tenths = [tenth / 10 for tenth in range(1, 10)]
-    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]
+    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]  # whatever the rounding of .7
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -889,7 +885,6 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
         layer = scores.masked_layers[name]
         layer.scores.data.masked_fill_(is_pinned & layer.mask, math.inf)
         layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
-    make_start_exact(scores)
 
 
 def make_start_exact(scores: Scores):
@@ -898,7 +893,7 @@ def make_start_exact(scores: Scores):
     round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
     entry that changes sides gets the start score of its new side."""
     [pool] = scores.pools  # of all scores
-    scores.all_masks.copy_(mask_without_smallest(scores.all_scores, pool.num_pruned))
+    scores.all_masks.copy_(keep_largest(scores.all_scores, pool.end - pool.num_pruned))
     start_scores = START_SCORE * scores.all_masks
     scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
 
@@ -960,9 +955,43 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Pool:
+    """Scores that compete with each other: all_scores[begin:end]. Kept ones lie at or above the threshold, pruned ones
+    at or below it. The ranking starts its search there; with --refresh-every it decides between two rankings."""
+    begin: int
+    end: int
+    num_pruned: int
+    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
+    radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
+
+
+def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
+    """One pool of all scores (global), or one for each matrix (local). With N:M the groups of a row compete, and there
+    are no pools."""
+    sizes = [layer.weight.numel() for layer in masked_layers.values()]
+    if rank == "global":
+        return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]
+    pools = []
+    if rank == "local":
+        begin = 0
+        for size in sizes:
+            pools.append(Pool(begin, begin + size, round(size * sparsity)))
+            begin += size
+    return pools
+
+
+def rank_pools(scores: Scores):
+    """What Scores.update_masks() does where there are pools: in each of them the lowest scores are pruned."""
+    for pool in scores.pools:
+        values = scores.all_scores[pool.begin:pool.end]
+        mask = scores.all_masks[pool.begin:pool.end]
+        rank_again(values, pool, mask)
+
+
 def rank_again(scores, pool: Pool, mask):
-    """Writes into `mask` what mask_without_smallest(scores, pool.num_pruned) returns. Called after every update, which
-    moves the threshold little: by about as much as the last one."""
+    """Writes into `mask` the mask that prunes the lowest pool.num_pruned scores. Called after every update, which moves
+    the threshold little: by about as much as the last one."""
     guess = pool.threshold if math.isfinite(pool.threshold) else START_SCORE / 2  # not finite if nothing is pruned
     threshold = prune_smallest_near(scores, pool.num_pruned, guess, pool.radius, mask)
     moved = abs(threshold - guess)
@@ -973,7 +1002,8 @@ def rank_again(scores, pool: Pool, mask):
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
-    """Writes into `mask` what mask_without_smallest() returns, faster, and returns where the threshold now lies.
+    """Writes into `mask` what keep_largest(values, len(values) - num_pruned) returns, faster, and returns where the
+    threshold now lies.
 
     Nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
     radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
@@ -995,7 +1025,7 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
         return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
 
     undecided_values = values[undecided]
-    undecided_mask = mask_without_smallest(undecided_values, num_undecided_to_prune)
+    undecided_mask = keep_largest(undecided_values, len(undecided_values) - num_undecided_to_prune)
     mask[undecided] = undecided_mask
     if num_undecided_to_prune == 0:
         return low  # a lower bound of where the threshold lies is good enough as the next guess
@@ -1641,7 +1671,7 @@ class Log:
         self.bits = state["bits"].numpy()
 
 
-def evaluate_and_log(training: Training, loss: float, learning_rate: float):
+def report(training: Training, loss: float, learning_rate: float):
     """A line of the log, and now and then the dev losses and the mask as a file."""
     run = training.run
     losses = {}

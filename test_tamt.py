@@ -543,11 +543,11 @@ def random_case(generator):
     return torch.tensor(values), generator.randint(0, num_values)
 
 
-def test_mask_without_smallest_prunes_the_smallest_and_of_equal_values_the_last():
+def test_keep_largest_keeps_the_largest_and_of_equal_values_the_first():
     generator = random.Random(0)
     for _ in range(300):
         values, count = random_case(generator)
-        assert tamt.mask_without_smallest(values, count).tolist() == prune_by_sorting(values.tolist(), count)
+        assert tamt.keep_largest(values, len(values) - count).tolist() == prune_by_sorting(values.tolist(), count)
 
 
 @pytest.mark.parametrize("n,m", [(1, 2), (2, 4), (3, 4), (1, 8), (4, 8)])

@@ -171,6 +171,7 @@ def begin(settings):
         scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
         if run.rank == "global":
             tamt.pin_unlearnable_scores(scores, inputs)
+            tamt.make_start_exact(scores)
     inputs.model.train()
     return tamt.Training(inputs, layers, scores)
 

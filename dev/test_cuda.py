@@ -37,8 +37,8 @@ def test_the_ranking_is_exact(num_values):
     for values in (torch.randn(num_values, generator=generator),
                    torch.randint(0, 9, (num_values,), generator=generator).float()):
         num_pruned = round(0.7 * num_values)
-        expected = tamt.mask_without_smallest(values, num_pruned)
-        assert torch.equal(tamt.mask_without_smallest(values.cuda(), num_pruned).cpu(), expected)
+        expected = tamt.keep_largest(values, len(values) - num_pruned)
+        assert torch.equal(tamt.keep_largest(values.cuda(), len(values) - num_pruned).cpu(), expected)
         mask = torch.empty(num_values, dtype=torch.bool, device="cuda")
         threshold = tamt.prune_smallest_near(values.cuda(), num_pruned, 0.4, 0.1, mask)
         assert torch.equal(mask.cpu(), expected)
@@ -78,9 +78,9 @@ def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
     for count in (0, 1, 3333, 9999, 10_000):
         mask = torch.zeros(10_000, dtype=torch.bool, device="cuda")
         tamt.prune_smallest_near(values.cuda(), count, 1.0, 1e-3, mask)
-        expected = tamt.mask_without_smallest(values, count)
+        expected = tamt.keep_largest(values, len(values) - count)
         assert torch.equal(mask.cpu(), expected)
-        assert torch.equal(tamt.mask_without_smallest(values.cuda(), count).cpu(), expected)
+        assert torch.equal(tamt.keep_largest(values.cuda(), len(values) - count).cpu(), expected)
         groups = values.view(100, 100)
         expected = tamt.keep_largest_of_groups(groups, 2, 4)
         assert torch.equal(tamt.keep_largest_of_groups(groups.cuda(), 2, 4).cpu(), expected)

@@ -46,7 +46,7 @@ def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
     mask = torch.empty(600_000, dtype=torch.bool)
     for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
         tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)  # no value is near .5
-        assert torch.equal(mask, tamt.mask_without_smallest(values, count))
+        assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
 
 
 def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
@@ -56,7 +56,7 @@ def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
         mask = torch.empty(7, dtype=torch.bool)
         tamt.prune_smallest_near(values, count, 5.0, 0.001, mask)
         assert mask[[0, 5]].all() and not mask[[2, 6]].any()
-        assert torch.equal(mask, tamt.mask_without_smallest(values, count))
+        assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
 
 
 def test_more_than_255_entries_of_a_group_may_be_kept():
@@ -231,7 +231,7 @@ def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(mod
     scores.update_masks()
     learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
     mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
-    assert torch.equal(mask, tamt.mask_without_smallest(learned, round(len(learned) * 0.5)))
+    assert torch.equal(mask, tamt.keep_largest(learned, len(learned) - round(len(learned) * 0.5)))
 
 
 @pytest.mark.parametrize("objective", ["mlm", "kd"])
@@ -267,7 +267,7 @@ def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
 # last update, and sorts only the values within that radius.
 
 
-def test_prune_smallest_near_equals_mask_without_smallest_whatever_the_guess():
+def test_prune_smallest_near_equals_keep_largest_whatever_the_guess():
     """The guess may be far off, and the radius as small as a millionth."""
     generator = random.Random(1)
     for _ in range(300):
@@ -276,7 +276,7 @@ def test_prune_smallest_near_equals_mask_without_smallest_whatever_the_guess():
         radius = 10 ** generator.uniform(-6, 1)
         mask = torch.rand(len(values)) < 0.5  # whatever was there before
         tamt.prune_smallest_near(values, count, threshold, radius, mask)
-        assert torch.equal(mask, tamt.mask_without_smallest(values, count))
+        assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
 
 
 def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
