@@ -6,38 +6,52 @@
     python finetune.py --task sst2 --model bert-base --find super   cut out whole heads and FFNs (Liang et al. 2021)
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each with its own mask
 
-    1. One experiment             read, train, finish
-    2. Tickets, tasks, network    what an experiment consists of
+    1. One fine-tuning            read, train, finish
+    2. Tickets, tasks, network    what it consists of
     3. Losses, predictions
     4. The training loop
     5. The result
-  The methods of other papers; skip them if you came for TAMT:
-    6. IMP on a task              a loop around the experiment
+
+    Methods of other papers; skip them if you came for TAMT:
+    6. IMP on a task              a loop around the fine-tuning
     7. Super Tickets              how important each head and each FFN is; tickets that cut them out
     8. Several tasks              one encoder, and for each task a head and a ticket
+
     Appendix A                    what differs; ablations, states, records, predictions, export
     Appendix B                    settings and the command line
 
-A mask file is called a ticket, as in "lottery ticket": for each matrix a mask, True where a weight is kept, and a note
-on how it was found. It comes from tamt.py or from --find. Only matrices have masks, six in each layer, and perhaps the
-pooler and the word embeddings; biases, LayerNorms and task heads always train. The masks stay as they are while the
-weights that they keep are trained.
+A mask belongs to one matrix: True where a weight is kept. A ticket (as in "lottery ticket") is the content of a mask
+file: the masks of all matrices, and how they were found. It comes from tamt.py or from --find. Six matrices in each
+layer have a mask, and perhaps the pooler and the word embeddings. All that has none (biases, LayerNorms, the other
+embeddings, task heads) always trains. Masks stay as they are while the weights that they keep are trained.
 
-There are two kinds. An ordinary ticket removes single weights. A Super Ticket removes whole units, which are attention
-heads and the feed-forward networks (FFNs) of layers. How they are applied is a table in the docstring of build_network.
+There are two kinds of tickets. An ordinary one prunes single weights. A Super Ticket cuts out whole units, which are
+attention heads and the feed-forward networks (FFNs) of layers. build_network applies a ticket in one of three ways:
 
-Names that recur:
+    one task, an ordinary ticket   The weights that it prunes are set to zero once. Before every update their gradients
+                                   are set to zero, too, so they stay exactly zero. (optimizer_step)
+    one task, a Super Ticket       The rows and columns of its units are cut out of the matrices before training.
+                                   (cut_out_units, chapter 7)
+    several tasks, with one        The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
+    ticket each                    the weights multiplied by the ticket of its own task. (select_task, chapter 8)
+
+Without a ticket all weights are trained. Names that recur:
 
     settings    what the user asked for (Settings); its fields are named like the flags
-    run         one fine-tuning; as a variable, its settings with every default filled in (Run): run.lr, run.epochs, ...
-    inputs      what a run reads: tasks, tickets, the network (Inputs)
+    run         the same with every default filled in (Run), and with checksums of what it is about: run.lr, run.epochs,
+                run.max_len (tokens of an example), run.limit (training examples), run.eval_every (updates), run.out
+                (its folder), run.weights (pretrained, or an ablation), run.predict and run.export (what else to write)
+    inputs      what is read: tasks, tickets, the network (Inputs)
     identity    what --resume compares: settings, and checksums of all inputs
-    experiment  a run in progress (Experiment)
-    search      a --find: several runs, which in IMP are called rounds
+    experiment  a fine-tuning in progress (Experiment)
+    step        in files and on the screen: how many updates are done
+    search      what --find does: several fine-tunings in a row, which in IMP are called rounds
     task head   the layer on top: a classifier, or for SQuAD the span layer. Pre-training heads (masked LM) are removed.
                 A plain "head" is an attention head.
+    dense       without a ticket
 
-"Released" means: in the programs of the three papers, TAMT, Chen et al. 2020 and Liang et al. 2021. A function that is
+"Released" means: in the programs of three papers, which are TAMT (Liu et al. 2022, glue_trans.py), for IMP and OMP on
+BERT Chen et al. 2020 (BERT-Tickets, LT_glue.py), and for Super Tickets Liang et al. 2021 (mt_dnn). A function that is
 called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the network (bert.py),
 vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders
 (tamt.py).
@@ -70,23 +84,19 @@ import tamt
 from tamt import option
 
 # ---------------------------------------------------------------------------------------------------
-# 1. One experiment
+# 1. One fine-tuning
 # ---------------------------------------------------------------------------------------------------
 
 
 def fine_tune(settings: Settings) -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
-    returns the content of result.json.
+    returns the content of result.json. (With settings.find: what find_ticket does.)
 
-    With settings.find it looks for a ticket on the task instead, which takes several experiments (chapters 6 and 7),
-    and returns the content of mask.json. Raises ValueError or OSError, with a message of one line, for input that is
-    wrong."""
-    if settings.find == "imp":
-        return find_imp(settings)
-    if settings.find == "super":
-        return find_super(settings)
+    Raises ValueError or OSError, with a message of one line, for input that is wrong."""
+    if settings.find:
+        return find_ticket(settings)  # chapters 6 and 7
     inputs = read_inputs(settings)
-    result, state = open_run(inputs)  # with --resume: the result of a finished run, or the state of an interrupted one
+    result, state = open_run(inputs)
     if result is None:
         experiment = Experiment(inputs, state)
         train(experiment)
@@ -110,8 +120,7 @@ class Inputs:
 def read_inputs(settings: Settings, schedule_runs: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
 
-    schedule_runs: the learning rate falls linearly, and would reach 0 after so many runs like this one: after 1; or in
-    a round of IMP after 10, so that there it falls to .9 lr only."""
+    schedule_runs: after how many runs like this one the learning rate would reach 0 (10 in IMP, chapter 6)."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -119,21 +128,24 @@ def read_inputs(settings: Settings, schedule_runs: int = 1) -> Inputs:
     # The tasks, the tickets, and the network that they belong to.
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
-    model, vocabulary = tamt.load_model(choose_model_name(settings, tickets))
+    model_name = choose_model_name(settings, tickets)
+    model, vocabulary = tamt.load_model(model_name)
     fit_tickets(tickets, model, settings)
 
-    # What follows from them: the settings with every default filled in, the examples, and the folder of the run. That
-    # comes last, since its default name contains a hash of the identity.
-    run = fill_in_defaults(settings, machine, tasks, tickets, model, schedule_runs)
+    # What follows from them: the settings with every default filled in, and the examples. The folder comes last, since
+    # its default name contains a hash of the identity.
+    run = fill_in_defaults(settings, machine, tasks, model_name, model, schedule_runs)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
-    run = choose_folder(run, tickets, identity)
+    run = replace(run, out=choose_folder(run, tickets, identity))
+    check_files_of_run(run)
     return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
                   vocabulary=vocabulary, start_time=start_time)
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
-    """Opens the folder of the run -> result, state. Both are None if nothing is done yet."""
+    """Opens the folder of the run -> result, state. With --resume these are the result of a finished run, or the state
+    of an interrupted one; both are None if nothing is done yet."""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -152,13 +164,11 @@ class Experiment:
         self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, self.run)
                               for task in inputs.tasks]
 
-        # The network that trains, with task heads and under the tickets. The names of the matrices are taken before
-        # build_network may add a fresh pooler, which IMP must not prune.
+        # The network that trains, with task heads and under the tickets. The masks are those of an ordinary ticket of a
+        # single task, {name of a weight: mask}: optimizer_step() keeps at zero what they prune. In other cases {}.
         self.model = inputs.model
-        self.checkpoint_matrices = list(tamt.maskable_layers(self.model))
-        build_network(self.model, self.all_task_data, inputs.tickets, self.run)
+        self.masks = build_network(self.model, inputs.tasks, inputs.tickets, self.run)
         self.parameters = dict(self.model.named_parameters())  # all that trains
-        self.gradient_masks = masks_of_gradients(self)
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
 
         self.updates_done = 0
@@ -169,7 +179,7 @@ class Experiment:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Tickets, tasks, network: what an experiment consists of
+# 2. Tickets, tasks, network: what it consists of
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -210,19 +220,19 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
 
 
 def fit_tickets(tickets: list[Ticket], model, settings):
-    """Puts the masks of each ticket in the order of the model's weights. Raises ValueError if it belongs to another
-    network, and prints a note if it was found on other weights."""
+    """Raises ValueError if a ticket belongs to another network, and prints a note if it was found on other weights.
+    Puts its masks in the order of the model's weights, with their full names."""
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
-        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
+        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)  # --weights random
 
 
 @dataclass
 class TaskData:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window, a
-    question and as much of its paragraph as fits. task.predicts says what the network's answer is: a "class", a
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window: a
+    question, and as much of its paragraph as fits. task.predicts says what the network's answer is: a "class", a
     "number" (STS-B), or a "span" (SQuAD), the first and the last token of the answer."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
@@ -230,12 +240,6 @@ class TaskData:
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
-    parts: TaskParts | None = None  # its task head and ticket, where several tasks share an encoder (chapter 8)
-
-    @property
-    def metric_prefix(self) -> str:
-        """Put before the names of its metrics: "rte_" where tasks share an encoder."""
-        return f"{self.task.name}_" if self.parts else ""
 
 
 def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
@@ -260,16 +264,22 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
 
 
 def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> TaskData:
-    """Token ids of train and dev. --limit keeps that many random training examples, or windows of SQuAD, as for the
-    low-data curves of TAMT's paper."""
+    """Token ids of train and dev."""
     encode = encode_squad if task.predicts == "span" else encode_glue
     task_data = encode(task, examples, vocabulary, run.max_len)
+    if run.limit:
+        limit_training_set(task_data, run.limit, run.seed)
+    return task_data
+
+
+def limit_training_set(task_data: TaskData, limit: int, seed: int):
+    """--limit keeps that many random training examples, or windows of SQuAD, as for the low-data curves of TAMT's
+    paper."""
     num_sequences = len(task_data.train_sequences)
-    if run.limit and run.limit < num_sequences:
-        chosen = data.random_stream(run.seed, "limit").permutation(num_sequences)[:run.limit]
+    if limit < num_sequences:
+        chosen = data.random_stream(seed, "limit").permutation(num_sequences)[:limit]
         task_data.train_sequences = [task_data.train_sequences[index] for index in chosen]
         task_data.train_targets = task_data.train_targets[chosen]
-    return task_data
 
 
 def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
@@ -297,35 +307,29 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
         dev_windows=dev_windows)
 
 
-def build_network(model, all_task_data: list[TaskData], tickets: list[Ticket], run):
-    """Turns the pre-trained model into the network that trains: with task heads, under tickets, on the device. A ticket
-    is applied in one of three ways:
-
-    one task, an ordinary ticket   The weights that it removes are set to zero once. Before every update their gradients
-                                   are set to zero, too, so they stay exactly zero. (masks_of_gradients, update)
-    one task, a Super Ticket       The rows and columns of the units that it removes are cut out of the matrices before
-                                   training. (cut_out_units, chapter 7)
-    several tasks of GLUE,         The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
-    with one ticket each           the weights multiplied by the ticket of its own task. (select_task, chapter 8)
-
-    Without a ticket all weights are trained."""
+def build_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
+    """Turns the pre-trained model into the network that trains: with task heads, under tickets (in one of the three
+    ways that are listed at the head of this file), on the device -> the masks of the weights that were set to zero."""
     torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
     remove_pretraining_heads(model)
-    task = all_task_data[0].task  # several tasks are all of GLUE, so the first one decides about the pooler for all
-    add_or_remove_pooler(model, task)
+    add_or_remove_pooler(model, tasks[0])  # of several tasks none has spans, so the first one speaks for all
     if run.weights != "pretrained":
-        replace_weights(model, run.weights, run.seed)  # an ablation (appendix A), with random numbers of its own
+        replace_weights(model, run.weights, run.seed)  # --weights, an ablation (appendix A) with its own random numbers
 
-    if len(all_task_data) == 1:
-        add_task_head(model, task)
-        if tickets and not tickets[0].is_super:
-            zero_pruned_weights(model, tickets[0])
-        elif tickets:
-            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])  # they are stored as masks
-            cut_out_units(model, removed_heads, removed_ffns)
+    masks = {}
+    if len(tasks) > 1:
+        share_encoder(model, tasks, tickets, run)
     else:
-        share_encoder(model, all_task_data, tickets, run)
-    model.to(run.machine.device)
+        [task] = tasks
+        add_task_head(model, task)
+        if tickets and tickets[0].is_super:
+            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])  # a mask file stores no units
+            cut_out_units(model, removed_heads, removed_ffns)
+        elif tickets:
+            masks = zero_pruned_weights(model, tickets[0])
+    device = run.machine.device
+    model.to(device)
+    return {name: mask.to(device) for name, mask in masks.items()}
 
 
 def remove_pretraining_heads(model):
@@ -352,21 +356,14 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def zero_pruned_weights(model, ticket: Ticket):
+def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """-> {name of a weight: its mask}. The ticket may have one for a pooler that no task head reads: that one is left
+    out."""
     parameters = dict(model.named_parameters())
-    for name, mask in ticket.masks.items():
-        if name in parameters:  # a ticket may have a mask for a pooler that no task head reads
-            parameters[name].data.mul_(mask)
-
-
-def masks_of_gradients(experiment: Experiment) -> dict[str, torch.Tensor]:
-    """{name of a weight: mask}, by which update() multiplies the gradients: those of the ordinary ticket of the only
-    task; in all other cases {}."""
-    tickets = experiment.inputs.tickets
-    if len(experiment.all_task_data) > 1 or not tickets or tickets[0].is_super:
-        return {}
-    device = experiment.run.machine.device
-    return {name: mask.to(device) for name, mask in tickets[0].masks.items() if name in experiment.parameters}
+    masks = {name: mask for name, mask in ticket.masks.items() if name in parameters}
+    for name, mask in masks.items():
+        parameters[name].data.mul_(mask)
+    return masks
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -374,21 +371,21 @@ def masks_of_gradients(experiment: Experiment) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def task_logits(model, task_data: TaskData, sequences: list):
+def task_logits(model, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
-    input_ids, attention_mask, token_type_ids = to_tensors(model, sequences)
+    select_task(model, task)  # if several tasks share the encoder: this one's head and ticket (chapter 8)
+    input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
+    is_span = task.predicts == "span"
     with torch.autocast(last_hidden_state.device.type, enabled=False):  # bf16 has three digits: too few for logits
-        if task_data.task.predicts != "span":
-            return model.class_logits(last_hidden_state)
-        logits = model.span_logits(last_hidden_state)
-    if attention_mask is not None:
+        logits = model.span_logits(last_hidden_state) if is_span else model.class_logits(last_hidden_state)
+    if is_span and attention_mask is not None:
         logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # so small that padding gets no probability
     return logits
 
 
-def to_tensors(model, sequences: list) -> tuple:
+def batch_tensors(model, sequences: list) -> tuple:
     """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None with RoBERTa, which has
     none), (B, T) each, on the device of the model."""
     device = next(model.parameters()).device
@@ -406,13 +403,23 @@ def task_loss(task: glue_squad.Task, logits, targets):
     (B, C) and (B,)          for classes: cross-entropy
     (B, 1) and (B,)          for numbers: squared error
     (B, T, 2) and (B, 2)     for answers: the mean of the cross-entropies of first and last position"""
-    if task.predicts == "number":
-        return F.mse_loss(logits[:, 0], targets)
     if task.predicts == "class":
         return F.cross_entropy(logits, targets)
+    if task.predicts == "number":
+        return F.mse_loss(logits[:, 0], targets)
     start_loss = F.cross_entropy(logits[..., 0], targets[:, 0])
     end_loss = F.cross_entropy(logits[..., 1], targets[:, 1])
     return (start_loss + end_loss) / 2
+
+
+def batch_loss(experiment: Experiment, task_data: TaskData, indices):
+    """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
+    machine = experiment.run.machine
+    sequences = [task_data.train_sequences[index] for index in indices]
+    targets = tamt.to_device(task_data.train_targets[indices], machine.device)
+    with tamt.autocast(machine):
+        logits = task_logits(experiment.model, task_data.task, sequences)
+    return task_loss(task_data.task, logits, targets)
 
 
 @torch.no_grad()
@@ -420,7 +427,6 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
     of its batch."""
     model = experiment.model
-    select_task(model, task_data)  # if tasks share the encoder, this task's head and ticket (chapter 8)
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
@@ -429,7 +435,7 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
     for start in range(0, len(sequences), batch_size):
         indices = by_length[start:start + batch_size]
         with tamt.autocast(experiment.run.machine):
-            batch_logits = task_logits(model, task_data, [sequences[index] for index in indices])
+            batch_logits = task_logits(model, task_data.task, [sequences[index] for index in indices])
         for index, row in zip(indices, batch_logits.cpu().numpy(), strict=True):
             logits[index] = row
     model.train(was_training)
@@ -452,15 +458,19 @@ def evaluate(experiment: Experiment) -> dict[str, float]:
     metrics = {}
     for task_data in experiment.all_task_data:
         task = task_data.task
-        for split, sequences in task_data.dev_sequences.items():
+        for split, sequences in task_data.dev_sequences.items():  # those of dev_mm get names that end in _mm
             predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
             if task.predicts == "span":
                 scores = glue_squad.squad_scores(predictions, task_data.examples[split])
             else:
                 scores = glue_squad.score(task, predictions, task_data.examples[split], split)
-            for name, value in scores.items():  # those of dev_mm end in _mm
-                metrics[task_data.metric_prefix + name] = value
+            metrics |= {full_name(experiment, task, name): value for name, value in scores.items()}
     return metrics
+
+
+def full_name(experiment: Experiment, task: glue_squad.Task, metric: str) -> str:
+    """"accuracy"; or, where several tasks share an encoder, "rte_accuracy"."""
+    return f"{task.name}_{metric}" if len(experiment.all_task_data) > 1 else metric
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -475,44 +485,47 @@ def train(experiment: Experiment):
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
     run = experiment.run
-    model = experiment.model
-    updates_per_epoch = len(epoch_batches(experiment.all_task_data, run, epoch=0))  # all epochs have as many
+    updates_per_epoch = sum(math.ceil(len(task_data.train_sequences) / run.batch_size)
+                            for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
     schedule_length = num_updates * run.schedule_runs  # the update at which the learning rate would reach 0
     progress = Progress(experiment.updates_done, num_updates)
     saved_at = time.time()
-    model.train()
-    for epoch in range(experiment.updates_done // updates_per_epoch, run.epochs):
-        batches = epoch_batches(experiment.all_task_data, run, epoch)
-        # Example: 50 updates per epoch, interrupted after 70. Then epoch 1 (the second) goes on with its batch 20 (the
-        # 21st).
-        for task_data, indices in batches[experiment.updates_done % updates_per_epoch:]:
-            tamt.seed_dropout(run.seed, experiment.updates_done)
-            learning_rate = run.lr * (1 - experiment.updates_done / schedule_length)  # linear decay, no warm-up
-            loss = update(experiment, task_data, indices, learning_rate)
-            experiment.updates_done += 1
-            experiment.loss_since_evaluation += loss
+    batches = None  # those of the current epoch
+    experiment.model.train()
+    while experiment.updates_done < num_updates:
+        epoch, number_in_epoch = divmod(experiment.updates_done, updates_per_epoch)
+        if batches is None or number_in_epoch == 0:  # a resumed run may begin in the middle of an epoch
+            batches = epoch_batches(experiment.all_task_data, run, epoch)
+        task_data, indices = batches[number_in_epoch]
 
-            is_epoch_end = experiment.updates_done % updates_per_epoch == 0
-            if is_epoch_end or experiment.updates_done % run.eval_every == 0:
-                record_evaluation(experiment)
-                progress.show(experiment.history[-1])
-            if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
-                saved_at = time.time()
-                save_state(experiment)
-    model.eval()
+        tamt.seed_dropout(run.seed, experiment.updates_done)
+        learning_rate = run.lr * (1 - experiment.updates_done / schedule_length)  # linear decay, no warm-up
+        loss = batch_loss(experiment, task_data, indices)
+        experiment.loss_since_evaluation += optimizer_step(experiment, loss, learning_rate)
+        experiment.updates_done += 1
+
+        is_epoch_end = experiment.updates_done % updates_per_epoch == 0
+        if is_epoch_end or experiment.updates_done % run.eval_every == 0:
+            record_evaluation(experiment)
+            progress.show(experiment.history[-1])
+        if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
+            saved_at = time.time()
+            save_state(experiment)
+    experiment.model.eval()
 
 
 def record_evaluation(experiment: Experiment):
     """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
-    last_evaluated = experiment.history[-1]["step"] if experiment.history else 0
-    mean_loss = experiment.loss_since_evaluation / (experiment.updates_done - last_evaluated)
+    last_step = experiment.history[-1]["step"] if experiment.history else 0
+    mean_loss = experiment.loss_since_evaluation / (experiment.updates_done - last_step)
     experiment.history.append({"step": experiment.updates_done, "loss": mean_loss, **evaluate(experiment)})
     experiment.loss_since_evaluation = 0.0
 
 
 def epoch_batches(all_task_data: list[TaskData], run: Run, epoch: int) -> list[tuple[TaskData, np.ndarray]]:
-    """The batches of an epoch, those of several tasks shuffled together: (data of a task, indices into its train)."""
+    """The batches of an epoch, those of several tasks shuffled together: (data of a
+    task, indices into its training set)."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
     for task_data in all_task_data:
@@ -524,29 +537,23 @@ def epoch_batches(all_task_data: list[TaskData], run: Run, epoch: int) -> list[t
     return batches
 
 
-def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: float) -> float:
-    """One update of all weights under the masks, on these examples of a task's training set -> their mean loss."""
-    machine = experiment.run.machine
+def optimizer_step(experiment: Experiment, loss, learning_rate: float) -> float:
+    """One update of all weights under the masks -> the loss as a number. Raises ValueError if the loss or its gradient
+    is not finite, and then changes no weight."""
     parameters = experiment.parameters
-    select_task(experiment.model, task_data)  # if tasks share the encoder, this task's head and ticket (chapter 8)
-    sequences = [task_data.train_sequences[index] for index in indices]
-    targets = tamt.to_device(task_data.train_targets[indices], machine.device)
-    with tamt.autocast(machine):
-        logits = task_logits(experiment.model, task_data, sequences)
-    loss = task_loss(task_data.task, logits, targets)
     loss.backward()
 
     # A pruned weight is 0. Since its gradient is, too, AdamW's moments stay 0, and there is no weight decay: so it
     # remains 0. This comes before clipping, so that pruned weights do not count in the norm.
-    for name, mask in experiment.gradient_masks.items():
+    for name, mask in experiment.masks.items():
         parameters[name].grad.mul_(mask)
-    norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)  # as released
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
                          f"{experiment.updates_done + 1}: a lower --lr (here {learning_rate:g}) may help")
 
-    # Sets the learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
+    # The learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
     # (tamt.py, appendix A).
     options = tamt.optimizer_settings("fine-tuning", learning_rate, experiment.updates_done + 1)
     experiment.optimizer.param_groups[0].update(options)
@@ -561,8 +568,8 @@ def update(experiment: Experiment, task_data: TaskData, indices, learning_rate: 
 
 
 def finish(experiment: Experiment) -> dict:
-    """Writes the predictions and the export, if asked for, with the weights after the last update (not the best ones);
-    then result.json, and the line in --results -> the content of result.json:
+    """Writes the predictions and the export, if asked for, with the weights after the last update, not the best ones.
+    Then writes result.json, and the line in --results -> the content of result.json:
 
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
@@ -584,7 +591,8 @@ def finish(experiment: Experiment) -> dict:
 
 def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
-    names = [task_data.metric_prefix + task_data.task.metrics[0] for task_data in experiment.all_task_data]
+    tasks = [task_data.task for task_data in experiment.all_task_data]
+    names = [full_name(experiment, task, task.metrics[0]) for task in tasks]
     best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
     return best, experiment.history[-1]
 
@@ -595,8 +603,7 @@ def floor_scores(experiment: Experiment) -> dict[str, float]:
     for task_data in experiment.all_task_data:
         for split in task_data.dev_sequences:
             floor = glue_squad.majority_scores(task_data.task, task_data.examples[split], split)
-            for name, value in floor.items():
-                scores[task_data.metric_prefix + name] = value
+            scores |= {full_name(experiment, task_data.task, name): value for name, value in floor.items()}
     return scores
 
 
@@ -605,14 +612,23 @@ def floor_scores(experiment: Experiment) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def find_imp(settings) -> dict:
-    """IMP tickets (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of all entries (the smallest that are
-    left), go back to the pre-trained weights (they are read anew), repeat. By default all matrices of the encoder,
-    and of the pooler if the task has one, are ranked as one (--rank global, --scope encoder); --scope all adds the word
-    embeddings.
+def find_ticket(settings: Settings) -> dict:
+    """--find: looks for a ticket on the task, which takes several fine-tunings, and writes it as mask.pt -> the content
+    of mask.json."""
+    return find_imp(settings) if settings.find == "imp" else find_super(settings)
 
-    Each round evaluates the mask of the round before, and makes the next one. So the last mask has no score yet: the
-    command that is printed at the end fine-tunes it. --resume does not repeat a finished round."""
+
+def find_imp(settings: Settings) -> dict:
+    """Finds a ticket by iterative magnitude pruning (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of
+    all entries (the smallest that are left), go back to the pre-trained weights (they are read anew), repeat.
+
+        sparsity .7    train the whole network, prune to .1, train under that mask, prune to .2, ... prune to .7
+
+    By default all matrices of the encoder, and of the pooler if the task has one, are ranked as one (--rank global,
+    --scope encoder); --scope all adds the word embeddings. The IMP of tamt.py prunes first and then trains on text.
+
+    The last mask has no score yet: the command that is printed at the end fine-tunes it. --resume does not repeat a
+    finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -627,12 +643,14 @@ def find_imp(settings) -> dict:
         # As released, every round starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So
         # within a round the learning rate falls from lr to .9 lr, and no further.
         inputs = read_inputs(round_settings, schedule_runs=10)
+        # Listed before a fresh pooler may be added, which no ticket prunes.
+        matrices = list(tamt.maskable_layers(inputs.model, search_settings.scope))
         result, state = open_run_of_search(search_settings, inputs)
         if result is None:
             experiment = Experiment(inputs, state)
-            mark_folders(search_settings, inputs.run)
+            claim_folders(search_settings, inputs.run)  # not before the experiment stands: it may be refused
             train(experiment)
-            masks = prune_trained(experiment, next_sparsity, search_settings)
+            masks = next_masks(experiment, matrices, next_sparsity, search_settings.rank)
             save_ticket(folder / "mask.pt", experiment, masks, {
                 "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
             result = finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
@@ -642,15 +660,16 @@ def find_imp(settings) -> dict:
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def prune_trained(experiment: Experiment, sparsity: float, search_settings) -> dict[str, torch.Tensor]:
-    """Masks that prune this share of all ranked entries: what is pruned already, and the smallest trained weights."""
+def next_masks(experiment: Experiment, matrices: list[str], sparsity: float, rank: str) -> dict[str, torch.Tensor]:
+    """Masks that prune this share of all entries of the matrices: what is pruned already, and the smallest trained
+    weights."""
     magnitudes = {}
-    for name in tamt.maskable_layers(experiment.model, search_settings.scope):
-        if name in experiment.checkpoint_matrices:  # not a fresh pooler, which no ticket may prune
+    for name in matrices:
+        if name in experiment.parameters:  # not a pooler that the task does without
             magnitudes[name] = experiment.parameters[name].detach().abs()
-            if name in experiment.gradient_masks:
-                magnitudes[name].masked_fill_(~experiment.gradient_masks[name], -1.0)  # below every magnitude
-    return tamt.make_masks(magnitudes, sparsity, search_settings.rank)
+            if name in experiment.masks:
+                magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # below every magnitude
+    return tamt.make_masks(magnitudes, sparsity, rank)
 
 
 def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
@@ -676,9 +695,9 @@ def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
 # 7. Super Tickets: whole attention heads and feed-forward networks (FFNs)
 # ---------------------------------------------------------------------------------------------------
 
-# The search.
+# 7a. The search.
 
-# The orders in which units are removed: the least important first, at random, or the most important first.
+# In which order units are cut out: the least important first, at random, or the most important first.
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
@@ -699,7 +718,7 @@ def find_super(settings) -> dict:
     result, state = open_run_of_search(search_settings, inputs)
     if result is None:  # as in fine_tune(), but with the importance measured before it ends
         experiment = Experiment(inputs, state)
-        mark_folders(search_settings, inputs.run)
+        claim_folders(search_settings, inputs.run)
         train(experiment)
         head_importance, ffn_importance = measure_importance(experiment)
         save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
@@ -736,36 +755,36 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
     return curve
 
 
-# How important units are.
+# 7b. How important units are.
 
 
 def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:
     """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
-    in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py)."""
+    in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py),
+    which FFNs, one in a layer, do not need."""
     config = experiment.model.config
     batch_size = experiment.run.batch_size
     experiment.model.eval()
     head_importance = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
     ffn_importance = torch.zeros(config.num_hidden_layers)
-    starts = range(0, len(experiment.all_task_data[0].train_sequences), batch_size)
-    for start in starts:
-        of_heads, of_ffns = importance_in_batch(experiment, slice(start, start + batch_size))
-        head_importance += of_heads / len(starts)
-        ffn_importance += of_ffns / len(starts)
+    num_examples = len(experiment.all_task_data[0].train_sequences)
+    batches = [range(start, min(start + batch_size, num_examples)) for start in range(0, num_examples, batch_size)]
+    for indices in batches:
+        of_heads, of_ffns = importance_in_batch(experiment, indices)
+        head_importance += of_heads / len(batches)
+        ffn_importance += of_ffns / len(batches)
     norms = head_importance.norm(dim=1, keepdim=True)
     return head_importance / (norms + 1e-20), ffn_importance
 
 
-def importance_in_batch(experiment: Experiment, batch: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let o be the output of one head (its context vector) or of one FFN at one token. Then |<d loss / d o, o>| is
-    summed over all tokens of the batch -> (L, H) for heads, (L,) for FFNs."""
-    task_data = experiment.all_task_data[0]
+def importance_in_batch(experiment: Experiment, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let o be the output of one head (its context vector) or of one FFN at one token. To first order the loss changes
+    by -<d loss / d o, o> if o is taken away. The absolute value of this is summed over all tokens of the batch
+    -> (L, H) for heads, (L,) for FFNs."""
+    [task_data] = experiment.all_task_data
     num_heads = experiment.model.config.num_attention_heads
-    targets = tamt.to_device(task_data.train_targets[batch], experiment.run.machine.device)
     with recorded_outputs(experiment.model) as (contexts, ffn_outputs):
-        with tamt.autocast(experiment.run.machine):
-            logits = task_logits(experiment.model, task_data, task_data.train_sequences[batch])
-    loss = task_loss(task_data.task, logits, targets)
+        loss = batch_loss(experiment, task_data, indices)
     gradients = torch.autograd.grad(loss, [*contexts, *ffn_outputs])  # 2 L times (B, T, D)
     context_gradients = gradients[:len(contexts)]
     ffn_gradients = gradients[len(contexts):]
@@ -792,9 +811,9 @@ def recorded_outputs(model):
     for layer in model.backbone.encoder.layer:
         # The context vectors are what attention.output.dense reads; output.dense ends the FFN.
         hooks.append(layer.attention.output.dense.register_forward_pre_hook(
-            lambda module, inputs: contexts.append(inputs[0])))
+            lambda module, arguments: contexts.append(arguments[0])))
         hooks.append(layer.output.dense.register_forward_hook(
-            lambda module, inputs, output: ffn_outputs.append(output)))
+            lambda module, arguments, output: ffn_outputs.append(output)))
     try:
         yield contexts, ffn_outputs
     finally:
@@ -802,7 +821,7 @@ def recorded_outputs(model):
             hook.remove()
 
 
-# Which units go, and tickets that say so.
+# 7c. Which units go, and tickets that say so.
 
 
 def save_super_tickets(experiment: Experiment, head_importance, ffn_importance, folder: Path):
@@ -830,20 +849,17 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     if order == "random":
         head_keys = generator.random(head_importance.shape)
         ffn_keys = generator.random(ffn_importance.shape)
-    elif order == "losing":
-        head_keys = -head_importance.numpy()
-        ffn_keys = -ffn_importance.numpy()
-    else:  # "winning"
-        head_keys = head_importance.numpy().copy()  # a copy, since np.inf is written into it below
-        ffn_keys = ffn_importance.numpy()
+    else:
+        sign = {"winning": 1, "losing": -1}[order]
+        head_keys = sign * head_importance.numpy()
+        ffn_keys = sign * ffn_importance.numpy()
 
-    # The head that would go last in each layer never goes: its key becomes infinite.
-    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf
+    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # the last head of each layer never goes
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return mask_of_smallest(head_keys, num_heads_out), mask_of_smallest(ffn_keys, num_layers * level // 12)
+    return is_smallest(head_keys, num_heads_out), is_smallest(ffn_keys, num_layers * level // 12)
 
 
-def mask_of_smallest(keys: np.ndarray, count: int) -> np.ndarray:
+def is_smallest(keys: np.ndarray, count: int) -> np.ndarray:
     """True at the `count` smallest keys; of equal ones the first."""
     chosen = np.zeros(keys.size, bool)
     chosen[np.argsort(keys, axis=None, kind="stable")[:count]] = True
@@ -894,7 +910,7 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
     return removed_heads, removed_ffns
 
 
-# How a Super Ticket is applied.
+# 7d. How a Super Ticket is applied.
 
 
 class SkippableResidual(nn.Module):
@@ -923,8 +939,8 @@ def cut_out_units(model, removed_heads, removed_ffns):
     for index, layer in enumerate(model.backbone.encoder.layer):
         attention = layer.attention.self
         kept_dims = torch.from_numpy(np.repeat(~removed_heads[index], attention.head_size))  # (D,)
-        attention.kept_dims = kept_dims  # the export fills zeros in where rows are gone
-        for linear in (attention.query, attention.key, attention.value):  # bert.py counts their rows to count heads
+        attention.kept_dims = kept_dims  # the export (appendix A) fills zeros in where rows are gone
+        for linear in (attention.query, attention.key, attention.value):  # bert.py infers the heads from their rows
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
         dense = layer.attention.output.dense
@@ -949,20 +965,19 @@ class TaskParts:
     skipped_ffns: list[bool]  # (L,) whether its ticket takes the FFN of a layer out
 
 
-def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], run):
+def share_encoder(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run):
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients only from the tasks that keep it. The model gets masked_layers and task_heads; select_task()
-    makes one of the task_heads the classifier."""
+    weight gets gradients only from the tasks that keep it. The model gets masked_layers, task_heads and task_parts."""
     if tickets:
         model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
         for layer in model.backbone.encoder.layer:
             layer.output = SkippableResidual(layer.output)  # after mask_model: its dense layer is the masked one
 
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
-    for index, task_data in enumerate(all_task_data):
-        task = task_data.task
+    model.task_parts = {}  # {name of a task: its parts}
+    for index, task in enumerate(tasks):
         model.add_classifier(task.num_outputs)  # in the place of the one before
         model.task_heads.append(model.classifier)
         masks = {}
@@ -973,15 +988,16 @@ def share_encoder(model, all_task_data: list[TaskData], tickets: list[Ticket], r
             if ticket.is_super:
                 _, removed_ffns = units_from_masks(model.config, ticket)
                 skipped_ffns = removed_ffns.tolist()
-        task_data.parts = TaskParts(model.classifier, masks, skipped_ffns)
+        model.task_parts[task.name] = TaskParts(model.classifier, masks, skipped_ffns)
     del model.classifier  # select_task() puts one of the task heads in its place
 
 
-def select_task(model, task_data: TaskData):
-    """From now on the encoder serves this task: with its task head, its masks, and the FFNs that its ticket keeps."""
-    parts = task_data.parts
-    if parts is None:  # the only task: there is nothing to choose
+def select_task(model, task: glue_squad.Task):
+    """From now on the encoder serves this task: with its task head, its masks, and the FFNs that its ticket keeps. With
+    a single task there is nothing to choose."""
+    if not hasattr(model, "task_parts"):
         return
+    parts = model.task_parts[task.name]
     model.classifier = parts.task_head
     if parts.masks:  # if there are tickets
         tamt.set_masks(model.masked_layers, parts.masks)
@@ -1187,7 +1203,7 @@ def export_model(experiment: Experiment, task_data: TaskData):
         extra["label2id"] = {label: index for index, label in enumerate(labels)}
     if task.predicts == "number":
         extra["problem_type"] = "regression"
-    select_task(model, task_data)
+    select_task(model, task)
     folder = experiment.run.export
     if len(experiment.all_task_data) > 1:
         folder = folder / task.name
@@ -1313,9 +1329,11 @@ class Settings:
         names = split_per_task(self.task, self)
         tasks = named_tasks(self)
         if len(names) > 1:
-            is_repeated = len({(task.folder, str(task.files)) for task in tasks}) < len(tasks)  # toy is an SST-2
+            is_repeated = (len({task.name for task in tasks}) < len(tasks)
+                           or len({(task.folder, str(task.files)) for task in tasks}) < len(tasks))  # toy is an SST-2
             if is_repeated or any(task.predicts == "span" for task in tasks):
-                raise ValueError("--task: tasks that share an encoder are different ones, without squad")
+                raise ValueError("--task: tasks that share an encoder are different ones with different names, without "
+                                 "squad")
             num_masks = len(split_per_task(self.mask or "", self))
             if self.mask and num_masks != len(names):
                 raise ValueError(f"--mask: {num_masks} files for {len(names)} tasks; expected one for each")
@@ -1336,7 +1354,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
-    """The settings of one run with nothing left open."""
+    """The settings of one run with nothing left open (the folder comes last, see read_inputs)."""
     machine: tamt.Machine
     checkpoint: str  # checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
@@ -1363,13 +1381,13 @@ def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
-def fill_in_defaults(settings: Settings, machine, tasks: list, tickets: list, model, schedule_runs: int) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, schedule_runs: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
         if values[name] is not None:
             values[name] = Path(values[name])
-    values["model"] = tamt.absolute_model(choose_model_name(settings, tickets))
+    values["model"] = tamt.absolute_model(model_name)
     for folder in export_folders(settings, tasks):
         tamt.refuse_own_folder(values["model"], folder)
 
@@ -1433,7 +1451,7 @@ def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict 
     return open_run(inputs)
 
 
-def mark_folders(search_settings: Settings, run: Run):
+def claim_folders(search_settings: Settings, run: Run):
     """Writes into the folder of a search which one it holds, and removes what an earlier search has left there, and in
     the folder of this run. Called when an experiment stands, so that a search that is refused leaves all as it was."""
     (run.out / "mask.pt").unlink(missing_ok=True)
@@ -1513,14 +1531,19 @@ def digest(values: list) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
-    """The run with its folder, by default out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
-    if run.out is None:
-        name = f"{Path(run.model).name}-dense"
-        if tickets:
-            file = tickets[0].file
-            name = file.name if file.is_dir() else file.absolute().parent.name
-        run = replace(run, out=Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest([identity])[:8]}")
+def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Path:
+    """--out, or out/TASK-MASK-sSEED-..., the end telling runs with other settings apart."""
+    if run.out is not None:
+        return run.out
+    name = f"{Path(run.model).name}-dense"
+    if tickets:
+        file = tickets[0].file
+        name = file.name if file.is_dir() else file.absolute().parent.name
+    return Path("out") / f"{identity['task']}-{name}-s{run.seed}-{digest([identity])[:8]}"
+
+
+def check_files_of_run(run: Run):
+    """Raises ValueError if the run would write one of its files over another, or over tables that it reads."""
     written = ["result.json", "state.pt", "log.jsonl", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
     written += [f"{task.folder}.tsv" for task in named_tasks(run)]
     for name in written:
@@ -1528,7 +1551,6 @@ def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Run:
             raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
     if run.predict:
         refuse_folder_of_tables(run)
-    return run
 
 
 def refuse_folder_of_tables(run: Run):

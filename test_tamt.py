@@ -800,7 +800,7 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
 def before_each_update(monkeypatch, module, call):
     """From now on call(trainer) comes before each update of a run. tamt's trainer is a Training, finetune's an
     Experiment; both hold the model."""
-    name = "backpropagate" if module is tamt else "update"  # the first thing that each of them does
+    name = "backpropagate" if module is tamt else "batch_loss"  # the first thing that each of them does
     function = getattr(module, name)
 
     def call_and_go_on(trainer, *arguments, **keywords):
@@ -1224,11 +1224,11 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 # folder. The tests take these steps one by one:
 #
 #     experiment = new_experiment(settings)
-#     finetune.train(experiment)             # calls finetune.update(experiment, ...) for each batch
+#     finetune.train(experiment)             # batch_loss() and optimizer_step() for each batch
 #
 # It holds .model, the network with a head for its task; .run, the settings with all defaults filled in; and
 # .all_task_data, for each of its tasks the token ids .train_sequences, the .train_targets, and the .task.
-# finetune.task_logits(model, task_data, sequences) is its forward pass.
+# finetune.task_logits(model, task, sequences) is its forward pass.
 
 
 def new_experiment(settings, schedule_runs=1):
@@ -1303,7 +1303,8 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)  # other variants round differently
     for step, (sequences, targets) in enumerate(batches):
         tamt.seed_dropout(reference.run.seed, step)
-        logits = finetune.task_logits(model, reference.all_task_data[0], sequences)  # (8, 1): STS-B predicts a number
+        stsb = reference.all_task_data[0].task  # it predicts a number
+        logits = finetune.task_logits(model, stsb, sequences)  # (8, 1)
         F.mse_loss(logits[:, 0], targets).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         set_released_adamw(optimizer, 1e-3 * (1 - step / len(batches)), step)  # linear decay
@@ -1505,8 +1506,8 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     full = new_experiment(dense_settings(inputs, tmp_path / "full", family=family))
     [task_data] = full.all_task_data
     sequences = task_data.train_sequences[:8]
-    found = finetune.task_logits(cut.model, task_data, sequences)
-    assert not torch.allclose(found, finetune.task_logits(full.model, task_data, sequences), atol=1e-3)
+    found = finetune.task_logits(cut.model, task_data.task, sequences)
+    assert not torch.allclose(found, finetune.task_logits(full.model, task_data.task, sequences), atol=1e-3)
 
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
@@ -1515,7 +1516,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
             lambda module, arguments, gate=head_gate: arguments[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, arguments, output, gate=output_gate: output * gate)
-    assert_close(found, finetune.task_logits(full.model, task_data, sequences))
+    assert_close(found, finetune.task_logits(full.model, task_data.task, sequences))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1549,7 +1550,7 @@ def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
     for task_data, mask in zip(shared.all_task_data, mask_paths.split(","), strict=True):
         name = task_data.task.name
         alone = new_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
-        alone.model.classifier = task_data.parts.task_head
+        alone.model.classifier = shared.model.task_parts[name].task_head
         found = finetune.predict_logits(shared, task_data, task_data.train_sequences)
         expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)

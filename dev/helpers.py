@@ -87,13 +87,13 @@ def watch_rankings(monkeypatch, look):
 def updates_made(monkeypatch):
     """A list that gets the number, within its round, of every update that is made from now on."""
     numbers = []
-    update = finetune.update
+    optimizer_step = finetune.optimizer_step
 
     def counted(experiment, *arguments):
         numbers.append(experiment.updates_done + 1)
-        return update(experiment, *arguments)
+        return optimizer_step(experiment, *arguments)
 
-    monkeypatch.setattr(finetune, "update", counted)
+    monkeypatch.setattr(finetune, "optimizer_step", counted)
     return numbers
 
 

@@ -600,8 +600,8 @@ def test_a_kill_after_the_line_does_not_double_it(tasks, tmp_path, monkeypatch):
 
 WRONG_INPUT = [
     ("--task sst3", "unknown task 'sst3'; known: cola, sst2"),
-    ("--task rte,squad", "different ones, without squad"),
-    ("--task rte,rte", "different ones, without squad"),
+    ("--task rte,squad", "different ones with different names, without squad"),
+    ("--task rte,rte", "different ones with different names, without squad"),
     ("--task rte,stsb", "1 files for 2 tasks; expected one for each"),
     ("--task rte,stsb --mask a.pt,", "an empty name"),
     ("--task rte,stsb --mask {tasks}/bert.pt,{tasks}/roberta.pt", "tickets of different models"),

@@ -54,7 +54,7 @@ HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
 
 
 def experiment_of_mrpc():
-    mrpc = SimpleNamespace(task=glue_squad.MRPC, metric_prefix="")
+    mrpc = SimpleNamespace(task=glue_squad.MRPC)
     return SimpleNamespace(all_task_data=[mrpc], history=HISTORY)
 
 
@@ -73,7 +73,7 @@ def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
     experiment = new_experiment(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
     task_data = experiment.all_task_data[0]
     with torch.no_grad(), tamt.autocast(experiment.run.machine):
-        logits = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8])
+        logits = finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[:8])
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
 
@@ -134,7 +134,7 @@ def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, n
 def test_transformers_loads_the_export_with_equal_logits(finished, name, family):
     experiment = finished(name, family)
     task_data = experiment.all_task_data[0]
-    ours = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8])
+    ours = finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[:8])
     theirs, attention_mask = logits_of_export(experiment, task_data.train_sequences[:8])
     if name == "squad":  # in the padding ours are -10,000
         ours, theirs = ours[attention_mask], theirs[attention_mask]
@@ -233,7 +233,7 @@ def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks
 def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, tmp_path):
     for kind in ("shuffled", "random"):
         experiment = new_experiment(finetune_settings(tasks, tmp_path / kind, weights=kind))
-        for name, mask in experiment.gradient_masks.items():
+        for name, mask in experiment.masks.items():
             assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     experiment = new_experiment(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert experiment.model.has_pooler
-    assert not any("pooler" in name for name in [*experiment.gradient_masks, *experiment.checkpoint_matrices])
+    assert not any("pooler" in name for name in experiment.masks)
 
 
 def test_each_epoch_of_fine_tuning_has_its_own_order(tasks, tmp_path):

@@ -117,7 +117,7 @@ def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(cut_exper
     task_data = cut_experiment.all_task_data[0]
     finetune.export_model(cut_experiment, task_data)
     with torch.no_grad():
-        ours = finetune.task_logits(cut_experiment.model, task_data, task_data.train_sequences[:8])
+        ours = finetune.task_logits(cut_experiment.model, task_data.task, task_data.train_sequences[:8])
     theirs, _ = logits_of_export(cut_experiment, task_data.train_sequences[:8])
     assert_close(ours, theirs)
 
@@ -229,11 +229,11 @@ def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_round
     """As in the code of Chen et al. 2020, whose schedule is that of all its ten rounds, and begins anew with each."""
     learning_rates = []
 
-    def no_update(experiment, task_data, indices, learning_rate):
+    def no_step(experiment, loss, learning_rate):
         learning_rates.append(learning_rate)
         return 0.0
 
-    monkeypatch.setattr(finetune, "update", no_update)
+    monkeypatch.setattr(finetune, "optimizer_step", no_step)
     finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.2))
     updates_per_round = 2 * 4  # two epochs of 32 examples in batches of 8
     schedule = [1e-3 * (1 - step / (10 * updates_per_round)) for step in range(10 * updates_per_round)]
@@ -289,7 +289,7 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
     ffns = torch.zeros(len(layers))
     for start in range(0, num_batches * batch_size, batch_size):
         batch = slice(start, start + batch_size)
-        logits = finetune.task_logits(experiment.model, task_data, task_data.train_sequences[batch])
+        logits = finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[batch])
         F.cross_entropy(logits, torch.from_numpy(task_data.train_targets[batch])).backward()
         for index, layer in enumerate(layers):
             heads[index] += head_gates[layer.attention.output.dense].grad.abs().sum((0, 1, 3)) / num_batches

@@ -35,6 +35,18 @@ def test_a_task_that_shares_an_encoder_may_have_any_name(tasks, tmp_path, name):
     assert f"{name}_f1" in result["best"]
 
 
+def test_two_tasks_of_one_name_do_not_share_an_encoder(tasks, tmp_path):
+    """Their examples and metrics would go under one name."""
+    mood = json.loads((tasks / "mood.json").read_text())
+    for split in ("train", "dev", "test"):
+        mood[split] = str(tasks / mood[split])
+    write(tmp_path / "other.tsv", ["the cat\tglad", "the dog\tsad"] * 8)
+    write(tmp_path / "first.json", mood)
+    write(tmp_path / "second.json", mood | {"train": str(tmp_path / "other.tsv")})
+    with pytest.raises(ValueError, match="tasks that share an encoder are different ones"):
+        dense_settings(tasks, tmp_path, task=f"{tmp_path / 'first.json'},{tmp_path / 'second.json'}")
+
+
 @pytest.fixture
 def exported_tasks(tasks, tmp_path, two_masks):
     """The experiment of two tasks after training and export."""
@@ -48,7 +60,8 @@ def exported_tasks(tasks, tmp_path, two_masks):
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tasks):
     for task_data in exported_tasks.all_task_data:
         tensors = bert.read_safetensors(exported_tasks.run.export / task_data.task.name / "model.safetensors")
-        for name, mask in task_data.parts.masks.items():
+        masks = exported_tasks.model.task_parts[task_data.task.name].masks
+        for name, mask in masks.items():
             assert torch.equal(tensors[name], exported_tasks.model.get_parameter(name).data * mask)
 
 
@@ -85,20 +98,19 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
-    rte, stsb = experiment.all_task_data
-    finetune.select_task(experiment.model, rte)
-    finetune.task_logits(experiment.model, rte, rte.train_sequences[:8]).sum().backward()
-    assert rte.parts.task_head.weight.grad is not None
-    assert stsb.parts.task_head.weight.grad is None
+    rte = experiment.all_task_data[0]
+    finetune.task_logits(experiment.model, rte.task, rte.train_sequences[:8]).sum().backward()
+    parts = experiment.model.task_parts
+    assert parts["rte"].task_head.weight.grad is not None
+    assert parts["stsb"].task_head.weight.grad is None
 
 
 def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
     experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for task_data in experiment.all_task_data:
         experiment.model.zero_grad()
-        finetune.select_task(experiment.model, task_data)
-        finetune.task_logits(experiment.model, task_data, task_data.train_sequences[:8]).sum().backward()
-        for name, mask in task_data.parts.masks.items():
+        finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[:8]).sum().backward()
+        for name, mask in experiment.model.task_parts[task_data.task.name].masks.items():
             gradient = experiment.model.get_parameter(name).grad
             assert not gradient[~mask].any()
             assert gradient[mask].any()
@@ -143,8 +155,7 @@ def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mas
         whole = {name: parameters[name].data.clone() for name in masks_of_task}
         for name, mask in masks_of_task.items():
             parameters[name].data.mul_(mask)
-        finetune.select_task(theirs.model, task_data)
-        logits = finetune.task_logits(theirs.model, task_data, sequences)
+        logits = finetune.task_logits(theirs.model, task_data.task, sequences)
         is_rte = task_data.task.name == "rte"
         loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
         loss.backward()
