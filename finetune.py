@@ -29,7 +29,7 @@ There are two kinds of tickets. An ordinary one prunes single weights. A Super T
 attention heads and the feed-forward networks (FFNs) of layers. build_network applies a ticket in one of three ways:
 
     one task, an ordinary ticket   The weights that it prunes are set to zero once. Before every update their gradients
-                                   are set to zero, too, so they stay exactly zero. (optimizer_step)
+                                   are set to zero, too, so they stay exactly zero. (zero_pruned_gradients)
     one task, a Super Ticket       The rows and columns of its units are cut out of the matrices before training.
                                    (cut_out_units, chapter 7)
     several tasks, with one        The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
@@ -117,10 +117,11 @@ class Inputs:
     start_time: float  # for the seconds in result.json
 
 
-def read_inputs(settings: Settings, schedule_runs: int = 1) -> Inputs:
+def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
 
-    schedule_runs: after how many runs like this one the learning rate would reach 0 (10 in IMP, chapter 6)."""
+    runs_per_schedule: the learning rate falls linearly to 0 over so many runs like this one: 1, or 10 in a round of
+    IMP, in which it so stays above .9 lr (chapter 6)."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -130,11 +131,11 @@ def read_inputs(settings: Settings, schedule_runs: int = 1) -> Inputs:
     tickets = read_tickets(settings)
     model_name = choose_model_name(settings, tickets)
     model, vocabulary = tamt.load_model(model_name)
-    fit_tickets(tickets, model, settings)
+    check_tickets(tickets, model, settings)
 
     # What follows from them: the settings with every default filled in, and the examples. The folder comes last, since
     # its default name contains a hash of the identity.
-    run = fill_in_defaults(settings, machine, tasks, model_name, model, schedule_runs)
+    run = fill_in_defaults(settings, machine, tasks, model_name, model, runs_per_schedule)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = replace(run, out=choose_folder(run, tickets, identity))
@@ -149,7 +150,7 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
-        complete_finished_run(inputs, result)
+        check_finished_run(inputs, result)
     return result, state
 
 
@@ -164,8 +165,8 @@ class Experiment:
         self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, self.run)
                               for task in inputs.tasks]
 
-        # The network that trains, with task heads and under the tickets. The masks are those of an ordinary ticket of a
-        # single task, {name of a weight: mask}: optimizer_step() keeps at zero what they prune. In other cases {}.
+        # The network that trains, with task heads and under the tickets. The masks, {name of a weight: mask}, are those
+        # of an ordinary ticket of a single task, and keep its pruned weights at zero; in other cases {}.
         self.model = inputs.model
         self.masks = build_network(self.model, inputs.tasks, inputs.tickets, self.run)
         self.parameters = dict(self.model.named_parameters())  # all that trains
@@ -219,7 +220,7 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def fit_tickets(tickets: list[Ticket], model, settings):
+def check_tickets(tickets: list[Ticket], model, settings):
     """Raises ValueError if a ticket belongs to another network, and prints a note if it was found on other weights.
     Puts its masks in the order of the model's weights, with their full names."""
     layers = tamt.maskable_layers(model)
@@ -357,8 +358,7 @@ def add_task_head(model, task: glue_squad.Task):
 
 
 def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """-> {name of a weight: its mask}. The ticket may have one for a pooler that no task head reads: that one is left
-    out."""
+    """Sets what the ticket prunes to zero -> {name of a weight: its mask}, without that of a removed pooler."""
     parameters = dict(model.named_parameters())
     masks = {name: mask for name, mask in ticket.masks.items() if name in parameters}
     for name, mask in masks.items():
@@ -488,7 +488,7 @@ def train(experiment: Experiment):
     updates_per_epoch = sum(math.ceil(len(task_data.train_sequences) / run.batch_size)
                             for task_data in experiment.all_task_data)
     num_updates = updates_per_epoch * run.epochs
-    schedule_length = num_updates * run.schedule_runs  # the update at which the learning rate would reach 0
+    schedule_length = num_updates * run.runs_per_schedule  # the update at which the learning rate would reach 0
     progress = Progress(experiment.updates_done, num_updates)
     saved_at = time.time()
     batches = None  # those of the current epoch
@@ -502,6 +502,8 @@ def train(experiment: Experiment):
         tamt.seed_dropout(run.seed, experiment.updates_done)
         learning_rate = run.lr * (1 - experiment.updates_done / schedule_length)  # linear decay, no warm-up
         loss = batch_loss(experiment, task_data, indices)
+        loss.backward()
+        zero_pruned_gradients(experiment)
         experiment.loss_since_evaluation += optimizer_step(experiment, loss, learning_rate)
         experiment.updates_done += 1
 
@@ -537,17 +539,17 @@ def epoch_batches(all_task_data: list[TaskData], run: Run, epoch: int) -> list[t
     return batches
 
 
-def optimizer_step(experiment: Experiment, loss, learning_rate: float) -> float:
-    """One update of all weights under the masks -> the loss as a number. Raises ValueError if the loss or its gradient
-    is not finite, and then changes no weight."""
-    parameters = experiment.parameters
-    loss.backward()
-
-    # A pruned weight is 0. Since its gradient is, too, AdamW's moments stay 0, and there is no weight decay: so it
-    # remains 0. This comes before clipping, so that pruned weights do not count in the norm.
+def zero_pruned_gradients(experiment: Experiment):
+    """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, and there is no weight decay: so the weight
+    remains 0. (This comes before clipping, so that pruned weights do not count in the norm.)"""
     for name, mask in experiment.masks.items():
-        parameters[name].grad.mul_(mask)
-    norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)  # as released
+        experiment.parameters[name].grad.mul_(mask)
+
+
+def optimizer_step(experiment: Experiment, loss, learning_rate: float) -> float:
+    """Clips the gradients, and lets AdamW move the weights -> the loss as a number. Raises ValueError if the loss or
+    its gradient is not finite, and then changes no weight."""
+    norm = nn.utils.clip_grad_norm_(experiment.parameters.values(), 1.0)  # as released
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
@@ -642,7 +644,7 @@ def find_imp(settings: Settings) -> dict:
 
         # As released, every round starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So
         # within a round the learning rate falls from lr to .9 lr, and no further.
-        inputs = read_inputs(round_settings, schedule_runs=10)
+        inputs = read_inputs(round_settings, runs_per_schedule=10)
         # Listed before a fresh pooler may be added, which no ticket prunes.
         matrices = list(tamt.maskable_layers(inputs.model, search_settings.scope))
         result, state = open_run_of_search(search_settings, inputs)
@@ -856,10 +858,10 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
 
     head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # the last head of each layer never goes
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return is_smallest(head_keys, num_heads_out), is_smallest(ffn_keys, num_layers * level // 12)
+    return mark_smallest(head_keys, num_heads_out), mark_smallest(ffn_keys, num_layers * level // 12)
 
 
-def is_smallest(keys: np.ndarray, count: int) -> np.ndarray:
+def mark_smallest(keys: np.ndarray, count: int) -> np.ndarray:
     """True at the `count` smallest keys; of equal ones the first."""
     chosen = np.zeros(keys.size, bool)
     chosen[np.argsort(keys, axis=None, kind="stable")[:count]] = True
@@ -1118,8 +1120,8 @@ class Progress:
 
 def append_to_results(run, result: dict, is_resumed: bool = False):
     """Adds the line of a finished run to --results exactly once, even if the program is killed in between: a run that
-    is resumed may have added it already. The state goes last: it is three times the size of the model, and of no more
-    use."""
+    is resumed may have added it already. Then removes state.pt, which is three times the size of the model, and of no
+    more use."""
     line = {name: value for name, value in result.items() if name != "evaluations"}
     is_recorded = False
     if is_resumed and run.results is not None and run.results.is_file():
@@ -1129,7 +1131,7 @@ def append_to_results(run, result: dict, is_resumed: bool = False):
     (run.out / "state.pt").unlink(missing_ok=True)
 
 
-def complete_finished_run(inputs: Inputs, result: dict):
+def check_finished_run(inputs: Inputs, result: dict):
     """--resume of a run that is finished: adds its line to --results if that was left to do, and raises ValueError if
     it has not written what is asked for now."""
     run = inputs.run
@@ -1359,7 +1361,7 @@ class Run(Settings):
     checkpoint: str  # checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of their config.json
-    schedule_runs: int  # the learning rate would reach 0 after so many runs like this one
+    runs_per_schedule: int  # the learning rate would reach 0 after so many runs like this one
     command: str
 
 
@@ -1381,7 +1383,7 @@ def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
-def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, schedule_runs: int) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, runs_per_schedule: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
@@ -1408,7 +1410,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
                backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
-               schedule_runs=schedule_runs, command=shlex.join(words))
+               runs_per_schedule=runs_per_schedule, command=shlex.join(words))
 
 
 def open_search(settings: Settings) -> Settings:
@@ -1500,7 +1502,7 @@ def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, voc
     names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
              "config")
     identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
-    identity["horizon_rounds"] = run.schedule_runs  # under the name that earlier versions gave it
+    identity["horizon_rounds"] = run.runs_per_schedule  # under the name that earlier versions gave it
     identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
     own_labels = [task.labels for task in tasks if task.name not in {*glue_squad.TASKS, "toy"}]
     if own_labels:

@@ -18,8 +18,17 @@ that takes each, and the equation of the paper:
     7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2
     8  save the mask, and say what it is worth on held-out text      finish
 
-find_mask() takes them in this order, and learn_masks() those from 3 to 7. The same as one plain loop is a test in
-test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop.
+find_mask() takes them in this order, and learn_masks() those from 3 to 7. In short:
+
+    mask = largest(abs(W), within="each matrix")                     # 3
+    scores = 0.02 * mask                                             # 4
+    for rows in batches:
+        gradient = derivative(loss(rows, W * mask), W * mask) * W    # 5
+        scores = adam(scores, gradient)                              # 6
+        mask = largest(scores, within="all matrices")                # 7
+
+A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
+this file makes the loop exact, fast, resumable, or equal to the released code.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and thrown away afterwards. Three baselines are in the same program: `--method omp`,

@@ -1231,8 +1231,8 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 # finetune.task_logits(model, task, sequences) is its forward pass.
 
 
-def new_experiment(settings, schedule_runs=1):
-    inputs = finetune.read_inputs(settings, schedule_runs)
+def new_experiment(settings, runs_per_schedule=1):
+    inputs = finetune.read_inputs(settings, runs_per_schedule)
     _, state = finetune.open_run(inputs)
     return finetune.Experiment(inputs, state)
 
@@ -1341,7 +1341,7 @@ def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(resu
 
 # IMP on a task differs from IMP on text: it trains before its first pruning; it leaves the word embeddings dense; and
 # each round is an experiment of its own, with a new task head. In each round the learning rate begins anew and, as in
-# the released code, falls by a tenth only, as if ten such rounds followed each other (schedule_runs=10).
+# the released code, falls by a tenth only, as if ten such rounds followed each other (runs_per_schedule=10).
 
 IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
@@ -1361,7 +1361,7 @@ def test_imp_on_a_task_finds_the_masks_of_experiments_opened_round_by_round(inpu
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
-        experiment = new_experiment(settings, schedule_runs=10)
+        experiment = new_experiment(settings, runs_per_schedule=10)
         finetune.train(experiment)
         magnitudes = {name: experiment.model.get_parameter(name).abs() for name in names}  # 0 where pruned
         masks = prune_all_by_sorting(magnitudes, level)

@@ -4,6 +4,8 @@
 """
 
 import itertools
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +142,31 @@ def test_transformers_loads_an_export_with_equal_logits(exported):
     assert not notes["missing_keys"]
     input_ids = ordinary_ids(model)
     assert_close(theirs(input_ids).logits, model.mlm_logits(model(input_ids)[-1]))
+
+
+def test_the_readmes_lines_put_a_mask_on_a_network_of_transformers(inputs, tmp_path):
+    """Its logits are those of the exported subnetwork, and training leaves what is pruned at zero."""
+    from transformers import AutoModelForMaskedLM, BertForSequenceClassification
+
+    tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp", export=tmp_path / "export"))
+    model = BertForSequenceClassification.from_pretrained(inputs / "bert").eval()
+    masks = tamt.load_mask(tmp_path / "run")
+    readme = Path(tamt.__file__).with_name("README.md").read_text()
+    lines = textwrap.dedent(readme[readme.index("    from torch.nn.utils import prune"):].partition("\n\n[dev/")[0])
+    exec(lines.replace("my-mask/mask.pt", str(tmp_path / "run/mask.pt")), {"model": model, "tamt": tamt})
+
+    theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "export").eval()
+    input_ids = ordinary_ids(bert.load(inputs / "bert"))
+    hidden_states = model.bert(input_ids).last_hidden_state
+    assert_close(hidden_states, theirs.bert(input_ids).last_hidden_state)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    hidden_states.square().sum().backward()
+    optimizer.step()
+    model.bert(input_ids)  # torch's prune multiplies by the mask in the forward pass
+    for name, mask in masks.items():
+        if "pooler" not in name:
+            assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight != 0, mask)
 
 
 @torch.no_grad()
