@@ -145,15 +145,17 @@ def test_transformers_loads_an_export_with_equal_logits(exported):
 
 
 def test_the_readmes_lines_put_a_mask_on_a_network_of_transformers(inputs, tmp_path):
-    """Its logits are those of the exported subnetwork, and training leaves what is pruned at zero."""
-    from transformers import AutoModelForMaskedLM, BertForSequenceClassification
+    """Its hidden states are those of the exported subnetwork, and training leaves what is pruned at zero."""
+    from transformers import AutoModelForMaskedLM
 
     tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp", export=tmp_path / "export"))
-    model = BertForSequenceClassification.from_pretrained(inputs / "bert").eval()
     masks = tamt.load_mask(tmp_path / "run")
     readme = Path(tamt.__file__).with_name("README.md").read_text()
-    lines = textwrap.dedent(readme[readme.index("    from torch.nn.utils import prune"):].partition("\n\n[dev/")[0])
-    exec(lines.replace("my-mask/mask.pt", str(tmp_path / "run/mask.pt")), {"model": model, "tamt": tamt})
+    code = textwrap.dedent(readme[readme.index("    import tamt\n    from torch.nn.utils"):].partition("\n\n[dev/")[0])
+    code = code.replace("my-mask/mask.pt", str(tmp_path / "run/mask.pt")).replace("my-bert", str(inputs / "bert"))
+    names = {}
+    exec(code, names)
+    model = names["model"].eval()
 
     theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "export").eval()
     input_ids = ordinary_ids(bert.load(inputs / "bert"))
