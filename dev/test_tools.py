@@ -79,7 +79,7 @@ def test_every_mean_over_seeds_is_that_of_the_results():
 def test_every_score_of_the_readme_is_in_a_table_of_results():
     """Such as 81.5, for which there is a cell 81.5 ± 0.3 (3). 82.5 is the paper's, and the others are the scores of
     the most frequent class."""
-    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    readme = " ".join((ROOT / "README.md").read_text().split())
     results = readme[readme.index("## Results"):readme.index("## Start")]
     results += readme[readme.index("## More results"):readme.index("## Read the code")]
     found = set(re.findall(r"(?<![±\d] )\b\d\d\.\d\b(?! million)", results))
