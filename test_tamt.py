@@ -1574,8 +1574,8 @@ def toy_folder(tmp_path_factory):
     """A folder with masks of four methods, each of which prunes 90 % of the toy, a small BERT that the program makes on
     the spot."""
     out = tmp_path_factory.mktemp("toy")
-    for objective in ("mlm", "kd"):
-        tamt.find_mask(tamt.Settings(model="toy", objective=objective, sparsity=0.9, out=out / objective))
+    for objective, steps in (("mlm", 150), ("kd", 300)):
+        tamt.find_mask(tamt.Settings(model="toy", objective=objective, sparsity=0.9, steps=steps, out=out / objective))
     for method in ("omp", "random"):  # they need no text but for their losses
         tamt.find_mask(tamt.Settings(model="toy", data="toy", method=method, sparsity=0.9, out=out / method))
     return out
@@ -1588,7 +1588,7 @@ def dev_loss(folder, loss):
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["omp", "random"])
 def test_on_the_toy_the_mlm_mask_beats_a_baseline_by_a_fifth(toy_folder, baseline):
-    """Measured: 2.9 by mlm, 5.5 by OMP, 6.2 at random."""
+    """Measured: 3.6 by mlm, 5.5 by OMP, 6.2 at random."""
     assert dev_loss(toy_folder / "mlm", "dev_mlm_loss") < 0.8 * dev_loss(toy_folder / baseline, "dev_mlm_loss")
 
 
