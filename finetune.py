@@ -526,8 +526,7 @@ def record_evaluation(experiment: Experiment):
 
 
 def epoch_batches(all_task_data: list[TaskData], run: Run, epoch: int) -> list[tuple[TaskData, np.ndarray]]:
-    """The batches of an epoch, those of several tasks shuffled together: (data of a
-    task, indices into its training set)."""
+    """The batches of an epoch, (data of a task, indices into its training set), those of several tasks shuffled."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
     for task_data in all_task_data:
@@ -1000,6 +999,8 @@ def select_task(model, task: glue_squad.Task):
     if not hasattr(model, "task_parts"):
         return
     parts = model.task_parts[task.name]
+    if getattr(model, "classifier", None) is parts.task_head:
+        return  # it was this task's turn before, too
     model.classifier = parts.task_head
     if parts.masks:  # if there are tickets
         tamt.set_masks(model.masked_layers, parts.masks)

@@ -740,8 +740,8 @@ def train_imp(training: Training):
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
     losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. However
-    many rounds there are, the schedule is as long as ten, so the learning rate hardly falls within one (TAMT
-    LT_pretrain.py)."""
+    many rounds there are, the schedule is as long as ten (unless --steps says otherwise), so the learning rate hardly
+    falls within one (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()

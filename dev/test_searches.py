@@ -219,6 +219,19 @@ def test_imp_on_a_task_prunes_encoder_and_pooler_but_not_the_word_embeddings(tas
     assert list(tamt.load_mask(imp_folder)) == every_name[1:]  # the first one is that of the word embeddings
 
 
+def test_imp_on_a_task_does_not_prune_a_pooler_that_the_checkpoint_lacks(tasks, tmp_path):
+    """The task head needs one, so a fresh one is trained, and no ticket may have a mask for it."""
+    model = bert.load(tasks / "bert")
+    tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
+    shutil.copytree(tasks / "bert", tmp_path / "bert")
+    bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
+    finetune.find_imp(dense_settings(tasks, tmp_path, model=str(tmp_path / "bert"), find="imp", sparsity=0.2, epochs=1,
+                                     limit=8))
+    names = tamt.load_mask(tmp_path / "run").keys()
+    assert len(names) == 12
+    assert not any("pooler" in name for name in names)
+
+
 def test_rounds_of_imp_prune_exactly_10_and_20_and_25_percent(imp_folder):
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         masks = tamt.load_mask(imp_folder / f"round-{number}")
