@@ -7,7 +7,7 @@
     python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each with its own mask
 
     1. One fine-tuning            read, train, finish
-    2. Tickets, tasks, network    what it consists of
+    2. Tickets, tasks, network    what a fine-tuning consists of
     3. Losses, predictions
     4. The training loop
     5. The result
@@ -121,7 +121,7 @@ def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
 
     runs_per_schedule: the learning rate falls linearly to 0 over so many runs like this one: 1, or 10 in a round of
-    IMP, in which it so stays above .9 lr (chapter 6)."""
+    IMP, so that it stays above .9 lr there (chapter 6)."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -180,7 +180,7 @@ class Experiment:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Tickets, tasks, network: what it consists of
+# 2. Tickets, tasks, network: what a fine-tuning consists of
 # ---------------------------------------------------------------------------------------------------
 
 

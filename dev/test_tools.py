@@ -87,6 +87,21 @@ def test_every_score_of_the_readme_is_in_a_table_of_results():
     assert found - in_tables == {"82.5", "50.6", "50.9", "68.4"}
 
 
+def test_a_mask_with_two_numbers_in_the_readme_was_used_for_both_tasks():
+    """Entry for entry: a line holds a hash of the masks that it was fine-tuned under."""
+    hashes = defaultdict(lambda: defaultdict(set))
+    for line in sweep.read_lines(ROOT / "dev/results.jsonl"):
+        if line.get("task") in ("rxn", "pair") and line["mask"]:
+            mask = line["mask"]
+            made = (mask["method"], mask.get("objective"), mask.get("step"), mask.get("seed"), mask["rank"])
+            hashes[made][line["task"], line["settings"]["limit"]].add(line["settings"]["masks"])
+    used = {("tamt", "kd", 600, 2, "global"), ("tamt", "mlm", 600, 2, "global"), ("tamt", "mlm", 2400, 2, "global"),
+            ("imp", None, 600, 1, "local"), ("omp", None, 0, 1, "local")}
+    for made in used:
+        [of_second_task] = hashes[made]["pair", 256]
+        assert of_second_task in hashes[made]["rxn", 1000], made
+
+
 def test_the_readme_says_what_to_expect_of_the_toy():
     """At 90 %, of the mean of three fine-tunings."""
     scores = defaultdict(dict)
