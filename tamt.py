@@ -12,10 +12,10 @@ that takes each, and the equation of the paper:
     3  first mask: keep the largest |weights| of each matrix         first_masks
     4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
        repeat, each time with other rows:                            train_scores
-    5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 3, 4, 6
+    5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
            to the mask is used as that of the scores
     6      Adam moves the scores                                     optimizer_step
-    7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2
+    7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2, 3
     8  save the mask, and say what it is worth on held-out text      finish
 
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. In short:
@@ -426,7 +426,8 @@ class Scores:
 
     @torch.no_grad()
     def update_masks(self):
-        """Step 7 (Eq. 2): the lowest scores are pruned, exactly as many as the sparsity asks for."""
+        """Step 7: the lowest scores are pruned (Eq. 3, whose threshold follows from here), exactly as many as the
+        sparsity asks for (Eq. 2)."""
         if self.pools:  # global or local: what the lines below would do, but faster (appendix B)
             rank_pools(self)
             return
@@ -498,7 +499,8 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
 
 
 def mlm_loss(logits, labels, num_predictions: int):  # (P, V), (P,) -> scalar
-    """Eq. 3: cross-entropy at the chosen positions, their sum divided by num_predictions, the number of the batch."""
+    """Cross-entropy at the chosen positions, their sum divided by num_predictions, the number of the batch. (The
+    paper gives no equation for it.)"""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / max(num_predictions, 1)  # 0 if no token was chosen
 
