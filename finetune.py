@@ -1394,15 +1394,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
     for folder in export_folders(settings, tasks):
         tamt.refuse_own_folder(values["model"], folder)
 
-    task = tasks[0]
-    defaults = {name: getattr(task, name) for name in ("epochs", "batch_size", "max_len", "lr", "eval_every")}
-    if len(tasks) > 1:  # ticket sharing's own
-        defaults |= {"epochs": 5, "lr": 5e-5, "eval_every": max(each.eval_every for each in tasks)}
-    if values["model"] == "toy":
-        defaults |= TOY
-    for name, default in defaults.items():
-        if values[name] is None:
-            values[name] = default
+    values |= schedule_of(settings, tasks, values["model"])
 
     positions = model.config.max_tokens
     if not 6 <= values["max_len"] <= positions:
@@ -1412,6 +1404,20 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
                backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
                runs_per_schedule=runs_per_schedule, command=shlex.join(words))
+
+
+def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:
+    """epochs, batch_size, max_len, lr and eval_every, as asked for, or else those of the task."""
+    task = tasks[0]
+    schedule = {name: getattr(task, name) for name in ("epochs", "batch_size", "max_len", "lr", "eval_every")}
+    if len(tasks) > 1:  # ticket sharing's own
+        schedule |= {"epochs": 5, "lr": 5e-5, "eval_every": max(each.eval_every for each in tasks)}
+    if model_name == "toy":
+        schedule |= TOY
+    for name in schedule:
+        if getattr(settings, name) is not None:
+            schedule[name] = getattr(settings, name)
+    return schedule
 
 
 def open_search(settings: Settings) -> Settings:
@@ -1430,6 +1436,7 @@ def open_search(settings: Settings) -> Settings:
         values["data"] = Path(os.path.abspath(settings.data))
     task = named_tasks(settings)[0]
     values["model"] = tamt.absolute_model(values["model"])
+    values |= schedule_of(settings, [task], values["model"])
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)

@@ -85,6 +85,15 @@ def test_resume_of_a_finished_imp_trains_nothing(tasks, tmp_path, monkeypatch, i
     assert numbers == []
 
 
+def test_a_default_that_is_given_by_hand_does_not_make_another_search(tasks, tmp_path, monkeypatch, imp_folder):
+    shutil.copytree(imp_folder, tmp_path / "run")
+    numbers = updates_made(monkeypatch)
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, eval_every=50, **IMP_SEARCH))
+    with pytest.raises(ValueError, match=r"holds another run \(eval_every 50 there, 49 here\)"):
+        finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, eval_every=49, **IMP_SEARCH))
+    assert numbers == []
+
+
 def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folder):
     shutil.copytree(imp_folder, tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
