@@ -670,7 +670,7 @@ def next_masks(experiment: Experiment, matrices: list[str], sparsity: float, ran
             magnitudes[name] = experiment.parameters[name].detach().abs()
             if name in experiment.masks:
                 magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # below every magnitude
-    return tamt.make_masks(magnitudes, sparsity, rank)
+    return tamt.masks_of_largest(magnitudes, sparsity, rank)
 
 
 def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
@@ -972,9 +972,9 @@ def share_encoder(model, tasks: list[glue_squad.Task], tickets: list[Ticket], ru
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
     weight gets gradients only from the tasks that keep it. The model gets masked_layers, task_heads and task_parts."""
     if tickets:
-        model.masked_layers = tamt.mask_model(model)  # {name of a weight: the layer that multiplies it by a mask}
+        model.masked_layers = tamt.install_masked_layers(model)  # {name of a weight: its layer, with a mask}
         for layer in model.backbone.encoder.layer:
-            layer.output = SkippableResidual(layer.output)  # after mask_model: its dense layer is the masked one
+            layer.output = SkippableResidual(layer.output)  # now, since its dense layer is the masked one
 
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     model.task_parts = {}  # {name of a task: its parts}

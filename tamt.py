@@ -18,12 +18,13 @@ that takes each, and the equation of the paper:
     7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2, 3
     8  save the mask, and say what it is worth on held-out text      finish
 
-find_mask() takes them in this order, and learn_masks() those from 3 to 7. In short:
+find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Step" also occurs in file names and on the
+screen, where it counts updates, as --steps does.) In short, with W for all weight matrices:
 
-    mask = largest(abs(W), within="each matrix")                     # 3
+    mask = largest(abs(W), within="each matrix")                     # 3: as many as are to be kept
     scores = 0.02 * mask                                             # 4
     for rows in batches:
-        gradient = derivative(loss(rows, W * mask), W * mask) * W    # 5
+        gradient = derivative(loss(rows, W * mask), W * mask) * W    # 5: this is the derivative for the mask
         scores = adam(scores, gradient)                              # 6
         mask = largest(scores, within="all matrices")                # 7
 
@@ -37,13 +38,13 @@ magnitude pruning, trains the weights themselves between prunings.
 
 The chapters:
 
-    The eight steps      find_mask; reading, and what is done at the end
+    The eight steps      find_mask, the training loop, reading, and what is done at the end
     Masked layers        weights * mask, and the straight-through estimator
     The ranking          which entries stay: global, local, N:M; OMP and random masks
     Scores               one for each weight, and the masks that follow from them
     Batches              the rows of an update, and what masked LM makes of them
     Losses               masked LM, distillation, dev losses
-    Training             the loop, and one update
+    Training             what an update computes
     IMP                  the baseline that trains weights
     Appendices           A what follows the released code; B fast rankings; C mask files; D the folder of a run;
                          E settings; F devices and processes. A function that is called in a chapter and defined in
@@ -52,27 +53,25 @@ The chapters:
 Functions hand on these objects:
 
     Settings    what the user chose on the command line
-    Run         the same with every default filled in; its fields are below
+    Run         the same with every default filled in
     Inputs      the Run, and the model, vocabulary and rows of text that were read
     Training    the Inputs, the optimizer, and how many updates are done
     Scores      all scores, and the masks that follow from them
     Batch       the rows of one update; the network takes them in one or more micro-batches
 
-    run.method, run.objective            tamt, imp, omp or random; mlm, kd or mlm+kd
-    run.sparsity, run.rank               how many entries are pruned, and which compete: those of all matrices (global),
-                                         of each matrix (local), or of groups of a row (N:M)
-    run.scope, run.init                  whether the word embeddings have a mask; whether the first mask is OMP's
-    run.num_updates, run.prune_every     how many updates there are; with imp, how many in a round
-    run.lr, run.horizon                  the first learning rate, and after how many updates its decay would reach 0
-    run.batch_size, run.accumulate       rows of a micro-batch; micro-batches of an update
-    run.trains, run.machine              False for omp and random; device, type of numbers, and processes
+Words and letters:
 
-A mask belongs to one matrix; masks, {name: mask}, are what a run finds. In formulas, W is a weight matrix (theta in the
-paper), M its mask and S its scores (the paper's underlined M); n is the number of entries of all matrices that have a
-mask, and s the sparsity, the fraction of them that is pruned. "Dense" means without a mask. In shapes: B sequences (b
-of a micro-batch), T tokens, D hidden size, L layers, V vocabulary; P positions that masked LM predicts. "TAMT FILE.py"
-is a file of the released code. How the paper, the released code and this program differ stands in a table at the head
-of appendix A.
+    entry       a single number of a weight matrix; it is kept or pruned
+    masks       {name of a matrix: its mask}, which is what a run finds
+    dense       without a mask
+    W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
+    n, s        the number of entries that have a mask; the sparsity, the fraction of them that is pruned
+    B, b, T     sequences of a batch and of a micro-batch; tokens of a sequence
+    D, L, V     hidden size; layers; words of the vocabulary
+    P           positions that masked LM predicts
+
+"TAMT FILE.py" is a file of the released code. How the paper, the released code and this program differ stands in a
+table at the head of appendix A.
 """
 
 from __future__ import annotations
@@ -123,35 +122,81 @@ def find_mask(settings: Settings) -> dict:
     if result is not None:
         export_finished(inputs)
         return result
-    masked_layers = learn_masks(inputs, state)  # steps 3 to 7
-    return finish(inputs, masked_layers, start_time)  # step 8
+    masks = learn_masks(inputs, state)  # steps 3 to 7
+    return finish(inputs, masks, start_time)  # step 8
 
 
-def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, MaskedLayer]:
-    """Steps 3 to 7 -> {name of a weight: the layer that holds its mask}. state: of an interrupted run, or None."""
+def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
+    """Steps 3 to 7 -> {name of a matrix: its mask}. state: of an interrupted run, or None."""
     run = inputs.run
     if run.trains:
         print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
               f"({run.lr_reason})")
-    masked_layers = mask_model(inputs.model, run.scope)  # they take the place of the maskable layers
+    masked_layers = install_masked_layers(inputs.model, run.scope)  # they take the place of the maskable layers
     if run.method == "tamt":
         masks = first_masks(masked_layers, run)  # step 3
         scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
-        if run.rank == "global":
-            pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
-            make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
-        train_scores(Training(inputs, masked_layers, scores, state))  # steps 5 to 7; a state takes the place of 3 and 4
+        prepare_global_ranking(scores, inputs)  # two corrections before all matrices compete (appendix A)
+        training = Training(inputs, masked_layers, scores)
+        if state is not None:
+            restore_state(training, state)  # takes the place of steps 3 and 4
+        train_scores(training)  # steps 5 to 7
     elif run.method == "imp":  # makes its masks as it goes, and has no scores
-        train_imp(Training(inputs, masked_layers, scores=None, state=state))
+        training = Training(inputs, masked_layers, scores=None)
+        if state is not None:
+            restore_state(training, state)
+        train_imp(training)
     else:  # omp and random end here
         set_masks(masked_layers, first_masks(masked_layers, run))
-    return masked_layers
+    return {name: layer.mask for name, layer in masked_layers.items()}
+
+
+def train_scores(training: Training):
+    """Steps 5 to 7, from where the training stands to its end."""
+    run = training.run
+    training.model.train()
+    while training.updates_done < run.num_updates:
+        # Linear decay to 0 at update run.horizon. That is the last one with --steps; the paper's runs end before it.
+        learning_rate = run.lr * (1 - training.updates_done / run.horizon)
+        loss = do_update(training, learning_rate, update_number=training.updates_done + 1)  # steps 5 and 6
+        training.updates_done += 1
+        if run.refresh_every == 1:
+            training.scores.update_masks()  # step 7
+        else:
+            refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
+        report_progress(training, loss, learning_rate)  # the log, dev losses, and masks on the way
+        save_state_if_due(training)
+    restore_weights(training)  # the head is thrown away; the masks are the result
+
+
+def do_update(training: Training, learning_rate: float, update_number: int) -> float:
+    """Steps 5 and 6, of TAMT and of IMP -> the loss. update_number: that of the optimizer, from 1; with imp it starts
+    anew in each round."""
+    batch = next_batch(training)
+    loss = backpropagate(training, batch)
+    return optimizer_step(training, loss, learning_rate, update_number)
+
+
+# A run has a field for each flag of the command line, and a few more. These occur most:
+#
+#     run.method, run.objective      tamt, imp, omp or random; mlm, kd or mlm+kd
+#     run.sparsity                   the fraction of entries that is pruned
+#     run.rank                       which entries compete: those of all matrices ("global"), of each matrix ("local"),
+#                                    or of groups of a row ("2:4": two of four stay)
+#     run.scope                      whether the word embeddings have a mask ("all") or not ("encoder")
+#     run.init                       the first mask: "omp" or "random"
+#     run.num_updates                of the whole run (with imp run.prune_every in each round)
+#     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
+#     run.batch_size                 rows of a micro-batch
+#     run.accumulate                 micro-batches of an update
+#     run.trains                     False for omp and random
+#     run.machine                    the device, the type of numbers, and which of several processes this is
 
 
 @dataclass
 class Inputs:
     """A run before its first update: its settings, and all that it reads."""
-    run: Run  # what the user chose (Settings), with all defaults filled in: run.method, run.sparsity, run.lr, ...
+    run: Run
     identity: dict  # settings and checksums, which --resume compares
     model: bert.Model
     vocabulary: data.Vocabulary
@@ -159,22 +204,21 @@ class Inputs:
     dev_rows: np.ndarray | None  # only to say what the mask is worth
 
 
-# The first two steps and the last are short, and stand here; the others have chapters of their own.
+# The first two steps and the last follow; what the others call has chapters of its own.
 
 
 def read_inputs(settings: Settings, machine: Machine) -> Inputs:
     model, vocabulary = open_model(settings, machine)  # step 1
     run = fill_in_defaults(settings, machine, model)  # some depend on the model
     rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
-    dev_rows = open_text(run, vocabulary, "dev") if run.data else None
+    dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # omp and random have a text only if asked for
     return Inputs(run, identity_of_run(run, rows, dev_rows), model, vocabulary, rows, dev_rows)
 
 
 def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
-    """Step 1: the checkpoint, frozen (choose_what_trains unfreezes what is to train), and its vocabulary."""
+    """Step 1: the checkpoint, with all weights frozen, and its vocabulary."""
     model, vocabulary = load_model(settings.model)
-    trains_head = settings.method == "imp" or (settings.method == "tamt" and settings.objective != "kd")
-    if trains_head and model.mlm_head is None:
+    if settings.trains_head and model.mlm_head is None:
         print(f"{settings.model} has no masked-LM head: a fresh one is trained, too, and left out of dev losses and "
               "exports")
         add_fresh_head(model, settings.seed)
@@ -186,7 +230,7 @@ def add_fresh_head(model: bert.Model, seed: int):
     torch.manual_seed(seed)
     model.add_mlm_head()
     model.mlm_head.is_fresh = True
-    model.mlm_head.decoder = None  # it takes the word embeddings; one of its own would stay random (choose_what_trains)
+    model.mlm_head.decoder = None  # it takes the word embeddings; decoders do not train, so its own would stay random
 
 
 def open_text(run, vocabulary, split: str):
@@ -195,18 +239,17 @@ def open_text(run, vocabulary, split: str):
     return data.corpus_rows(source, vocabulary, run.seq_len, split, run.lines)
 
 
-def finish(inputs: Inputs, masked_layers: dict, start_time: float) -> dict:
-    """Step 8: saves the mask, with what is left of each matrix and what it is worth on held-out text -> the content of
+def finish(inputs: Inputs, masks: dict, start_time: float) -> dict:
+    """Step 8: saves the masks with two measures, the sparsity of each matrix and the dev losses -> the content of
     mask.json."""
     run = inputs.run
     if run.machine.process_index > 0:
         return {}
-    masks = {name: layer.mask for name, layer in masked_layers.items()}
-    report = sparsity_report(inputs.model, masks)
+    sparsities = sparsity_report(inputs.model, masks)
     losses = {}
     if inputs.dev_rows is not None:
         losses = dev_losses(inputs.model, inputs.dev_rows, inputs.vocabulary, run.machine)
-    result = write_results(inputs, masks, report, losses, start_time)
+    result = write_results(inputs, masks, sparsities, losses, start_time)
     print_summary(run.out / "mask.pt", result, run)
     return result
 
@@ -249,13 +292,14 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. The class Scores puts scores in, and a view of its long vector for this mask.
+        # Everything is kept at first. The class Scores (below) sets the scores, and makes the mask a view of its own.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-        self.register_parameter("scores", None)
+        self.register_parameter("scores", None)  # none yet; a parameter, once they are there
         self.is_dense = False
 
     def apply_mask(self, weight, scores, mask):
-        """The masked weight. An embedding passes only those rows of the three that it has looked up."""
+        """The masked weight. The arguments are whole matrices for a linear layer, and for an embedding the rows that it
+        has looked up."""
         if self.is_dense:
             return weight
         if scores is None:
@@ -290,18 +334,18 @@ class MaskedEmbedding(MaskedLayer):
 
 
 def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
-    """{name of the weight, as in checkpoints: layer} of the masked set, in model order: word embeddings (not with
-    scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
+    """{name of the weight, as in checkpoints: layer} of the matrices that get a mask, in model order: word embeddings
+    (not with scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
     for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # so without the heads
-        is_linear = isinstance(module, nn.Linear)
+        is_linear = isinstance(module, nn.Linear)  # without the heads these are the six of each layer, and the pooler
         is_embedding = name.endswith("word_embeddings")
         if is_linear or (is_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
     return layers
 
 
-def mask_model(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
+def install_masked_layers(model: bert.Model, scope: str = "all") -> dict[str, MaskedLayer]:
     """Puts masked layers, which keep everything at first, in the place of the maskable ones."""
     masked_layers = {}
     for name, layer in maskable_layers(model, scope).items():
@@ -324,7 +368,7 @@ def set_masks(masked_layers: dict, masks: dict):
 # ---------------------------------------------------------------------------------------------------
 
 
-def make_masks(values: dict, sparsity: float, rank: str) -> dict:
+def masks_of_largest(values: dict, sparsity: float, rank: str) -> dict:
     """{name: values} -> {name: mask}: the largest values stay. rank, as in --rank, says which entries compete: all of
     them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay)."""
     if rank == "global":  # all matrices as one vector
@@ -362,12 +406,12 @@ def keep_largest(values, num_kept: int):  # (n,) -> (n,) bool
 
 
 def magnitude_masks(masked_layers: dict, sparsity: float, rank: str) -> dict:
-    """Masks by |W|. On layers that keep everything this is OMP; on masked ones, the next mask of IMP."""
+    """Masks by |W|. On layers that keep everything this is OMP. On masked ones it is the next mask of IMP: what is
+    pruned stays pruned, since it counts as -1, which is below every magnitude."""
     magnitudes = {}
     for name, layer in masked_layers.items():
-        # What is pruned stays pruned: -1 is below every magnitude.
         magnitudes[name] = layer.weight.detach().abs().masked_fill(~layer.mask, -1.0)
-    return make_masks(magnitudes, sparsity, rank)
+    return masks_of_largest(magnitudes, sparsity, rank)
 
 
 def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> dict:
@@ -377,14 +421,16 @@ def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> 
     for name, layer in masked_layers.items():
         draws = generator.random(layer.weight.shape, np.float32)
         values[name] = torch.from_numpy(draws).to(layer.weight.device)
-    return make_masks(values, sparsity, rank)
+    return masks_of_largest(values, sparsity, rank)
 
 
 def first_masks(masked_layers: dict, run: Run) -> dict:
-    """Step 3: the OMP mask or the random mask. With omp and random it is the result."""
+    """Step 3: the OMP mask or the random mask. With omp and random it is the result.
+
+    As in the paper, TAMT starts from a ranking inside each matrix, and all matrices compete only in step 7."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
-        rank = "local"  # as in the paper scores start from a ranking inside each matrix, and compete globally later
+        rank = "local"
     if run.method == "random" or run.init == "random":
         return random_masks(masked_layers, run.sparsity, rank, run.seed)
     return magnitude_masks(masked_layers, run.sparsity, rank)
@@ -399,7 +445,7 @@ START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, whe
 
 
 class Scores:
-    """One score for each masked weight, in one long vector, and the masks that follow from it.
+    """One score for each entry that has a mask, in one long vector, and the masks that follow from it.
 
         all_scores  | scores of the first matrix, row by row | scores of the second | ...
         all_masks   | mask of the first matrix               | mask of the second   | ...
@@ -409,16 +455,18 @@ class Scores:
     changed in place."""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
-        """masks {name: mask}, the first ones; rank as in make_masks."""
+        """masks {name: mask}, the first ones; rank as in masks_of_largest."""
         self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
         self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
         self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        self.pools = make_pools(masked_layers, sparsity, rank)  # for fast rankings (appendix B)
+        self.pools = make_pools(masked_layers, sparsity, rank)  # scores that compete, for fast rankings (appendix B)
+        self.attach_to_layers()
 
+    def attach_to_layers(self):
         begin = 0
-        for layer in masked_layers.values():
+        for layer in self.masked_layers.values():
             end = begin + layer.weight.numel()
             layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
             layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
@@ -426,13 +474,13 @@ class Scores:
 
     @torch.no_grad()
     def update_masks(self):
-        """Step 7: the lowest scores are pruned (Eq. 3, whose threshold follows from here), exactly as many as the
-        sparsity asks for (Eq. 2)."""
-        if self.pools:  # global or local: what the lines below would do, but faster (appendix B)
-            rank_pools(self)
+        """Step 7: the lowest scores are pruned, exactly as many as the sparsity asks for (Eq. 2). So the threshold of
+        Eq. 3 is whatever lies between the kept and the pruned ones."""
+        if self.pools:  # global and local
+            rank_pools(self)  # the masks are those of the lines below, but only scores near the threshold are sorted
             return
         scores = {name: layer.scores for name, layer in self.masked_layers.items()}
-        for name, mask in make_masks(scores, self.sparsity, self.rank).items():
+        for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
             self.masked_layers[name].mask.copy_(mask)
 
 
@@ -475,8 +523,9 @@ class MicroBatch(NamedTuple):
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
     positions: torch.Tensor  # (P,) of the chosen tokens, indices into the b * T tokens
     labels: torch.Tensor  # (P,) the original ids of these tokens
-    num_tokens: int  # of the whole batch, as is num_predictions: so the losses of its micro-batches add up to its mean
-    num_predictions: int
+    # Counts of the whole batch: the losses of its micro-batches are divided by them, and so add up to its mean.
+    batch_num_tokens: int
+    batch_num_predictions: int
 
 
 def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
@@ -489,8 +538,8 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
         attention_mask=None if is_token.all() else to_device(is_token, device),
         positions=to_device(positions, device),
         labels=to_device(input_ids.reshape(-1)[positions], device),
-        num_tokens=batch.num_tokens,
-        num_predictions=batch.num_predictions)
+        batch_num_tokens=batch.num_tokens,
+        batch_num_predictions=batch.num_predictions)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -499,7 +548,7 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
 
 
 def mlm_loss(logits, labels, num_predictions: int):  # (P, V), (P,) -> scalar
-    """Cross-entropy at the chosen positions, their sum divided by num_predictions, the number of the batch. (The
+    """Cross-entropy at the chosen positions, their sum divided by num_predictions, the count of the whole batch. (The
     paper gives no equation for it.)"""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / max(num_predictions, 1)  # 0 if no token was chosen
@@ -510,7 +559,7 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
     same network under its mask: 0 for equal states, 2 for opposite ones. The embedding output does not count.
 
     Two lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar: the mean over the layers 1 .. L of
-    the sum over tokens, divided by num_tokens, the number of the whole batch."""
+    the sum over tokens, divided by num_tokens, the count of the whole batch."""
     total = 0.0
     for teacher_state, student_state in zip(teacher_states[1:], student_states[1:], strict=True):
         cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (B, T)
@@ -553,12 +602,12 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
     if objective in ("mlm", "mlm+kd"):
         # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
         hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
-        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.num_predictions)
+        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.batch_num_predictions)
 
     if objective in ("kd", "mlm+kd"):
-        with dense_teacher(model):
+        with dense_teacher(model):  # without the student's wrapper, since a teacher has no gradients to share
             teacher_states = model(input_ids, micro_batch.attention_mask)
-        loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, micro_batch.num_tokens)
+        loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, micro_batch.batch_num_tokens)
     return loss
 
 
@@ -568,8 +617,8 @@ def has_pretrained_head(model: bert.Model) -> bool:
 
 @torch.no_grad()
 def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 16) -> dict[str, float]:
-    """What a mask is worth on held-out rows, in eval mode; each loss is the mean of those of the batches, in which
-    a shorter last one counts as much as any (TAMT mask_training/eval_mlm.py, eval_kd.py).
+    """What a mask is worth on held-out rows, in eval mode; each loss is a mean over batches, so a shorter last batch
+    counts as much as any (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
     dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
     or if the rows are so few that no token was chosen for prediction.
@@ -598,80 +647,51 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training: the loop, and one update
+# Training: what an update computes
 # ---------------------------------------------------------------------------------------------------
 
 
 class Training:
     """The training of a run: what it is given, and what changes from update to update (state.pt keeps that)."""
 
-    def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None, state: dict | None = None):
-        """scores: None with imp, where weights train. state: None, or that of an interrupted run."""
+    def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None):
+        """scores: None with imp, where weights train."""
         run = inputs.run
         self.inputs = inputs
         self.run = run
         self.model = inputs.model
         self.masked_layers = masked_layers
         self.scores = scores
-        self.parameters = choose_what_trains(self.model, run)  # {name: parameter}
+        self.parameters = unfreeze(self.model, run)  # {name: parameter}
         self.student = wrap_network(self.model, run)  # as in micro_batch_loss
-        # With mlm the head trains, too, and with imp all weights do. These are their values before that; with kd none.
-        self.pretrained = {}
+        # The weights that train as they were before (kd: none, mlm: those of the head, imp: all).
+        self.weights_before = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
-                self.pretrained[name] = parameter.detach().clone()
+                self.weights_before[name] = parameter.detach().clone()
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
         self.log = Log(run, masked_layers)
         self.updates_done = 0
         self.saved_at = time.time()  # when state.pt was written last
-        if state is not None:
-            restore_state(self, state)
 
 
-def choose_what_trains(model, run: Run) -> dict[str, nn.Parameter]:
+def unfreeze(model, run: Run) -> dict[str, nn.Parameter]:
     """{name: parameter} of those that train; all others stay frozen. With tamt the scores train (Scores has put them
     into the layers), and for masked LM its head without the decoder (TAMT masking/maskers.py:524); with imp all
     weights. The pooler does not, since no loss reads it."""
     chosen = {}
     for name, parameter in model.named_parameters():
-        if "pooler" in name:
+        if "pooler" in name:  # its scores do not train either
             trains = False
         elif run.method == "imp" or name.endswith(".scores"):
             trains = True
         else:
             is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-            trains = is_head and run.objective != "kd"
+            trains = is_head and run.trains_head
         parameter.requires_grad_(trains)
         if trains:
             chosen[name] = parameter
     return chosen
-
-
-def train_scores(training: Training):
-    """Steps 5 to 7, from where the training stands to its end."""
-    run = training.run
-    training.model.train()
-    while training.updates_done < run.num_updates:
-        # Linear decay to 0 at update run.horizon. That is the last one with --steps; the paper's runs end before it.
-        learning_rate = run.lr * (1 - training.updates_done / run.horizon)
-        loss = update(training, learning_rate, update_number=training.updates_done + 1)  # steps 5 and 6
-        if run.refresh_every == 1:
-            training.scores.update_masks()  # step 7
-        else:
-            refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
-        report(training, loss, learning_rate)  # the log, dev losses, and masks on the way
-        save_state_if_due(training)
-    restore_pretrained(training)  # the head is thrown away; the masks are the result
-
-
-def update(training: Training, learning_rate: float, update_number: int) -> float:
-    """Steps 5 and 6, of TAMT and of IMP -> the loss. update_number: that of the optimizer, from 1; with imp it starts
-    anew in each round."""
-    batch = next_batch(training)
-    loss = backpropagate(training, batch)
-    loss_value = optimizer_step(training, loss, learning_rate, update_number)
-    training.updates_done += 1
-    return loss_value
 
 
 def next_batch(training: Training) -> Batch:
@@ -692,10 +712,8 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     machine = run.machine
     seed_dropout(run.seed, training.updates_done, machine.process_index)  # so a resumed run draws the same
     total_loss = torch.zeros((), device=machine.device)
-    slices = slices_of_process(run, len(batch.input_ids))  # of the batch's rows
-    for row_slice in slices:
-        micro_batch = make_micro_batch(batch, row_slice, machine.device)
-        with share_gradients_if(row_slice is slices[-1], training):  # only in the last backward pass
+    for micro_batch, is_last in micro_batches(batch, run):
+        with share_gradients_if(is_last, training):  # among processes
             with autocast(machine):
                 loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch)
             (loss * machine.num_processes).backward()  # processes average their gradients; the sum is wanted
@@ -723,9 +741,9 @@ def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float,
     return loss_value
 
 
-def restore_pretrained(training: Training):
-    """What trained, but for the scores, gets its values from before the training."""
-    for name, weight in training.pretrained.items():
+def restore_weights(training: Training):
+    """Undoes the training of all weights; the scores stay."""
+    for name, weight in training.weights_before.items():
         training.parameters[name].data = weight
 
 
@@ -741,9 +759,9 @@ def train_imp(training: Training):
         sparsity .7    prune to .1, train, prune to .2, train, ... train, prune to .7
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
-    losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. However
-    many rounds there are, the schedule is as long as ten (unless --steps says otherwise), so the learning rate hardly
-    falls within one (TAMT LT_pretrain.py)."""
+    losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The learning
+    rate would reach 0 after ten rounds' worth of updates (unless --steps says otherwise), so within one it falls by a
+    tenth (TAMT LT_pretrain.py)."""
     run = training.run
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
@@ -752,12 +770,13 @@ def train_imp(training: Training):
     while training.updates_done < run.num_updates:
         update_in_round = training.updates_done % run.prune_every
         learning_rate = run.lr * (1 - update_in_round / run.horizon)
-        loss = update(training, learning_rate, update_number=update_in_round + 1)
+        loss = do_update(training, learning_rate, update_number=update_in_round + 1)
+        training.updates_done += 1
         if training.updates_done % run.prune_every == 0:
             prune_and_rewind(training, levels[training.updates_done // run.prune_every])
         training.log.add(training.updates_done, loss, learning_rate, {})
         save_state_if_due(training)
-    restore_pretrained(training)  # of all that was trained the masks alone are the result
+    restore_weights(training)  # of all that was trained the masks alone are the result
 
 
 def prune_and_rewind(training: Training, level: float):
@@ -766,7 +785,7 @@ def prune_and_rewind(training: Training, level: float):
     run = training.run
     set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, run.rank))
     if not run.no_rewind:
-        for name, weight in training.pretrained.items():
+        for name, weight in training.weights_before.items():
             is_backbone = name.startswith(f"{run.family}.")
             if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
                 training.parameters[name].data.copy_(weight)
@@ -778,7 +797,7 @@ def imp_levels(sparsity: float) -> list[float]:
     """Sparsities .1, .2, ...: fractions of all entries, not of those that are left. A target that is not a multiple
     of 10 % ends with a smaller step."""
     tenths = [tenth / 10 for tenth in range(1, 10)]
-    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]  # whatever the rounding of .7
+    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]  # .7000000001 has no level .7
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -883,6 +902,13 @@ def is_refresh_due(run: Run, updates_done: int) -> bool:
     if run.objective == "kd":
         return updates_done == 1 or (updates_done + 1) % run.refresh_every == 0
     return updates_done % run.refresh_every == 0
+
+
+def prepare_global_ranking(scores: Scores, inputs: Inputs):
+    """What is due before all matrices are ranked together for the first time. (Does nothing with another --rank.)"""
+    if scores.rank == "global":
+        pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
+        make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
 
 
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
@@ -1306,7 +1332,7 @@ def evaluate_mask(settings: Settings) -> dict:
     model, vocabulary = load_model(settings.model)
     run = fill_in_defaults(settings, machine, model)
     model.requires_grad_(False).to(machine.device)
-    masked_layers = mask_model(model)
+    masked_layers = install_masked_layers(model)
     if settings.mask:
         say_if_weights_differ(meta, run.backbone_checksum, settings.mask)
         say_if_ablation_differs(meta, settings.mask)
@@ -1682,13 +1708,13 @@ class Log:
         self.bits = state["bits"].numpy()
 
 
-def report(training: Training, loss: float, learning_rate: float):
+def report_progress(training: Training, loss: float, learning_rate: float):
     """A line of the log, and now and then the dev losses and the mask as a file."""
     run = training.run
     losses = {}
     is_last = training.updates_done == run.num_updates  # then finish() evaluates
     if training.updates_done % run.eval_every == 0 and not is_last:
-        with pretrained_in_place(training):  # with the head as it was before training, so that masks compare
+        with weights_before_in_place(training):  # with the head as it was before training, so that masks compare
             losses = evaluate_on_dev(training)
     training.log.add(training.updates_done, loss, learning_rate, losses)
     if training.updates_done % run.save_every == 0:
@@ -1706,12 +1732,12 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 
 
 @contextmanager
-def pretrained_in_place(training: Training):
+def weights_before_in_place(training: Training):
     """Inside the with block the weights that train have their values from before the training: with mlm, those of the
     head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
     to."""
-    trained = {name: training.parameters[name].data for name in training.pretrained}
-    restore_pretrained(training)
+    trained = {name: training.parameters[name].data for name in training.weights_before}
+    restore_weights(training)
     try:
         yield
     finally:
@@ -1773,6 +1799,11 @@ class Settings:
                                    metavar="MASK")
     export: Path | None = option(None, "write the subnetwork as a folder that transformers loads", type=Path,
                                  metavar="DIR")
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the masked-LM head trains, too: where masked LM is the loss, or a part of it."""
+        return self.method == "imp" or (self.method == "tamt" and self.objective != "kd")
 
     def __post_init__(self):
         check_settings(self)
@@ -2131,12 +2162,13 @@ def seed_dropout(seed: int, step: int, process_index: int = 0):
     torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
 
 
-def slices_of_process(run, num_rows: int) -> list[slice]:
-    """The rows that this process computes, a slice of each micro-batch: with 2 processes and micro-batches of 16 rows
-    the first process computes the rows 0 .. 7, 16 .. 23, and so on."""
+def micro_batches(batch: Batch, run: Run):
+    """Yields what this process computes of each micro-batch, and whether it is the last one. With 2 processes and
+    micro-batches of 16 rows the first process computes the rows 0 .. 7, 16 .. 23, and so on."""
     share = run.batch_size // run.machine.num_processes
-    starts = range(run.machine.process_index * share, num_rows, run.batch_size)
-    return [slice(start, start + share) for start in starts]
+    starts = range(run.machine.process_index * share, len(batch.input_ids), run.batch_size)
+    for start in starts:
+        yield make_micro_batch(batch, slice(start, start + share), run.machine.device), start == starts[-1]
 
 
 def share_gradients_if(is_last: bool, training: Training):

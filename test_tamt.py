@@ -137,7 +137,7 @@ def write_tasks(folder):
 def write_masks(folder):
     """Writes a mask for each model. The file names its model, so settings need not."""
     for family in ("bert", "roberta"):
-        layers = tamt.mask_model(bert.load(folder / family))
+        layers = tamt.install_masked_layers(bert.load(folder / family))
         masks = tamt.magnitude_masks(layers, 0.6, "local")
         tamt.save_mask(folder / f"{family}.pt", masks, {"model": str(folder / family), "method": "omp"})
 
@@ -459,7 +459,7 @@ def test_starting_later_continues_the_same_order_of_rows(num_rows, count):
 @pytest.fixture
 def masked_layers(model):
     """Puts masked layers into `model`, which changes it -> {name of a weight: its masked layer}."""
-    return tamt.mask_model(model)
+    return tamt.install_masked_layers(model)
 
 
 @pytest.fixture
@@ -513,7 +513,7 @@ def test_the_mask_of_the_word_embeddings_leaves_the_tied_decoder_dense(model):
     input_ids = ordinary_ids(model)
     states = model(input_ids)
     logits = model.mlm_logits(states[-1])
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.9, "local"))
     assert torch.equal(model.mlm_logits(states[-1]), logits)
     assert not torch.equal(model(input_ids)[0], states[0])
@@ -650,7 +650,7 @@ def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
 def test_the_teacher_is_the_dense_model_without_dropout(model):
     input_ids = ordinary_ids(model)
     dense = model(input_ids)
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.5, "local"))
     model.train()  # for the student; the teacher is in eval mode even so
     with tamt.dense_teacher(model):
@@ -1529,7 +1529,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
 @pytest.fixture
 def two_masks(inputs, tmp_path):
     """The paths of two masks, joined by a comma: bert.pt for rte, a random mask for stsb."""
-    layers = tamt.mask_model(bert.load(inputs / "bert"))
+    layers = tamt.install_masked_layers(bert.load(inputs / "bert"))
     masks = tamt.random_masks(layers, 0.5, "local", seed=1)
     tamt.save_mask(tmp_path / "second.pt", masks, {"model": str(inputs / "bert")})
     return f"{inputs / 'bert.pt'},{tmp_path / 'second.pt'}"

@@ -30,7 +30,7 @@ def main():
     args = parser.parse_args()
 
     model, vocabulary = tamt.load_model(args.model)
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     rows = data.corpus_rows(args.text, vocabulary, 128, "dev", one_row_per_line=True)[:200]
     input_ids = torch.from_numpy(rows.astype("int64"))
     is_token = input_ids != vocabulary.pad_id

@@ -220,7 +220,7 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     settings = tamt.Settings(model="random", objective=objective, rank=rank, batch_size=size.B, lr=LEARNING_RATE,
                              compile=compiled)
     run = tamt.fill_in_defaults(settings, machine, model)
-    layers = tamt.mask_model(model, run.scope)
+    layers = tamt.install_masked_layers(model, run.scope)
     inputs = tamt.Inputs(run, {}, model, vocabulary, rows, dev_rows=None)
     scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
     if rank == "global":

@@ -165,7 +165,7 @@ def begin(settings):
     machine = tamt.start_machine("cpu")
     inputs = replace(tamt.read_inputs(settings, machine), dev_rows=None)
     run = inputs.run  # the settings with all defaults filled in
-    layers = tamt.mask_model(inputs.model, run.scope)
+    layers = tamt.install_masked_layers(inputs.model, run.scope)
     scores = None
     if run.method == "tamt":
         scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)

@@ -227,7 +227,7 @@ def make_world():
     model = bert.Model(config)
     bert.save("model", config, dict(model.named_parameters()), "ForMaskedLM")
     Path("model/vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    masks = tamt.magnitude_masks(tamt.mask_model(model), 0.5, "local")
+    masks = tamt.magnitude_masks(tamt.install_masked_layers(model), 0.5, "local")
     tamt.save_mask("mask.pt", masks, {"model": "model"})
 
     generator = random.Random(0)

@@ -306,7 +306,7 @@ def test_the_row_that_the_embedding_does_not_train_keeps_its_first_mask(inputs, 
     settings = mask_settings(inputs, tmp_path / "run", model=str(tmp_path / "bert"), lr=1e-2, save_every=1)
     tamt.find_mask(settings)
     name = "bert.embeddings.word_embeddings.weight"
-    first_masks = tamt.magnitude_masks(tamt.mask_model(bert.load(tmp_path / "bert")), 0.7, "local")
+    first_masks = tamt.magnitude_masks(tamt.install_masked_layers(bert.load(tmp_path / "bert")), 0.7, "local")
     assert torch.equal(tamt.load_mask(tmp_path / "run")[name][7], first_masks[name][7])
 
 

@@ -29,7 +29,7 @@ def test_the_teacher_shares_the_weights_of_the_student(model):
     changed = copy.deepcopy(model)
     changed.get_parameter(name).data.mul_(2)
 
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.5, "local"))
     layers[name].weight.data.mul_(2)
     with tamt.dense_teacher(model):
@@ -161,7 +161,7 @@ def test_the_dev_kd_loss_is_the_mean_over_batches_of_clean_text(dev_batches):
 
 def test_every_masked_matrix_but_the_pooler_gets_a_gradient(model):
     """The hidden states, which both losses read, depend on all of them."""
-    layers = tamt.mask_model(model.requires_grad_(False))
+    layers = tamt.install_masked_layers(model.requires_grad_(False))
     tamt.Scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6, "local")
     model(ordinary_ids(model))[-1].square().sum().backward()
     without_gradient = [name for name, layer in layers.items() if layer.scores.grad is None]

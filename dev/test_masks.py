@@ -129,7 +129,7 @@ def exported(request, inputs, tmp_path):
     family, rank = request.param
     tamt.find_mask(mask_settings(inputs, tmp_path / "run", family, method="omp", rank=rank, export=tmp_path / "export"))
     model = bert.load(inputs / family)
-    tamt.set_masks(tamt.mask_model(model), tamt.load_mask(tmp_path / "run"))
+    tamt.set_masks(tamt.install_masked_layers(model), tamt.load_mask(tmp_path / "run"))
     return model, tmp_path / "export"
 
 
@@ -250,7 +250,7 @@ def test_a_layer_without_a_mask_keeps_everything_on_the_device_where_its_weight_
     """The model is moved after its layers were masked: a mask that was left behind would not fit its weight. The device
     "meta" plays the GPU."""
     model = bert.load(inputs / "bert")
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     model.to("meta")
     tamt.set_masks(layers, {})
     for layer in layers.values():

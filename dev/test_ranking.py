@@ -158,7 +158,7 @@ def test_the_scope_encoder_leaves_out_the_word_embeddings(model):
 def test_a_mask_that_keeps_everything_changes_nothing(model):
     input_ids = ordinary_ids(model)
     dense = model(input_ids)
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     tamt.set_masks(layers, tamt.magnitude_masks(layers, 0.0, "global"))
     for expected, found in zip(dense, model(input_ids), strict=True):
         assert torch.equal(expected, found)
@@ -224,7 +224,7 @@ def test_random_masks_depend_on_their_seed_alone(masked_layers):
 
 def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
     """A layer's scores and mask are views of the long vectors that are ranked."""
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
     for layer in layers.values():
         layer.scores.data.normal_()
@@ -252,7 +252,7 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
 
 @pytest.mark.parametrize("rank", ["local", "global"])
 def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
-    layers = tamt.mask_model(model)
+    layers = tamt.install_masked_layers(model)
     before = masks_of(layers)
     for level in tamt.imp_levels(0.65):
         for layer in layers.values():

@@ -217,7 +217,7 @@ def test_weights_that_a_ticket_prunes_stay_zero_on_another_task(tasks, tmp_path,
 
 
 def test_a_round_of_imp_prunes_other_weights_than_one_shot_pruning(tasks, imp_folder):
-    layers = tamt.mask_model(bert.load(tasks / "bert"), "encoder")
+    layers = tamt.install_masked_layers(bert.load(tasks / "bert"), "encoder")
     one_shot = tamt.magnitude_masks(layers, 0.1, "global")
     first_round = tamt.load_mask(imp_folder / "round-1")
     assert_masks_differ(one_shot, first_round)

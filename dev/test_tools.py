@@ -253,7 +253,7 @@ def test_figures_are_drawn_from_the_results(tmp_path):
 def test_the_distance_of_a_mask_that_keeps_everything_is_0_and_of_another_above(tmp_path):
     model = tiny(tmp_path / "model", max_position_embeddings=128)
     (tmp_path / "text.txt").write_text("the cat sees a dog .\n" * 100)
-    layers = tamt.mask_model(bert.load(model))
+    layers = tamt.install_masked_layers(bert.load(model))
     for sparsity in (0.0, 0.7):
         tamt.save_mask(tmp_path / f"{sparsity}.pt", tamt.magnitude_masks(layers, sparsity, "local"), {})
     run_tool("dev/distance.py", model, tmp_path / "text.txt", tmp_path / "0.0.pt", tmp_path / "0.7.pt",
