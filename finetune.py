@@ -2,9 +2,9 @@
 
     python finetune.py --task sst2 --mask mask.pt                   under a mask that tamt.py has found
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
-    python finetune.py --task sst2 --model bert-base --find imp     find a mask by iterative magnitude pruning (IMP)
-    python finetune.py --task sst2 --model bert-base --find super   cut out whole heads and FFNs (Liang et al. 2021)
-    python finetune.py --task sst2,rte --mask a/mask.pt,b/mask.pt   tasks share an encoder, each with its own mask
+
+The masks of tamt.py stay as they are here, while the weights that they keep are trained. So is all that has no mask:
+biases, LayerNorms, position embeddings, and the task head. (In tamt.py it is the other way round.)
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -12,49 +12,34 @@
     4. The training loop
     5. The result
 
-    Methods of other papers; skip them if you came for TAMT:
-    6. IMP on a task              a loop around the fine-tuning
-    7. Super Tickets              how important each head and each FFN is; tickets that cut them out
-    8. Several tasks              one encoder, and for each task a head and a ticket
+Methods of other papers follow. Skip them if you came for TAMT:
 
-    Appendix A                    what differs; ablations, states, records, predictions, export
+    6. IMP on a task              --find imp: a mask by iterative magnitude pruning on the task itself
+    7. Super Tickets              --find super: cut out whole attention heads and feed-forward networks, FFNs
+    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one encoder, for each task a head and a ticket
+
+    Appendix A                    what differs from the released code; ablations, states, records, predictions, export
     Appendix B                    settings and the command line
 
-A mask belongs to one matrix: True where a weight is kept. A ticket (as in "lottery ticket") is the content of a mask
-file: the masks of all matrices, and how they were found. It comes from tamt.py or from --find. Six matrices in each
-layer have a mask, and perhaps the pooler and the word embeddings. All that has none (biases, LayerNorms, the other
-embeddings, task heads) always trains. Masks stay as they are while the weights that they keep are trained.
+Functions hand on these objects:
 
-There are two kinds of tickets. An ordinary one prunes single weights. A Super Ticket cuts out whole units, which are
-attention heads and the feed-forward networks (FFNs) of layers. build_network applies a ticket in one of three ways:
+    Settings    what the user asked for; its fields are named like the flags
+    Run         the same with every default filled in: run.lr, run.epochs, run.max_len, run.out, ...
+    Ticket      the content of a mask file: the masks of all matrices, and how they were found. (From "lottery ticket".)
+    Inputs      the Run, and the tasks, tickets and network that were read
+    Training    a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
 
-    one task, an ordinary ticket   The weights that it prunes are set to zero once. Before every update their gradients
-                                   are set to zero, too, so they stay exactly zero. (zero_pruned_gradients)
-    one task, a Super Ticket       The rows and columns of its units are cut out of the matrices before training.
-                                   (cut_out_units, chapter 7)
-    several tasks, with one        The encoder is shared, so nothing is set to zero and nothing cut out: each batch sees
-    ticket each                    the weights multiplied by the ticket of its own task. (select_task, chapter 8)
+and use these words:
 
-Without a ticket all weights are trained. Names that recur:
-
-    settings    what the user asked for (Settings); its fields are named like the flags
-    run         the same with every default filled in (Run), and with checksums of what it is about: run.lr, run.epochs,
-                run.max_len (tokens of an example), run.limit (training examples), run.eval_every (updates), run.out
-                (its folder), run.weights (pretrained, or an ablation), run.predict and run.export (what else to write)
-    inputs      what is read: tasks, tickets, the network (Inputs)
-    identity    what --resume compares: settings, and checksums of all inputs
-    experiment  a fine-tuning in progress (Experiment)
+    task head   the layer on top: a classifier, or for SQuAD the span layer. A plain "head" is an attention head.
+    dense       without a ticket
     step        in files and on the screen: how many updates are done
     search      what --find does: several fine-tunings in a row, which in IMP are called rounds
-    task head   the layer on top: a classifier, or for SQuAD the span layer. Pre-training heads (masked LM) are removed.
-                A plain "head" is an attention head.
-    dense       without a ticket
 
-"Released" means: in the programs of three papers, which are TAMT (Liu et al. 2022, glue_trans.py), for IMP and OMP on
-BERT Chen et al. 2020 (BERT-Tickets, LT_glue.py), and for Super Tickets Liang et al. 2021 (mt_dnn). A function that is
-called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the network (bert.py),
-vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders
-(tamt.py).
+"Released code" is that of three papers: for fine-tuning TAMT (Liu et al. 2022, glue_trans.py), for IMP BERT-Tickets
+(Chen et al. 2020, LT_glue.py), and for Super Tickets Liang et al. 2021 (mt_dnn). A function that is called in chapters
+1 to 8 and not defined there is in an appendix. From the other modules come the network (bert.py), vocabularies and
+random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -96,11 +81,11 @@ def fine_tune(settings: Settings) -> dict:
     if settings.find:
         return find_ticket(settings)  # chapters 6 and 7
     inputs = read_inputs(settings)
-    result, state = open_run(inputs)
+    result, state = open_run(inputs)  # of an earlier start, with --resume
     if result is None:
-        experiment = Experiment(inputs, state)
-        train(experiment)
-        result = finish(experiment)
+        training = Training(inputs, state)
+        train(training)
+        result = finish(training)
     return result
 
 
@@ -112,16 +97,13 @@ class Inputs:
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
-    model: bert.Model  # the pre-trained one; Experiment turns it into the network that trains
+    model: bert.Model  # the pre-trained one, until Training turns this very object into the network that trains
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
 
-def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
-    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-
-    runs_per_schedule: the learning rate falls linearly to 0 over so many runs like this one: 1, or 10 in a round of
-    IMP, so that it stays above .9 lr there (chapter 6)."""
+def read_inputs(settings: Settings) -> Inputs:
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -131,11 +113,11 @@ def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
     tickets = read_tickets(settings)
     model_name = choose_model_name(settings, tickets)
     model, vocabulary = tamt.load_model(model_name)
-    check_tickets(tickets, model, settings)
+    fit_tickets(tickets, model, settings)
 
     # What follows from them: the settings with every default filled in, and the examples. The folder comes last, since
     # its default name contains a hash of the identity.
-    run = fill_in_defaults(settings, machine, tasks, model_name, model, runs_per_schedule)
+    run = fill_in_defaults(settings, machine, tasks, model_name, model)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = replace(run, out=choose_folder(run, tickets, identity))
@@ -145,8 +127,8 @@ def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
-    """Opens the folder of the run -> result, state. With --resume these are the result of a finished run, or the state
-    of an interrupted one; both are None if nothing is done yet."""
+    """Opens the folder of the run. With --resume it returns (result, None) if the run is finished there, and
+    (None, state) if it was interrupted. Else it returns (None, None), and the files of an earlier run are removed."""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -154,23 +136,25 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     return result, state
 
 
-class Experiment:
+class Training:
     """A fine-tuning in progress. What its updates change is saved in state.pt."""
 
     def __init__(self, inputs: Inputs, state: dict | None = None):
+        run = inputs.run
         self.inputs = inputs
-        self.run = inputs.run
+        self.run = run
 
         # The examples as token ids, for each task.
-        self.all_task_data = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, self.run)
+        self.encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run)
                               for task in inputs.tasks]
 
-        # The network that trains, with task heads and under the tickets. The masks, {name of a weight: mask}, are those
-        # of an ordinary ticket of a single task, and keep its pruned weights at zero; in other cases {}.
+        # The network that trains. zeroing_masks, {name of a weight: mask}, keep pruned weights at zero if there is an
+        # ordinary ticket and a single task; in other cases they are {}.
         self.model = inputs.model
-        self.masks = build_network(self.model, inputs.tasks, inputs.tickets, self.run)
-        self.parameters = dict(self.model.named_parameters())  # all that trains
-        self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
+        prepare_network(self.model, inputs.tasks, run)
+        self.zeroing_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets, run.machine.device)
+        self.parameters = dict(self.model.named_parameters())  # all that trains; pruned entries get no gradient
+        self.optimizer = tamt.make_optimizer(self.parameters.values(), run.machine.device)
 
         self.updates_done = 0
         self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
@@ -220,9 +204,9 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def check_tickets(tickets: list[Ticket], model, settings):
-    """Raises ValueError if a ticket belongs to another network, and prints a note if it was found on other weights.
-    Puts its masks in the order of the model's weights, with their full names."""
+def fit_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
+    """Puts the masks of each ticket in the order of the model's weights, with their full names. Raises ValueError if a
+    ticket belongs to another network, and prints a note if it was found on other weights."""
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
@@ -231,13 +215,13 @@ def check_tickets(tickets: list[Ticket], model, settings):
 
 
 @dataclass
-class TaskData:
+class EncodedTask:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window: a
-    question, and as much of its paragraph as fits. task.predicts says what the network's answer is: a "class", a
-    "number" (STS-B), or a "span" (SQuAD), the first and the last token of the answer."""
+    question, and as much of its paragraph as fits. task.predicts says what the network predicts: a "class", a "number"
+    (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
-    train_sequences: list  # in file order; with --limit that many, in random order
+    train_sequences: list  # in file order; with --limit a random choice, shuffled
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
@@ -258,34 +242,35 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
             else:
                 examples[split] = glue_squad.load_glue(task, split, folder)
         except FileNotFoundError as error:
-            if split in ("train", "dev", "test"):
+            is_optional = split in ("dev_mm", "test_mm", "ax")
+            if not is_optional:
                 raise
             print(f"nothing is reported for {split}: {error}")
     return examples
 
 
-def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> TaskData:
+def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
     """Token ids of train and dev."""
     encode = encode_squad if task.predicts == "span" else encode_glue
-    task_data = encode(task, examples, vocabulary, run.max_len)
-    if run.limit:
-        limit_training_set(task_data, run.limit, run.seed)
-    return task_data
+    encoded_task = encode(task, examples, vocabulary, run.max_len)
+    if run.limit:  # after encoding, since of SQuAD it counts windows
+        limit_training_set(encoded_task, run.limit, run.seed)
+    return encoded_task
 
 
-def limit_training_set(task_data: TaskData, limit: int, seed: int):
+def limit_training_set(encoded_task: EncodedTask, limit: int, seed: int):
     """--limit keeps that many random training examples, or windows of SQuAD, as for the low-data curves of TAMT's
     paper."""
-    num_sequences = len(task_data.train_sequences)
+    num_sequences = len(encoded_task.train_sequences)
     if limit < num_sequences:
         chosen = data.random_stream(seed, "limit").permutation(num_sequences)[:limit]
-        task_data.train_sequences = [task_data.train_sequences[index] for index in chosen]
-        task_data.train_targets = task_data.train_targets[chosen]
+        encoded_task.train_sequences = [encoded_task.train_sequences[index] for index in chosen]
+        encoded_task.train_targets = encoded_task.train_targets[chosen]
 
 
-def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
+def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> EncodedTask:
     dtype = np.int64 if task.predicts == "class" else np.float32
-    return TaskData(
+    return EncodedTask(
         task, examples,
         train_sequences=glue_squad.encode(examples["train"], vocabulary, max_len),
         train_targets=np.array([example.label for example in examples["train"]], dtype),
@@ -293,14 +278,14 @@ def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, ma
                        for split in ("dev", "dev_mm") if split in examples})
 
 
-def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> TaskData:
+def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> EncodedTask:
     """Each question gives one or more windows. If the answer is not in a window, both its targets are 0, the position
     of [CLS]."""
     train_windows = glue_squad.make_windows(examples["train"], vocabulary, max_len, training=True)
-    dev_windows = glue_squad.make_windows(examples["dev"], vocabulary, max_len)
     if not train_windows:
         raise ValueError(f"task {task.name}: no training question has its answer where the file says")
-    return TaskData(
+    dev_windows = glue_squad.make_windows(examples["dev"], vocabulary, max_len)
+    return EncodedTask(
         task, examples,
         train_sequences=[(window.input_ids, window.token_type_ids) for window in train_windows],
         train_targets=np.array([(window.start_position, window.end_position) for window in train_windows], np.int64),
@@ -308,27 +293,30 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
         dev_windows=dev_windows)
 
 
-def build_network(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run) -> dict[str, torch.Tensor]:
-    """Turns the pre-trained model into the network that trains: with task heads, under tickets (in one of the three
-    ways that are listed at the head of this file), on the device -> the masks of the weights that were set to zero."""
-    torch.manual_seed(run.seed)  # before a fresh pooler and the task heads are drawn
+def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
+    """Turns the pre-trained model into one for these tasks; of several, share_encoder makes the task heads."""
+    torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
     add_or_remove_pooler(model, tasks[0])  # of several tasks none has spans, so the first one speaks for all
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # --weights, an ablation (appendix A) with its own random numbers
+    if len(tasks) == 1:
+        add_task_head(model, tasks[0])
 
+
+def apply_tickets(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket], device) -> dict:
+    """Puts the network under its tickets, and on the device -> {name of a weight: mask} of the weights that were set to
+    zero. Masked layers, as in tamt.py, are needed only where tasks share the weights."""
     masks = {}
     if len(tasks) > 1:
-        share_encoder(model, tasks, tickets, run)
-    else:
-        [task] = tasks
-        add_task_head(model, task)
-        if tickets and tickets[0].is_super:
-            removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])  # a mask file stores no units
-            cut_out_units(model, removed_heads, removed_ffns)
-        elif tickets:
-            masks = zero_pruned_weights(model, tickets[0])
-    device = run.machine.device
+        # Each batch sees the weights multiplied by the ticket of its own task (chapter 8).
+        share_encoder(model, tasks, tickets, device)
+    elif tickets and tickets[0].is_super:
+        # The rows and columns of whole heads and FFNs are cut out of the matrices (chapter 7).
+        cut_out_units(model, *units_from_masks(model.config, tickets[0]))
+    elif tickets:
+        # Pruned weights are set to zero now, and their gradients before every update (zero_pruned_gradients).
+        masks = zero_pruned_weights(model, tickets[0])
     model.to(device)
     return {name: mask.to(device) for name, mask in masks.items()}
 
@@ -341,7 +329,7 @@ def remove_pretraining_heads(model):
 
 def add_or_remove_pooler(model, task: glue_squad.Task):
     """BERT's classifier reads the pooler, so a checkpoint without one gets a fresh one. RoBERTa's classifier, which has
-    a layer of its own, and the span head do not: then the pooler is removed."""
+    a layer of its own, and SQuAD's task head read the last hidden states: for them the pooler is removed."""
     needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
     if needs_pooler and not model.has_pooler:
         model.add_pooler()
@@ -371,23 +359,24 @@ def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def task_logits(model, task: glue_squad.Task, sequences: list):
+def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
-    select_task(model, task)  # if several tasks share the encoder: this one's head and ticket (chapter 8)
+    model = training.model
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
-    hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
-    last_hidden_state = hidden_states[-1].float()  # (B, T, D)
-    is_span = task.predicts == "span"
-    with torch.autocast(last_hidden_state.device.type, enabled=False):  # bf16 has three digits: too few for logits
-        logits = model.span_logits(last_hidden_state) if is_span else model.class_logits(last_hidden_state)
-    if is_span and attention_mask is not None:
+    with tamt.autocast(training.run.machine):
+        hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
+    last_hidden_state = hidden_states[-1].float()  # (B, T, D); bf16 has three digits, which are too few for logits
+    if task.predicts != "span":
+        return model.class_logits(last_hidden_state)
+    logits = model.span_logits(last_hidden_state)
+    if attention_mask is not None:
         logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # so small that padding gets no probability
     return logits
 
 
 def batch_tensors(model, sequences: list) -> tuple:
-    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None with RoBERTa, which has
-    none), (B, T) each, on the device of the model."""
+    """B sequences -> input_ids, attention_mask and token_type_ids, (B, T) each, on the device of the model; None where
+    there is no padding, and for RoBERTa, which has no token types."""
     device = next(model.parameters()).device
     input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     is_padded = not attention_mask.all()
@@ -412,21 +401,20 @@ def task_loss(task: glue_squad.Task, logits, targets):
     return (start_loss + end_loss) / 2
 
 
-def batch_loss(experiment: Experiment, task_data: TaskData, indices):
+def batch_loss(training: Training, encoded_task: EncodedTask, indices):
     """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
-    machine = experiment.run.machine
-    sequences = [task_data.train_sequences[index] for index in indices]
-    targets = tamt.to_device(task_data.train_targets[indices], machine.device)
-    with tamt.autocast(machine):
-        logits = task_logits(experiment.model, task_data.task, sequences)
-    return task_loss(task_data.task, logits, targets)
+    select_task(training.model, encoded_task.task)  # where several tasks share the encoder (chapter 8)
+    sequences = [encoded_task.train_sequences[index] for index in indices]
+    targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
+    return task_loss(encoded_task.task, task_logits(training, encoded_task.task, sequences), targets)
 
 
 @torch.no_grad()
-def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list, batch_size: int = 64) -> list:
+def predict_logits(training: Training, encoded_task: EncodedTask, sequences: list, batch_size: int = 64) -> list:
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
     of its batch."""
-    model = experiment.model
+    model = training.model
+    select_task(model, encoded_task.task)
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
@@ -434,43 +422,42 @@ def predict_logits(experiment: Experiment, task_data: TaskData, sequences: list,
     by_length = np.argsort(lengths, kind="stable")  # neighbours in length share a batch, so there is little padding
     for start in range(0, len(sequences), batch_size):
         indices = by_length[start:start + batch_size]
-        with tamt.autocast(experiment.run.machine):
-            batch_logits = task_logits(model, task_data.task, [sequences[index] for index in indices])
+        batch_logits = task_logits(training, encoded_task.task, [sequences[index] for index in indices])
         for index, row in zip(indices, batch_logits.cpu().numpy(), strict=True):
             logits[index] = row
     model.train(was_training)
     return logits
 
 
-def to_predictions(task_data: TaskData, logits: list):
+def to_predictions(encoded_task: EncodedTask, logits: list):
     """Logits -> class ids (n,), numbers (n,), or, of SQuAD's dev questions, {question id: text}."""
-    if task_data.task.predicts == "class":
+    if encoded_task.task.predicts == "class":
         return np.array([row.argmax() for row in logits])
-    if task_data.task.predicts == "number":
+    if encoded_task.task.predicts == "number":
         return np.array([row[0] for row in logits])
     start_logits = [row[:, 0] for row in logits]
     end_logits = [row[:, 1] for row in logits]
-    return glue_squad.best_answers(task_data.examples["dev"], task_data.dev_windows, start_logits, end_logits)
+    return glue_squad.best_answers(encoded_task.examples["dev"], encoded_task.dev_windows, start_logits, end_logits)
 
 
-def evaluate(experiment: Experiment) -> dict[str, float]:
+def evaluate(training: Training) -> dict[str, float]:
     """The metrics of all tasks on their dev sets: {"accuracy": .9}, with several tasks {"rte_accuracy": .6, ...}."""
     metrics = {}
-    for task_data in experiment.all_task_data:
-        task = task_data.task
-        for split, sequences in task_data.dev_sequences.items():  # those of dev_mm get names that end in _mm
-            predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
+    for encoded_task in training.encoded_tasks:
+        task = encoded_task.task
+        for split, sequences in encoded_task.dev_sequences.items():
+            predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
             if task.predicts == "span":
-                scores = glue_squad.squad_scores(predictions, task_data.examples[split])
+                scores = glue_squad.squad_scores(predictions, encoded_task.examples[split])
             else:
-                scores = glue_squad.score(task, predictions, task_data.examples[split], split)
-            metrics |= {full_name(experiment, task, name): value for name, value in scores.items()}
+                scores = glue_squad.score(task, predictions, encoded_task.examples[split], split)
+            metrics |= {metric_name(training, task, name): value for name, value in scores.items()}
     return metrics
 
 
-def full_name(experiment: Experiment, task: glue_squad.Task, metric: str) -> str:
-    """"accuracy"; or, where several tasks share an encoder, "rte_accuracy"."""
-    return f"{task.name}_{metric}" if len(experiment.all_task_data) > 1 else metric
+def metric_name(training: Training, task: glue_squad.Task, metric: str) -> str:
+    """As in result.json: "accuracy", or "rte_accuracy" where several tasks share an encoder."""
+    return f"{task.name}_{metric}" if len(training.encoded_tasks) > 1 else metric
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -478,88 +465,89 @@ def full_name(experiment: Experiment, task: glue_squad.Task, metric: str) -> str
 # ---------------------------------------------------------------------------------------------------
 
 
-def train(experiment: Experiment):
+def train(training: Training):
     """Trains all parameters but the weights that the tickets prune, and evaluates every --eval-every updates and after
     each epoch.
 
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
-    run = experiment.run
-    updates_per_epoch = sum(math.ceil(len(task_data.train_sequences) / run.batch_size)
-                            for task_data in experiment.all_task_data)
+    run = training.run
+    updates_per_epoch = sum(math.ceil(len(encoded_task.train_sequences) / run.batch_size)
+                            for encoded_task in training.encoded_tasks)
     num_updates = updates_per_epoch * run.epochs
     schedule_length = num_updates * run.runs_per_schedule  # the update at which the learning rate would reach 0
-    progress = Progress(experiment.updates_done, num_updates)
+    progress = Progress(training.updates_done, num_updates)
     saved_at = time.time()
-    batches = None  # those of the current epoch
-    experiment.model.train()
-    while experiment.updates_done < num_updates:
-        epoch, number_in_epoch = divmod(experiment.updates_done, updates_per_epoch)
-        if batches is None or number_in_epoch == 0:  # a resumed run may begin in the middle of an epoch
-            batches = epoch_batches(experiment.all_task_data, run, epoch)
-        task_data, indices = batches[number_in_epoch]
+    training.model.train()
+    for epoch in range(training.updates_done // updates_per_epoch, run.epochs):
+        batches = epoch_batches(training.encoded_tasks, run, epoch)
+        first_batch = training.updates_done % updates_per_epoch  # 0, unless a resumed run begins inside an epoch
+        for encoded_task, indices in batches[first_batch:]:
+            learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
+            training.loss_since_evaluation += do_update(training, encoded_task, indices, learning_rate)
+            training.updates_done += 1
 
-        tamt.seed_dropout(run.seed, experiment.updates_done)
-        learning_rate = run.lr * (1 - experiment.updates_done / schedule_length)  # linear decay, no warm-up
-        loss = batch_loss(experiment, task_data, indices)
-        loss.backward()
-        zero_pruned_gradients(experiment)
-        experiment.loss_since_evaluation += optimizer_step(experiment, loss, learning_rate)
-        experiment.updates_done += 1
-
-        is_epoch_end = experiment.updates_done % updates_per_epoch == 0
-        if is_epoch_end or experiment.updates_done % run.eval_every == 0:
-            record_evaluation(experiment)
-            progress.show(experiment.history[-1])
-        if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
-            saved_at = time.time()
-            save_state(experiment)
-    experiment.model.eval()
+            is_epoch_end = training.updates_done % updates_per_epoch == 0
+            if is_epoch_end or training.updates_done % run.eval_every == 0:
+                record_evaluation(training)
+                progress.show(training.history[-1])
+            if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
+                saved_at = time.time()
+                save_state(training)
 
 
-def record_evaluation(experiment: Experiment):
+def do_update(training: Training, encoded_task: EncodedTask, indices, learning_rate: float) -> float:
+    """One update, on these examples of a task -> the loss."""
+    tamt.seed_dropout(training.run.seed, training.updates_done)
+    loss = batch_loss(training, encoded_task, indices)
+    loss.backward()
+    zero_pruned_gradients(training)
+    return optimizer_step(training, loss, learning_rate)
+
+
+def record_evaluation(training: Training):
     """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
-    last_step = experiment.history[-1]["step"] if experiment.history else 0
-    mean_loss = experiment.loss_since_evaluation / (experiment.updates_done - last_step)
-    experiment.history.append({"step": experiment.updates_done, "loss": mean_loss, **evaluate(experiment)})
-    experiment.loss_since_evaluation = 0.0
+    last_step = training.history[-1]["step"] if training.history else 0
+    mean_loss = training.loss_since_evaluation / (training.updates_done - last_step)
+    training.history.append({"step": training.updates_done, "loss": mean_loss, **evaluate(training)})
+    training.loss_since_evaluation = 0.0
 
 
-def epoch_batches(all_task_data: list[TaskData], run: Run, epoch: int) -> list[tuple[TaskData, np.ndarray]]:
-    """The batches of an epoch, (data of a task, indices into its training set), those of several tasks shuffled."""
+def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
+    """The batches of an epoch, as pairs (task, indices into its training set). Several tasks take turns at random."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
-    for task_data in all_task_data:
-        lengths = [len(input_ids) for input_ids, _ in task_data.train_sequences]
+    for encoded_task in encoded_tasks:
+        lengths = [len(input_ids) for input_ids, _ in encoded_task.train_sequences]
         for indices in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
-            batches.append((task_data, indices))
-    if len(all_task_data) > 1:
+            batches.append((encoded_task, indices))
+    if len(encoded_tasks) > 1:
         batches = [batches[index] for index in generator.permutation(len(batches))]
     return batches
 
 
-def zero_pruned_gradients(experiment: Experiment):
+def zero_pruned_gradients(training: Training):
     """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, and there is no weight decay: so the weight
     remains 0. (This comes before clipping, so that pruned weights do not count in the norm.)"""
-    for name, mask in experiment.masks.items():
-        experiment.parameters[name].grad.mul_(mask)
+    for name, mask in training.zeroing_masks.items():
+        training.parameters[name].grad.mul_(mask)
 
 
-def optimizer_step(experiment: Experiment, loss, learning_rate: float) -> float:
+def optimizer_step(training: Training, loss, learning_rate: float) -> float:
     """Clips the gradients, and lets AdamW move the weights -> the loss as a number. Raises ValueError if the loss or
     its gradient is not finite, and then changes no weight."""
-    norm = nn.utils.clip_grad_norm_(experiment.parameters.values(), 1.0)  # as released
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), 1.0)  # to a norm of 1, as released
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
-                         f"{experiment.updates_done + 1}: a lower --lr (here {learning_rate:g}) may help")
+                         f"{training.updates_done + 1}: a lower --lr (here {learning_rate:g}) may help")
 
     # The learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
     # (tamt.py, appendix A).
-    options = tamt.optimizer_settings("fine-tuning", learning_rate, experiment.updates_done + 1)
-    experiment.optimizer.param_groups[0].update(options)
-    experiment.optimizer.step()
-    experiment.optimizer.zero_grad()
+    options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
+    training.optimizer.param_groups[0].update(options)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
     return loss_value
 
 
@@ -568,43 +556,44 @@ def optimizer_step(experiment: Experiment, loss, learning_rate: float) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def finish(experiment: Experiment) -> dict:
-    """Writes the predictions and the export, if asked for, with the weights after the last update, not the best ones.
-    Then writes result.json, and the line in --results -> the content of result.json:
+def finish(training: Training) -> dict:
+    """Writes the predictions and the export, if asked for; both are of the weights after the last update, not of the
+    best evaluation. Then writes result.json, and the line in --results -> the content of result.json:
 
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
     best: the highest of many evaluations on dev, so a little too high; final: the last one; floor: what always
     answering the most frequent class scores."""
-    run = experiment.run
-    for task_data in experiment.all_task_data:
+    run = training.run
+    for encoded_task in training.encoded_tasks:
         if run.predict:
-            write_predictions(experiment, task_data)
+            write_predictions(training, encoded_task)
         if run.export:
-            export_model(experiment, task_data)
-    best, final = best_and_final(experiment)
-    result = make_result(experiment, best, final, floor_scores(experiment))  # with all that is needed to repeat it
+            export_model(training, encoded_task)
+    best, final = best_and_final(training)
+    result = make_result(training, best, final, floor_scores(training))  # with all that is needed to repeat it
     tamt.write_json(run.out / "result.json", result)
     append_to_results(run, result)
+    (run.out / "state.pt").unlink(missing_ok=True)  # three times the size of the model, and of no more use
     print_summary(result)
     return result
 
 
-def best_and_final(experiment: Experiment) -> tuple[dict, dict]:
+def best_and_final(training: Training) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
-    tasks = [task_data.task for task_data in experiment.all_task_data]
-    names = [full_name(experiment, task, task.metrics[0]) for task in tasks]
-    best = max(experiment.history, key=lambda evaluation: sum(evaluation[name] for name in names))
-    return best, experiment.history[-1]
+    tasks = [encoded_task.task for encoded_task in training.encoded_tasks]
+    names = [metric_name(training, task, task.metrics[0]) for task in tasks]
+    best = max(training.history, key=lambda evaluation: sum(evaluation[name] for name in names))
+    return best, training.history[-1]
 
 
-def floor_scores(experiment: Experiment) -> dict[str, float]:
+def floor_scores(training: Training) -> dict[str, float]:
     """What always answering the most frequent class would score in each metric; for numbers and answers 0."""
     scores = {}
-    for task_data in experiment.all_task_data:
-        for split in task_data.dev_sequences:
-            floor = glue_squad.majority_scores(task_data.task, task_data.examples[split], split)
-            scores |= {full_name(experiment, task_data.task, name): value for name, value in floor.items()}
+    for encoded_task in training.encoded_tasks:
+        for split in encoded_task.dev_sequences:
+            floor = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
+            scores |= {metric_name(training, encoded_task.task, name): value for name, value in floor.items()}
     return scores
 
 
@@ -638,45 +627,55 @@ def find_imp(settings: Settings) -> dict:
     for number, next_sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search_settings.out / f"round-{number}"
-        # A round is a step on the way, so it adds no line to --results.
-        round_settings = settings_of_one_run(search_settings, mask=mask_file, out=folder, results=None)
-
-        # As released, every round starts the schedule afresh, which is as long as ten rounds, whatever the sparsity. So
-        # within a round the learning rate falls from lr to .9 lr, and no further.
-        inputs = read_inputs(round_settings, runs_per_schedule=10)
-        # Listed before a fresh pooler may be added, which no ticket prunes.
+        round_settings = settings_of_one_run(
+            search_settings, mask=mask_file, out=folder, results=None)  # a round is on the way, and no result
+        inputs = with_schedule_of_ten_runs(read_inputs(round_settings))
+        # Listed here, because Training may add a fresh pooler, which is not to be pruned.
         matrices = list(tamt.maskable_layers(inputs.model, search_settings.scope))
         result, state = open_run_of_search(search_settings, inputs)
         if result is None:
-            experiment = Experiment(inputs, state)
-            claim_folders(search_settings, inputs.run)  # not before the experiment stands: it may be refused
-            train(experiment)
-            masks = next_masks(experiment, matrices, next_sparsity, search_settings.rank)
-            save_ticket(folder / "mask.pt", experiment, masks, {
+            training = train_in_search(search_settings, inputs, state)
+            masks = next_masks(training, matrices, next_sparsity, search_settings.rank)
+            save_ticket(folder / "mask.pt", training, masks, {
                 "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
-            result = finish(experiment)  # last: result.json tells --resume that the round is done, its mask included
+            result = finish(training)  # last: result.json tells --resume that the round is done, its mask included
         # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def next_masks(experiment: Experiment, matrices: list[str], sparsity: float, rank: str) -> dict[str, torch.Tensor]:
+def with_schedule_of_ten_runs(inputs: Inputs) -> Inputs:
+    """As released, every round begins the schedule anew, which is as long as ten rounds, whatever the sparsity. So
+    within a round the learning rate falls from lr to .9 lr, and no further."""
+    return replace(inputs, run=replace(inputs.run, runs_per_schedule=10),
+                   identity=inputs.identity | {"horizon_rounds": 10})
+
+
+def train_in_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
+    """The fine-tuning of a search, after its last update."""
+    training = Training(inputs, state)
+    claim_folders(search_settings, inputs.run)  # no earlier, since Training may refuse what it gets
+    train(training)
+    return training
+
+
+def next_masks(training: Training, matrices: list[str], sparsity: float, rank: str) -> dict[str, torch.Tensor]:
     """Masks that prune this share of all entries of the matrices: what is pruned already, and the smallest trained
     weights."""
     magnitudes = {}
     for name in matrices:
-        if name in experiment.parameters:  # not a pooler that the task does without
-            magnitudes[name] = experiment.parameters[name].detach().abs()
-            if name in experiment.masks:
-                magnitudes[name].masked_fill_(~experiment.masks[name], -1.0)  # below every magnitude
+        if name in training.parameters:  # not a pooler that the task does without
+            magnitudes[name] = training.parameters[name].detach().abs()
+            if name in training.zeroing_masks:
+                magnitudes[name].masked_fill_(~training.zeroing_masks[name], -1.0)  # below every magnitude
     return tamt.masks_of_largest(magnitudes, sparsity, rank)
 
 
-def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
+def save_ticket(path, training: Training, masks: dict, how_found: dict):
     """Writes a mask file. Its metadata say how it was made; how_found: what the caller adds to them."""
-    run = experiment.run
-    report = tamt.sparsity_report(experiment.model, masks)
+    run = training.run
+    report = tamt.sparsity_report(training.model, masks)
     meta = {
         "model": run.model,
         "backbone_checksum": run.backbone_checksum,
@@ -684,7 +683,7 @@ def save_ticket(path, experiment: Experiment, masks: dict, how_found: dict):
         "seed": run.seed,
         "lr": run.lr,
         "data": tamt.plain(run.data),
-        "task": task_names(experiment.inputs.tasks),
+        "task": task_names(training.inputs.tasks),
         "sparsity": report["masked_set"],
         # The fractions removed: of the entries that have a mask ("sparsity" again), of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
@@ -717,13 +716,11 @@ def find_super(settings) -> dict:
     dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
     inputs = read_inputs(dense_settings)
     result, state = open_run_of_search(search_settings, inputs)
-    if result is None:  # as in fine_tune(), but with the importance measured before it ends
-        experiment = Experiment(inputs, state)
-        claim_folders(search_settings, inputs.run)
-        train(experiment)
-        head_importance, ffn_importance = measure_importance(experiment)
-        save_super_tickets(experiment, head_importance, ffn_importance, search_settings.out)
-        result = finish(experiment)  # last: result.json tells --resume that the tickets are there
+    if result is None:
+        training = train_in_search(search_settings, inputs, state)
+        head_importance, ffn_importance = measure_importance(training)
+        save_super_tickets(training, head_importance, ffn_importance, search_settings.out)
+        result = finish(training)  # last: result.json tells --resume that the tickets are there
     result_of["dense"] = result
 
     # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
@@ -759,33 +756,33 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
 # 7b. How important units are.
 
 
-def measure_importance(experiment: Experiment) -> tuple[torch.Tensor, torch.Tensor]:
+def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
     """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
     in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py),
     which FFNs, one in a layer, do not need."""
-    config = experiment.model.config
-    batch_size = experiment.run.batch_size
-    experiment.model.eval()
+    config = training.model.config
+    batch_size = training.run.batch_size
+    training.model.eval()
     head_importance = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
     ffn_importance = torch.zeros(config.num_hidden_layers)
-    num_examples = len(experiment.all_task_data[0].train_sequences)
+    num_examples = len(training.encoded_tasks[0].train_sequences)
     batches = [range(start, min(start + batch_size, num_examples)) for start in range(0, num_examples, batch_size)]
     for indices in batches:
-        of_heads, of_ffns = importance_in_batch(experiment, indices)
+        of_heads, of_ffns = importance_in_batch(training, indices)
         head_importance += of_heads / len(batches)
         ffn_importance += of_ffns / len(batches)
     norms = head_importance.norm(dim=1, keepdim=True)
     return head_importance / (norms + 1e-20), ffn_importance
 
 
-def importance_in_batch(experiment: Experiment, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+def importance_in_batch(training: Training, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
     """Let o be the output of one head (its context vector) or of one FFN at one token. To first order the loss changes
     by -<d loss / d o, o> if o is taken away. The absolute value of this is summed over all tokens of the batch
     -> (L, H) for heads, (L,) for FFNs."""
-    [task_data] = experiment.all_task_data
-    num_heads = experiment.model.config.num_attention_heads
-    with recorded_outputs(experiment.model) as (contexts, ffn_outputs):
-        loss = batch_loss(experiment, task_data, indices)
+    [encoded_task] = training.encoded_tasks
+    num_heads = training.model.config.num_attention_heads
+    with recorded_outputs(training.model) as (contexts, ffn_outputs):
+        loss = batch_loss(training, encoded_task, indices)
     gradients = torch.autograd.grad(loss, [*contexts, *ffn_outputs])  # 2 L times (B, T, D)
     context_gradients = gradients[:len(contexts)]
     ffn_gradients = gradients[len(contexts):]
@@ -825,16 +822,16 @@ def recorded_outputs(model):
 # 7c. Which units go, and tickets that say so.
 
 
-def save_super_tickets(experiment: Experiment, head_importance, ffn_importance, folder: Path):
+def save_super_tickets(training: Training, head_importance, ffn_importance, folder: Path):
     """Writes importance.json, and the tickets of all orders and levels. Importances: (L, H), (L,)."""
     tamt.write_json(folder / "importance.json", {
         "heads": head_importance.tolist(), "ffn": ffn_importance.tolist()})
     for order in ORDERS:
         for level in LEVELS:
             removed_heads, removed_ffns = choose_units(
-                head_importance, ffn_importance, order, level, experiment.run.seed)
-            masks = masks_from_units(experiment.model.config, removed_heads, removed_ffns)
-            save_ticket(folder / f"{order}-{level}.pt", experiment, masks, {
+                head_importance, ffn_importance, order, level, training.run.seed)
+            masks = masks_from_units(training.model.config, removed_heads, removed_ffns)
+            save_ticket(folder / f"{order}-{level}.pt", training, masks, {
                 "method": "super", "order": order, "level": level})
 
 
@@ -846,18 +843,18 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     L (H - 1) heads go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units with the smallest keys go first.
+    # Units with the smallest numbers go first.
     if order == "random":
-        head_keys = generator.random(head_importance.shape)
-        ffn_keys = generator.random(ffn_importance.shape)
+        head_order = generator.random(head_importance.shape)
+        ffn_order = generator.random(ffn_importance.shape)
     else:
         sign = {"winning": 1, "losing": -1}[order]
-        head_keys = sign * head_importance.numpy()
-        ffn_keys = sign * ffn_importance.numpy()
+        head_order = sign * head_importance.numpy()
+        ffn_order = sign * ffn_importance.numpy()
 
-    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # the last head of each layer never goes
+    head_order[np.arange(num_layers), head_order.argmax(axis=1)] = np.inf  # the last head of each layer never goes
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return mark_smallest(head_keys, num_heads_out), mark_smallest(ffn_keys, num_layers * level // 12)
+    return mark_smallest(head_order, num_heads_out), mark_smallest(ffn_order, num_layers * level // 12)
 
 
 def mark_smallest(keys: np.ndarray, count: int) -> np.ndarray:
@@ -915,11 +912,8 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
 
 
 class SkippableResidual(nn.Module):
-    """The last part of an FFN, with a switch that leaves the FFN out: for good (cut_out_units), or for the batches of a
-    task (select_task). Then the LayerNorm is applied to the residual alone.
-
-    Several tasks that share an encoder mask units instead of cutting them out. A masked head then adds nothing, but a
-    masked FFN would still add its output bias: hence this switch."""
+    """The last part of an FFN, with a switch that leaves the FFN out: the LayerNorm is then applied to the residual
+    alone. (Where several tasks share an encoder, the switch is turned for each batch, in chapter 8.)"""
 
     def __init__(self, residual: bert.Residual):
         super().__init__()
@@ -949,7 +943,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         if removed_ffns[index]:
             layer.output = SkippableResidual(layer.output)
             layer.output.is_skipped = True
-            layer.output.dense = None
+            layer.output.dense = None  # so the layer keeps only the LayerNorm of its FFN
             layer.intermediate = nn.Identity()  # its output is not read any more
 
 
@@ -966,7 +960,7 @@ class TaskParts:
     skipped_ffns: list[bool]  # (L,) whether its ticket takes the FFN of a layer out
 
 
-def share_encoder(model, tasks: list[glue_squad.Task], tickets: list[Ticket], run):
+def share_encoder(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket], device):
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
@@ -974,7 +968,9 @@ def share_encoder(model, tasks: list[glue_squad.Task], tickets: list[Ticket], ru
     if tickets:
         model.masked_layers = tamt.install_masked_layers(model)  # {name of a weight: its layer, with a mask}
         for layer in model.backbone.encoder.layer:
-            layer.output = SkippableResidual(layer.output)  # now, since its dense layer is the masked one
+            # A masked head adds nothing, but a masked FFN would still add its output bias; so it is skipped. This comes
+            # after the masked layers, since layer.output.dense is one of them.
+            layer.output = SkippableResidual(layer.output)
 
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     model.task_parts = {}  # {name of a task: its parts}
@@ -985,7 +981,7 @@ def share_encoder(model, tasks: list[glue_squad.Task], tickets: list[Ticket], ru
         skipped_ffns = [False] * model.config.num_hidden_layers
         if tickets:
             ticket = tickets[index]
-            masks = {name: mask.to(run.machine.device) for name, mask in ticket.masks.items()}
+            masks = {name: mask.to(device) for name, mask in ticket.masks.items()}
             if ticket.is_super:
                 _, removed_ffns = units_from_masks(model.config, ticket)
                 skipped_ffns = removed_ffns.tolist()
@@ -1012,12 +1008,9 @@ def select_task(model, task: glue_squad.Task):
 # Appendix A: what differs; ablations, states, records, predictions, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-# "Released code" is that of the three papers: TAMT (task-agnostic mask training, glue_trans.py), Chen et al.
-# (BERT-Tickets, LT_glue.py) and, for Super Tickets and shared encoders, Liang et al. (mt_dnn).
-#
 # Under an ordinary ticket AdamW does bit for bit what it does under torch's prune.custom_from_mask, which the released
 # code uses. Where tasks share an encoder, AdamW's momentum still moves a weight a little under the tickets that prune
-# it, unless they take its whole FFN out; and a task head makes fewer updates than update() counts for the optimizer.
+# it, unless they take its whole FFN out; and a task head makes fewer updates than optimizer_step() counts for it.
 # What differs from the released code:
 #
 #     |                  | released                             | here
@@ -1054,28 +1047,28 @@ def replace_weights(model, kind: str, seed: int):
                 layer.weight.data = weight.flatten()[order].view(weight.shape)
 
 
-def restore_state(experiment: Experiment, state: dict):
-    tamt.restore_parameters(experiment.parameters, experiment.optimizer, state, experiment.run.out / "state.pt")
-    experiment.updates_done = state["step"]
-    experiment.loss_since_evaluation = state["total_loss"]
-    experiment.history = list(state["history"])
+def restore_state(training: Training, state: dict):
+    tamt.restore_parameters(training.parameters, training.optimizer, state, training.run.out / "state.pt")
+    training.updates_done = state["step"]
+    training.loss_since_evaluation = state["total_loss"]
+    training.history = list(state["history"])
 
 
-def save_state(experiment: Experiment):
-    tamt.write_torch(experiment.run.out / "state.pt", {
+def save_state(training: Training):
+    tamt.write_torch(training.run.out / "state.pt", {
         "format": 2,
-        "settings": experiment.inputs.identity,  # open_run() compares them
-        "step": experiment.updates_done,
-        "history": experiment.history,
-        "total_loss": experiment.loss_since_evaluation,
-        "parameters": {name: parameter.data for name, parameter in experiment.parameters.items()},
-        "optimizer": experiment.optimizer.state_dict(),
+        "settings": training.inputs.identity,  # open_run() compares them
+        "step": training.updates_done,
+        "history": training.history,
+        "total_loss": training.loss_since_evaluation,
+        "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
+        "optimizer": training.optimizer.state_dict(),
     })
 
 
-def make_result(experiment: Experiment, best: dict, final: dict, floor: dict) -> dict:
-    run = experiment.run
-    inputs = experiment.inputs
+def make_result(training: Training, best: dict, final: dict, floor: dict) -> dict:
+    run = training.run
+    inputs = training.inputs
     metric_names = list(floor)  # all metrics, the main one first; best and final hold "step" and "loss", too
     # Not the masks themselves, but how they were made: a dict or None, and of several tasks a list.
     metas = [ticket.meta for ticket in inputs.tickets]
@@ -1099,7 +1092,7 @@ def make_result(experiment: Experiment, best: dict, final: dict, floor: dict) ->
         "device": str(run.machine.device),
         "threads": torch.get_num_threads(),
         "versions": tamt.versions(),
-        "evaluations": experiment.history,
+        "evaluations": training.history,
     }
 
 
@@ -1121,15 +1114,13 @@ class Progress:
 
 def append_to_results(run, result: dict, is_resumed: bool = False):
     """Adds the line of a finished run to --results exactly once, even if the program is killed in between: a run that
-    is resumed may have added it already. Then removes state.pt, which is three times the size of the model, and of no
-    more use."""
+    is resumed may have added it already."""
     line = {name: value for name, value in result.items() if name != "evaluations"}
     is_recorded = False
     if is_resumed and run.results is not None and run.results.is_file():
         is_recorded = json.dumps(line).encode() in run.results.read_bytes()
     if run.results is not None and not is_recorded:
         data.append_line(run.results, line)
-    (run.out / "state.pt").unlink(missing_ok=True)
 
 
 def check_finished_run(inputs: Inputs, result: dict):
@@ -1140,6 +1131,7 @@ def check_finished_run(inputs: Inputs, result: dict):
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
         append_to_results(run, result, is_resumed=True)
+        (run.out / "state.pt").unlink()
     for name, hashes in written_files(inputs).items():
         if result.get("written", {}).get(name) != hashes:
             raise ValueError(f"{run.out} is finished, its model gone, and what --{name} asks for is not there as this "
@@ -1172,31 +1164,31 @@ def print_summary(result: dict):
     print(f"seconds: {result['seconds']:.4f}")
 
 
-def write_predictions(experiment: Experiment, task_data: TaskData):
+def write_predictions(training: Training, encoded_task: EncodedTask):
     """GLUE's table for each test file, or SQuAD's JSON for dev, by the model after its last update."""
-    run = experiment.run
-    task = task_data.task
+    run = training.run
+    task = encoded_task.task
     if task.predicts == "span":
         files = {"dev": "predictions.json"}
     else:
-        test_splits = [split for split in task_data.examples if split in ("test", "test_mm", "ax")]
+        test_splits = [split for split in encoded_task.examples if split in ("test", "test_mm", "ax")]
         files = {split: f"{task.folder}.tsv" for split in test_splits}
         if task.name == "mnli":
             files = {split: glue_squad.SUBMISSION_FILES[split] for split in test_splits}
 
     for split, name in files.items():
-        sequences = task_data.dev_sequences.get(split)
+        sequences = encoded_task.dev_sequences.get(split)
         if sequences is None:
-            sequences = glue_squad.encode(task_data.examples[split], experiment.inputs.vocabulary, run.max_len)
-        predictions = to_predictions(task_data, predict_logits(experiment, task_data, sequences))
+            sequences = glue_squad.encode(encoded_task.examples[split], training.inputs.vocabulary, run.max_len)
+        predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
         glue_squad.write_submission(task, predictions, run.out / name)
         print(f"{run.out / name}: {len(predictions):,} predictions")
 
 
-def export_model(experiment: Experiment, task_data: TaskData):
+def export_model(training: Training, encoded_task: EncodedTask):
     """What transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
-    model = experiment.model
-    task = task_data.task
+    model = training.model
+    task = encoded_task.task
     architecture = "ForQuestionAnswering"
     extra = {}
     if task.predicts != "span":
@@ -1207,12 +1199,12 @@ def export_model(experiment: Experiment, task_data: TaskData):
     if task.predicts == "number":
         extra["problem_type"] = "regression"
     select_task(model, task)
-    folder = experiment.run.export
-    if len(experiment.all_task_data) > 1:
+    folder = training.run.export
+    if len(training.encoded_tasks) > 1:
         folder = folder / task.name
     bert.save(folder, model.config, full_size_tensors(model), architecture, **extra)
     config = model.config
-    vocabulary = experiment.inputs.vocabulary
+    vocabulary = training.inputs.vocabulary
     data.save_vocabulary(vocabulary, folder, config.model_type, config.max_tokens, config.type_vocab_size)
 
 
@@ -1362,8 +1354,8 @@ class Run(Settings):
     checkpoint: str  # checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of their config.json
-    runs_per_schedule: int  # the learning rate would reach 0 after so many runs like this one
     command: str
+    runs_per_schedule: int = 1  # the learning rate falls to 0 over so many runs like this one (in IMP 10)
 
 
 # In place of the paper's defaults: the toy's model is small.
@@ -1384,7 +1376,7 @@ def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
-def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, runs_per_schedule: int) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
@@ -1403,7 +1395,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
                backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
-               runs_per_schedule=runs_per_schedule, command=shlex.join(words))
+               command=shlex.join(words))
 
 
 def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:
@@ -1463,7 +1455,7 @@ def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict 
 
 def claim_folders(search_settings: Settings, run: Run):
     """Writes into the folder of a search which one it holds, and removes what an earlier search has left there, and in
-    the folder of this run. Called when an experiment stands, so that a search that is refused leaves all as it was."""
+    the folder of this run. Called when the Training stands, so that a search that is refused leaves all as it was."""
     (run.out / "mask.pt").unlink(missing_ok=True)
     if not search_settings.resume:
         (search_settings.out / "mask.json").unlink(missing_ok=True)

@@ -798,14 +798,13 @@ def test_after_every_update_2_to_4_ranking_keeps_two_of_every_four_entries(short
 
 
 def before_each_update(monkeypatch, module, call):
-    """From now on call(trainer) comes before each update of a run. tamt's trainer is a Training, finetune's an
-    Experiment; both hold the model."""
+    """From now on call(training) comes before each update of a run of this module, tamt or finetune."""
     name = "backpropagate" if module is tamt else "batch_loss"  # the first thing that each of them does
     function = getattr(module, name)
 
-    def call_and_go_on(trainer, *arguments, **keywords):
-        call(trainer)
-        return function(trainer, *arguments, **keywords)
+    def call_and_go_on(training, *arguments, **keywords):
+        call(training)
+        return function(training, *arguments, **keywords)
 
     monkeypatch.setattr(module, name, call_and_go_on)
 
@@ -1217,24 +1216,24 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 
 
 # ---------------------------------------------------------------------------------------------------
-# finetune: experiments
+# finetune: fine-tunings
 # ---------------------------------------------------------------------------------------------------
 
-# finetune.fine_tune(settings) reads all inputs, makes an experiment of them, trains it, and writes the result into a
-# folder. The tests take these steps one by one:
+# finetune.fine_tune(settings) reads all inputs, makes a Training of them, trains, and writes the result into a folder.
+# The tests take these steps one by one:
 #
-#     experiment = new_experiment(settings)
-#     finetune.train(experiment)             # batch_loss() and optimizer_step() for each batch
+#     training = new_training(settings)
+#     finetune.train(training)             # batch_loss() and optimizer_step() for each batch
 #
-# It holds .model, the network with a head for its task; .run, the settings with all defaults filled in; and
-# .all_task_data, for each of its tasks the token ids .train_sequences, the .train_targets, and the .task.
-# finetune.task_logits(model, task, sequences) is its forward pass.
+# A Training holds .model, the network with a head for its task; .run, the settings with all defaults filled in; and
+# .encoded_tasks, for each of its tasks the token ids .train_sequences, the .train_targets, and the .task.
+# finetune.task_logits(training, task, sequences) is its forward pass.
 
 
-def new_experiment(settings, runs_per_schedule=1):
-    inputs = finetune.read_inputs(settings, runs_per_schedule)
+def new_training(settings, change_inputs=lambda inputs: inputs):
+    inputs = change_inputs(finetune.read_inputs(settings))
     _, state = finetune.open_run(inputs)
-    return finetune.Experiment(inputs, state)
+    return finetune.Training(inputs, state)
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):
@@ -1260,25 +1259,25 @@ def test_pruned_weights_stay_exactly_zero_in_every_update(inputs, tmp_path, monk
     masks = tamt.load_mask(inputs / "bert.pt")
     num_nonzero = []
 
-    def count(experiment):
-        pruned = torch.cat([experiment.model.get_parameter(name)[~mask] for name, mask in masks.items()])
+    def count(training):
+        pruned = torch.cat([training.model.get_parameter(name)[~mask] for name, mask in masks.items()])
         num_nonzero.append(int(pruned.count_nonzero()))
 
-    experiment = new_experiment(finetune_settings(inputs, tmp_path))
+    training = new_training(finetune_settings(inputs, tmp_path))
     before_each_update(monkeypatch, finetune, count)
-    finetune.train(experiment)
-    count(experiment)
+    finetune.train(training)
+    count(training)
     assert num_nonzero == [0] * 9  # before each of eight updates, and at the end
 
 
-def training_batches(experiment, num_epochs):
-    """The batches of an experiment with one task -> [(sequences of token ids, their targets)]"""
-    [task_data] = experiment.all_task_data
+def training_batches(training, num_epochs):
+    """The batches of a training with one task -> [(sequences of token ids, their targets)]"""
+    [encoded_task] = training.encoded_tasks
     batches = []
     for epoch in range(num_epochs):
-        for _, indices in finetune.epoch_batches([task_data], experiment.run, epoch):
-            sequences = [task_data.train_sequences[index] for index in indices]
-            batches.append((sequences, torch.from_numpy(task_data.train_targets[indices])))
+        for _, indices in finetune.epoch_batches([encoded_task], training.run, epoch):
+            sequences = [encoded_task.train_sequences[index] for index in indices]
+            batches.append((sequences, torch.from_numpy(encoded_task.train_targets[indices])))
     return batches
 
 
@@ -1287,10 +1286,10 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     """finetune sets pruned weights and their gradients to zero; torch's prune multiplies by the mask. The loop takes
     the unpruned network and its logits, the batches and the seeds of dropout from finetune. Its schedule, clipping and
     optimizer are its own."""
-    experiment = new_experiment(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
-    finetune.train(experiment)
+    training = new_training(finetune_settings(inputs, tmp_path / "a", "stsb", family, lr=1e-3, epochs=3))
+    finetune.train(training)
 
-    reference = new_experiment(dense_settings(inputs, tmp_path / "b", "stsb", family, lr=1e-3, epochs=3))
+    reference = new_training(dense_settings(inputs, tmp_path / "b", "stsb", family, lr=1e-3, epochs=3))
     model = reference.model.train()
     masks = tamt.load_mask(inputs / f"{family}.pt")
     if family == "roberta":
@@ -1303,15 +1302,15 @@ def test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit(inputs, tm
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)  # other variants round differently
     for step, (sequences, targets) in enumerate(batches):
         tamt.seed_dropout(reference.run.seed, step)
-        stsb = reference.all_task_data[0].task  # it predicts a number
-        logits = finetune.task_logits(model, stsb, sequences)  # (8, 1)
+        stsb = reference.encoded_tasks[0].task  # it predicts a number
+        logits = finetune.task_logits(reference, stsb, sequences)  # (8, 1)
         F.mse_loss(logits[:, 0], targets).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         set_released_adamw(optimizer, 1e-3 * (1 - step / len(batches)), step)  # linear decay
         optimizer.step()
         optimizer.zero_grad()
 
-    for (name, weight), expected in zip(experiment.model.named_parameters(), parameters, strict=True):
+    for (name, weight), expected in zip(training.model.named_parameters(), parameters, strict=True):
         if name in masks:
             expected = expected * masks[name]
         assert torch.equal(weight, expected), name
@@ -1340,8 +1339,8 @@ def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(resu
 # ---------------------------------------------------------------------------------------------------
 
 # IMP on a task differs from IMP on text: it trains before its first pruning; it leaves the word embeddings dense; and
-# each round is an experiment of its own, with a new task head. In each round the learning rate begins anew and, as in
-# the released code, falls by a tenth only, as if ten such rounds followed each other (runs_per_schedule=10).
+# each round is a fine-tuning of its own, with a new task head. In each round the learning rate begins anew and, as in
+# the released code, falls by a tenth only, as if ten such rounds followed each other.
 
 IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
@@ -1354,16 +1353,16 @@ def imp_folder(inputs, tmp_path_factory):
     return out / "run"
 
 
-def test_imp_on_a_task_finds_the_masks_of_experiments_opened_round_by_round(inputs, tmp_path, imp_folder):
+def test_imp_on_a_task_finds_the_masks_of_fine_tunings_opened_round_by_round(inputs, tmp_path, imp_folder):
     """Each has the pretrained weights under the mask so far, and after its training the smallest of all weights of
     encoder and pooler are pruned."""
     _, *names = tamt.maskable_layers(bert.load(inputs / "bert"))  # without the word embeddings, which come first
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
-        experiment = new_experiment(settings, runs_per_schedule=10)
-        finetune.train(experiment)
-        magnitudes = {name: experiment.model.get_parameter(name).abs() for name in names}  # 0 where pruned
+        training = new_training(settings, finetune.with_schedule_of_ten_runs)
+        finetune.train(training)
+        magnitudes = {name: training.model.get_parameter(name).abs() for name in names}  # 0 where pruned
         masks = prune_all_by_sorting(magnitudes, level)
         assert same_masks(masks, tamt.load_mask(imp_folder / f"round-{number}"))
 
@@ -1486,7 +1485,7 @@ def save_super_ticket(path, model_folder, removed_heads, removed_ffns):
 @both_families
 def test_a_super_ticket_cuts_heads_and_ffns_out_of_the_network(inputs, tmp_path, family):
     ticket_path = save_super_ticket(tmp_path / "super.pt", inputs / family, REMOVED_HEADS, REMOVED_FFNS)
-    cut = new_experiment(finetune_settings(inputs, tmp_path, family=family, mask=ticket_path))
+    cut = new_training(finetune_settings(inputs, tmp_path, family=family, mask=ticket_path))
     first, second = cut.model.backbone.encoder.layer
     assert first.attention.self.query.weight.shape == (2 * HEAD_SIZE, 32)  # two of four heads are left
     assert second.attention.self.query.weight.shape == (3 * HEAD_SIZE, 32)
@@ -1502,12 +1501,12 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
     with the bias of its output. Both networks have the same seed, hence the same task head."""
     folder = inputs / family
     ticket_path = save_super_ticket(tmp_path / "super.pt", folder, REMOVED_HEADS, REMOVED_FFNS)
-    cut = new_experiment(finetune_settings(inputs, tmp_path / "cut", family=family, mask=ticket_path))
-    full = new_experiment(dense_settings(inputs, tmp_path / "full", family=family))
-    [task_data] = full.all_task_data
-    sequences = task_data.train_sequences[:8]
-    found = finetune.task_logits(cut.model, task_data.task, sequences)
-    assert not torch.allclose(found, finetune.task_logits(full.model, task_data.task, sequences), atol=1e-3)
+    cut = new_training(finetune_settings(inputs, tmp_path / "cut", family=family, mask=ticket_path))
+    full = new_training(dense_settings(inputs, tmp_path / "full", family=family))
+    [encoded_task] = full.encoded_tasks
+    sequences = encoded_task.train_sequences[:8]
+    found = finetune.task_logits(cut, encoded_task.task, sequences)
+    assert not torch.allclose(found, finetune.task_logits(full, encoded_task.task, sequences), atol=1e-3)
 
     for index, layer in enumerate(full.model.backbone.encoder.layer):
         head_gate = torch.from_numpy(np.repeat(~REMOVED_HEADS[index], HEAD_SIZE)).float()  # (D,)
@@ -1516,7 +1515,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
             lambda module, arguments, gate=head_gate: arguments[0] * gate)
         layer.output.dense.register_forward_hook(
             lambda module, arguments, output, gate=output_gate: output * gate)
-    assert_close(found, finetune.task_logits(full.model, task_data.task, sequences))
+    assert_close(found, finetune.task_logits(full, encoded_task.task, sequences))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1546,13 +1545,13 @@ def two_super_tickets(inputs, tmp_path):
 
 def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
     """Nothing is trained, so task heads are random: a task alone is given the head that it has beside the other."""
-    shared = new_experiment(finetune_settings(inputs, out / "shared", task="rte,stsb", mask=mask_paths))
-    for task_data, mask in zip(shared.all_task_data, mask_paths.split(","), strict=True):
-        name = task_data.task.name
-        alone = new_experiment(finetune_settings(inputs, out / name, task=name, mask=mask))
+    shared = new_training(finetune_settings(inputs, out / "shared", task="rte,stsb", mask=mask_paths))
+    for encoded_task, mask in zip(shared.encoded_tasks, mask_paths.split(","), strict=True):
+        name = encoded_task.task.name
+        alone = new_training(finetune_settings(inputs, out / name, task=name, mask=mask))
         alone.model.classifier = shared.model.task_parts[name].task_head
-        found = finetune.predict_logits(shared, task_data, task_data.train_sequences)
-        expected = finetune.predict_logits(alone, alone.all_task_data[0], task_data.train_sequences)
+        found = finetune.predict_logits(shared, encoded_task, encoded_task.train_sequences)
+        expected = finetune.predict_logits(alone, alone.encoded_tasks[0], encoded_task.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 

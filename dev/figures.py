@@ -455,7 +455,7 @@ def draw_against_sparsity(masks, tunings, names, panels, file, caption):
             draw_line(ax, name, points, shift=0.4 * (index - len(names) // 2))
         draw_level(ax, values.get(("dense", 0.0), []))
         if not isinstance(panel, str) and len(panel) == 1:
-            draw_level(ax, floors(tunings, panel[0]), "guessing", color="0.6", linestyle="-")
+            draw_level(ax, floors(tunings, panel[0]), "most frequent class", color="0.6", linestyle="-")
     save(figure, file, caption, masks + tunings)
 
 

@@ -89,9 +89,9 @@ def updates_made(monkeypatch):
     numbers = []
     optimizer_step = finetune.optimizer_step
 
-    def counted(experiment, *arguments):
-        numbers.append(experiment.updates_done + 1)
-        return optimizer_step(experiment, *arguments)
+    def counted(training, *arguments):
+        numbers.append(training.updates_done + 1)
+        return optimizer_step(training, *arguments)
 
     monkeypatch.setattr(finetune, "optimizer_step", counted)
     return numbers
@@ -107,12 +107,12 @@ def lines_of_results(out):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def logits_of_export(experiment, sequences):
+def logits_of_export(training, sequences):
     """The logits of the exported model in transformers, (B, C) or (B, T, 2), and the attention mask, (B, T)."""
-    return transformers_logits(experiment.run.export, experiment.all_task_data[0], sequences, experiment.model.config)
+    return transformers_logits(training.run.export, training.encoded_tasks[0], sequences, training.model.config)
 
 
-def transformers_logits(folder, task_data, sequences, config):
+def transformers_logits(folder, encoded_task, sequences, config):
     transformers = pytest.importorskip("transformers")
     batch = glue_squad.pad_batch(sequences, config.pad_token_id)
     input_ids, attention_mask, token_type_ids = (torch.from_numpy(array) for array in batch)
@@ -120,7 +120,7 @@ def transformers_logits(folder, task_data, sequences, config):
     if config.type_vocab_size > 1:
         inputs["token_type_ids"] = token_type_ids
     with torch.no_grad():
-        if task_data.task.predicts == "span":
+        if encoded_task.task.predicts == "span":
             output = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()(**inputs)
             return torch.stack([output.start_logits, output.end_logits], dim=-1), attention_mask.bool()
         output = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()(**inputs)

@@ -20,7 +20,7 @@ from test_tamt import (
     assert_close,
     finetune_settings,
     mask_settings,
-    new_experiment,
+    new_training,
     num_entries,
     num_pruned,
     ordinary_ids,
@@ -219,9 +219,9 @@ NOTE = "this mask was found for other weights"
 
 
 def says_that_weights_differ(inputs, out, capsys, **changes):
-    """Whether opening an experiment says that its mask belongs to other weights."""
+    """Whether opening a training says that its mask belongs to other weights."""
     capsys.readouterr()
-    new_experiment(finetune_settings(inputs, out, **changes))
+    new_training(finetune_settings(inputs, out, **changes))
     return NOTE in capsys.readouterr().out
 
 

@@ -31,7 +31,7 @@ from test_tamt import (
     assert_close,
     dense_settings,
     finetune_settings,
-    new_experiment,
+    new_training,
     num_entries,
     num_pruned,
     same_masks,
@@ -46,9 +46,9 @@ def super_ticket(request, tasks, tmp_path):
 
 
 @pytest.fixture
-def cut_experiment(tasks, tmp_path, super_ticket):
-    """An experiment with the Super Ticket, before its first update."""
-    return new_experiment(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
+def cut_training(tasks, tmp_path, super_ticket):
+    """A training with the Super Ticket, before its first update."""
+    return new_training(finetune_settings(tasks, tmp_path, mask=super_ticket, export=tmp_path / "export"))
 
 
 def test_each_round_of_imp_reports_the_sparsity_that_it_began_with(imp_folder):
@@ -113,21 +113,21 @@ def test_a_result_on_another_task_names_the_task_of_its_ticket(tasks, tmp_path, 
     assert result["mask"]["task"] == "rte"
 
 
-def test_the_export_of_a_super_ticket_has_full_sizes_with_zeros_where_heads_are_gone(cut_experiment):
-    finetune.export_model(cut_experiment, cut_experiment.all_task_data[0])
-    tensors = bert.read_safetensors(cut_experiment.run.export / "model.safetensors")
-    query = tensors[f"{cut_experiment.model.config.model_type}.encoder.layer.0.attention.self.query.weight"]
+def test_the_export_of_a_super_ticket_has_full_sizes_with_zeros_where_heads_are_gone(cut_training):
+    finetune.export_model(cut_training, cut_training.encoded_tasks[0])
+    tensors = bert.read_safetensors(cut_training.run.export / "model.safetensors")
+    query = tensors[f"{cut_training.model.config.model_type}.encoder.layer.0.attention.self.query.weight"]
     assert query.shape == (32, 32)
     is_left = query.view(-1, HEAD_SIZE, 32).any(dim=(1, 2))
     assert is_left.tolist() == (~REMOVED_HEADS[0]).tolist()
 
 
-def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(cut_experiment):
-    task_data = cut_experiment.all_task_data[0]
-    finetune.export_model(cut_experiment, task_data)
+def test_the_export_of_a_super_ticket_has_equal_logits_in_transformers(cut_training):
+    encoded_task = cut_training.encoded_tasks[0]
+    finetune.export_model(cut_training, encoded_task)
     with torch.no_grad():
-        ours = finetune.task_logits(cut_experiment.model, task_data.task, task_data.train_sequences[:8])
-    theirs, _ = logits_of_export(cut_experiment, task_data.train_sequences[:8])
+        ours = finetune.task_logits(cut_training, encoded_task.task, encoded_task.train_sequences[:8])
+    theirs, _ = logits_of_export(cut_training, encoded_task.train_sequences[:8])
     assert_close(ours, theirs)
 
 
@@ -136,7 +136,7 @@ def test_a_super_ticket_that_cuts_into_a_head_is_refused(tasks, tmp_path, super_
     next(iter(masks.values()))[0, 0] ^= True
     tamt.save_mask(super_ticket, masks, meta)
     with pytest.raises(ValueError, match="a Super Ticket takes out whole heads"):
-        new_experiment(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
+        new_training(finetune_settings(tasks, tmp_path, mask=str(super_ticket)))
 
 
 @pytest.mark.parametrize("order", finetune.ORDERS)
@@ -186,9 +186,9 @@ def test_the_super_ticket_is_the_winning_ticket_with_the_best_score(tasks, tmp_p
     """The scores are made up, and a random ticket has an even better one."""
     finish = finetune.finish
 
-    def finish_with_made_up_score(experiment):
+    def finish_with_made_up_score(training):
         scores = {"winning-5": 0.9, "random-3": 0.95}
-        return finish(experiment) | {"best": {"accuracy": scores.get(experiment.run.out.name, 0.5)}}
+        return finish(training) | {"best": {"accuracy": scores.get(training.run.out.name, 0.5)}}
 
     monkeypatch.setattr(finetune, "finish", finish_with_made_up_score)
     settings = dense_settings(tasks, tmp_path, find="super", orders=("winning", "random"), epochs=1, limit=8)
@@ -251,7 +251,7 @@ def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_round
     """As in the code of Chen et al. 2020, whose schedule is that of all its ten rounds, and begins anew with each."""
     learning_rates = []
 
-    def no_step(experiment, loss, learning_rate):
+    def no_step(training, loss, learning_rate):
         learning_rates.append(learning_rate)
         return 0.0
 
@@ -275,24 +275,24 @@ def test_find_super_writes_a_ticket_for_each_order_and_level_from_what_it_measur
     orders = ("winning",)  # those whose tickets are fine-tuned as well
     finetune.find_super(dense_settings(tasks, tmp_path, find="super", orders=orders, **values))
 
-    experiment = new_experiment(dense_settings(tasks, tmp_path / "by hand", **values))
-    finetune.train(experiment)
-    importance = finetune.measure_importance(experiment)
+    training = new_training(dense_settings(tasks, tmp_path / "by hand", **values))
+    finetune.train(training)
+    importance = finetune.measure_importance(training)
     for order, level in itertools.product(finetune.ORDERS, finetune.LEVELS):
         removed_units = finetune.choose_units(*importance, order, level, seed=1)  # the default seed
-        expected = finetune.masks_from_units(experiment.model.config, *removed_units)
+        expected = finetune.masks_from_units(training.model.config, *removed_units)
         assert same_masks(tamt.load_mask(tmp_path / f"run/{order}-{level}.pt"), expected)
 
 
 NUM_HEADS = 4  # in each layer of the tiny model
 
 
-def importance_by_gates(experiment, num_batches=4, batch_size=8):
+def importance_by_gates(training, num_batches=4, batch_size=8):
     """The definition of Liang et al. 2021: a gate of 1 multiplies every context vector and every output of an FFN, and
     importance is the absolute gradient of the loss at the gates -> (L, H), (L,), means over batches of rte."""
-    task_data = experiment.all_task_data[0]
-    experiment.model.eval()
-    layers = experiment.model.backbone.encoder.layer
+    encoded_task = training.encoded_tasks[0]
+    training.model.eval()
+    layers = training.model.backbone.encoder.layer
     head_gates = {}
     output_gates = {}
 
@@ -311,8 +311,8 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
     ffns = torch.zeros(len(layers))
     for start in range(0, num_batches * batch_size, batch_size):
         batch = slice(start, start + batch_size)
-        logits = finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[batch])
-        F.cross_entropy(logits, torch.from_numpy(task_data.train_targets[batch])).backward()
+        logits = finetune.task_logits(training, encoded_task.task, encoded_task.train_sequences[batch])
+        F.cross_entropy(logits, torch.from_numpy(encoded_task.train_targets[batch])).backward()
         for index, layer in enumerate(layers):
             heads[index] += head_gates[layer.attention.output.dense].grad.abs().sum((0, 1, 3)) / num_batches
             ffns[index] += output_gates[layer.output.dense].grad.abs().sum() / num_batches
@@ -320,19 +320,19 @@ def importance_by_gates(experiment, num_batches=4, batch_size=8):
 
 
 def test_the_importance_of_an_ffn_is_the_absolute_gradient_at_its_gates(tasks, tmp_path):
-    experiment = new_experiment(dense_settings(tasks, tmp_path))
-    experiment.model.train()
-    _, found = finetune.measure_importance(experiment)  # it switches dropout off
-    _, expected = importance_by_gates(experiment)
+    training = new_training(dense_settings(tasks, tmp_path))
+    training.model.train()
+    _, found = finetune.measure_importance(training)  # it switches dropout off
+    _, expected = importance_by_gates(training)
     assert torch.allclose(found, expected, rtol=1e-4)
 
 
 def test_the_importance_of_a_head_is_that_of_its_gates_divided_by_the_norm_of_all_heads_in_its_layer(tasks, tmp_path):
     """The scaling is that of the code of Liang et al."""
-    experiment = new_experiment(dense_settings(tasks, tmp_path))
-    experiment.model.train()
-    found, _ = finetune.measure_importance(experiment)  # it switches dropout off
-    expected, _ = importance_by_gates(experiment)
+    training = new_training(dense_settings(tasks, tmp_path))
+    training.model.train()
+    found, _ = finetune.measure_importance(training)  # it switches dropout off
+    expected, _ = importance_by_gates(training)
     assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4)
 
 
@@ -340,8 +340,8 @@ def test_random_weights_are_the_same_for_all_tasks(tasks, tmp_path):
     """Whatever the task heads, of one, two or three outputs, have drawn before."""
     weights = []
     for task in ("rte", "stsb", "squad"):  # squad has no pooler
-        experiment = new_experiment(dense_settings(tasks, tmp_path / task, task=task, weights="random"))
-        weights.append(experiment.model.bert.encoder.layer[0].attention.self.query.weight)
+        training = new_training(dense_settings(tasks, tmp_path / task, task=task, weights="random"))
+        weights.append(training.model.bert.encoder.layer[0].attention.self.query.weight)
     assert torch.equal(weights[0], weights[1])
     assert torch.equal(weights[0], weights[2])
 
@@ -352,7 +352,7 @@ def test_a_ticket_used_on_other_than_its_random_weights_is_noted(tasks, tmp_path
     mask = str(tmp_path / "found/run/mask.pt")
     for changes, is_noted in (({}, True), ({"weights": "random"}, False), ({"weights": "random", "seed": 2}, True)):
         capsys.readouterr()
-        new_experiment(finetune_settings(tasks, tmp_path / str(changes), mask=mask, **changes))
+        new_training(finetune_settings(tasks, tmp_path / str(changes), mask=mask, **changes))
         assert ("this mask was found on random weights (seed 1)" in capsys.readouterr().out) == is_noted
 
 
@@ -360,7 +360,7 @@ def test_a_search_begun_anew_and_killed_in_its_first_round_can_be_resumed(tasks,
     settings = dense_settings(tasks, tmp_path, find="imp", sparsity=0.2, epochs=1, limit=8)
     expected = finetune.find_imp(settings)
 
-    def kill(experiment):
+    def kill(training):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

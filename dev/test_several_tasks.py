@@ -16,7 +16,7 @@ import bert
 import finetune
 import tamt
 from helpers import stop_fine_tuning_at, transformers_logits, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, new_experiment, write
+from test_tamt import assert_close, dense_settings, finetune_settings, new_training, write
 
 
 def test_several_tasks_report_their_metrics_under_their_names(tasks, tmp_path, two_masks):
@@ -49,18 +49,18 @@ def test_two_tasks_of_one_name_do_not_share_an_encoder(tasks, tmp_path):
 
 @pytest.fixture
 def exported_tasks(tasks, tmp_path, two_masks):
-    """The experiment of two tasks after training and export."""
+    """The training of two tasks after training and export."""
     settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks, export=tmp_path / "x")
-    experiment = new_experiment(settings)
-    finetune.train(experiment)
-    finetune.finish(experiment)
-    return experiment
+    training = new_training(settings)
+    finetune.train(training)
+    finetune.finish(training)
+    return training
 
 
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tasks):
-    for task_data in exported_tasks.all_task_data:
-        tensors = bert.read_safetensors(exported_tasks.run.export / task_data.task.name / "model.safetensors")
-        masks = exported_tasks.model.task_parts[task_data.task.name].masks
+    for encoded_task in exported_tasks.encoded_tasks:
+        tensors = bert.read_safetensors(exported_tasks.run.export / encoded_task.task.name / "model.safetensors")
+        masks = exported_tasks.model.task_parts[encoded_task.task.name].masks
         for name, mask in masks.items():
             assert torch.equal(tensors[name], exported_tasks.model.get_parameter(name).data * mask)
 
@@ -69,14 +69,14 @@ def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tas
 def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks, tmp_path, request, tickets):
     masks = request.getfixturevalue(tickets)
     settings = finetune_settings(tasks, tmp_path, task="rte,stsb", mask=masks, export=tmp_path / "x")
-    experiment = new_experiment(settings)
-    finetune.train(experiment)
-    finetune.finish(experiment)
-    for task_data in experiment.all_task_data:
-        sequences = task_data.train_sequences[:8]
-        folder = tmp_path / "x" / task_data.task.name
-        theirs, _ = transformers_logits(folder, task_data, sequences, experiment.model.config)
-        ours = np.stack(finetune.predict_logits(experiment, task_data, sequences))
+    training = new_training(settings)
+    finetune.train(training)
+    finetune.finish(training)
+    for encoded_task in training.encoded_tasks:
+        sequences = encoded_task.train_sequences[:8]
+        folder = tmp_path / "x" / encoded_task.task.name
+        theirs, _ = transformers_logits(folder, encoded_task, sequences, training.model.config)
+        ours = np.stack(finetune.predict_logits(training, encoded_task, sequences))
         assert_close(torch.from_numpy(ours), theirs)
 
 
@@ -97,41 +97,43 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 
 
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
-    experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
-    rte = experiment.all_task_data[0]
-    finetune.task_logits(experiment.model, rte.task, rte.train_sequences[:8]).sum().backward()
-    parts = experiment.model.task_parts
+    training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    rte = training.encoded_tasks[0]
+    finetune.select_task(training.model, rte.task)
+    finetune.task_logits(training, rte.task, rte.train_sequences[:8]).sum().backward()
+    parts = training.model.task_parts
     assert parts["rte"].task_head.weight.grad is not None
     assert parts["stsb"].task_head.weight.grad is None
 
 
 def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, tmp_path, two_masks):
-    experiment = new_experiment(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
-    for task_data in experiment.all_task_data:
-        experiment.model.zero_grad()
-        finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[:8]).sum().backward()
-        for name, mask in experiment.model.task_parts[task_data.task.name].masks.items():
-            gradient = experiment.model.get_parameter(name).grad
+    training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
+    for encoded_task in training.encoded_tasks:
+        training.model.zero_grad()
+        finetune.select_task(training.model, encoded_task.task)
+        finetune.task_logits(training, encoded_task.task, encoded_task.train_sequences[:8]).sum().backward()
+        for name, mask in training.model.task_parts[encoded_task.task.name].masks.items():
+            gradient = training.model.get_parameter(name).grad
             assert not gradient[~mask].any()
             assert gradient[mask].any()
 
 
-def train_in_plain_torch(experiment, backpropagate) -> float:
-    """Trains the network of an experiment as the released code does -> the largest norm of its gradients.
-    backpropagate(task_data, sequences, targets) leaves gradients in the model. The order of the examples and the seeds
-    of dropout are shared with finetune; clipping, the schedule and the optimizer are not."""
-    model = experiment.model
-    run = experiment.run
+def train_in_plain_torch(training, backpropagate) -> float:
+    """Trains the network as the released code does -> the largest norm of its gradients. backpropagate(encoded_task,
+    sequences, targets) leaves gradients in the model. The order of the examples and the seeds of dropout are shared
+    with finetune; clipping, the schedule and the optimizer are not."""
+    model = training.model
+    run = training.run
     batches = []
     for epoch in range(run.epochs):
-        batches += finetune.epoch_batches(experiment.all_task_data, run, epoch)
+        batches += finetune.epoch_batches(training.encoded_tasks, run, epoch)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)  # fused, so that bits are equal
     norms = []
     model.train()
-    for step, (task_data, rows) in enumerate(batches):
+    for step, (encoded_task, rows) in enumerate(batches):
         tamt.seed_dropout(run.seed, step)
-        sequences = [task_data.train_sequences[row] for row in rows]
-        backpropagate(task_data, sequences, torch.from_numpy(task_data.train_targets[rows]))
+        sequences = [encoded_task.train_sequences[row] for row in rows]
+        backpropagate(encoded_task, sequences, torch.from_numpy(encoded_task.train_targets[rows]))
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         # The AdamW of transformers 2.10 adds eps before the bias correction, and torch's after it.
         eps = 1e-8 / math.sqrt(1 - 0.999 ** (step + 1))
@@ -144,19 +146,20 @@ def train_in_plain_torch(experiment, backpropagate) -> float:
 def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mask_keeps_it(tasks, tmp_path, two_masks):
     """The plain loop multiplies the weights by a task's mask before its batch, restores them afterwards, and sets the
     gradients of what the mask prunes to zero. By AdamW's momentum such a weight may still move."""
-    ours = new_experiment(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
-    theirs = new_experiment(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
+    ours = new_training(finetune_settings(tasks, tmp_path / "ours", task="rte,stsb", mask=two_masks))
+    theirs = new_training(dense_settings(tasks, tmp_path / "theirs", task="rte,stsb"))
     parameters = dict(theirs.model.named_parameters())
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     masks = {name: tamt.load_mask(file) for name, file in zip(["rte", "stsb"], two_masks.split(","), strict=True)}
 
-    def backpropagate(task_data, sequences, targets):
-        masks_of_task = masks[task_data.task.name]
+    def backpropagate(encoded_task, sequences, targets):
+        masks_of_task = masks[encoded_task.task.name]
         whole = {name: parameters[name].data.clone() for name in masks_of_task}
         for name, mask in masks_of_task.items():
             parameters[name].data.mul_(mask)
-        logits = finetune.task_logits(theirs.model, task_data.task, sequences)
-        is_rte = task_data.task.name == "rte"
+        finetune.select_task(theirs.model, encoded_task.task)
+        logits = finetune.task_logits(theirs, encoded_task.task, sequences)
+        is_rte = encoded_task.task.name == "rte"
         loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
         loss.backward()
         for name, mask in masks_of_task.items():

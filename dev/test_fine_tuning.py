@@ -1,6 +1,6 @@
 """Experiments: what is evaluated and written, exports and predictions, and the options --weights and --limit.
 
-    python -m pytest dev/test_experiments.py
+    python -m pytest dev/test_fine_tuning.py
 """
 
 import functools
@@ -18,7 +18,7 @@ import finetune
 import glue_squad
 import tamt
 from helpers import lines_of_results, logits_of_export, stop_fine_tuning_at, updates_made, weight_bytes
-from test_tamt import assert_close, dense_settings, finetune_settings, new_experiment, num_entries, num_pruned
+from test_tamt import assert_close, dense_settings, finetune_settings, new_training, num_entries, num_pruned
 
 
 def test_fine_tune_returns_what_result_json_holds(tasks, tmp_path):
@@ -55,7 +55,7 @@ HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
 
 def experiment_of_mrpc():
     mrpc = SimpleNamespace(task=glue_squad.MRPC)
-    return SimpleNamespace(all_task_data=[mrpc], history=HISTORY)
+    return SimpleNamespace(encoded_tasks=[mrpc], history=HISTORY)
 
 
 def test_best_is_the_evaluation_with_the_highest_primary_metric():
@@ -70,10 +70,10 @@ def test_final_is_the_last_evaluation():
 
 def test_under_bf16_the_task_head_computes_in_fp32(tasks, tmp_path):
     """A bf16 number has three digits: too few to order the predictions of STS-B."""
-    experiment = new_experiment(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
-    task_data = experiment.all_task_data[0]
-    with torch.no_grad(), tamt.autocast(experiment.run.machine):
-        logits = finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[:8])
+    training = new_training(finetune_settings(tasks, tmp_path, task="stsb", device="cpu", dtype="bf16"))
+    encoded_task = training.encoded_tasks[0]
+    with torch.no_grad():
+        logits = finetune.task_logits(training, encoded_task.task, encoded_task.train_sequences[:8])
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
 
@@ -90,17 +90,17 @@ def test_a_loss_that_overflows_is_an_error(tasks, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(tasks, tmp_path_factory):
-    """finished("squad", "bert") -> the experiment of a finished run, with predictions and an export."""
+    """finished("squad", "bert") -> the training of a finished run, with predictions and an export."""
 
     @functools.cache
     def run(name, family):
         out = tmp_path_factory.mktemp("finished")
         task = str(tasks / "mood.json") if name == "mood" else name
-        experiment = new_experiment(finetune_settings(
+        training = new_training(finetune_settings(
             tasks, out, task=task, mask=str(tasks / f"{family}.pt"), predict=True, export=out / "export"))
-        finetune.train(experiment)
-        finetune.finish(experiment)
-        return experiment
+        finetune.train(training)
+        finetune.finish(training)
+        return training
 
     return run
 
@@ -110,15 +110,15 @@ squad_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run
 glue_runs = pytest.mark.parametrize("name, family", [run for run in RUNS if run[0] != "squad"])
 
 
-def result_of(experiment):
-    return json.loads((experiment.run.out / "result.json").read_text())
+def result_of(training):
+    return json.loads((training.run.out / "result.json").read_text())
 
 
 @all_runs
 def test_a_result_holds_the_metrics_of_its_task(finished, name, family):
-    experiment = finished(name, family)
-    metrics = list(experiment.all_task_data[0].task.metrics)
-    result = result_of(experiment)
+    training = finished(name, family)
+    metrics = list(training.encoded_tasks[0].task.metrics)
+    result = result_of(training)
     assert list(result["best"]) == list(result["final"]) == metrics
 
 
@@ -132,10 +132,10 @@ def test_a_result_names_the_settings_and_the_versions_that_repeat_it(finished, n
 @all_runs
 @torch.no_grad()
 def test_transformers_loads_the_export_with_equal_logits(finished, name, family):
-    experiment = finished(name, family)
-    task_data = experiment.all_task_data[0]
-    ours = finetune.task_logits(experiment.model, task_data.task, task_data.train_sequences[:8])
-    theirs, attention_mask = logits_of_export(experiment, task_data.train_sequences[:8])
+    training = finished(name, family)
+    encoded_task = training.encoded_tasks[0]
+    ours = finetune.task_logits(training, encoded_task.task, encoded_task.train_sequences[:8])
+    theirs, attention_mask = logits_of_export(training, encoded_task.train_sequences[:8])
     if name == "squad":  # in the padding ours are -10,000
         ours, theirs = ours[attention_mask], theirs[attention_mask]
     assert_close(ours, theirs)
@@ -144,36 +144,36 @@ def test_transformers_loads_the_export_with_equal_logits(finished, name, family)
 @glue_runs
 def test_the_exported_tokenizer_gives_the_ids_of_training(finished, name, family):
     transformers = pytest.importorskip("transformers")
-    experiment = finished(name, family)
-    task_data = experiment.all_task_data[0]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(experiment.run.export)
-    for example, (input_ids, _) in zip(task_data.examples["train"][:8], task_data.train_sequences, strict=False):
+    training = finished(name, family)
+    encoded_task = training.encoded_tasks[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(training.run.export)
+    for example, (input_ids, _) in zip(encoded_task.examples["train"][:8], encoded_task.train_sequences, strict=False):
         encoded = tokenizer(example.text_a, example.text_b, truncation=True, max_length=48)
         assert encoded["input_ids"] == list(input_ids)
 
 
 @glue_runs
 def test_the_predictions_in_the_file_are_those_of_the_export_in_transformers(finished, name, family):
-    experiment = finished(name, family)
-    task_data = experiment.all_task_data[0]
-    task = task_data.task
-    sequences = glue_squad.encode(task_data.examples["test"], experiment.inputs.vocabulary, experiment.run.max_len)
-    logits, _ = logits_of_export(experiment, sequences)
+    training = finished(name, family)
+    encoded_task = training.encoded_tasks[0]
+    task = encoded_task.task
+    sequences = glue_squad.encode(encoded_task.examples["test"], training.inputs.vocabulary, training.run.max_len)
+    logits, _ = logits_of_export(training, sequences)
     if name == "stsb":
         expected = [f"{value:.3f}" for value in logits[:, 0].tolist()]
     else:
         expected = [task.labels[index] for index in logits.argmax(dim=1).tolist()]
-    header, *rows = (experiment.run.out / f"{task.folder}.tsv").read_text().splitlines()
+    header, *rows = (training.run.out / f"{task.folder}.tsv").read_text().splitlines()
     assert header == "index\tprediction"
     assert rows == [f"{index}\t{word}" for index, word in enumerate(expected)]
 
 
 @squad_runs
 def test_the_answers_in_the_file_score_what_the_run_reports(finished, name, family):
-    experiment = finished(name, family)
-    answers = json.loads((experiment.run.out / "predictions.json").read_text())
-    scores = glue_squad.squad_scores(answers, experiment.all_task_data[0].examples["dev"])
-    assert scores == pytest.approx(result_of(experiment)["final"])
+    training = finished(name, family)
+    answers = json.loads((training.run.out / "predictions.json").read_text())
+    scores = glue_squad.squad_scores(answers, training.encoded_tasks[0].examples["dev"])
+    assert scores == pytest.approx(result_of(training)["final"])
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
@@ -194,7 +194,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_without_interruption(tasks, tmp
 
 def matrices(tasks, out, weights):
     """{name: matrix} of the network at the start of a run with --weights."""
-    model = new_experiment(dense_settings(tasks, out, weights=weights)).model
+    model = new_training(dense_settings(tasks, out, weights=weights)).model
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.ndim == 2}
 
 
@@ -216,7 +216,7 @@ def test_the_option_weights_random_draws_each_matrix_as_berts_initialisation_doe
 
 
 def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path):
-    model = new_experiment(dense_settings(tasks, tmp_path, weights="random")).model
+    model = new_training(dense_settings(tasks, tmp_path, weights="random")).model
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert (parameter == (1 if name.endswith("LayerNorm.weight") else 0)).all(), name
@@ -225,24 +225,24 @@ def test_the_option_weights_random_resets_biases_and_layer_norms(tasks, tmp_path
 def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks, tmp_path):
     heads = []
     for kind in ("pretrained", "shuffled", "random"):
-        experiment = new_experiment(dense_settings(tasks, tmp_path / kind, weights=kind))
-        heads.append(experiment.model.classifier.weight)
+        training = new_training(dense_settings(tasks, tmp_path / kind, weights=kind))
+        heads.append(training.model.classifier.weight)
     assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
 
 def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, tmp_path):
     for kind in ("shuffled", "random"):
-        experiment = new_experiment(finetune_settings(tasks, tmp_path / kind, weights=kind))
-        for name, mask in experiment.masks.items():
-            assert torch.equal(experiment.model.get_parameter(name) != 0, mask)
+        training = new_training(finetune_settings(tasks, tmp_path / kind, weights=kind))
+        for name, mask in training.zeroing_masks.items():
+            assert torch.equal(training.model.get_parameter(name) != 0, mask)
 
 
 def limited_data(tasks, out, task, **changes):
     """[(input_ids, target)] of the training examples of a task, under --limit and other settings."""
     settings = dense_settings(tasks, out / str(changes), task=task, max_len=24, **changes)
-    task_data = new_experiment(settings).all_task_data[0]
+    encoded_task = new_training(settings).encoded_tasks[0]
     return [(tuple(input_ids), tuple(np.ravel(target)))
-            for (input_ids, _), target in zip(task_data.train_sequences, task_data.train_targets, strict=True)]
+            for (input_ids, _), target in zip(encoded_task.train_sequences, encoded_task.train_targets, strict=True)]
 
 
 @pytest.mark.parametrize("task", ["rte", "squad"])
@@ -260,11 +260,11 @@ def test_limit_draws_by_the_seed_alone(tasks, tmp_path, task):
 
 
 def test_for_squad_limit_is_a_number_of_windows(tasks, tmp_path):
-    task_data = new_experiment(dense_settings(tasks, tmp_path, task="squad", max_len=24)).all_task_data[0]
-    num_questions = len(task_data.examples["train"])
-    assert num_questions == 24 < len(task_data.train_sequences)  # a long paragraph gives several windows
+    encoded_task = new_training(dense_settings(tasks, tmp_path, task="squad", max_len=24)).encoded_tasks[0]
+    num_questions = len(encoded_task.examples["train"])
+    assert num_questions == 24 < len(encoded_task.train_sequences)  # a long paragraph gives several windows
     settings = dense_settings(tasks, tmp_path / "30", task="squad", max_len=24, limit=30)
-    assert len(new_experiment(settings).all_task_data[0].train_sequences) == 30
+    assert len(new_training(settings).encoded_tasks[0].train_sequences) == 30
 
 
 def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_path, capsys):
@@ -272,17 +272,17 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     tensors = {name: tensor for name, tensor in model.named_parameters() if "pooler" not in name}
     shutil.copytree(tasks / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM")
-    experiment = new_experiment(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
+    training = new_training(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
-    assert experiment.model.has_pooler
-    assert not any("pooler" in name for name in experiment.masks)
+    assert training.model.has_pooler
+    assert not any("pooler" in name for name in training.zeroing_masks)
 
 
 def test_each_epoch_of_fine_tuning_has_its_own_order(tasks, tmp_path):
-    experiment = new_experiment(dense_settings(tasks, tmp_path))
+    training = new_training(dense_settings(tasks, tmp_path))
     orders = []
     for epoch in (0, 1, 0):
-        batches = finetune.epoch_batches(experiment.all_task_data, experiment.run, epoch)
+        batches = finetune.epoch_batches(training.encoded_tasks, training.run, epoch)
         orders.append(np.concatenate([indices for _, indices in batches]).tolist())
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(32))
     assert orders[0] == orders[2] != orders[1]
