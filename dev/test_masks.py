@@ -144,14 +144,14 @@ def test_transformers_loads_an_export_with_equal_logits(exported):
     assert_close(theirs(input_ids).logits, model.mlm_logits(model(input_ids)[-1]))
 
 
-def test_the_readmes_lines_put_a_mask_on_a_network_of_transformers(inputs, tmp_path):
+def test_the_manuals_lines_put_a_mask_on_a_network_of_transformers(inputs, tmp_path):
     """Its hidden states are those of the exported subnetwork, and training leaves what is pruned at zero."""
     from transformers import AutoModelForMaskedLM
 
     tamt.find_mask(mask_settings(inputs, tmp_path / "run", method="omp", export=tmp_path / "export"))
     masks = tamt.load_mask(tmp_path / "run")
-    readme = Path(tamt.__file__).with_name("README.md").read_text()
-    code = textwrap.dedent(readme[readme.index("    import tamt\n    from torch.nn.utils"):].partition("\n\n[dev/")[0])
+    manual = (Path(tamt.__file__).parent / "dev/MANUAL.md").read_text()
+    code = textwrap.dedent(manual[manual.index("    import tamt\n    from torch.nn.utils"):].partition("\n\n## ")[0])
     code = code.replace("my-mask/mask.pt", str(tmp_path / "run/mask.pt")).replace("my-bert", str(inputs / "bert"))
     names = {}
     exec(code, names)
