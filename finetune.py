@@ -1,10 +1,19 @@
-"""Fine-tune a pruned BERT on a GLUE task or SQuAD v1.1, and record what it scores.
+"""Fine-tune a pruned BERT on a GLUE task or SQuAD v1.1, and record its accuracy (or F1, correlation, ...).
 
     python finetune.py --task sst2 --mask mask.pt                   under a mask that tamt.py has found
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
 
-The masks of tamt.py stay as they are here, while the weights that they keep are trained. So is all that has no mask:
-biases, LayerNorms, position embeddings, and the task head. (In tamt.py it is the other way round.)
+Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
+position embeddings, the task head). In tamt.py it is the other way round. In short, with W for all weights:
+
+    W = W * mask                                            zero_pruned_weights
+    for batch in batches:                                   train, epoch_batches
+        gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
+        W = adamw(W, gradient)                              optimizer_step
+        now and then: evaluate                              record_evaluation
+    report the best evaluation and the last one             finish
+
+A test holds the program to such a loop, with torch's prune (test_tamt.py: test_fine_tuning_equals_a_plain_loop...).
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -24,13 +33,15 @@ Methods of other papers follow. Skip them if you came for TAMT:
 Functions hand on these objects:
 
     Settings    what the user asked for; its fields are named like the flags
-    Run         the same with every default filled in: run.lr, run.epochs, run.max_len, run.out, ...
+    Run         the same with every default filled in
     Ticket      the content of a mask file: the masks of all matrices, and how they were found. (From "lottery ticket".)
     Inputs      the Run, and the tasks, tickets and network that were read
+    EncodedTask a task as token ids
     Training    a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
 
 and use these words:
 
+    identity    what makes a run this run: settings, and checksums of what it reads; --resume refuses any other
     task head   the layer on top: a classifier, or for SQuAD the span layer. A plain "head" is an attention head.
     dense       without a ticket
     step        in files and on the screen: how many updates are done
@@ -81,12 +92,24 @@ def fine_tune(settings: Settings) -> dict:
     if settings.find:
         return find_ticket(settings)  # chapters 6 and 7
     inputs = read_inputs(settings)
-    result, state = open_run(inputs)  # of an earlier start, with --resume
+    result, state = open_run(inputs)  # both None, unless --resume finds an earlier start of this run
     if result is None:
         training = Training(inputs, state)
         train(training)
         result = finish(training)
     return result
+
+
+# A run has a field for each flag of the command line, and a few more. These occur most:
+#
+#     run.lr, run.epochs, run.batch_size
+#     run.max_len                            tokens of an example
+#     run.limit                              training examples; None: all
+#     run.eval_every                         updates between evaluations
+#     run.weights                            "pretrained", or an ablation: "random", "shuffled"
+#     run.predict, run.export                what else to write: predictions for test sets; the folder of an export
+#     run.out                                the folder of the run
+#     run.machine                            the device, and the type of numbers
 
 
 @dataclass
@@ -113,10 +136,10 @@ def read_inputs(settings: Settings) -> Inputs:
     tickets = read_tickets(settings)
     model_name = choose_model_name(settings, tickets)
     model, vocabulary = tamt.load_model(model_name)
-    fit_tickets(tickets, model, settings)
+    match_tickets(tickets, model, settings)
 
-    # What follows from them: the settings with every default filled in, and the examples. The folder comes last, since
-    # its default name contains a hash of the identity.
+    # What follows from them: the settings with all defaults, and the examples. The default of the folder comes last,
+    # since it contains a hash of the identity.
     run = fill_in_defaults(settings, machine, tasks, model_name, model)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
@@ -148,13 +171,13 @@ class Training:
         self.encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run)
                               for task in inputs.tasks]
 
-        # The network that trains. zeroing_masks, {name of a weight: mask}, keep pruned weights at zero if there is an
-        # ordinary ticket and a single task; in other cases they are {}.
+        # The network that trains. zeroing_masks, {name of a weight: mask}, are applied to gradients, so that pruned
+        # weights stay zero. (They are {} without a ticket, and in chapters 7 and 8, which prune in another way.)
         self.model = inputs.model
         prepare_network(self.model, inputs.tasks, run)
         self.zeroing_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets, run.machine.device)
-        self.parameters = dict(self.model.named_parameters())  # all that trains; pruned entries get no gradient
-        self.optimizer = tamt.make_optimizer(self.parameters.values(), run.machine.device)
+        self.parameters = dict(self.model.named_parameters())  # all that trains
+        self.optimizer = tamt.make_optimizer(self.parameters.values(), run.machine.device)  # each update sets its lr
 
         self.updates_done = 0
         self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
@@ -204,27 +227,14 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def fit_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
+def match_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
     """Puts the masks of each ticket in the order of the model's weights, with their full names. Raises ValueError if a
     ticket belongs to another network, and prints a note if it was found on other weights."""
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
-        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)  # --weights random
-
-
-@dataclass
-class EncodedTask:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window: a
-    question, and as much of its paragraph as fits. task.predicts says what the network predicts: a "class", a "number"
-    (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
-    task: glue_squad.Task
-    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
-    train_sequences: list  # in file order; with --limit a random choice, shuffled
-    train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
-    dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
-    dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
+        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
 
 def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
@@ -249,23 +259,26 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
     return examples
 
 
+@dataclass
+class EncodedTask:
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window: a
+    question, and as much of its paragraph as fits. task.predicts says what the network predicts: a "class", a "number"
+    (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
+    task: glue_squad.Task
+    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
+    train_sequences: list  # in file order; with --limit a random choice, shuffled
+    train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
+    dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
+    dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
+
+
 def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
     """Token ids of train and dev."""
     encode = encode_squad if task.predicts == "span" else encode_glue
     encoded_task = encode(task, examples, vocabulary, run.max_len)
-    if run.limit:  # after encoding, since of SQuAD it counts windows
+    if run.limit:  # after encoding, since for SQuAD it counts windows
         limit_training_set(encoded_task, run.limit, run.seed)
     return encoded_task
-
-
-def limit_training_set(encoded_task: EncodedTask, limit: int, seed: int):
-    """--limit keeps that many random training examples, or windows of SQuAD, as for the low-data curves of TAMT's
-    paper."""
-    num_sequences = len(encoded_task.train_sequences)
-    if limit < num_sequences:
-        chosen = data.random_stream(seed, "limit").permutation(num_sequences)[:limit]
-        encoded_task.train_sequences = [encoded_task.train_sequences[index] for index in chosen]
-        encoded_task.train_targets = encoded_task.train_targets[chosen]
 
 
 def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> EncodedTask:
@@ -293,30 +306,38 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
         dev_windows=dev_windows)
 
 
+def limit_training_set(encoded_task: EncodedTask, limit: int, seed: int):
+    """--limit keeps that many random training examples, or windows of SQuAD, as for the low-data curves of TAMT's
+    paper."""
+    num_sequences = len(encoded_task.train_sequences)
+    if limit < num_sequences:
+        chosen = data.random_stream(seed, "limit").permutation(num_sequences)[:limit]
+        encoded_task.train_sequences = [encoded_task.train_sequences[index] for index in chosen]
+        encoded_task.train_targets = encoded_task.train_targets[chosen]
+
+
 def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
-    """Turns the pre-trained model into one for these tasks; of several, share_encoder makes the task heads."""
+    """Turns the pre-trained model into one for these tasks. (For several, share_encoder makes the task heads.)"""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # of several tasks none has spans, so the first one speaks for all
+    add_or_remove_pooler(model, tasks[0])  # several tasks are all without spans, so the first one speaks for all
     if run.weights != "pretrained":
-        replace_weights(model, run.weights, run.seed)  # --weights, an ablation (appendix A) with its own random numbers
+        replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
     if len(tasks) == 1:
         add_task_head(model, tasks[0])
 
 
 def apply_tickets(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket], device) -> dict:
     """Puts the network under its tickets, and on the device -> {name of a weight: mask} of the weights that were set to
-    zero. Masked layers, as in tamt.py, are needed only where tasks share the weights."""
+    zero."""
     masks = {}
     if len(tasks) > 1:
-        # Each batch sees the weights multiplied by the ticket of its own task (chapter 8).
-        share_encoder(model, tasks, tickets, device)
+        share_encoder(model, tasks, tickets, device)  # each batch sees the weights under its task's ticket (chapter 8)
     elif tickets and tickets[0].is_super:
-        # The rows and columns of whole heads and FFNs are cut out of the matrices (chapter 7).
-        cut_out_units(model, *units_from_masks(model.config, tickets[0]))
+        removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])
+        cut_out_units(model, removed_heads, removed_ffns)  # the matrices become smaller (chapter 7)
     elif tickets:
-        # Pruned weights are set to zero now, and their gradients before every update (zero_pruned_gradients).
-        masks = zero_pruned_weights(model, tickets[0])
+        masks = zero_pruned_weights(model, tickets[0])  # an ordinary ticket, such as those of TAMT
     model.to(device)
     return {name: mask.to(device) for name, mask in masks.items()}
 
@@ -359,6 +380,15 @@ def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------
 
 
+def batch_loss(training: Training, encoded_task: EncodedTask, indices):
+    """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
+    select_task(training.model, encoded_task.task)  # where several tasks share the encoder (chapter 8)
+    sequences = [encoded_task.train_sequences[index] for index in indices]
+    targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
+    logits = task_logits(training, encoded_task.task, sequences)
+    return task_loss(encoded_task.task, logits, targets)
+
+
 def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
     model = training.model
@@ -375,8 +405,8 @@ def task_logits(training: Training, task: glue_squad.Task, sequences: list):
 
 
 def batch_tensors(model, sequences: list) -> tuple:
-    """B sequences -> input_ids, attention_mask and token_type_ids, (B, T) each, on the device of the model; None where
-    there is no padding, and for RoBERTa, which has no token types."""
+    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None for RoBERTa, which has
+    none), (B, T) each, on the device of the model."""
     device = next(model.parameters()).device
     input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     is_padded = not attention_mask.all()
@@ -401,14 +431,6 @@ def task_loss(task: glue_squad.Task, logits, targets):
     return (start_loss + end_loss) / 2
 
 
-def batch_loss(training: Training, encoded_task: EncodedTask, indices):
-    """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
-    select_task(training.model, encoded_task.task)  # where several tasks share the encoder (chapter 8)
-    sequences = [encoded_task.train_sequences[index] for index in indices]
-    targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
-    return task_loss(encoded_task.task, task_logits(training, encoded_task.task, sequences), targets)
-
-
 @torch.no_grad()
 def predict_logits(training: Training, encoded_task: EncodedTask, sequences: list, batch_size: int = 64) -> list:
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
@@ -430,7 +452,7 @@ def predict_logits(training: Training, encoded_task: EncodedTask, sequences: lis
 
 
 def to_predictions(encoded_task: EncodedTask, logits: list):
-    """Logits -> class ids (n,), numbers (n,), or, of SQuAD's dev questions, {question id: text}."""
+    """Logits -> class ids (n,), numbers (n,), or, for SQuAD's dev questions, {question id: text}."""
     if encoded_task.task.predicts == "class":
         return np.array([row.argmax() for row in logits])
     if encoded_task.task.predicts == "number":
@@ -438,26 +460,6 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
     start_logits = [row[:, 0] for row in logits]
     end_logits = [row[:, 1] for row in logits]
     return glue_squad.best_answers(encoded_task.examples["dev"], encoded_task.dev_windows, start_logits, end_logits)
-
-
-def evaluate(training: Training) -> dict[str, float]:
-    """The metrics of all tasks on their dev sets: {"accuracy": .9}, with several tasks {"rte_accuracy": .6, ...}."""
-    metrics = {}
-    for encoded_task in training.encoded_tasks:
-        task = encoded_task.task
-        for split, sequences in encoded_task.dev_sequences.items():
-            predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
-            if task.predicts == "span":
-                scores = glue_squad.squad_scores(predictions, encoded_task.examples[split])
-            else:
-                scores = glue_squad.score(task, predictions, encoded_task.examples[split], split)
-            metrics |= {metric_name(training, task, name): value for name, value in scores.items()}
-    return metrics
-
-
-def metric_name(training: Training, task: glue_squad.Task, metric: str) -> str:
-    """As in result.json: "accuracy", or "rte_accuracy" where several tasks share an encoder."""
-    return f"{task.name}_{metric}" if len(training.encoded_tasks) > 1 else metric
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -475,7 +477,7 @@ def train(training: Training):
     updates_per_epoch = sum(math.ceil(len(encoded_task.train_sequences) / run.batch_size)
                             for encoded_task in training.encoded_tasks)
     num_updates = updates_per_epoch * run.epochs
-    schedule_length = num_updates * run.runs_per_schedule  # the update at which the learning rate would reach 0
+    schedule_length = num_updates * run.runs_per_schedule  # longer than the run only in IMP (chapter 6)
     progress = Progress(training.updates_done, num_updates)
     saved_at = time.time()
     training.model.train()
@@ -484,7 +486,8 @@ def train(training: Training):
         first_batch = training.updates_done % updates_per_epoch  # 0, unless a resumed run begins inside an epoch
         for encoded_task, indices in batches[first_batch:]:
             learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
-            training.loss_since_evaluation += do_update(training, encoded_task, indices, learning_rate)
+            loss = do_update(training, encoded_task, indices, learning_rate)
+            training.loss_since_evaluation += loss
             training.updates_done += 1
 
             is_epoch_end = training.updates_done % updates_per_epoch == 0
@@ -494,23 +497,6 @@ def train(training: Training):
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
                 saved_at = time.time()
                 save_state(training)
-
-
-def do_update(training: Training, encoded_task: EncodedTask, indices, learning_rate: float) -> float:
-    """One update, on these examples of a task -> the loss."""
-    tamt.seed_dropout(training.run.seed, training.updates_done)
-    loss = batch_loss(training, encoded_task, indices)
-    loss.backward()
-    zero_pruned_gradients(training)
-    return optimizer_step(training, loss, learning_rate)
-
-
-def record_evaluation(training: Training):
-    """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
-    last_step = training.history[-1]["step"] if training.history else 0
-    mean_loss = training.loss_since_evaluation / (training.updates_done - last_step)
-    training.history.append({"step": training.updates_done, "loss": mean_loss, **evaluate(training)})
-    training.loss_since_evaluation = 0.0
 
 
 def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
@@ -524,6 +510,15 @@ def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> lis
     if len(encoded_tasks) > 1:
         batches = [batches[index] for index in generator.permutation(len(batches))]
     return batches
+
+
+def do_update(training: Training, encoded_task: EncodedTask, indices, learning_rate: float) -> float:
+    """One update, on these examples of a task -> the loss."""
+    tamt.seed_dropout(training.run.seed, training.updates_done)
+    loss = batch_loss(training, encoded_task, indices)
+    loss.backward()
+    zero_pruned_gradients(training)
+    return optimizer_step(training, loss, learning_rate)
 
 
 def zero_pruned_gradients(training: Training):
@@ -549,6 +544,34 @@ def optimizer_step(training: Training, loss, learning_rate: float) -> float:
     training.optimizer.step()
     training.optimizer.zero_grad()
     return loss_value
+
+
+def record_evaluation(training: Training):
+    """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
+    last_step = training.history[-1]["step"] if training.history else 0
+    mean_loss = training.loss_since_evaluation / (training.updates_done - last_step)
+    training.history.append({"step": training.updates_done, "loss": mean_loss, **evaluate(training)})
+    training.loss_since_evaluation = 0.0
+
+
+def evaluate(training: Training) -> dict[str, float]:
+    """The metrics of all tasks on their dev sets: {"accuracy": .9}, with several tasks {"rte_accuracy": .6, ...}."""
+    metrics = {}
+    for encoded_task in training.encoded_tasks:
+        task = encoded_task.task
+        for split, sequences in encoded_task.dev_sequences.items():
+            predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
+            if task.predicts == "span":
+                scores = glue_squad.squad_scores(predictions, encoded_task.examples[split])
+            else:
+                scores = glue_squad.score(task, predictions, encoded_task.examples[split], split)
+            metrics |= {metric_name(training, task, name): value for name, value in scores.items()}
+    return metrics
+
+
+def metric_name(training: Training, task: glue_squad.Task, metric: str) -> str:
+    """As in result.json: "accuracy", or "rte_accuracy" where several tasks share an encoder."""
+    return f"{task.name}_{metric}" if len(training.encoded_tasks) > 1 else metric
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -617,8 +640,8 @@ def find_imp(settings: Settings) -> dict:
     By default all matrices of the encoder, and of the pooler if the task has one, are ranked as one (--rank global,
     --scope encoder); --scope all adds the word embeddings. The IMP of tamt.py prunes first and then trains on text.
 
-    The last mask has no score yet: the command that is printed at the end fine-tunes it. --resume does not repeat a
-    finished round."""
+    The last mask has not been evaluated yet: the command that is printed at the end fine-tunes it. --resume does not
+    repeat a finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -628,7 +651,7 @@ def find_imp(settings: Settings) -> dict:
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search_settings.out / f"round-{number}"
         round_settings = settings_of_one_run(
-            search_settings, mask=mask_file, out=folder, results=None)  # a round is on the way, and no result
+            search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
         inputs = with_schedule_of_ten_runs(read_inputs(round_settings))
         # Listed here, because Training may add a fresh pooler, which is not to be pruned.
         matrices = list(tamt.maskable_layers(inputs.model, search_settings.scope))
@@ -653,7 +676,7 @@ def with_schedule_of_ten_runs(inputs: Inputs) -> Inputs:
 
 
 def train_in_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
-    """The fine-tuning of a search, after its last update."""
+    """Trains a run of a search."""
     training = Training(inputs, state)
     claim_folders(search_settings, inputs.run)  # no earlier, since Training may refuse what it gets
     train(training)
@@ -697,7 +720,8 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
 
 # 7a. The search.
 
-# In which order units are cut out: the least important first, at random, or the most important first.
+# A unit is an attention head or an FFN. In which order they are cut out: the least important first ("winning"), at
+# random, or the most important first ("losing").
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
@@ -843,18 +867,18 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     L (H - 1) heads go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units with the smallest numbers go first.
+    # Units with the smallest keys go first.
     if order == "random":
-        head_order = generator.random(head_importance.shape)
-        ffn_order = generator.random(ffn_importance.shape)
+        head_keys = generator.random(head_importance.shape)
+        ffn_keys = generator.random(ffn_importance.shape)
     else:
         sign = {"winning": 1, "losing": -1}[order]
-        head_order = sign * head_importance.numpy()
-        ffn_order = sign * ffn_importance.numpy()
+        head_keys = sign * head_importance.numpy()
+        ffn_keys = sign * ffn_importance.numpy()
 
-    head_order[np.arange(num_layers), head_order.argmax(axis=1)] = np.inf  # the last head of each layer never goes
+    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # each layer's last head stays
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return mark_smallest(head_order, num_heads_out), mark_smallest(ffn_order, num_layers * level // 12)
+    return mark_smallest(head_keys, num_heads_out), mark_smallest(ffn_keys, num_layers * level // 12)
 
 
 def mark_smallest(keys: np.ndarray, count: int) -> np.ndarray:
@@ -963,8 +987,9 @@ class TaskParts:
 def share_encoder(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket], device):
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
-    The weights themselves keep all their values, and masked layers multiply them by the ticket of the batch. So a
-    weight gets gradients only from the tasks that keep it. The model gets masked_layers, task_heads and task_parts."""
+    As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. The weights
+    themselves keep all their values, and each gets gradients only from the tasks that keep it. The model gets
+    masked_layers, task_heads and task_parts."""
     if tickets:
         model.masked_layers = tamt.install_masked_layers(model)  # {name of a weight: its layer, with a mask}
         for layer in model.backbone.encoder.layer:

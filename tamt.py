@@ -32,7 +32,7 @@ A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_
 this file makes the loop exact, fast, resumable, or equal to the released code.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
-masked LM its head is trained, too, and thrown away afterwards. Three baselines are in the same program: `--method omp`,
+masked LM its head is trained, too, and set back afterwards. Three baselines are in the same program: `--method omp`,
 one-shot magnitude pruning, ends after step 3; `--method random` draws a random mask there; `--method imp`, iterative
 magnitude pruning, trains the weights themselves between prunings.
 
@@ -129,26 +129,26 @@ def find_mask(settings: Settings) -> dict:
 def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     """Steps 3 to 7 -> {name of a matrix: its mask}. state: of an interrupted run, or None."""
     run = inputs.run
-    if run.trains:
-        print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
-              f"({run.lr_reason})")
-    masked_layers = install_masked_layers(inputs.model, run.scope)  # they take the place of the maskable layers
+    masked_layers = install_masked_layers(inputs.model, run.scope)  # inputs.model computes with masks from here on
+    if not run.trains:  # omp and random end here
+        set_masks(masked_layers, first_masks(masked_layers, run))
+        return current_masks(masked_layers)
+
+    print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+          f"({run.lr_reason})")
+    scores = None  # imp makes its masks as it goes, and has none
     if run.method == "tamt":
         masks = first_masks(masked_layers, run)  # step 3
-        scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
+        scores = FastScores(masked_layers, masks, run.sparsity, run.rank)  # step 4; they are Scores, ranked faster
         prepare_global_ranking(scores, inputs)  # two corrections before all matrices compete (appendix A)
-        training = Training(inputs, masked_layers, scores)
-        if state is not None:
-            restore_state(training, state)  # takes the place of steps 3 and 4
+    training = Training(inputs, masked_layers, scores)
+    if state is not None:
+        restore_state(training, state)  # takes the place of steps 3 and 4
+    if run.method == "tamt":
         train_scores(training)  # steps 5 to 7
-    elif run.method == "imp":  # makes its masks as it goes, and has no scores
-        training = Training(inputs, masked_layers, scores=None)
-        if state is not None:
-            restore_state(training, state)
+    else:
         train_imp(training)
-    else:  # omp and random end here
-        set_masks(masked_layers, first_masks(masked_layers, run))
-    return {name: layer.mask for name, layer in masked_layers.items()}
+    return current_masks(masked_layers)
 
 
 def train_scores(training: Training):
@@ -156,7 +156,8 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # Linear decay to 0 at update run.horizon. That is the last one with --steps; the paper's runs end before it.
+        # It falls linearly, and would be 0 after run.horizon updates. With --steps that is the end of the run; the
+        # paper's runs end earlier.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         loss = do_update(training, learning_rate, update_number=training.updates_done + 1)  # steps 5 and 6
         training.updates_done += 1
@@ -166,7 +167,7 @@ def train_scores(training: Training):
             refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
         report_progress(training, loss, learning_rate)  # the log, dev losses, and masks on the way
         save_state_if_due(training)
-    restore_weights(training)  # the head is thrown away; the masks are the result
+    restore_weights(training)  # the head gets its old values back; the masks are the result
 
 
 def do_update(training: Training, learning_rate: float, update_number: int) -> float:
@@ -230,7 +231,7 @@ def add_fresh_head(model: bert.Model, seed: int):
     torch.manual_seed(seed)
     model.add_mlm_head()
     model.mlm_head.is_fresh = True
-    model.mlm_head.decoder = None  # it takes the word embeddings; decoders do not train, so its own would stay random
+    model.mlm_head.decoder = None  # the word embeddings serve as its decoder, whatever config.json says
 
 
 def open_text(run, vocabulary, split: str):
@@ -247,7 +248,7 @@ def finish(inputs: Inputs, masks: dict, start_time: float) -> dict:
         return {}
     sparsities = sparsity_report(inputs.model, masks)
     losses = {}
-    if inputs.dev_rows is not None:
+    if inputs.dev_rows is not None:  # the model still has its masked layers
         losses = dev_losses(inputs.model, inputs.dev_rows, inputs.vocabulary, run.machine)
     result = write_results(inputs, masks, sparsities, losses, start_time)
     print_summary(run.out / "mask.pt", result, run)
@@ -292,9 +293,9 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. The class Scores (below) sets the scores, and makes the mask a view of its own.
+        # Everything is kept at first. Later the class Scores puts its scores here, and a mask that it can change.
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
-        self.register_parameter("scores", None)  # none yet; a parameter, once they are there
+        self.register_parameter("scores", None)
         self.is_dense = False
 
     def apply_mask(self, weight, scores, mask):
@@ -361,6 +362,10 @@ def set_masks(masked_layers: dict, masks: dict):
     masks are views.)"""
     for name, layer in masked_layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
+
+
+def current_masks(masked_layers: dict) -> dict[str, torch.Tensor]:
+    return {name: layer.mask for name, layer in masked_layers.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -441,7 +446,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5: 2 phi, where phi is the first threshold)
+START_SCORE = 0.02  # of kept entries; pruned ones start at 0, so a first threshold of 0.01 lies halfway (Eq. 5)
 
 
 class Scores:
@@ -461,7 +466,6 @@ class Scores:
         self.rank = rank
         self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
         self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        self.pools = make_pools(masked_layers, sparsity, rank)  # scores that compete, for fast rankings (appendix B)
         self.attach_to_layers()
 
     def attach_to_layers(self):
@@ -476,9 +480,6 @@ class Scores:
     def update_masks(self):
         """Step 7: the lowest scores are pruned, exactly as many as the sparsity asks for (Eq. 2). So the threshold of
         Eq. 3 is whatever lies between the kept and the pruned ones."""
-        if self.pools:  # global and local
-            rank_pools(self)  # the masks are those of the lines below, but only scores near the threshold are sorted
-            return
         scores = {name: layer.scores for name, layer in self.masked_layers.items()}
         for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
             self.masked_layers[name].mask.copy_(mask)
@@ -590,8 +591,7 @@ def dense_teacher(model):
 
 
 def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
-    """The share of a micro-batch in the loss of its batch. student: the model again, possibly compiled or wrapped for
-    several processes.
+    """The share of a micro-batch in the loss of its batch. student: the model again, or the same one compiled.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
     one."""
@@ -605,7 +605,7 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
         loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.batch_num_predictions)
 
     if objective in ("kd", "mlm+kd"):
-        with dense_teacher(model):  # without the student's wrapper, since a teacher has no gradients to share
+        with dense_teacher(model):
             teacher_states = model(input_ids, micro_batch.attention_mask)
         loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, micro_batch.batch_num_tokens)
     return loss
@@ -663,8 +663,8 @@ class Training:
         self.masked_layers = masked_layers
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
-        self.student = wrap_network(self.model, run)  # as in micro_batch_loss
-        # The weights that train as they were before (kd: none, mlm: those of the head, imp: all).
+        self.student = compile_if_asked(self.model, run)
+        # What the trained weights were before. With kd there are none, with mlm those of the head, with imp all.
         self.weights_before = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -712,13 +712,14 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     machine = run.machine
     seed_dropout(run.seed, training.updates_done, machine.process_index)  # so a resumed run draws the same
     total_loss = torch.zeros((), device=machine.device)
-    for micro_batch, is_last in micro_batches(batch, run):
-        with share_gradients_if(is_last, training):  # among processes
-            with autocast(machine):
-                loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch)
-            (loss * machine.num_processes).backward()  # processes average their gradients; the sum is wanted
+    for micro_batch in micro_batches(batch, run):
+        with autocast(machine):
+            loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch)
+        loss.backward()  # adds to the gradients
         total_loss += loss.detach()
-    return sum_over_processes(total_loss, machine)
+    gradients = [parameter.grad for parameter in training.parameters.values()]
+    sum_over_processes([total_loss, *gradients], machine)
+    return total_loss
 
 
 def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
@@ -732,8 +733,8 @@ def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float,
                          f"{training.updates_done + 1}: try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; "
                          f"{run.out} keeps the last state")
 
-    # The learning rate, eps and weight decay of this update, with which torch's AdamW computes what the released
-    # optimizers do (appendix A).
+    # The released optimizers correct their averages in other ways than torch's AdamW. With these settings it computes
+    # what they do (appendix A).
     options = optimizer_settings(run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -878,7 +879,7 @@ def refresh_as_released(training: Training):
 
 
 @torch.no_grad()
-def set_thresholds(scores: Scores):
+def set_thresholds(scores: FastScores):
     """The threshold of a pool becomes its largest pruned score."""
     for pool in scores.pools:
         values = scores.all_scores[pool.begin:pool.end]
@@ -887,7 +888,7 @@ def set_thresholds(scores: Scores):
 
 
 @torch.no_grad()
-def apply_old_thresholds(scores: Scores):
+def apply_old_thresholds(scores: FastScores):
     """In place of update_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
     for pool in scores.pools:
         values = scores.all_scores[pool.begin:pool.end]
@@ -904,7 +905,7 @@ def is_refresh_due(run: Run, updates_done: int) -> bool:
     return updates_done % run.refresh_every == 0
 
 
-def prepare_global_ranking(scores: Scores, inputs: Inputs):
+def prepare_global_ranking(scores: FastScores, inputs: Inputs):
     """What is due before all matrices are ranked together for the first time. (Does nothing with another --rank.)"""
     if scores.rank == "global":
         pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
@@ -924,7 +925,7 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
         layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
 
 
-def make_start_exact(scores: Scores):
+def make_start_exact(scores: FastScores):
     """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
     rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
     round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
@@ -1003,6 +1004,24 @@ class Pool:
     radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
 
 
+class FastScores(Scores):
+    """Scores whose masks are made faster: only scores near the last threshold are sorted. The masks are the same. With
+    N:M, where groups are small, there is nothing to gain."""
+
+    def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
+        super().__init__(masked_layers, masks, sparsity, rank)
+        self.pools = make_pools(masked_layers, sparsity, rank)
+
+    @torch.no_grad()
+    def update_masks(self):
+        if not self.pools:
+            super().update_masks()
+        for pool in self.pools:
+            values = self.all_scores[pool.begin:pool.end]
+            mask = self.all_masks[pool.begin:pool.end]
+            rank_again(values, pool, mask)
+
+
 def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
     """One pool of all scores (global), or one for each matrix (local). With N:M the groups of a row compete, and there
     are no pools."""
@@ -1016,14 +1035,6 @@ def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
             pools.append(Pool(begin, begin + size, round(size * sparsity)))
             begin += size
     return pools
-
-
-def rank_pools(scores: Scores):
-    """What Scores.update_masks() does where there are pools: in each of them the lowest scores are pruned."""
-    for pool in scores.pools:
-        values = scores.all_scores[pool.begin:pool.end]
-        mask = scores.all_masks[pool.begin:pool.end]
-        rank_again(values, pool, mask)
 
 
 def rank_again(scores, pool: Pool, mask):
@@ -1597,7 +1608,7 @@ def save_mask_of_step(training: Training, sparsity: float):
         return
     folder = run.out / f"step-{training.updates_done}"
     folder.mkdir(exist_ok=True)
-    masks = {name: layer.mask for name, layer in training.masked_layers.items()}
+    masks = current_masks(training.masked_layers)
     save_mask(folder / "mask.pt", masks, metadata(run, training.updates_done, sparsity))
 
 
@@ -2146,14 +2157,11 @@ def autocast(machine: Machine):
     return torch.autocast(machine.device.type, machine.dtype)
 
 
-def wrap_network(model, run):
-    """The student as torch.compile and DistributedDataParallel make it; the parameters are the model's."""
-    network = model
+def compile_if_asked(model: bert.Model, run: Run):
+    """The student, as torch.compile makes it with --compile; the parameters are the model's."""
     if run.compile:
-        network = torch.compile(network, options={"fallback_random": True})  # dropout as without compiling
-    if run.machine.num_processes > 1:
-        network = nn.parallel.DistributedDataParallel(network)
-    return network
+        return torch.compile(model, options={"fallback_random": True})  # dropout as without compiling
+    return model
 
 
 def seed_dropout(seed: int, step: int, process_index: int = 0):
@@ -2163,25 +2171,19 @@ def seed_dropout(seed: int, step: int, process_index: int = 0):
 
 
 def micro_batches(batch: Batch, run: Run):
-    """Yields what this process computes of each micro-batch, and whether it is the last one. With 2 processes and
-    micro-batches of 16 rows the first process computes the rows 0 .. 7, 16 .. 23, and so on."""
+    """Yields what this process computes of each micro-batch. With 2 processes and micro-batches of 16 rows the first
+    process computes the rows 0 .. 7, 16 .. 23, and so on."""
     share = run.batch_size // run.machine.num_processes
     starts = range(run.machine.process_index * share, len(batch.input_ids), run.batch_size)
     for start in starts:
-        yield make_micro_batch(batch, slice(start, start + share), run.machine.device), start == starts[-1]
+        yield make_micro_batch(batch, slice(start, start + share), run.machine.device)
 
 
-def share_gradients_if(is_last: bool, training: Training):
-    """Gradients are averaged across processes in the last backward pass of an update only."""
-    if is_last or training.run.machine.num_processes == 1:
-        return nullcontext()
-    return training.student.no_sync()
-
-
-def sum_over_processes(value: torch.Tensor, machine: Machine) -> torch.Tensor:
+def sum_over_processes(tensors: list[torch.Tensor], machine: Machine):
+    """Each tensor becomes its sum over all processes."""
     if machine.num_processes > 1:
-        torch.distributed.all_reduce(value)
-    return value
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
 
 
 @contextmanager

@@ -222,7 +222,7 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.install_masked_layers(model, run.scope)
     inputs = tamt.Inputs(run, {}, model, vocabulary, rows, dev_rows=None)
-    scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
+    scores = tamt.FastScores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
     if rank == "global":
         tamt.pin_unlearnable_scores(scores, inputs)
         tamt.make_start_exact(scores)

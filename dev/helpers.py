@@ -168,7 +168,7 @@ def begin(settings):
     layers = tamt.install_masked_layers(inputs.model, run.scope)
     scores = None
     if run.method == "tamt":
-        scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
+        scores = tamt.FastScores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
         if run.rank == "global":
             tamt.pin_unlearnable_scores(scores, inputs)
             tamt.make_start_exact(scores)
