@@ -35,6 +35,7 @@ Functions hand on these objects:
     Settings    what the user asked for; its fields are named like the flags
     Run         the same with every default filled in
     Ticket      the content of a mask file: the masks of all matrices, and how they were found. (From "lottery ticket".)
+                An ordinary one prunes single weights, a Super Ticket whole units.
     Inputs      the Run, and the tasks, tickets and network that were read
     EncodedTask a task as token ids
     Training    a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
@@ -266,7 +267,7 @@ class EncodedTask:
     (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
-    train_sequences: list  # in file order; with --limit a random choice, shuffled
+    train_sequences: list  # in file order, or a random choice of --limit
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
@@ -497,6 +498,7 @@ def train(training: Training):
             if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
                 saved_at = time.time()
                 save_state(training)
+    training.model.eval()
 
 
 def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:

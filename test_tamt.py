@@ -1353,6 +1353,10 @@ def imp_folder(inputs, tmp_path_factory):
     return out / "run"
 
 
+def with_schedule_of_ten_runs(inputs):
+    return replace(inputs, run=replace(inputs.run, runs_per_schedule=10))
+
+
 def test_imp_on_a_task_finds_the_masks_of_fine_tunings_opened_round_by_round(inputs, tmp_path, imp_folder):
     """Each has the pretrained weights under the mask so far, and after its training the smallest of all weights of
     encoder and pooler are pruned."""
@@ -1360,7 +1364,7 @@ def test_imp_on_a_task_finds_the_masks_of_fine_tunings_opened_round_by_round(inp
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
-        training = new_training(settings, finetune.with_schedule_of_ten_runs)
+        training = new_training(settings, with_schedule_of_ten_runs)
         finetune.train(training)
         magnitudes = {name: training.model.get_parameter(name).abs() for name in names}  # 0 where pruned
         masks = prune_all_by_sorting(magnitudes, level)

@@ -223,9 +223,7 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     layers = tamt.install_masked_layers(model, run.scope)
     inputs = tamt.Inputs(run, {}, model, vocabulary, rows, dev_rows=None)
     scores = tamt.FastScores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
-    if rank == "global":
-        tamt.pin_unlearnable_scores(scores, inputs)
-        tamt.make_start_exact(scores)
+    tamt.prepare_global_ranking(scores, inputs)
     spread(scores)
     training = tamt.Training(inputs, layers, scores)
     model.train()
@@ -241,14 +239,9 @@ def spread(scores: tamt.Scores):
     scores.update_masks()
 
 
-def one_update(training: tamt.Training, learning_rate: float, update_number: int) -> float:
-    loss = tamt.backpropagate(training, tamt.next_batch(training))
-    return tamt.optimizer_step(training, loss, learning_rate, update_number)
-
-
 def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> float:
     """What train_scores() does for each update -> the loss."""
-    loss = one_update(training, learning_rate, training.updates_done + 1)
+    loss = tamt.do_update(training, learning_rate, training.updates_done + 1)
     training.updates_done += 1
     training.scores.update_masks()
     return loss

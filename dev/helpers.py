@@ -169,21 +169,14 @@ def begin(settings):
     scores = None
     if run.method == "tamt":
         scores = tamt.FastScores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
-        if run.rank == "global":
-            tamt.pin_unlearnable_scores(scores, inputs)
-            tamt.make_start_exact(scores)
+        tamt.prepare_global_ranking(scores, inputs)
     inputs.model.train()
     return tamt.Training(inputs, layers, scores)
 
 
-def one_update(training, learning_rate, update_number):
-    loss = tamt.backpropagate(training, tamt.next_batch(training))
-    return tamt.optimizer_step(training, loss, learning_rate, update_number)
-
-
 def three_updates(training):
     for t in (1, 2, 3):
-        one_update(training, 2e-3, t)
+        tamt.do_update(training, 2e-3, t)
         training.updates_done += 1
 
 

@@ -1,4 +1,4 @@
-"""Experiments: what is evaluated and written, exports and predictions, and the options --weights and --limit.
+"""Fine-tunings: what is evaluated and written, exports and predictions, and the options --weights and --limit.
 
     python -m pytest dev/test_fine_tuning.py
 """
@@ -53,18 +53,18 @@ HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
            {"step": 3, "accuracy": 0.7, "f1": 0.5}]
 
 
-def experiment_of_mrpc():
+def training_on_mrpc():
     mrpc = SimpleNamespace(task=glue_squad.MRPC)
     return SimpleNamespace(encoded_tasks=[mrpc], history=HISTORY)
 
 
 def test_best_is_the_evaluation_with_the_highest_primary_metric():
-    best, _ = finetune.best_and_final(experiment_of_mrpc())
+    best, _ = finetune.best_and_final(training_on_mrpc())
     assert best == HISTORY[1]  # the whole line: f1 is not the best one, but that of the same step
 
 
 def test_final_is_the_last_evaluation():
-    _, final = finetune.best_and_final(experiment_of_mrpc())
+    _, final = finetune.best_and_final(training_on_mrpc())
     assert final == HISTORY[2]
 
 

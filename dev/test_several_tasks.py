@@ -99,8 +99,7 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte = training.encoded_tasks[0]
-    finetune.select_task(training.model, rte.task)
-    finetune.task_logits(training, rte.task, rte.train_sequences[:8]).sum().backward()
+    finetune.batch_loss(training, rte, np.arange(8)).backward()
     parts = training.model.task_parts
     assert parts["rte"].task_head.weight.grad is not None
     assert parts["stsb"].task_head.weight.grad is None
@@ -110,8 +109,7 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
     training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for encoded_task in training.encoded_tasks:
         training.model.zero_grad()
-        finetune.select_task(training.model, encoded_task.task)
-        finetune.task_logits(training, encoded_task.task, encoded_task.train_sequences[:8]).sum().backward()
+        finetune.batch_loss(training, encoded_task, np.arange(8)).backward()
         for name, mask in training.model.task_parts[encoded_task.task.name].masks.items():
             gradient = training.model.get_parameter(name).grad
             assert not gradient[~mask].any()
