@@ -7,13 +7,14 @@ Here masks are fixed, and weights are trained: those that the masks keep, and al
 position embeddings, the task head). In tamt.py it is the other way round. In short, with W for all weights:
 
     W = W * mask                                            zero_pruned_weights
-    for batch in batches:                                   train, epoch_batches
-        gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
+    for batch in batches:                                   train, which calls do_update for
+        gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients,
         W = adamw(W, gradient)                              optimizer_step
         now and then: evaluate                              record_evaluation
     report the best evaluation and the last one             finish
 
-A test holds the program to such a loop, with torch's prune (test_tamt.py: test_fine_tuning_equals_a_plain_loop...).
+A test compares train() with such a loop, in which torch's prune applies the mask: the weights are equal, bit for bit
+(test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -176,7 +177,8 @@ class Training:
         # weights stay zero. (They are {} without a ticket, and in chapters 7 and 8, which prune in another way.)
         self.model = inputs.model
         prepare_network(self.model, inputs.tasks, run)
-        self.zeroing_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets, run.machine.device)
+        self.model.to(run.machine.device)
+        self.zeroing_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets)
         self.parameters = dict(self.model.named_parameters())  # all that trains
         self.optimizer = tamt.make_optimizer(self.parameters.values(), run.machine.device)  # each update sets its lr
 
@@ -318,7 +320,7 @@ def limit_training_set(encoded_task: EncodedTask, limit: int, seed: int):
 
 
 def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
-    """Turns the pre-trained model into one for these tasks. (For several, share_encoder makes the task heads.)"""
+    """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
     add_or_remove_pooler(model, tasks[0])  # several tasks are all without spans, so the first one speaks for all
@@ -326,21 +328,28 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
         replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
     if len(tasks) == 1:
         add_task_head(model, tasks[0])
+    else:
+        add_task_heads(model, tasks)  # chapter 8
 
 
-def apply_tickets(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket], device) -> dict:
-    """Puts the network under its tickets, and on the device -> {name of a weight: mask} of the weights that were set to
-    zero."""
-    masks = {}
+def apply_tickets(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]) -> dict:
+    """Prunes the network in one of three ways. Tasks that share it multiply its weights by masks, a Super Ticket cuts
+    units out, and an ordinary ticket, such as those of TAMT, sets weights to zero -> {name of a weight: mask} of the
+    last, else {}."""
+    device = next(model.parameters()).device
+    for ticket in tickets:
+        ticket.masks = {name: mask.to(device) for name, mask in ticket.masks.items()}
+
     if len(tasks) > 1:
-        share_encoder(model, tasks, tickets, device)  # each batch sees the weights under its task's ticket (chapter 8)
-    elif tickets and tickets[0].is_super:
+        share_encoder(model, tasks, tickets)  # chapter 8
+        return {}
+    if tickets and tickets[0].is_super:
         removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])
-        cut_out_units(model, removed_heads, removed_ffns)  # the matrices become smaller (chapter 7)
-    elif tickets:
-        masks = zero_pruned_weights(model, tickets[0])  # an ordinary ticket, such as those of TAMT
-    model.to(device)
-    return {name: mask.to(device) for name, mask in masks.items()}
+        cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
+        return {}
+    if tickets:
+        return zero_pruned_weights(model, tickets[0])
+    return {}
 
 
 def remove_pretraining_heads(model):
@@ -368,7 +377,8 @@ def add_task_head(model, task: glue_squad.Task):
 
 
 def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets what the ticket prunes to zero -> {name of a weight: its mask}, without that of a removed pooler."""
+    """Sets what the ticket prunes to zero -> the masks that it used, {name of a weight: mask}: all but that of a pooler
+    that was removed."""
     parameters = dict(model.named_parameters())
     masks = {name: mask for name, mask in ticket.masks.items() if name in parameters}
     for name, mask in masks.items():
@@ -396,7 +406,8 @@ def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
         hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
-    last_hidden_state = hidden_states[-1].float()  # (B, T, D); bf16 has three digits, which are too few for logits
+    # The task head computes in fp32, since the three digits of bf16 are too few for logits.
+    last_hidden_state = hidden_states[-1].float()  # (B, T, D)
     if task.predicts != "span":
         return model.class_logits(last_hidden_state)
     logits = model.span_logits(last_hidden_state)
@@ -478,7 +489,7 @@ def train(training: Training):
     updates_per_epoch = sum(math.ceil(len(encoded_task.train_sequences) / run.batch_size)
                             for encoded_task in training.encoded_tasks)
     num_updates = updates_per_epoch * run.epochs
-    schedule_length = num_updates * run.runs_per_schedule  # longer than the run only in IMP (chapter 6)
+    schedule_length = num_updates * run.runs_per_schedule  # times 1, but 10 in IMP (chapter 6)
     progress = Progress(training.updates_done, num_updates)
     saved_at = time.time()
     training.model.train()
@@ -722,8 +733,8 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
 
 # 7a. The search.
 
-# A unit is an attention head or an FFN. In which order they are cut out: the least important first ("winning"), at
-# random, or the most important first ("losing").
+# A unit is an attention head or an FFN. "winning" tickets cut out the least important units first, "losing" ones the
+# most important, and "random" ones any.
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
 
@@ -937,21 +948,21 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
 # 7d. How a Super Ticket is applied.
 
 
-class SkippableResidual(nn.Module):
+class SkippableResidual(bert.Residual):
     """The last part of an FFN, with a switch that leaves the FFN out: the LayerNorm is then applied to the residual
     alone. (Where several tasks share an encoder, the switch is turned for each batch, in chapter 8.)"""
 
-    def __init__(self, residual: bert.Residual):
-        super().__init__()
-        self.dense = residual.dense  # under the names that checkpoints use
-        self.LayerNorm = residual.LayerNorm
-        self.dropout = residual.dropout
+    def __init__(self, original: bert.Residual):
+        nn.Module.__init__(self)
+        self.dense = original.dense
+        self.LayerNorm = original.LayerNorm
+        self.dropout = original.dropout
         self.is_skipped = False
 
     def forward(self, x, residual):
         if self.is_skipped:
             return self.LayerNorm(residual)
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+        return super().forward(x, residual)
 
 
 def cut_out_units(model, removed_heads, removed_ffns):
@@ -986,12 +997,21 @@ class TaskParts:
     skipped_ffns: list[bool]  # (L,) whether its ticket takes the FFN of a layer out
 
 
-def share_encoder(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket], device):
+def add_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
+    """A classifier for each of several tasks. select_task() puts one of them in the place of model.classifier."""
+    model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
+    for task in tasks:
+        model.add_classifier(task.num_outputs)  # in the place of the one before
+        model.task_heads.append(model.classifier)
+    del model.classifier
+
+
+def share_encoder(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. The weights
     themselves keep all their values, and each gets gradients only from the tasks that keep it. The model gets
-    masked_layers, task_heads and task_parts."""
+    masked_layers and task_parts."""
     if tickets:
         model.masked_layers = tamt.install_masked_layers(model)  # {name of a weight: its layer, with a mask}
         for layer in model.backbone.encoder.layer:
@@ -999,21 +1019,17 @@ def share_encoder(model: bert.Model, tasks: list[glue_squad.Task], tickets: list
             # after the masked layers, since layer.output.dense is one of them.
             layer.output = SkippableResidual(layer.output)
 
-    model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     model.task_parts = {}  # {name of a task: its parts}
     for index, task in enumerate(tasks):
-        model.add_classifier(task.num_outputs)  # in the place of the one before
-        model.task_heads.append(model.classifier)
         masks = {}
         skipped_ffns = [False] * model.config.num_hidden_layers
         if tickets:
             ticket = tickets[index]
-            masks = {name: mask.to(device) for name, mask in ticket.masks.items()}
+            masks = ticket.masks
             if ticket.is_super:
                 _, removed_ffns = units_from_masks(model.config, ticket)
                 skipped_ffns = removed_ffns.tolist()
-        model.task_parts[task.name] = TaskParts(model.classifier, masks, skipped_ffns)
-    del model.classifier  # select_task() puts one of the task heads in its place
+        model.task_parts[task.name] = TaskParts(model.task_heads[index], masks, skipped_ffns)
 
 
 def select_task(model, task: glue_squad.Task):

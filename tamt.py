@@ -23,8 +23,8 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
 
     mask = largest(abs(W), within="each matrix")                     # 3: as many as are to be kept
     scores = 0.02 * mask                                             # 4
-    for rows in batches:
-        gradient = derivative(loss(rows, W * mask), W * mask) * W    # 5: this is the derivative for the mask
+    for batch in batches:
+        gradient = derivative(loss(batch, W * mask), W * mask) * W   # 5: this is the derivative for the mask
         scores = adam(scores, gradient)                              # 6
         mask = largest(scores, within="all matrices")                # 7
 
@@ -39,12 +39,12 @@ magnitude pruning, trains the weights themselves between prunings.
 The chapters:
 
     The eight steps      find_mask, the training loop, reading, and what is done at the end
-    Masked layers        weights * mask, and the straight-through estimator
-    The ranking          which entries stay: global, local, N:M; OMP and random masks
-    Scores               one for each weight, and the masks that follow from them
-    Batches              the rows of an update, and what masked LM makes of them
-    Losses               masked LM, distillation, dev losses
-    Training             what an update computes
+    Masked layers        weights * mask, and the straight-through estimator (step 5)
+    The ranking          which entries stay: global, local, N:M; OMP and random masks (steps 3 and 7)
+    Scores               one for each entry, and the masks that follow from them (4 and 7)
+    Batches              the rows of an update, and what masked LM makes of them (5)
+    Losses               masked LM, distillation, dev losses (5 and 8)
+    Training             what an update computes (5 and 6)
     IMP                  the baseline that trains weights
     Appendices           A what follows the released code; B fast rankings; C mask files; D the folder of a run;
                          E settings; F devices and processes. A function that is called in a chapter and defined in
@@ -65,8 +65,7 @@ Words and letters:
     masks       {name of a matrix: its mask}, which is what a run finds
     dense       without a mask
     W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
-    n, s        the number of entries that have a mask; the sparsity, the fraction of them that is pruned
-    B, b, T     sequences of a batch and of a micro-batch; tokens of a sequence
+    B, b, T     rows of a batch and of a micro-batch; tokens of a row
     D, L, V     hidden size; layers; words of the vocabulary
     P           positions that masked LM predicts
 
@@ -139,11 +138,11 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     scores = None  # imp makes its masks as it goes, and has none
     if run.method == "tamt":
         masks = first_masks(masked_layers, run)  # step 3
-        scores = FastScores(masked_layers, masks, run.sparsity, run.rank)  # step 4; they are Scores, ranked faster
-        prepare_global_ranking(scores, inputs)  # two corrections before all matrices compete (appendix A)
+        scores = FastScores(masked_layers, masks, run.sparsity, run.rank)  # step 4: Scores, with a faster ranking
+        prepare_global_ranking(scores, inputs)  # e.g. the pooler's entries, which get no gradient, keep their mask
     training = Training(inputs, masked_layers, scores)
     if state is not None:
-        restore_state(training, state)  # takes the place of steps 3 and 4
+        restore_state(training, state)  # overwrites what steps 3 and 4 have made
     if run.method == "tamt":
         train_scores(training)  # steps 5 to 7
     else:
@@ -156,26 +155,17 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # It falls linearly, and would be 0 after run.horizon updates. With --steps that is the end of the run; the
-        # paper's runs end earlier.
+        # The learning rate falls linearly, and would be 0 after run.horizon updates. With --steps that is the end of
+        # the run; the paper's runs end earlier.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
-        loss = do_update(training, learning_rate, update_number=training.updates_done + 1)  # steps 5 and 6
+        batch = next_batch(training)
+        loss = backpropagate(training, batch)  # step 5
+        loss_value = optimizer_step(training, loss, learning_rate, training.updates_done + 1)  # step 6
         training.updates_done += 1
-        if run.refresh_every == 1:
-            training.scores.update_masks()  # step 7
-        else:
-            refresh_as_released(training)  # step 7 with --refresh-every (appendix A)
-        report_progress(training, loss, learning_rate)  # the log, dev losses, and masks on the way
+        renew_masks(training)  # step 7
+        report_progress(training, loss_value, learning_rate)  # the log, dev losses, and masks on the way
         save_state_if_due(training)
     restore_weights(training)  # the head gets its old values back; the masks are the result
-
-
-def do_update(training: Training, learning_rate: float, update_number: int) -> float:
-    """Steps 5 and 6, of TAMT and of IMP -> the loss. update_number: that of the optimizer, from 1; with imp it starts
-    anew in each round."""
-    batch = next_batch(training)
-    loss = backpropagate(training, batch)
-    return optimizer_step(training, loss, learning_rate, update_number)
 
 
 # A run has a field for each flag of the command line, and a few more. These occur most:
@@ -201,7 +191,7 @@ class Inputs:
     identity: dict  # settings and checksums, which --resume compares
     model: bert.Model
     vocabulary: data.Vocabulary
-    rows: np.ndarray | None  # (n, T); omp and random need none
+    rows: np.ndarray | None  # (rows, T); omp and random need none
     dev_rows: np.ndarray | None  # only to say what the mask is worth
 
 
@@ -235,7 +225,7 @@ def add_fresh_head(model: bert.Model, seed: int):
 
 
 def open_text(run, vocabulary, split: str):
-    """Step 2: rows of token ids (n, T), of "train" or "dev"."""
+    """Step 2: rows of token ids (rows, T), of "train" or "dev"."""
     source = toy_folder("text") if run.data == "toy" else run.data
     return data.corpus_rows(source, vocabulary, run.seq_len, split, run.lines)
 
@@ -266,7 +256,7 @@ class StraightThrough(torch.autograd.Function):
     M is a step function of S, so its true derivative is zero almost everywhere. The straight-through
     estimator treats M in the backward pass as if it were S (Eq. 4):
 
-        dL/dS  :=  dL/dM  =  dL/d(W * M) * W
+        d loss / d S  :=  d loss / d M  =  d loss / d (W * M) * W
 
     There is no M on the right-hand side. So pruned weights get a gradient, too, and can come back.
     """
@@ -410,6 +400,23 @@ def keep_largest(values, num_kept: int):  # (n,) -> (n,) bool
     return mask
 
 
+def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix -> bool matrix
+    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
+    the `num_kept` largest stay, of equal ones the first.
+
+    An entry stays if fewer than num_kept entries of its group are larger, or equal and further left. Counting them
+    is four times as fast as sorting so many small groups."""
+    groups = values.reshape(-1, group_size)
+    num_ahead = torch.zeros_like(groups, dtype=torch.int32)
+    for i in range(group_size):
+        for j in range(group_size):
+            if j < i:
+                num_ahead[:, i] += groups[:, j] >= groups[:, i]
+            elif j > i:
+                num_ahead[:, i] += groups[:, j] > groups[:, i]
+    return (num_ahead < num_kept).view_as(values)
+
+
 def magnitude_masks(masked_layers: dict, sparsity: float, rank: str) -> dict:
     """Masks by |W|. On layers that keep everything this is OMP. On masked ones it is the next mask of IMP: what is
     pruned stays pruned, since it counts as -1, which is below every magnitude."""
@@ -450,36 +457,23 @@ START_SCORE = 0.02  # of kept entries; pruned ones start at 0, so a first thresh
 
 
 class Scores:
-    """One score for each entry that has a mask, in one long vector, and the masks that follow from it.
+    """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
 
-        all_scores  | scores of the first matrix, row by row | scores of the second | ...
-        all_masks   | mask of the first matrix               | mask of the second   | ...
-
-    layer.scores and layer.mask are views of these stretches: what the optimizer writes into layer.scores is what is
-    ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
-    changed in place."""
+    (learn_masks makes FastScores, a subclass in appendix B, which finds the same masks faster.)"""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
-        """masks {name: mask}, the first ones; rank as in masks_of_largest."""
+        """masks {name: mask}, those of step 3; rank as in masks_of_largest."""
         self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
-        self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
-        self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        self.attach_to_layers()
-
-    def attach_to_layers(self):
-        begin = 0
-        for layer in self.masked_layers.values():
-            end = begin + layer.weight.numel()
-            layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
-            layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
-            begin = end
+        for name, layer in masked_layers.items():
+            layer.mask = masks[name].clone()
+            layer.scores = nn.Parameter(START_SCORE * masks[name].float())  # Eq. 5
 
     @torch.no_grad()
     def update_masks(self):
-        """Step 7: the lowest scores are pruned, exactly as many as the sparsity asks for (Eq. 2). So the threshold of
-        Eq. 3 is whatever lies between the kept and the pruned ones."""
+        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). This takes the place of
+        the threshold in Eq. 3: any between the kept and the pruned scores gives these masks."""
         scores = {name: layer.scores for name, layer in self.masked_layers.items()}
         for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
             self.masked_layers[name].mask.copy_(mask)
@@ -541,6 +535,15 @@ def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
         labels=to_device(input_ids.reshape(-1)[positions], device),
         batch_num_tokens=batch.num_tokens,
         batch_num_predictions=batch.num_predictions)
+
+
+def micro_batches(batch: Batch, run: Run):
+    """Yields what this process computes of each micro-batch. With 2 processes and micro-batches of 16 rows the first
+    process computes the rows 0 .. 7, 16 .. 23, and so on."""
+    share = run.batch_size // run.machine.num_processes
+    starts = range(run.machine.process_index * share, len(batch.input_ids), run.batch_size)
+    for start in starts:
+        yield make_micro_batch(batch, slice(start, start + share), run.machine.device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -664,11 +667,11 @@ class Training:
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
         self.student = compile_if_asked(self.model, run)
-        # What the trained weights were before. With kd there are none, with mlm those of the head, with imp all.
-        self.weights_before = {}
+        # What the trained weights are at the start. (With kd there are none, with mlm those of the head.)
+        self.starting_weights = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
-                self.weights_before[name] = parameter.detach().clone()
+                self.starting_weights[name] = parameter.detach().clone()
         self.optimizer = make_optimizer(self.parameters.values(), run.machine.device)
         self.log = Log(run, masked_layers)
         self.updates_done = 0
@@ -676,22 +679,24 @@ class Training:
 
 
 def unfreeze(model, run: Run) -> dict[str, nn.Parameter]:
-    """{name: parameter} of those that train; all others stay frozen. With tamt the scores train (Scores has put them
-    into the layers), and for masked LM its head without the decoder (TAMT masking/maskers.py:524); with imp all
-    weights. The pooler does not, since no loss reads it."""
-    chosen = {}
+    """Lets train what is to be trained -> {name: parameter} of it. All else stays frozen."""
+    trained = {}
     for name, parameter in model.named_parameters():
-        if "pooler" in name:  # its scores do not train either
-            trains = False
-        elif run.method == "imp" or name.endswith(".scores"):
-            trains = True
-        else:
-            is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
-            trains = is_head and run.trains_head
-        parameter.requires_grad_(trains)
-        if trains:
-            chosen[name] = parameter
-    return chosen
+        parameter.requires_grad_(is_trained(name, run))
+        if parameter.requires_grad:
+            trained[name] = parameter
+    return trained
+
+
+def is_trained(name: str, run: Run) -> bool:
+    """With tamt the scores are trained (Scores has put them into the layers), and for masked LM its head without the
+    decoder (TAMT masking/maskers.py:524); with imp all weights."""
+    if "pooler" in name:  # no loss reads it
+        return False
+    if run.method == "imp" or name.endswith(".scores"):
+        return True
+    is_head = name.startswith(("cls.", "lm_head.")) and "decoder" not in name
+    return is_head and run.trains_head
 
 
 def next_batch(training: Training) -> Batch:
@@ -723,8 +728,9 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
 
 
 def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
-    """Step 6: Adam moves the scores (with imp, the weights) against their gradients -> the loss as a number. Raises
-    ValueError if the loss or its gradient is not finite, and then moves nothing."""
+    """Step 6: Adam moves the scores (with imp, the weights) against their gradients -> the loss as a number.
+    update_number: that of the optimizer, from 1; with imp it starts anew in each round. Raises ValueError if the loss
+    or its gradient is not finite, and then moves nothing."""
     run = training.run
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
     loss_value, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
@@ -742,9 +748,17 @@ def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float,
     return loss_value
 
 
+def renew_masks(training: Training):
+    """Step 7, after each update; with --refresh-every as in the released code (appendix A)."""
+    if training.run.refresh_every == 1:
+        training.scores.update_masks()
+    else:
+        refresh_as_released(training)
+
+
 def restore_weights(training: Training):
     """Undoes the training of all weights; the scores stay."""
-    for name, weight in training.weights_before.items():
+    for name, weight in training.starting_weights.items():
         training.parameters[name].data = weight
 
 
@@ -771,11 +785,13 @@ def train_imp(training: Training):
     while training.updates_done < run.num_updates:
         update_in_round = training.updates_done % run.prune_every
         learning_rate = run.lr * (1 - update_in_round / run.horizon)
-        loss = do_update(training, learning_rate, update_number=update_in_round + 1)
+        batch = next_batch(training)
+        loss = backpropagate(training, batch)
+        loss_value = optimizer_step(training, loss, learning_rate, update_in_round + 1)
         training.updates_done += 1
         if training.updates_done % run.prune_every == 0:
             prune_and_rewind(training, levels[training.updates_done // run.prune_every])
-        training.log.add(training.updates_done, loss, learning_rate, {})
+        training.log.add(training.updates_done, loss_value, learning_rate, {})
         save_state_if_due(training)
     restore_weights(training)  # of all that was trained the masks alone are the result
 
@@ -786,7 +802,7 @@ def prune_and_rewind(training: Training, level: float):
     run = training.run
     set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, run.rank))
     if not run.no_rewind:
-        for name, weight in training.weights_before.items():
+        for name, weight in training.starting_weights.items():
             is_backbone = name.startswith(f"{run.family}.")
             if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
                 training.parameters[name].data.copy_(weight)
@@ -806,7 +822,7 @@ def imp_levels(sparsity: float) -> list[float]:
 # ---------------------------------------------------------------------------------------------------
 
 # How the paper, the released code and this program differ. An empty cell means "as in the released code", a dash that
-# the paper does not say.
+# the paper does not say. n is the number of entries that have a mask, and s the sparsity.
 #
 #     |                 | paper                | released code                   | here
 #     | what is ranked  | absolute scores      | signed scores                   |
@@ -906,7 +922,8 @@ def is_refresh_due(run: Run, updates_done: int) -> bool:
 
 
 def prepare_global_ranking(scores: FastScores, inputs: Inputs):
-    """What is due before all matrices are ranked together for the first time. (Does nothing with another --rank.)"""
+    """Two corrections before all matrices are ranked together for the first time. (With another --rank there are
+    none.)"""
     if scores.rank == "global":
         pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
         make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
@@ -1006,11 +1023,28 @@ class Pool:
 
 class FastScores(Scores):
     """Scores whose masks are made faster: only scores near the last threshold are sorted. The masks are the same. With
-    N:M, where groups are small, there is nothing to gain."""
+    N:M, where groups are small, there is nothing to gain.
+
+    All scores lie in one long vector, and so do all masks:
+
+        all_scores  | scores of the first matrix, row by row | scores of the second | ...
+        all_masks   | mask of the first matrix               | mask of the second   | ...
+
+    layer.scores and layer.mask are views of stretches of these: what the optimizer writes into layer.scores is what is
+    ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
+    changed in place."""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
         super().__init__(masked_layers, masks, sparsity, rank)
         self.pools = make_pools(masked_layers, sparsity, rank)
+        self.all_masks = torch.cat([layer.mask.flatten() for layer in masked_layers.values()])
+        self.all_scores = torch.cat([layer.scores.data.flatten() for layer in masked_layers.values()])
+        begin = 0
+        for layer in masked_layers.values():
+            end = begin + layer.weight.numel()
+            layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
+            layer.scores.data = self.all_scores[begin:end].view(layer.weight.shape)
+            begin = end
 
     @torch.no_grad()
     def update_masks(self):
@@ -1104,23 +1138,6 @@ def split_at(values, low: float, high: float, mask):
         num_above += np.count_nonzero(above)
         between.append(begin + np.flatnonzero((piece > low) ^ above))
     return num_above, torch.from_numpy(np.concatenate(between))
-
-
-def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix -> bool matrix
-    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
-    the `num_kept` largest stay, of equal ones the first.
-
-    An entry stays if fewer than num_kept entries of its group are larger, or equal and further left. Counting them
-    is four times as fast as sorting so many small groups."""
-    groups = values.reshape(-1, group_size)
-    num_ahead = torch.zeros_like(groups, dtype=torch.int32)
-    for i in range(group_size):
-        for j in range(group_size):
-            if j < i:
-                num_ahead[:, i] += groups[:, j] >= groups[:, i]
-            elif j > i:
-                num_ahead[:, i] += groups[:, j] > groups[:, i]
-    return (num_ahead < num_kept).view_as(values)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1725,7 +1742,7 @@ def report_progress(training: Training, loss: float, learning_rate: float):
     losses = {}
     is_last = training.updates_done == run.num_updates  # then finish() evaluates
     if training.updates_done % run.eval_every == 0 and not is_last:
-        with weights_before_in_place(training):  # with the head as it was before training, so that masks compare
+        with starting_weights_in_place(training):  # with the head as it was before training, so that masks compare
             losses = evaluate_on_dev(training)
     training.log.add(training.updates_done, loss, learning_rate, losses)
     if training.updates_done % run.save_every == 0:
@@ -1743,11 +1760,11 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 
 
 @contextmanager
-def weights_before_in_place(training: Training):
+def starting_weights_in_place(training: Training):
     """Inside the with block the weights that train have their values from before the training: with mlm, those of the
     head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
     to."""
-    trained = {name: training.parameters[name].data for name in training.weights_before}
+    trained = {name: training.parameters[name].data for name in training.starting_weights}
     restore_weights(training)
     try:
         yield
@@ -2168,15 +2185,6 @@ def seed_dropout(seed: int, step: int, process_index: int = 0):
     """Dropout depends on nothing else. The two primes keep the seeds of different updates (up to a million) and
     processes (up to a thousand) apart."""
     torch.manual_seed((seed * 1_000_003 + step) * 1021 + process_index)
-
-
-def micro_batches(batch: Batch, run: Run):
-    """Yields what this process computes of each micro-batch. With 2 processes and micro-batches of 16 rows the first
-    process computes the rows 0 .. 7, 16 .. 23, and so on."""
-    share = run.batch_size // run.machine.num_processes
-    starts = range(run.machine.process_index * share, len(batch.input_ids), run.batch_size)
-    for start in starts:
-        yield make_micro_batch(batch, slice(start, start + share), run.machine.device)
 
 
 def sum_over_processes(tensors: list[torch.Tensor], machine: Machine):

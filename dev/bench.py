@@ -73,7 +73,7 @@ def make_our_step(size: Size, objective: str = "mlm") -> Callable:
     training = gpu.make_training(size, objective, cpu())
 
     def step():
-        tamt.do_update(training, LEARNING_RATE, training.updates_done + 1)
+        gpu.one_update(training, LEARNING_RATE, training.updates_done + 1)
         training.updates_done += 1
         training.scores.update_masks()
 
@@ -293,7 +293,7 @@ def part_ranking(args):
     scores = training.scores
 
     def update():
-        tamt.do_update(training, LEARNING_RATE, training.updates_done + 1)
+        gpu.one_update(training, LEARNING_RATE, training.updates_done + 1)
         training.updates_done += 1
 
     def rank():

@@ -239,9 +239,14 @@ def spread(scores: tamt.Scores):
     scores.update_masks()
 
 
+def one_update(training: tamt.Training, learning_rate: float, update_number: int) -> float:
+    loss = tamt.backpropagate(training, tamt.next_batch(training))
+    return tamt.optimizer_step(training, loss, learning_rate, update_number)
+
+
 def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> float:
     """What train_scores() does for each update -> the loss."""
-    loss = tamt.do_update(training, learning_rate, training.updates_done + 1)
+    loss = one_update(training, learning_rate, training.updates_done + 1)
     training.updates_done += 1
     training.scores.update_masks()
     return loss

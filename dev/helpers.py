@@ -174,9 +174,15 @@ def begin(settings):
     return tamt.Training(inputs, layers, scores)
 
 
+def one_update(training, learning_rate, update_number):
+    """What train_scores() and train_imp() do before the masks -> the loss."""
+    loss = tamt.backpropagate(training, tamt.next_batch(training))
+    return tamt.optimizer_step(training, loss, learning_rate, update_number)
+
+
 def three_updates(training):
     for t in (1, 2, 3):
-        tamt.do_update(training, 2e-3, t)
+        one_update(training, 2e-3, t)
         training.updates_done += 1
 
 

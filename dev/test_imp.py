@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tamt
-from helpers import begin, is_subset, three_updates, weights_of
+from helpers import begin, is_subset, one_update, three_updates, weights_of
 from test_tamt import (
     IMP,
     IMP_LEVELS,
@@ -67,7 +67,7 @@ def test_imp_finds_the_masks_of_a_plain_loop_over_rounds(inputs, tmp_path):
         training.optimizer = tamt.make_optimizer(training.parameters.values(), torch.device("cpu"))
         for t in (1, 2, 3):
             learning_rate = 2e-3 * (1 - (t - 1) / 30)  # falls as if a round had 30 updates, ten times as many as it has
-            tamt.do_update(training, learning_rate, t)
+            one_update(training, learning_rate, t)
             training.updates_done += 1
 
 

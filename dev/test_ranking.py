@@ -12,7 +12,7 @@ import torch
 
 import data
 import tamt
-from helpers import begin, expected_pins, is_subset, masks_of, num_different
+from helpers import begin, expected_pins, is_subset, masks_of, num_different, one_update
 from test_tamt import mask_settings, num_entries, num_pruned, ordinary_ids, random_case, same_masks
 
 
@@ -254,7 +254,7 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
     training = begin(mask_settings(inputs, objective=objective, sparsity=0.7, rank="global", steps=30))
     start = masks_of(training.masked_layers)
     for step in range(30):
-        tamt.do_update(training, 1e-2, step + 1)
+        one_update(training, 1e-2, step + 1)
         training.updates_done += 1
         training.scores.update_masks()
         for name, rows in expected_pins(training).items():

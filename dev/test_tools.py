@@ -55,8 +55,8 @@ def test_every_pair_of_losses_in_a_table_is_in_the_results():
 
 
 def test_every_mean_over_seeds_is_that_of_the_results():
-    """Such as 65.6 ± 4.9 (3): mean and standard deviation of the best scores of one mask with three seeds. The README
-    leaves out how many, where there are three."""
+    """Such as 65.6 ± 4.9: mean and standard deviation of the best scores of one mask with three seeds, unless the text
+    says two. (Section 5 of RESULTS.md is of older code, and its tickets differ between seeds.)"""
     scores = defaultdict(dict)
     for line in sweep.read_lines(ROOT / "dev/results.jsonl"):
         if line.get("best"):
@@ -69,21 +69,21 @@ def test_every_mean_over_seeds_is_that_of_the_results():
         if len(by_seed) > 1:
             values = list(by_seed.values())
             known.add(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} ({len(values)})")
-    in_results = re.findall(r"\d+\.\d ± \d+\.\d \(\d\)", (ROOT / "dev/RESULTS.md").read_text())
-    in_readme = re.findall(r"\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
-    assert in_results and in_readme
-    assert set(in_results) <= known
-    assert {f"{cell} (3)" for cell in in_readme} <= known
+    sections = re.split(r"^## ", (ROOT / "dev/RESULTS.md").read_text(), flags=re.MULTILINE)
+    texts = [section for section in sections if not section.startswith("5. ")] + [(ROOT / "README.md").read_text()]
+    for text in texts:
+        for cell, two_seeds in re.findall(r"(\d+\.\d ± \d+\.\d)(, two\s+seeds)?", text):
+            assert f"{cell} ({2 if two_seeds else 3})" in known, cell
 
 
 def test_every_score_of_the_readme_is_in_a_table_of_results():
-    """Such as 81.5, for which there is a cell 81.5 ± 0.3 (3). 82.5 is the paper's, and the others are the scores of
+    """Such as 81.5, for which there is a cell 81.5 ± 0.3. 82.5 is the paper's, and the others are the scores of
     the most frequent class."""
     readme = " ".join((ROOT / "README.md").read_text().split())
-    results = readme[readme.index("**In short:**"):readme.index("## Start")]
+    results = readme[readme.index("**Does it work?**"):readme.index("## Start")]
     results += readme[readme.index("## Results"):readme.index("## How it works")]
     found = set(re.findall(r"(?<![±\d] )\b\d\d\.\d\b(?! million)", results))
-    in_tables = set(re.findall(r"(\d\d\.\d) ± \d+\.\d \(3\)", (ROOT / "dev/RESULTS.md").read_text()))
+    in_tables = set(re.findall(r"(\d\d\.\d) ± \d+\.\d", (ROOT / "dev/RESULTS.md").read_text()))
     assert found - in_tables == {"82.5", "50.6", "50.9", "68.4"}
 
 
@@ -128,7 +128,7 @@ def test_the_readme_says_how_long_the_modules_are():
 
 
 def test_every_distance_of_cls_in_a_table_is_in_the_results():
-    """Cells such as 79.7 *.031*."""
+    """Cells such as *.031*."""
     lines = sweep.read_lines(ROOT / "dev/results.jsonl")
     known = {f"{line['cls_distance']:.3f}".removeprefix("0") for line in lines if "cls_distance" in line}
     cells = re.findall(r"\*(\.\d\d\d)\*", (ROOT / "dev/RESULTS.md").read_text())
