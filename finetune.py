@@ -335,7 +335,7 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
 def apply_tickets(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]) -> dict:
     """Prunes the network in one of three ways. Tasks that share it multiply its weights by masks, a Super Ticket cuts
     units out, and an ordinary ticket, such as those of TAMT, sets weights to zero -> {name of a weight: mask} of the
-    last, else {}."""
+    last, else {}. Moves the masks of the tickets to the device of the model."""
     device = next(model.parameters()).device
     for ticket in tickets:
         ticket.masks = {name: mask.to(device) for name, mask in ticket.masks.items()}
@@ -417,8 +417,8 @@ def task_logits(training: Training, task: glue_squad.Task, sequences: list):
 
 
 def batch_tensors(model, sequences: list) -> tuple:
-    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None for RoBERTa, which has
-    none), (B, T) each, on the device of the model."""
+    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None where the network
+    has a single type, as RoBERTa), (B, T) each, on the device of the model."""
     device = next(model.parameters()).device
     input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, model.config.pad_token_id)
     is_padded = not attention_mask.all()
@@ -481,7 +481,7 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
 
 def train(training: Training):
     """Trains all parameters but the weights that the tickets prune, and evaluates every --eval-every updates and after
-    each epoch.
+    each epoch. Leaves the network in eval mode.
 
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""

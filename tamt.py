@@ -459,7 +459,8 @@ START_SCORE = 0.02  # of kept entries; pruned ones start at 0, so a first thresh
 class Scores:
     """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
 
-    (learn_masks makes FastScores, a subclass in appendix B, which finds the same masks faster.)"""
+    (learn_masks makes FastScores, a subclass in appendix B, which finds the same masks faster. state.pt and
+    --refresh-every need it.)"""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
         """masks {name: mask}, those of step 3; rank as in masks_of_largest."""
@@ -657,7 +658,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 class Training:
     """The training of a run: what it is given, and what changes from update to update (state.pt keeps that)."""
 
-    def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None):
+    def __init__(self, inputs: Inputs, masked_layers: dict, scores: FastScores | None):
         """scores: None with imp, where weights train."""
         run = inputs.run
         self.inputs = inputs

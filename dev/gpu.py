@@ -230,7 +230,7 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     return training
 
 
-def spread(scores: tamt.Scores):
+def spread(scores: tamt.FastScores):
     """Gives scores the values that they have after some training, around 0 and around START_SCORE. The two values of
     the start are cheaper to rank. Infinite scores are pinned, and stay."""
     noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)

@@ -10,8 +10,16 @@ import bert
 import finetune
 import tamt
 from dev import gpu
-from test_tamt import finetune_settings, mask_settings, same_masks
+from test_tamt import (
+    REMOVED_FFNS,
+    REMOVED_HEADS,
+    finetune_settings,
+    mask_settings,
+    same_masks,
+    save_super_ticket,
+)
 
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -84,6 +92,16 @@ def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
         groups = values.view(100, 100)
         expected = tamt.keep_largest_of_groups(groups, 2, 4)
         assert torch.equal(tamt.keep_largest_of_groups(groups.cuda(), 2, 4).cpu(), expected)
+
+
+def test_an_ordinary_ticket_and_a_super_ticket_fine_tune_and_are_exported(tasks, tmp_path):
+    super_ticket = save_super_ticket(tmp_path / "super.pt", tasks / "bert", REMOVED_HEADS, REMOVED_FFNS)
+    for name, mask in (("ordinary", tasks / "bert.pt"), ("super", super_ticket)):
+        settings = finetune_settings(tasks, tmp_path / name, mask=str(mask), model=str(tasks / "bert"), epochs=1,
+                                     export=tmp_path / name / "export", device="cuda")
+        assert 0 <= finetune.fine_tune(settings)["final"]["accuracy"] <= 1
+        weight = bert.read_safetensors(tmp_path / name / "export/model.safetensors")[QUERY]
+        assert torch.equal(weight != 0, tamt.load_mask(mask)[QUERY])
 
 
 def test_two_tasks_share_an_encoder_under_tickets_without_word_embeddings(tasks, tmp_path):

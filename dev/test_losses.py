@@ -4,6 +4,7 @@
 """
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,27 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(inputs, 
         gradients.append([parameter.grad for parameter in training.parameters.values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for a, b in zip(*gradients, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "kd", "mlm+kd"])
+def test_the_shares_of_two_processes_add_up_to_the_loss_and_the_gradient_of_one(inputs, monkeypatch, objective):
+    """Adam hardly notices a constant factor, so masks alone would not show a mean in the place of the sum."""
+    sums = []
+    monkeypatch.setattr(tamt, "sum_over_processes", lambda tensors, machine: None)  # the test adds them up
+    for num_processes in (1, 2):
+        training = begin(mask_settings(inputs, folder="no-dropout", objective=objective))
+        batch = tamt.next_batch(training)
+        loss = 0.0
+        for index in range(num_processes):
+            machine = replace(training.run.machine, process_index=index, num_processes=num_processes)
+            training.run = replace(training.run, machine=machine)
+            loss += float(tamt.backpropagate(training, batch))  # adds to the gradients, too
+        sums.append((loss, [parameter.grad for parameter in training.parameters.values()]))
+    (one_loss, one_gradients), (two_loss, two_gradients) = sums
+    assert one_loss == pytest.approx(two_loss, rel=1e-6)
+    for a, b in zip(one_gradients, two_gradients, strict=True):
         assert a.any()
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
 

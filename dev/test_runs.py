@@ -183,6 +183,9 @@ def test_two_processes_learn_the_mask_of_one(inputs, tmp_path, accumulate):
     one, two = (tamt.load_mask(tmp_path / name) for name in ("one", "two"))
     assert num_different(one, two) <= 1e-3 * num_entries(one)
     assert share_of_flips(tmp_path / "one") > 0.01
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["loss"]
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
     contents = [json.loads((tmp_path / name / "mask.json").read_text()) for name in ("one", "two")]
     assert contents[0]["dev_mlm_loss"] == pytest.approx(contents[1]["dev_mlm_loss"], abs=1e-3)
 
