@@ -6,9 +6,9 @@
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
 position embeddings, the task head). In tamt.py it is the other way round. In short, with W for all weights:
 
-    W = W * mask                                            zero_pruned_weights
-    for batch in batches:                                   train, which calls do_update for
-        gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients,
+    W = W * mask                                            apply_tickets
+    for batch in batches:                                   train
+        gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
         W = adamw(W, gradient)                              optimizer_step
         now and then: evaluate                              record_evaluation
     report the best evaluation and the last one             finish
@@ -36,7 +36,7 @@ Functions hand on these objects:
     Settings    what the user asked for; its fields are named like the flags
     Run         the same with every default filled in
     Ticket      the content of a mask file: the masks of all matrices, and how they were found. (From "lottery ticket".)
-                An ordinary one prunes single weights, a Super Ticket whole units.
+                An ordinary one prunes single weights, a Super Ticket whole heads and FFNs.
     Inputs      the Run, and the tasks, tickets and network that were read
     EncodedTask a task as token ids
     Training    a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
@@ -45,7 +45,7 @@ and use these words:
 
     identity    what makes a run this run: settings, and checksums of what it reads; --resume refuses any other
     task head   the layer on top: a classifier, or for SQuAD the span layer. A plain "head" is an attention head.
-    dense       without a ticket
+    dense       without a mask
     step        in files and on the screen: how many updates are done
     search      what --find does: several fine-tunings in a row, which in IMP are called rounds
 
@@ -95,11 +95,11 @@ def fine_tune(settings: Settings) -> dict:
         return find_ticket(settings)  # chapters 6 and 7
     inputs = read_inputs(settings)
     result, state = open_run(inputs)  # both None, unless --resume finds an earlier start of this run
-    if result is None:
-        training = Training(inputs, state)
-        train(training)
-        result = finish(training)
-    return result
+    if result is not None:
+        return result
+    training = Training(inputs, state)
+    train(training)
+    return finish(training)
 
 
 # A run has a field for each flag of the command line, and a few more. These occur most:
@@ -173,12 +173,12 @@ class Training:
         self.encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run)
                               for task in inputs.tasks]
 
-        # The network that trains. zeroing_masks, {name of a weight: mask}, are applied to gradients, so that pruned
-        # weights stay zero. (They are {} without a ticket, and in chapters 7 and 8, which prune in another way.)
+        # The network that trains. gradient_masks, {name of a weight: mask}, keep the pruned weights of an ordinary
+        # ticket at zero. (Without such a ticket they are {}.)
         self.model = inputs.model
         prepare_network(self.model, inputs.tasks, run)
         self.model.to(run.machine.device)
-        self.zeroing_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets)
+        self.gradient_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets)
         self.parameters = dict(self.model.named_parameters())  # all that trains
         self.optimizer = tamt.make_optimizer(self.parameters.values(), run.machine.device)  # each update sets its lr
 
@@ -498,8 +498,11 @@ def train(training: Training):
         first_batch = training.updates_done % updates_per_epoch  # 0, unless a resumed run begins inside an epoch
         for encoded_task, indices in batches[first_batch:]:
             learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
-            loss = do_update(training, encoded_task, indices, learning_rate)
-            training.loss_since_evaluation += loss
+            tamt.seed_dropout(run.seed, training.updates_done)
+            loss = batch_loss(training, encoded_task, indices)
+            loss.backward()
+            zero_pruned_gradients(training)
+            training.loss_since_evaluation += optimizer_step(training, loss, learning_rate)
             training.updates_done += 1
 
             is_epoch_end = training.updates_done % updates_per_epoch == 0
@@ -525,19 +528,10 @@ def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> lis
     return batches
 
 
-def do_update(training: Training, encoded_task: EncodedTask, indices, learning_rate: float) -> float:
-    """One update, on these examples of a task -> the loss."""
-    tamt.seed_dropout(training.run.seed, training.updates_done)
-    loss = batch_loss(training, encoded_task, indices)
-    loss.backward()
-    zero_pruned_gradients(training)
-    return optimizer_step(training, loss, learning_rate)
-
-
 def zero_pruned_gradients(training: Training):
     """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, and there is no weight decay: so the weight
     remains 0. (This comes before clipping, so that pruned weights do not count in the norm.)"""
-    for name, mask in training.zeroing_masks.items():
+    for name, mask in training.gradient_masks.items():
         training.parameters[name].grad.mul_(mask)
 
 
@@ -703,8 +697,8 @@ def next_masks(training: Training, matrices: list[str], sparsity: float, rank: s
     for name in matrices:
         if name in training.parameters:  # not a pooler that the task does without
             magnitudes[name] = training.parameters[name].detach().abs()
-            if name in training.zeroing_masks:
-                magnitudes[name].masked_fill_(~training.zeroing_masks[name], -1.0)  # below every magnitude
+            if name in training.gradient_masks:
+                magnitudes[name].masked_fill_(~training.gradient_masks[name], -1.0)  # below every magnitude
     return tamt.masks_of_largest(magnitudes, sparsity, rank)
 
 
@@ -953,7 +947,7 @@ class SkippableResidual(bert.Residual):
     alone. (Where several tasks share an encoder, the switch is turned for each batch, in chapter 8.)"""
 
     def __init__(self, original: bert.Residual):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not that of Residual, which would make new matrices
         self.dense = original.dense
         self.LayerNorm = original.LayerNorm
         self.dropout = original.dropout

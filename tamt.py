@@ -29,12 +29,15 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
         mask = largest(scores, within="all matrices")                # 7
 
 A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
-this file makes the loop exact, fast, resumable, or equal to the released code.
+this file makes the loop exact, fast, resumable, or equal to the released code. (One thing is left out above: entries
+that no gradient reaches, such as those of the pooler, keep their first mask in a ranking of all matrices.)
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
-masked LM its head is trained, too, and set back afterwards. Three baselines are in the same program: `--method omp`,
-one-shot magnitude pruning, ends after step 3; `--method random` draws a random mask there; `--method imp`, iterative
-magnitude pruning, trains the weights themselves between prunings.
+masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
+
+Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, ends after step 3; `--method
+random` draws a random mask there; `--method imp`, iterative magnitude pruning, trains the weights themselves between
+prunings.
 
 The chapters:
 
@@ -740,8 +743,8 @@ def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float,
                          f"{training.updates_done + 1}: try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; "
                          f"{run.out} keeps the last state")
 
-    # The released optimizers correct their averages in other ways than torch's AdamW. With these settings it computes
-    # what they do (appendix A).
+    # With these settings torch's AdamW computes what the released optimizers do: for kd that is BertAdam, without bias
+    # correction and with a decay of .01, and otherwise an AdamW with its eps in another place (appendix A).
     options = optimizer_settings(run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
