@@ -127,8 +127,9 @@ class Inputs:
     start_time: float  # for the seconds in result.json
 
 
-def read_inputs(settings: Settings) -> Inputs:
-    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
+def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
+    runs_per_schedule: over so many runs like this one the learning rate falls to 0 (10 in IMP, chapter 6)."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -142,7 +143,7 @@ def read_inputs(settings: Settings) -> Inputs:
 
     # What follows from them: the settings with all defaults, and the examples. The default of the folder comes last,
     # since it contains a hash of the identity.
-    run = fill_in_defaults(settings, machine, tasks, model_name, model)
+    run = fill_in_defaults(settings, machine, tasks, model_name, model, runs_per_schedule)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = replace(run, out=choose_folder(run, tickets, identity))
@@ -489,7 +490,7 @@ def train(training: Training):
     updates_per_epoch = sum(math.ceil(len(encoded_task.train_sequences) / run.batch_size)
                             for encoded_task in training.encoded_tasks)
     num_updates = updates_per_epoch * run.epochs
-    schedule_length = num_updates * run.runs_per_schedule  # times 1, but 10 in IMP (chapter 6)
+    schedule_length = num_updates * run.runs_per_schedule  # the update at which the learning rate would reach 0
     progress = Progress(training.updates_done, num_updates)
     saved_at = time.time()
     training.model.train()
@@ -659,7 +660,9 @@ def find_imp(settings: Settings) -> dict:
         folder = search_settings.out / f"round-{number}"
         round_settings = settings_of_one_run(
             search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
-        inputs = with_schedule_of_ten_runs(read_inputs(round_settings))
+        # As released, every round begins the schedule anew, which is as long as ten rounds, whatever the sparsity. So
+        # within a round the learning rate falls from lr to .9 lr, and no further.
+        inputs = read_inputs(round_settings, runs_per_schedule=10)
         # Listed here, because Training may add a fresh pooler, which is not to be pruned.
         matrices = list(tamt.maskable_layers(inputs.model, search_settings.scope))
         result, state = open_run_of_search(search_settings, inputs)
@@ -673,13 +676,6 @@ def find_imp(settings: Settings) -> dict:
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
-
-
-def with_schedule_of_ten_runs(inputs: Inputs) -> Inputs:
-    """As released, every round begins the schedule anew, which is as long as ten rounds, whatever the sparsity. So
-    within a round the learning rate falls from lr to .9 lr, and no further."""
-    return replace(inputs, run=replace(inputs.run, runs_per_schedule=10),
-                   identity=inputs.identity | {"horizon_rounds": 10})
 
 
 def train_in_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
@@ -1391,8 +1387,8 @@ class Run(Settings):
     checkpoint: str  # checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of their config.json
+    runs_per_schedule: int  # as in read_inputs
     command: str
-    runs_per_schedule: int = 1  # the learning rate falls to 0 over so many runs like this one (in IMP 10)
 
 
 # In place of the paper's defaults: the toy's model is small.
@@ -1413,7 +1409,7 @@ def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
 
 
-def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, runs_per_schedule: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
@@ -1432,7 +1428,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
                backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
-               command=shlex.join(words))
+               runs_per_schedule=runs_per_schedule, command=shlex.join(words))
 
 
 def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:

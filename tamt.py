@@ -331,8 +331,8 @@ def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Modul
     """{name of the weight, as in checkpoints: layer} of the matrices that get a mask, in model order: word embeddings
     (not with scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
-    for name, module in model.backbone.named_modules(prefix=model.config.model_type):  # so without the heads
-        is_linear = isinstance(module, nn.Linear)  # without the heads these are the six of each layer, and the pooler
+    for name, module in model.backbone.named_modules(prefix=model.config.model_type):
+        is_linear = isinstance(module, nn.Linear)  # the backbone has no heads: these are six a layer, and the pooler
         is_embedding = name.endswith("word_embeddings")
         if is_linear or (is_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
@@ -671,7 +671,7 @@ class Training:
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
         self.student = compile_if_asked(self.model, run)
-        # What the trained weights are at the start. (With kd there are none, with mlm those of the head.)
+        # What the trained weights are at the start. (With kd there are none, with mlm those of the head, with imp all.)
         self.starting_weights = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -818,7 +818,7 @@ def imp_levels(sparsity: float) -> list[float]:
     """Sparsities .1, .2, ...: fractions of all entries, not of those that are left. A target that is not a multiple
     of 10 % ends with a smaller step."""
     tenths = [tenth / 10 for tenth in range(1, 10)]
-    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]  # .7000000001 has no level .7
+    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]  # 1e-9: no level .7 before .7000000001
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1528,6 +1528,7 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     Of several processes the first one looks, since the folder lies on its host, and tells the others."""
     if machine.num_processes == 1:
         return open_own_folder(out, identity, resume, result_name)
+    refuse_different_inputs(identity, machine)
     outcome = [None, None]  # what was found, or the error
     if machine.process_index == 0:
         try:
@@ -1538,6 +1539,17 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def refuse_different_inputs(identity: dict, machine: Machine):
+    """Raises ValueError, in all processes, if they read different files or have different settings: the gradients that
+    they add up would be those of different networks or texts."""
+    identities = [None] * machine.num_processes
+    torch.distributed.all_gather_object(identities, identity)
+    differing = [name for name in identity if any(other[name] != identity[name] for other in identities)]
+    if differing:
+        raise ValueError(f"the processes differ in {', '.join(differing)}: expected equal files and settings on all "
+                         "hosts")
 
 
 def open_own_folder(out: Path, identity: dict, resume: bool, result_name: str) -> tuple:

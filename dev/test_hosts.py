@@ -120,6 +120,17 @@ def test_a_killed_run_of_two_hosts_resumes(inputs, monkeypatch):
     check_all_well(torchrun(inputs, "--out", "run", "--resume"))  # finished: nothing to do, on all hosts
 
 
+def test_hosts_with_different_texts_are_refused(inputs):
+    """Else the gradients of two texts would be added up without a word."""
+    for number in range(2):
+        (inputs / f"host-{number}").mkdir()
+        (inputs / f"host-{number}/own.txt").write_text(f"the cat sees dog number {number} .\n" * 200)
+    results = torchrun(inputs, "--out", "run", "--data", "own.txt")
+    assert all(status != 0 for status, _, _ in results)
+    assert any("error: the processes differ in text" in error for _, _, error in results)
+    assert not (inputs / "host-0/run/mask.pt").exists()
+
+
 def test_a_wrong_folder_is_one_line_and_no_host_waits_forever(inputs):
     (inputs / "host-0" / "run").mkdir(parents=True)
     (inputs / "host-0" / "run" / "state.pt").write_bytes(b"nonsense")
