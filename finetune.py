@@ -6,15 +6,15 @@
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
 position embeddings, the task head). In tamt.py it is the other way round. In short, with W for all weights:
 
-    W = W * mask                                            apply_tickets
+    W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
         gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
-        W = adamw(W, gradient)                              optimizer_step
+        W = adamw(W, gradient)                              optimizer_step, which also clips the gradients
         now and then: evaluate                              record_evaluation
     report the best evaluation and the last one             finish
 
-A test compares train() with such a loop, in which torch's prune applies the mask: the weights are equal, bit for bit
-(test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
+A test compares train() with such a loop, in which torch.nn.utils.prune applies the mask: the weights are equal, bit for
+bit (test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -88,16 +88,19 @@ from tamt import option
 
 def fine_tune(settings: Settings) -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
-    returns the content of result.json. (With settings.find: what find_ticket does.)
+    returns the content of result.json. (With --find it looks for a ticket, which takes several fine-tunings, writes it
+    as mask.pt, and returns the content of mask.json.)
 
     Raises ValueError or OSError, with a message of one line, for input that is wrong."""
-    if settings.find:
-        return find_ticket(settings)  # chapters 6 and 7
+    if settings.find == "imp":
+        return find_imp(settings)  # chapter 6
+    if settings.find == "super":
+        return find_super(settings)  # chapter 7
     inputs = read_inputs(settings)
     result, state = open_run(inputs)  # both None, unless --resume finds an earlier start of this run
     if result is not None:
         return result
-    training = Training(inputs, state)
+    training = start_training(inputs, state)
     train(training)
     return finish(training)
 
@@ -108,7 +111,8 @@ def fine_tune(settings: Settings) -> dict:
 #     run.max_len                            tokens of an example
 #     run.limit                              training examples; None: all
 #     run.eval_every                         updates between evaluations
-#     run.weights                            "pretrained", or an ablation: "random", "shuffled"
+#     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
+#                                            counts, or the weights below it?
 #     run.predict, run.export                what else to write: predictions for test sets; the folder of an export
 #     run.out                                the folder of the run
 #     run.machine                            the device, and the type of numbers
@@ -118,18 +122,20 @@ def fine_tune(settings: Settings) -> dict:
 class Inputs:
     """A run before its first update: its settings, and all that it reads."""
     run: Run
-    identity: dict  # what --resume compares
+    identity: dict  # settings and checksums; --resume refuses a run that has others
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
-    model: bert.Model  # the pre-trained one, until Training turns this very object into the network that trains
+    model: bert.Model  # the pre-trained one; start_training turns this very object into the network that trains
+    matrices: list[str]  # names of the weights of the pre-trained model that can have a mask
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
 
 def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    runs_per_schedule: over so many runs like this one the learning rate falls to 0 (10 in IMP, chapter 6)."""
+    runs_per_schedule: the learning rate would reach 0 after so many times the updates of this run. (IMP, chapter 6,
+    has 10, so in each of its rounds the rate falls by a tenth.)"""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -149,7 +155,7 @@ def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
     run = replace(run, out=choose_folder(run, tickets, identity))
     check_files_of_run(run)
     return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
-                  vocabulary=vocabulary, start_time=start_time)
+                  matrices=list(tamt.maskable_layers(model)), vocabulary=vocabulary, start_time=start_time)
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
@@ -162,32 +168,46 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     return result, state
 
 
+def start_training(inputs: Inputs, state: dict | None = None) -> Training:
+    """Encodes the examples, and turns the pre-trained model into the pruned network that trains. state: of an
+    interrupted run, or None."""
+    run = inputs.run
+    encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run) for task in inputs.tasks]
+
+    model = inputs.model
+    prepare_network(model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
+    model.to(run.machine.device)
+    gradient_masks = {}
+    shared_encoder = None
+    if len(inputs.tasks) > 1:
+        shared_encoder = SharedEncoder(model, inputs.tasks, inputs.tickets)  # chapter 8
+    elif inputs.tickets:
+        gradient_masks = apply_ticket(model, inputs.tickets[0])
+
+    training = Training(inputs, encoded_tasks, gradient_masks, shared_encoder)
+    if state is not None:
+        restore_state(training, state)
+    return training
+
+
 class Training:
     """A fine-tuning in progress. What its updates change is saved in state.pt."""
 
-    def __init__(self, inputs: Inputs, state: dict | None = None):
-        run = inputs.run
+    def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
+                 shared_encoder: SharedEncoder | None):
+        """gradient_masks: {name of a weight: mask}, which keep the pruned weights at zero; {} if there are none.
+        shared_encoder: None unless there are several tasks."""
         self.inputs = inputs
-        self.run = run
-
-        # The examples as token ids, for each task.
-        self.encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run)
-                              for task in inputs.tasks]
-
-        # The network that trains. gradient_masks, {name of a weight: mask}, keep the pruned weights of an ordinary
-        # ticket at zero. (Without such a ticket they are {}.)
+        self.run = inputs.run
+        self.encoded_tasks = encoded_tasks
         self.model = inputs.model
-        prepare_network(self.model, inputs.tasks, run)
-        self.model.to(run.machine.device)
-        self.gradient_masks = apply_tickets(self.model, inputs.tasks, inputs.tickets)
+        self.gradient_masks = gradient_masks
+        self.shared_encoder = shared_encoder
         self.parameters = dict(self.model.named_parameters())  # all that trains
-        self.optimizer = tamt.make_optimizer(self.parameters.values(), run.machine.device)  # each update sets its lr
-
+        self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)  # lr: at each update
         self.updates_done = 0
         self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
         self.history = []  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
-        if state is not None:
-            restore_state(self, state)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -214,31 +234,6 @@ def read_tickets(settings) -> list[Ticket]:
         masks, meta = tamt.read_mask(file)
         tickets.append(Ticket(Path(file), masks, meta))
     return tickets
-
-
-def choose_model_name(settings, tickets: list[Ticket]) -> str:
-    """--model, or the model that the masks were made for."""
-    if settings.model:
-        return settings.model
-    if not tickets:
-        return "toy"  # the small model for a first try
-    for ticket in tickets:
-        if not ticket.meta.get("model"):
-            raise ValueError(f"{ticket.file} does not say which model it belongs to: --model is needed")
-    names = sorted({str(ticket.meta["model"]) for ticket in tickets})
-    if len(names) > 1:
-        raise ValueError(f"--mask: tickets of different models, {', '.join(names)}: --model is needed")
-    return names[0]
-
-
-def match_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
-    """Puts the masks of each ticket in the order of the model's weights, with their full names. Raises ValueError if a
-    ticket belongs to another network, and prints a note if it was found on other weights."""
-    layers = tamt.maskable_layers(model)
-    for ticket in tickets:
-        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
-        tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
-        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
 
 def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
@@ -278,8 +273,10 @@ class EncodedTask:
 
 def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
     """Token ids of train and dev."""
-    encode = encode_squad if task.predicts == "span" else encode_glue
-    encoded_task = encode(task, examples, vocabulary, run.max_len)
+    if task.predicts == "span":
+        encoded_task = encode_squad(task, examples, vocabulary, run.max_len)
+    else:
+        encoded_task = encode_glue(task, examples, vocabulary, run.max_len)
     if run.limit:  # after encoding, since for SQuAD it counts windows
         limit_training_set(encoded_task, run.limit, run.seed)
     return encoded_task
@@ -296,8 +293,7 @@ def encode_glue(task: glue_squad.Task, examples: dict[str, list], vocabulary, ma
 
 
 def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, max_len: int) -> EncodedTask:
-    """Each question gives one or more windows. If the answer is not in a window, both its targets are 0, the position
-    of [CLS]."""
+    """Each question gives one or more windows."""
     train_windows = glue_squad.make_windows(examples["train"], vocabulary, max_len, training=True)
     if not train_windows:
         raise ValueError(f"task {task.name}: no training question has its answer where the file says")
@@ -305,6 +301,7 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
     return EncodedTask(
         task, examples,
         train_sequences=[(window.input_ids, window.token_type_ids) for window in train_windows],
+        # Both are 0, the position of [CLS], where the answer is not in the window.
         train_targets=np.array([(window.start_position, window.end_position) for window in train_windows], np.int64),
         dev_sequences={"dev": [(window.input_ids, window.token_type_ids) for window in dev_windows]},
         dev_windows=dev_windows)
@@ -324,32 +321,22 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # several tasks are all without spans, so the first one speaks for all
+    add_or_remove_pooler(model, tasks[0])  # of several tasks (chapter 8) none has spans: they need the same
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
     if len(tasks) == 1:
         add_task_head(model, tasks[0])
     else:
-        add_task_heads(model, tasks)  # chapter 8
+        add_several_task_heads(model, tasks)  # chapter 8
 
 
-def apply_tickets(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]) -> dict:
-    """Prunes the network in one of three ways. Tasks that share it multiply its weights by masks, a Super Ticket cuts
-    units out, and an ordinary ticket, such as those of TAMT, sets weights to zero -> {name of a weight: mask} of the
-    last, else {}. Moves the masks of the tickets to the device of the model."""
-    device = next(model.parameters()).device
-    for ticket in tickets:
-        ticket.masks = {name: mask.to(device) for name, mask in ticket.masks.items()}
-
-    if len(tasks) > 1:
-        share_encoder(model, tasks, tickets)  # chapter 8
-        return {}
-    if tickets and tickets[0].is_super:
-        removed_heads, removed_ffns = units_from_masks(model.config, tickets[0])
-        cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
-        return {}
-    if tickets:
-        return zero_pruned_weights(model, tickets[0])
+def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Prunes the network -> {name of a weight: mask}, for the gradients. An ordinary ticket, such as those of TAMT,
+    sets weights to zero. A Super Ticket cuts units out, and nothing that is left needs a mask."""
+    if not ticket.is_super:
+        return zero_pruned_weights(model, ticket)
+    removed_heads, removed_ffns = units_from_masks(model.config, ticket)
+    cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
     return {}
 
 
@@ -378,12 +365,17 @@ def add_task_head(model, task: glue_squad.Task):
 
 
 def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets what the ticket prunes to zero -> the masks that it used, {name of a weight: mask}: all but that of a pooler
-    that was removed."""
+    """Sets what the ticket prunes to zero -> its masks, on the device of the model. A ticket may have a mask for a
+    pooler that this network does without; that one is left out.
+
+    tamt.py multiplies by the mask in each forward pass. Here masks are fixed, so once is enough, as long as
+    zero_pruned_gradients keeps the zeros."""
     parameters = dict(model.named_parameters())
-    masks = {name: mask for name, mask in ticket.masks.items() if name in parameters}
-    for name, mask in masks.items():
-        parameters[name].data.mul_(mask)
+    masks = {}
+    for name, mask in ticket.masks.items():
+        if name in parameters:
+            masks[name] = mask.to(parameters[name].device)
+            parameters[name].data.mul_(masks[name])
     return masks
 
 
@@ -394,7 +386,6 @@ def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
 
 def batch_loss(training: Training, encoded_task: EncodedTask, indices):
     """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
-    select_task(training.model, encoded_task.task)  # where several tasks share the encoder (chapter 8)
     sequences = [encoded_task.train_sequences[index] for index in indices]
     targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
     logits = task_logits(training, encoded_task.task, sequences)
@@ -404,6 +395,8 @@ def batch_loss(training: Training, encoded_task: EncodedTask, indices):
 def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
     model = training.model
+    if training.shared_encoder is not None:
+        training.shared_encoder.select(task)  # with its task head, and under its ticket (chapter 8)
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
         hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
@@ -449,7 +442,6 @@ def predict_logits(training: Training, encoded_task: EncodedTask, sequences: lis
     """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
     of its batch."""
     model = training.model
-    select_task(model, encoded_task.task)
     was_training = model.training
     model.eval()
     logits = [None] * len(sequences)
@@ -539,7 +531,7 @@ def zero_pruned_gradients(training: Training):
 def optimizer_step(training: Training, loss, learning_rate: float) -> float:
     """Clips the gradients, and lets AdamW move the weights -> the loss as a number. Raises ValueError if the loss or
     its gradient is not finite, and then changes no weight."""
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), 1.0)  # to a norm of 1, as released
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), 1.0)  # to a norm of 1, as TAMT's code does
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
@@ -633,17 +625,15 @@ def floor_scores(training: Training) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def find_ticket(settings: Settings) -> dict:
-    """--find: looks for a ticket on the task, which takes several fine-tunings, and writes it as mask.pt -> the content
-    of mask.json."""
-    return find_imp(settings) if settings.find == "imp" else find_super(settings)
-
-
 def find_imp(settings: Settings) -> dict:
-    """Finds a ticket by iterative magnitude pruning (Chen et al. 2020; LT_glue.py): fine-tune, prune another 10 % of
-    all entries (the smallest that are left), go back to the pre-trained weights (they are read anew), repeat.
+    """Finds a ticket by iterative magnitude pruning (Chen et al. 2020; LT_glue.py), and writes it as mask.pt -> the
+    content of mask.json. In short:
 
-        sparsity .7    train the whole network, prune to .1, train under that mask, prune to .2, ... prune to .7
+        mask = 1
+        for sparsity in .1, .2, ... up to --sparsity:
+            W = pre-trained weights
+            fine-tune W under the mask
+            mask = largest(abs(W), as many as this sparsity leaves)
 
     By default all matrices of the encoder, and of the pooler if the task has one, are ranked as one (--rank global,
     --scope encoder); --scope all adds the word embeddings. The IMP of tamt.py prunes first and then trains on text.
@@ -652,6 +642,8 @@ def find_imp(settings: Settings) -> dict:
     repeat a finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
+    rank = search_settings.rank
+    scope = search_settings.scope
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
@@ -660,17 +652,13 @@ def find_imp(settings: Settings) -> dict:
         folder = search_settings.out / f"round-{number}"
         round_settings = settings_of_one_run(
             search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
-        # As released, every round begins the schedule anew, which is as long as ten rounds, whatever the sparsity. So
-        # within a round the learning rate falls from lr to .9 lr, and no further.
+        # As in BERT-Tickets, the schedule begins anew in every round, and is as long as ten rounds, whatever the
+        # sparsity.
         inputs = read_inputs(round_settings, runs_per_schedule=10)
-        # Listed here, because Training may add a fresh pooler, which is not to be pruned.
-        matrices = list(tamt.maskable_layers(inputs.model, search_settings.scope))
-        result, state = open_run_of_search(search_settings, inputs)
-        if result is None:
-            training = train_in_search(search_settings, inputs, state)
-            masks = next_masks(training, matrices, next_sparsity, search_settings.rank)
-            save_ticket(folder / "mask.pt", training, masks, {
-                "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
+        result, training = train_in_search(search_settings, inputs)
+        if training is not None:
+            masks = next_masks(training, next_sparsity, rank, scope)
+            save_ticket(folder / "mask.pt", training, masks, {"method": "imp", "rank": rank, "scope": scope})
             result = finish(training)  # last: result.json tells --resume that the round is done, its mask included
         # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
@@ -678,20 +666,23 @@ def find_imp(settings: Settings) -> dict:
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def train_in_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
-    """Trains a run of a search."""
-    training = Training(inputs, state)
-    claim_folders(search_settings, inputs.run)  # no earlier, since Training may refuse what it gets
+def train_in_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, Training | None]:
+    """Trains a run of a search -> (None, training); or (result, None), if --resume finds that the run is finished."""
+    result, state = open_run_of_search(search_settings, inputs)
+    if result is not None:
+        return result, None
+    training = start_training(inputs, state)
+    claim_folders(search_settings, inputs.run)  # no earlier, since start_training may refuse what it gets
     train(training)
-    return training
+    return None, training
 
 
-def next_masks(training: Training, matrices: list[str], sparsity: float, rank: str) -> dict[str, torch.Tensor]:
+def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> dict[str, torch.Tensor]:
     """Masks that prune this share of all entries of the matrices: what is pruned already, and the smallest trained
     weights."""
     magnitudes = {}
-    for name in matrices:
-        if name in training.parameters:  # not a pooler that the task does without
+    for name in tamt.maskable_layers(training.model, scope):
+        if name in training.inputs.matrices:  # not a fresh pooler
             magnitudes[name] = training.parameters[name].detach().abs()
             if name in training.gradient_masks:
                 magnitudes[name].masked_fill_(~training.gradient_masks[name], -1.0)  # below every magnitude
@@ -731,10 +722,9 @@ LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twe
 
 def find_super(settings) -> dict:
     """Super Tickets (Liang et al. 2021): fine-tune once, measure how important each head and each FFN is, remove more
-    and more of them from the pre-trained model, and fine-tune each ticket.
-
-    Tickets come in three orders of removal and on eight levels, each removing more. Of the "winning" ones the best on
-    dev becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units are called so.)"""
+    and more of them from the pre-trained model, and fine-tune each ticket -> the content of mask.json. Of the "winning"
+    tickets the best on dev becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units
+    are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
 
@@ -742,9 +732,8 @@ def find_super(settings) -> dict:
     result_of = {}  # {name of a ticket: its result}
     dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
     inputs = read_inputs(dense_settings)
-    result, state = open_run_of_search(search_settings, inputs)
-    if result is None:
-        training = train_in_search(search_settings, inputs, state)
+    result, training = train_in_search(search_settings, inputs)
+    if training is not None:
         head_importance, ffn_importance = measure_importance(training)
         save_super_tickets(training, head_importance, ffn_importance, search_settings.out)
         result = finish(training)  # last: result.json tells --resume that the tickets are there
@@ -876,7 +865,7 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         ffn_keys = generator.random(ffn_importance.shape)
     else:
         sign = {"winning": 1, "losing": -1}[order]
-        head_keys = sign * head_importance.numpy()
+        head_keys = sign * head_importance.numpy()  # a new array, which is written to below
         ffn_keys = sign * ffn_importance.numpy()
 
     head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # each layer's last head stays
@@ -987,8 +976,8 @@ class TaskParts:
     skipped_ffns: list[bool]  # (L,) whether its ticket takes the FFN of a layer out
 
 
-def add_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
-    """A classifier for each of several tasks. select_task() puts one of them in the place of model.classifier."""
+def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
+    """A classifier for each of several tasks. SharedEncoder puts one of them in the place of model.classifier."""
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for task in tasks:
         model.add_classifier(task.num_outputs)  # in the place of the one before
@@ -996,45 +985,48 @@ def add_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
     del model.classifier
 
 
-def share_encoder(model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
+class SharedEncoder:
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. The weights
-    themselves keep all their values, and each gets gradients only from the tasks that keep it. The model gets
-    masked_layers and task_parts."""
-    if tickets:
-        model.masked_layers = tamt.install_masked_layers(model)  # {name of a weight: its layer, with a mask}
-        for layer in model.backbone.encoder.layer:
-            # A masked head adds nothing, but a masked FFN would still add its output bias; so it is skipped. This comes
-            # after the masked layers, since layer.output.dense is one of them.
-            layer.output = SkippableResidual(layer.output)
+    themselves keep all their values, and each gets gradients only from the tasks that keep it."""
 
-    model.task_parts = {}  # {name of a task: its parts}
-    for index, task in enumerate(tasks):
-        masks = {}
-        skipped_ffns = [False] * model.config.num_hidden_layers
+    def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
+        """model: with its task heads. tickets: none, or one for each task."""
+        self.model = model
+        self.selected = None  # the name of a task
+        self.masked_layers = {}  # {name of a weight: its layer, with a mask}; without tickets there are none
         if tickets:
-            ticket = tickets[index]
-            masks = ticket.masks
-            if ticket.is_super:
-                _, removed_ffns = units_from_masks(model.config, ticket)
-                skipped_ffns = removed_ffns.tolist()
-        model.task_parts[task.name] = TaskParts(model.task_heads[index], masks, skipped_ffns)
+            self.masked_layers = tamt.install_masked_layers(model)
+            for layer in model.backbone.encoder.layer:
+                # A masked head adds nothing, but a masked FFN would still add its output bias; so it is skipped. This
+                # comes after the masked layers, since layer.output.dense is one of them.
+                layer.output = SkippableResidual(layer.output)
 
+        device = next(model.parameters()).device
+        self.parts = {}  # {name of a task: its parts}
+        for index, task in enumerate(tasks):
+            masks = {}
+            skipped_ffns = [False] * model.config.num_hidden_layers
+            if tickets:
+                ticket = tickets[index]
+                masks = {name: mask.to(device) for name, mask in ticket.masks.items()}
+                if ticket.is_super:
+                    _, removed_ffns = units_from_masks(model.config, ticket)
+                    skipped_ffns = removed_ffns.tolist()
+            self.parts[task.name] = TaskParts(model.task_heads[index], masks, skipped_ffns)
 
-def select_task(model, task: glue_squad.Task):
-    """From now on the encoder serves this task: with its task head, its masks, and the FFNs that its ticket keeps. With
-    a single task there is nothing to choose."""
-    if not hasattr(model, "task_parts"):
-        return
-    parts = model.task_parts[task.name]
-    if getattr(model, "classifier", None) is parts.task_head:
-        return  # it was this task's turn before, too
-    model.classifier = parts.task_head
-    if parts.masks:  # if there are tickets
-        tamt.set_masks(model.masked_layers, parts.masks)
-        for layer, is_skipped in zip(model.backbone.encoder.layer, parts.skipped_ffns, strict=True):
-            layer.output.is_skipped = is_skipped
+    def select(self, task: glue_squad.Task):
+        """From now on the model serves this task: with its task head, its masks, and the FFNs that its ticket keeps."""
+        if task.name == self.selected:
+            return
+        self.selected = task.name
+        parts = self.parts[task.name]
+        self.model.classifier = parts.task_head
+        if self.masked_layers:
+            tamt.set_masks(self.masked_layers, parts.masks)
+            for layer, is_skipped in zip(self.model.backbone.encoder.layer, parts.skipped_ffns, strict=True):
+                layer.output.is_skipped = is_skipped
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1231,7 +1223,8 @@ def export_model(training: Training, encoded_task: EncodedTask):
         extra["label2id"] = {label: index for index, label in enumerate(labels)}
     if task.predicts == "number":
         extra["problem_type"] = "regression"
-    select_task(model, task)
+    if training.shared_encoder is not None:
+        training.shared_encoder.select(task)
     folder = training.run.export
     if len(training.encoded_tasks) > 1:
         folder = folder / task.name
@@ -1407,6 +1400,31 @@ def split_per_task(text: str, settings) -> list[str]:
 
 def named_tasks(settings) -> list[glue_squad.Task]:
     return [glue_squad.find_task(name) for name in split_per_task(settings.task, settings)]
+
+
+def choose_model_name(settings, tickets: list[Ticket]) -> str:
+    """--model, or the model that the masks were made for."""
+    if settings.model:
+        return settings.model
+    if not tickets:
+        return "toy"  # the small model for a first try
+    for ticket in tickets:
+        if not ticket.meta.get("model"):
+            raise ValueError(f"{ticket.file} does not say which model it belongs to: --model is needed")
+    names = sorted({str(ticket.meta["model"]) for ticket in tickets})
+    if len(names) > 1:
+        raise ValueError(f"--mask: tickets of different models, {', '.join(names)}: --model is needed")
+    return names[0]
+
+
+def match_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
+    """Puts the masks of each ticket in the order of the model's weights, with their full names. Raises ValueError if a
+    ticket belongs to another network, and prints a note if it was found on other weights."""
+    layers = tamt.maskable_layers(model)
+    for ticket in tickets:
+        ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
+        tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
+        tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
 
 def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, runs_per_schedule: int) -> Run:

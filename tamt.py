@@ -15,7 +15,7 @@ that takes each, and the equation of the paper:
     5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
            to the mask is used as that of the scores
     6      Adam moves the scores                                     optimizer_step
-    7      new mask: keep the highest scores of all matrices         Scores.update_masks    Eq. 2, 3
+    7      new mask: keep the highest scores of all matrices         renew_masks            Eq. 2, 3
     8  save the mask, and say what it is worth on held-out text      finish
 
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Step" also occurs in file names and on the
@@ -24,13 +24,15 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
     mask = largest(abs(W), within="each matrix")                     # 3: as many as are to be kept
     scores = 0.02 * mask                                             # 4
     for batch in batches:
-        gradient = derivative(loss(batch, W * mask), W * mask) * W   # 5: this is the derivative for the mask
+        gradient = derivative(loss(batch, W * mask), W * mask) * W   # 5: this is d loss / d mask
         scores = adam(scores, gradient)                              # 6
         mask = largest(scores, within="all matrices")                # 7
 
 A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
-this file makes the loop exact, fast, resumable, or equal to the released code. (One thing is left out above: entries
-that no gradient reaches, such as those of the pooler, keep their first mask in a ranking of all matrices.)
+this file makes the loop exact, fast, resumable, or equal to the released code.
+
+One thing is left out above. No gradient reaches some entries, such as those of the pooler, so nothing can be learned
+about them. In a ranking of all matrices they keep their first mask (prepare_global_ranking, appendix A).
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -107,6 +109,22 @@ import data
 # ---------------------------------------------------------------------------------------------------
 
 
+# A run has a field for each flag of the command line, and a few more. These occur most:
+#
+#     run.method, run.objective      tamt, imp, omp or random; mlm, kd or mlm+kd
+#     run.sparsity                   the fraction of entries that is pruned
+#     run.rank                       which entries compete: those of all matrices ("global"), of each matrix ("local"),
+#                                    or of groups of a row ("2:4": two of four stay)
+#     run.scope                      whether the word embeddings have a mask ("all") or not ("encoder")
+#     run.init                       the first mask: "omp" or "random"
+#     run.num_updates                of the whole run (with imp run.prune_every in each round)
+#     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
+#     run.batch_size                 rows of a micro-batch
+#     run.accumulate                 micro-batches of an update
+#     run.trains                     False for omp and random
+#     run.machine                    the device, the type of numbers, and which of several processes this is
+
+
 def find_mask(settings: Settings) -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several
     processes the first one saves and returns it, and the others return {}.)
@@ -133,8 +151,9 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     run = inputs.run
     masked_layers = install_masked_layers(inputs.model, run.scope)  # inputs.model computes with masks from here on
     if not run.trains:  # omp and random end here
-        set_masks(masked_layers, first_masks(masked_layers, run))
-        return current_masks(masked_layers)
+        masks = first_masks(masked_layers, run)
+        set_masks(masked_layers, masks)  # step 8 measures the model with them
+        return masks
 
     print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
           f"({run.lr_reason})")
@@ -142,7 +161,7 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     if run.method == "tamt":
         masks = first_masks(masked_layers, run)  # step 3
         scores = FastScores(masked_layers, masks, run.sparsity, run.rank)  # step 4: Scores, with a faster ranking
-        prepare_global_ranking(scores, inputs)  # e.g. the pooler's entries, which get no gradient, keep their mask
+        prepare_global_ranking(scores, inputs)  # what no gradient reaches keeps its mask; the count of all is exact
     training = Training(inputs, masked_layers, scores)
     if state is not None:
         restore_state(training, state)  # overwrites what steps 3 and 4 have made
@@ -158,8 +177,8 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # The learning rate falls linearly, and would be 0 after run.horizon updates. With --steps that is the end of
-        # the run; the paper's runs end earlier.
+        # The learning rate falls linearly towards 0. A run with --steps reaches it at its end, since run.horizon is its
+        # number of updates; the paper's runs end long before.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
@@ -168,23 +187,7 @@ def train_scores(training: Training):
         renew_masks(training)  # step 7
         report_progress(training, loss_value, learning_rate)  # the log, dev losses, and masks on the way
         save_state_if_due(training)
-    restore_weights(training)  # the head gets its old values back; the masks are the result
-
-
-# A run has a field for each flag of the command line, and a few more. These occur most:
-#
-#     run.method, run.objective      tamt, imp, omp or random; mlm, kd or mlm+kd
-#     run.sparsity                   the fraction of entries that is pruned
-#     run.rank                       which entries compete: those of all matrices ("global"), of each matrix ("local"),
-#                                    or of groups of a row ("2:4": two of four stay)
-#     run.scope                      whether the word embeddings have a mask ("all") or not ("encoder")
-#     run.init                       the first mask: "omp" or "random"
-#     run.num_updates                of the whole run (with imp run.prune_every in each round)
-#     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
-#     run.batch_size                 rows of a micro-batch
-#     run.accumulate                 micro-batches of an update
-#     run.trains                     False for omp and random
-#     run.machine                    the device, the type of numbers, and which of several processes this is
+    rewind_weights(training)  # with mlm those of the head; the masks are the result
 
 
 @dataclass
@@ -203,7 +206,7 @@ class Inputs:
 
 def read_inputs(settings: Settings, machine: Machine) -> Inputs:
     model, vocabulary = open_model(settings, machine)  # step 1
-    run = fill_in_defaults(settings, machine, model)  # some depend on the model
+    run = fill_in_defaults(settings, machine, model)  # some defaults depend on the model
     rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
     dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # omp and random have a text only if asked for
     return Inputs(run, identity_of_run(run, rows, dev_rows), model, vocabulary, rows, dev_rows)
@@ -286,7 +289,8 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. Later the class Scores puts its scores here, and a mask that it can change.
+        # Everything is kept at first. Later the class Scores puts its scores here, and a mask that it can change. (The
+        # mask is no buffer, so that a state_dict has the names of checkpoints.)
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)
         self.is_dense = False
@@ -317,7 +321,7 @@ class MaskedEmbedding(MaskedLayer):
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
-        self.padding_idx = embedding.padding_idx  # this row gets no gradient
+        self.padding_idx = embedding.padding_idx  # the row of [PAD], which gets no gradient
 
     def forward(self, input_ids):  # (B, T) -> (B, T, D)
         weight_rows = F.embedding(input_ids, self.weight, self.padding_idx)
@@ -390,34 +394,23 @@ def num_kept_of(num_entries: int, sparsity: float) -> int:
     return num_entries - round(num_entries * sparsity)
 
 
-def keep_largest(values, num_kept: int):  # (n,) -> (n,) bool
+def keep_largest(values, num_kept: int):  # (n,) -> (n,) bool; or (rows, n), each row by itself
     """The mask that keeps exactly the `num_kept` largest values.
 
     Of equal values at the border, those with lower indices stay. So the count is always exact:
 
         values 3 1 2 2 2, num_kept 2   ->   mask 1 0 1 0 0
     """
-    order = torch.argsort(values, descending=True, stable=True)  # largest first, equals in their order
-    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-    mask[order[:num_kept]] = True
-    return mask
+    order = torch.argsort(values, dim=-1, descending=True, stable=True)  # largest first, equals in their order
+    mask = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    return mask.scatter_(-1, order[..., :num_kept], True)
 
 
 def keep_largest_of_groups(values, num_kept: int, group_size: int):  # matrix -> bool matrix
-    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row
-    the `num_kept` largest stay, of equal ones the first.
-
-    An entry stays if fewer than num_kept entries of its group are larger, or equal and further left. Counting them
-    is four times as fast as sorting so many small groups."""
+    """N:M sparsity, as in 2:4, which sparse tensor cores run: of every `group_size` consecutive entries of a row the
+    `num_kept` largest stay."""
     groups = values.reshape(-1, group_size)
-    num_ahead = torch.zeros_like(groups, dtype=torch.int32)
-    for i in range(group_size):
-        for j in range(group_size):
-            if j < i:
-                num_ahead[:, i] += groups[:, j] >= groups[:, i]
-            elif j > i:
-                num_ahead[:, i] += groups[:, j] > groups[:, i]
-    return (num_ahead < num_kept).view_as(values)
+    return keep_largest(groups, num_kept).view_as(values)
 
 
 def magnitude_masks(masked_layers: dict, sparsity: float, rank: str) -> dict:
@@ -456,7 +449,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-START_SCORE = 0.02  # of kept entries; pruned ones start at 0, so a first threshold of 0.01 lies halfway (Eq. 5)
+START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 
 
 class Scores:
@@ -476,8 +469,9 @@ class Scores:
 
     @torch.no_grad()
     def update_masks(self):
-        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). This takes the place of
-        the threshold in Eq. 3: any between the kept and the pruned scores gives these masks."""
+        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In Eq. 3 a threshold
+        decides; any threshold between the lowest kept and the highest pruned score gives these masks. (Eq. 3 has |S|.
+        As in the released code, the sign counts here.)"""
         scores = {name: layer.scores for name, layer in self.masked_layers.items()}
         for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
             self.masked_layers[name].mask.copy_(mask)
@@ -694,7 +688,7 @@ def unfreeze(model, run: Run) -> dict[str, nn.Parameter]:
 
 def is_trained(name: str, run: Run) -> bool:
     """With tamt the scores are trained (Scores has put them into the layers), and for masked LM its head without the
-    decoder (TAMT masking/maskers.py:524); with imp all weights."""
+    decoder (TAMT masking/maskers.py:524); with imp all weights but the pooler's."""
     if "pooler" in name:  # no loss reads it
         return False
     if run.method == "imp" or name.endswith(".scores"):
@@ -760,8 +754,8 @@ def renew_masks(training: Training):
         refresh_as_released(training)
 
 
-def restore_weights(training: Training):
-    """Undoes the training of all weights; the scores stay."""
+def rewind_weights(training: Training):
+    """Sets all weights that were trained back to their starting values, at the end; the scores stay."""
     for name, weight in training.starting_weights.items():
         training.parameters[name].data = weight
 
@@ -797,7 +791,7 @@ def train_imp(training: Training):
             prune_and_rewind(training, levels[training.updates_done // run.prune_every])
         training.log.add(training.updates_done, loss_value, learning_rate, {})
         save_state_if_due(training)
-    restore_weights(training)  # of all that was trained the masks alone are the result
+    rewind_weights(training)  # of all that was trained the masks alone are the result
 
 
 def prune_and_rewind(training: Training, level: float):
@@ -1781,7 +1775,7 @@ def starting_weights_in_place(training: Training):
     head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
     to."""
     trained = {name: training.parameters[name].data for name in training.starting_weights}
-    restore_weights(training)
+    rewind_weights(training)
     try:
         yield
     finally:

@@ -1233,7 +1233,7 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 def new_training(settings, runs_per_schedule=1):
     inputs = finetune.read_inputs(settings, runs_per_schedule)
     _, state = finetune.open_run(inputs)
-    return finetune.Training(inputs, state)
+    return finetune.start_training(inputs, state)
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):
@@ -1549,7 +1549,7 @@ def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
     for encoded_task, mask in zip(shared.encoded_tasks, mask_paths.split(","), strict=True):
         name = encoded_task.task.name
         alone = new_training(finetune_settings(inputs, out / name, task=name, mask=mask))
-        alone.model.classifier = shared.model.task_parts[name].task_head
+        alone.model.classifier = shared.shared_encoder.parts[name].task_head
         found = finetune.predict_logits(shared, encoded_task, encoded_task.train_sequences)
         expected = finetune.predict_logits(alone, alone.encoded_tasks[0], encoded_task.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
