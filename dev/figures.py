@@ -282,7 +282,10 @@ def draw_line(ax, name: str, points: dict, shift: float = 0.0):
         return
     means = [np.mean(values) for values in points.values()]
     deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in points.values()]
-    ax.errorbar([x + shift for x in points], means, deviations, capsize=2, linewidth=1.1, **style(name))
+    look = style(name)
+    if len(points) == 1:
+        look["linestyle"] = ""  # a lone point has no line, in the legend either
+    ax.errorbar([x + shift for x in points], means, deviations, capsize=2, linewidth=1.1, **look)
 
 
 def draw_level(ax, values, label="whole network", **style):
