@@ -33,26 +33,36 @@ Methods of other papers follow. Skip them if you came for TAMT:
 
 Functions hand on these objects:
 
-    Settings    what the user asked for; its fields are named like the flags
-    Run         the same with every default filled in
-    Ticket      the content of a mask file: the masks of all matrices, and how they were found. (From "lottery ticket".)
-                An ordinary one prunes single weights, a Super Ticket whole heads and FFNs.
-    Inputs      the Run, and the tasks, tickets and network that were read
-    EncodedTask a task as token ids
-    Training    a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
+    Settings      what the user asked for; its fields are named like the flags
+    Run           the settings of one fine-tuning, with every default filled in
+    Ticket        the content of a mask file: the masks of all matrices, and how they were found. (From "lottery
+                  ticket".) An ordinary one prunes single entries, a Super Ticket whole heads and FFNs.
+    Inputs        the Run, and the tasks, tickets and network that were read
+    EncodedTask   a task as token ids
+    Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
 
 and use these words:
 
     identity    what makes a run this run: settings, and checksums of what it reads; --resume refuses any other
     task head   the layer on top: a classifier, or for SQuAD the span layer. A plain "head" is an attention head.
+    matrix      a weight of the network that can have a mask; an entry is one number of it
     dense       without a mask
-    step        in files and on the screen: how many updates are done
+    update      one batch, and one step of the optimizer; a "step" in files and on the screen is the number of an update
     search      what --find does: several fine-tunings in a row, which in IMP are called rounds
 
 "Released code" is that of three papers: for fine-tuning TAMT (Liu et al. 2022, glue_trans.py), for IMP BERT-Tickets
 (Chen et al. 2020, LT_glue.py), and for Super Tickets Liang et al. 2021 (mt_dnn). A function that is called in chapters
 1 to 8 and not defined there is in an appendix. From the other modules come the network (bert.py), vocabularies and
-random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py).
+random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py). Many
+objects and functions have the names of those in tamt.py, because they do here what those do there. Of its appendices
+these are called here:
+
+    tamt.load_model             the model and vocabulary of a name or a folder
+    tamt.read_mask              the masks of a mask file, and what it says of itself
+    tamt.open_folder            the result or the state that --resume finds
+    tamt.seed_dropout           the dropout of an update follows from its number alone
+    tamt.optimizer_settings     makes torch's AdamW compute the released optimizer
+    tamt.plain                  a value as JSON takes it
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -68,6 +78,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,15 +103,13 @@ def fine_tune(settings: Settings) -> dict:
     as mask.pt, and returns the content of mask.json.)
 
     Raises ValueError or OSError, with a message of one line, for input that is wrong."""
-    if settings.find == "imp":
-        return find_imp(settings)  # chapter 6
-    if settings.find == "super":
-        return find_super(settings)  # chapter 7
+    if settings.find:
+        return find_ticket(settings)  # chapters 6 and 7
     inputs = read_inputs(settings)
-    result, state = open_run(inputs)  # both None, unless --resume finds an earlier start of this run
+    result, state = open_run(inputs)  # with --resume: that of a finished run, or that of an interrupted one
     if result is not None:
         return result
-    training = start_training(inputs, state)
+    training = prepare_training(inputs, state)
     train(training)
     return finish(training)
 
@@ -126,16 +135,16 @@ class Inputs:
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
-    model: bert.Model  # the pre-trained one; start_training turns this very object into the network that trains
-    matrices: list[str]  # names of the weights of the pre-trained model that can have a mask
+    model: bert.Model  # the pre-trained one; prepare_training turns this very object into the network that trains
+    matrices: list[str]  # names of those of the pre-trained model; IMP prunes no others, such as a fresh pooler
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
 
-def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
+def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    runs_per_schedule: the learning rate would reach 0 after so many times the updates of this run. (IMP, chapter 6,
-    has 10, so in each of its rounds the rate falls by a tenth.)"""
+    schedule_stretch: the learning rate falls as if the run were so many times as long: with 1 to 0 at its end, with 10,
+    for a round of IMP, by a tenth."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -147,9 +156,9 @@ def read_inputs(settings: Settings, runs_per_schedule: int = 1) -> Inputs:
     model, vocabulary = tamt.load_model(model_name)
     match_tickets(tickets, model, settings)
 
-    # What follows from them: the settings with all defaults, and the examples. The default of the folder comes last,
-    # since it contains a hash of the identity.
-    run = fill_in_defaults(settings, machine, tasks, model_name, model, runs_per_schedule)
+    # What follows from them: the settings with all defaults, and the examples. The folder comes last, since by default
+    # its name ends with a hash of the identity.
+    run = fill_in_defaults(settings, machine, tasks, model_name, model, schedule_stretch)
     examples = {task.name: read_examples(task, run) for task in tasks}
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = replace(run, out=choose_folder(run, tickets, identity))
@@ -168,7 +177,7 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     return result, state
 
 
-def start_training(inputs: Inputs, state: dict | None = None) -> Training:
+def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     """Encodes the examples, and turns the pre-trained model into the pruned network that trains. state: of an
     interrupted run, or None."""
     run = inputs.run
@@ -195,8 +204,7 @@ class Training:
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
                  shared_encoder: SharedEncoder | None):
-        """gradient_masks: {name of a weight: mask}, which keep the pruned weights at zero; {} if there are none.
-        shared_encoder: None unless there are several tasks."""
+        """gradient_masks: those of apply_ticket. shared_encoder: None unless there are several tasks."""
         self.inputs = inputs
         self.run = inputs.run
         self.encoded_tasks = encoded_tasks
@@ -204,10 +212,21 @@ class Training:
         self.gradient_masks = gradient_masks
         self.shared_encoder = shared_encoder
         self.parameters = dict(self.model.named_parameters())  # all that trains
-        self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)  # lr: at each update
+        self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
         self.updates_done = 0
+        self.batches = None  # those of the epoch
         self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
         self.history = []  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
+        self.saved_at = time.time()  # when state.pt was written last
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return sum(math.ceil(len(encoded_task.train_sequences) / self.run.batch_size)
+                   for encoded_task in self.encoded_tasks)
+
+    @property
+    def num_updates(self) -> int:
+        return self.updates_per_epoch * self.run.epochs
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -219,7 +238,7 @@ class Training:
 class Ticket:
     """The content of a mask file."""
     file: Path  # or a folder with mask.pt in it
-    masks: dict[str, torch.Tensor]  # {name of a weight: True where it is kept}
+    masks: dict[str, torch.Tensor]  # {name of a matrix: True where an entry is kept}
     meta: dict  # how it was made: "model", "method", "sparsity", ...
 
     @property
@@ -301,7 +320,7 @@ def encode_squad(task: glue_squad.Task, examples: dict[str, list], vocabulary, m
     return EncodedTask(
         task, examples,
         train_sequences=[(window.input_ids, window.token_type_ids) for window in train_windows],
-        # Both are 0, the position of [CLS], where the answer is not in the window.
+        # Where the answer is not in the window, both positions are 0, that of [CLS].
         train_targets=np.array([(window.start_position, window.end_position) for window in train_windows], np.int64),
         dev_sequences={"dev": [(window.input_ids, window.token_type_ids) for window in dev_windows]},
         dev_windows=dev_windows)
@@ -321,23 +340,13 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # of several tasks (chapter 8) none has spans: they need the same
+    add_or_remove_pooler(model, tasks[0])  # several tasks (chapter 8) need the same, since none of them is SQuAD
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
     if len(tasks) == 1:
         add_task_head(model, tasks[0])
     else:
         add_several_task_heads(model, tasks)  # chapter 8
-
-
-def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Prunes the network -> {name of a weight: mask}, for the gradients. An ordinary ticket, such as those of TAMT,
-    sets weights to zero. A Super Ticket cuts units out, and nothing that is left needs a mask."""
-    if not ticket.is_super:
-        return zero_pruned_weights(model, ticket)
-    removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-    cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
-    return {}
 
 
 def remove_pretraining_heads(model):
@@ -364,12 +373,28 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets what the ticket prunes to zero -> its masks, on the device of the model. A ticket may have a mask for a
-    pooler that this network does without; that one is left out.
+# A ticket is applied in one of three ways:
+#
+#     ordinary ticket, one task   entries are set to 0 once, and their gradients in each update    zero_pruned_weights
+#     Super Ticket, one task      heads and FFNs are cut out, so the network trains faster         chapter 7
+#     several tasks               W stays whole, since each task prunes another part of it; a      chapter 8
+#                                 forward pass computes with W * mask, as in tamt.py
 
-    tamt.py multiplies by the mask in each forward pass. Here masks are fixed, so once is enough, as long as
-    zero_pruned_gradients keeps the zeros."""
+
+def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Prunes the network of a single task -> {name of a matrix: mask}, which its gradients are multiplied with; {} for
+    a Super Ticket, after which there is nothing left to mask."""
+    if ticket.is_super:
+        removed_heads, removed_ffns = units_from_masks(model.config, ticket)
+        cut_out_units(model, removed_heads, removed_ffns)
+        return {}
+    return zero_pruned_weights(model, ticket)
+
+
+def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Sets what the ticket prunes to zero -> its masks, on the device of the model. As masks are fixed here, once is
+    enough, as long as zero_pruned_gradients keeps the zeros. (A ticket may have a mask for a pooler that this network
+    does without; that one is left out.)"""
     parameters = dict(model.named_parameters())
     masks = {}
     for name, mask in ticket.masks.items():
@@ -473,39 +498,35 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
 
 
 def train(training: Training):
-    """Trains all parameters but the weights that the tickets prune, and evaluates every --eval-every updates and after
-    each epoch. Leaves the network in eval mode.
+    """Trains all parameters but the entries that an ordinary ticket prunes. Leaves the network in eval mode.
 
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
     run = training.run
-    updates_per_epoch = sum(math.ceil(len(encoded_task.train_sequences) / run.batch_size)
-                            for encoded_task in training.encoded_tasks)
-    num_updates = updates_per_epoch * run.epochs
-    schedule_length = num_updates * run.runs_per_schedule  # the update at which the learning rate would reach 0
-    progress = Progress(training.updates_done, num_updates)
-    saved_at = time.time()
+    schedule_length = training.num_updates * run.schedule_stretch  # the update at which the learning rate would reach 0
+    progress = Progress(training.updates_done, training.num_updates)
     training.model.train()
-    for epoch in range(training.updates_done // updates_per_epoch, run.epochs):
-        batches = epoch_batches(training.encoded_tasks, run, epoch)
-        first_batch = training.updates_done % updates_per_epoch  # 0, unless a resumed run begins inside an epoch
-        for encoded_task, indices in batches[first_batch:]:
-            learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
-            tamt.seed_dropout(run.seed, training.updates_done)
-            loss = batch_loss(training, encoded_task, indices)
-            loss.backward()
-            zero_pruned_gradients(training)
-            training.loss_since_evaluation += optimizer_step(training, loss, learning_rate)
-            training.updates_done += 1
-
-            is_epoch_end = training.updates_done % updates_per_epoch == 0
-            if is_epoch_end or training.updates_done % run.eval_every == 0:
-                record_evaluation(training)
-                progress.show(training.history[-1])
-            if is_epoch_end or time.time() - saved_at > tamt.SAVE_SECONDS:
-                saved_at = time.time()
-                save_state(training)
+    while training.updates_done < training.num_updates:
+        learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
+        encoded_task, indices = next_batch(training)
+        tamt.seed_dropout(run.seed, training.updates_done)
+        loss = batch_loss(training, encoded_task, indices)
+        loss.backward()
+        zero_pruned_gradients(training)
+        loss_value = optimizer_step(training, loss, learning_rate)
+        training.loss_since_evaluation += loss_value
+        training.updates_done += 1
+        evaluate_if_due(training, progress)
+        save_state_if_due(training)
     training.model.eval()
+
+
+def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
+    """The next task, and indices into its training set."""
+    epoch, place = divmod(training.updates_done, training.updates_per_epoch)
+    if place == 0 or training.batches is None:  # an epoch begins, or a resumed run goes on inside one
+        training.batches = epoch_batches(training.encoded_tasks, training.run, epoch)
+    return training.batches[place]
 
 
 def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
@@ -544,6 +565,24 @@ def optimizer_step(training: Training, loss, learning_rate: float) -> float:
     training.optimizer.step()
     training.optimizer.zero_grad()
     return loss_value
+
+
+def evaluate_if_due(training: Training, progress: Progress):
+    """Every --eval-every updates, and after each epoch."""
+    if is_epoch_end(training) or training.updates_done % training.run.eval_every == 0:
+        record_evaluation(training)
+        progress.show(training.history[-1])
+
+
+def save_state_if_due(training: Training):
+    """After each epoch, and when the last state is old."""
+    if is_epoch_end(training) or time.time() - training.saved_at > tamt.SAVE_SECONDS:
+        training.saved_at = time.time()
+        save_state(training)
+
+
+def is_epoch_end(training: Training) -> bool:
+    return training.updates_done % training.updates_per_epoch == 0
 
 
 def record_evaluation(training: Training):
@@ -625,6 +664,12 @@ def floor_scores(training: Training) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------
 
 
+def find_ticket(settings: Settings) -> dict:
+    """--find: looks for a ticket on the task, which takes several fine-tunings, and writes it as mask.pt -> the content
+    of mask.json."""
+    return find_imp(settings) if settings.find == "imp" else find_super(settings)
+
+
 def find_imp(settings: Settings) -> dict:
     """Finds a ticket by iterative magnitude pruning (Chen et al. 2020; LT_glue.py), and writes it as mask.pt -> the
     content of mask.json. In short:
@@ -642,8 +687,6 @@ def find_imp(settings: Settings) -> dict:
     repeat a finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
-    rank = search_settings.rank
-    scope = search_settings.scope
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
@@ -652,34 +695,39 @@ def find_imp(settings: Settings) -> dict:
         folder = search_settings.out / f"round-{number}"
         round_settings = settings_of_one_run(
             search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
-        # As in BERT-Tickets, the schedule begins anew in every round, and is as long as ten rounds, whatever the
-        # sparsity.
-        inputs = read_inputs(round_settings, runs_per_schedule=10)
-        result, training = train_in_search(search_settings, inputs)
-        if training is not None:
-            masks = next_masks(training, next_sparsity, rank, scope)
-            save_ticket(folder / "mask.pt", training, masks, {"method": "imp", "rank": rank, "scope": scope})
-            result = finish(training)  # last: result.json tells --resume that the round is done, its mask included
+        # This reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets the
+        # schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
+        inputs = read_inputs(round_settings, schedule_stretch=10)
+        save_next_ticket = partial(save_imp_ticket, path=folder / "mask.pt", sparsity=next_sparsity,
+                                   rank=search_settings.rank, scope=search_settings.scope)
+        result = run_of_search(search_settings, inputs, save_next_ticket)
         # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def train_in_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, Training | None]:
-    """Trains a run of a search -> (None, training); or (result, None), if --resume finds that the run is finished."""
+def run_of_search(search_settings: Settings, inputs: Inputs, save_tickets) -> dict:
+    """Fine-tunes -> the content of result.json; with --resume that of a finished run is returned at once.
+    save_tickets(training) is called after the training."""
     result, state = open_run_of_search(search_settings, inputs)
-    if result is not None:
-        return result, None
-    training = start_training(inputs, state)
-    claim_folders(search_settings, inputs.run)  # no earlier, since start_training may refuse what it gets
-    train(training)
-    return None, training
+    if result is None:
+        training = prepare_training(inputs, state)
+        claim_folders(search_settings, inputs.run)  # no earlier, since prepare_training may refuse what it gets
+        train(training)
+        save_tickets(training)
+        result = finish(training)  # last: result.json tells --resume that the tickets are there
+    return result
+
+
+def save_imp_ticket(training: Training, path: Path, sparsity: float, rank: str, scope: str):
+    masks = next_masks(training, sparsity, rank, scope)
+    save_ticket(path, training, masks, {"method": "imp", "rank": rank, "scope": scope})
 
 
 def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> dict[str, torch.Tensor]:
     """Masks that prune this share of all entries of the matrices: what is pruned already, and the smallest trained
-    weights."""
+    entries. (As tamt.magnitude_masks, for a network without masked layers.)"""
     magnitudes = {}
     for name in tamt.maskable_layers(training.model, scope):
         if name in training.inputs.matrices:  # not a fresh pooler
@@ -702,7 +750,7 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
         "data": tamt.plain(run.data),
         "task": task_names(training.inputs.tasks),
         "sparsity": report["masked_set"],
-        # The fractions removed: of the entries that have a mask ("sparsity" again), of the encoder, of the whole model.
+        # The fractions removed: of the entries that have a mask, of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
     tamt.save_mask(path, masks, meta | how_found)
@@ -721,23 +769,24 @@ LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twe
 
 
 def find_super(settings) -> dict:
-    """Super Tickets (Liang et al. 2021): fine-tune once, measure how important each head and each FFN is, remove more
-    and more of them from the pre-trained model, and fine-tune each ticket -> the content of mask.json. Of the "winning"
-    tickets the best on dev becomes mask.pt. (The paper calls only this one the super ticket; here all that remove units
-    are called so.)"""
+    """Super Tickets (Liang et al. 2021) -> the content of mask.json. In short:
+
+        fine-tune the whole network; measure how important each unit is
+        for each order and level:
+            write a ticket that cuts units out
+            W = pre-trained weights
+            fine-tune W without these units
+        of the "winning" tickets the best on dev becomes mask.pt
+
+    (The paper calls only the last one the super ticket; here all that remove units are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
 
-    # Fine-tune the whole model, and write a ticket for each order and level.
+    # Fine-tune the whole network, and write all tickets.
     result_of = {}  # {name of a ticket: its result}
-    dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
-    inputs = read_inputs(dense_settings)
-    result, training = train_in_search(search_settings, inputs)
-    if training is not None:
-        head_importance, ffn_importance = measure_importance(training)
-        save_super_tickets(training, head_importance, ffn_importance, search_settings.out)
-        result = finish(training)  # last: result.json tells --resume that the tickets are there
-    result_of["dense"] = result
+    inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
+    save_tickets = partial(save_super_tickets, folder=search_settings.out)
+    result_of["dense"] = run_of_search(search_settings, inputs, save_tickets)
 
     # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
     for order in search_settings.orders:
@@ -747,11 +796,11 @@ def find_super(settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
-    first_metric = named_tasks(search_settings)[0].metrics[0]
+    first_metric = inputs.tasks[0].metrics[0]
     curve = report_curve(result_of, first_metric)
     best_file = None
-    winning = [name for name in result_of if name.startswith("winning")]
-    if winning:
+    if "winning" in search_settings.orders:
+        winning = [f"winning-{level}" for level in LEVELS]
         best_name = max(winning, key=lambda name: result_of[name]["best"][first_metric])
         best_file = search_settings.out / f"{best_name}.pt"
     return finish_search(search_settings, best_file, {"curve": curve}, start_time)
@@ -774,8 +823,8 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
 
 def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
     """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
-    in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py),
-    which FFNs, one in a layer, do not need."""
+    in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py). An
+    FFN is alone in its layer."""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -838,8 +887,9 @@ def recorded_outputs(model):
 # 7c. Which units go, and tickets that say so.
 
 
-def save_super_tickets(training: Training, head_importance, ffn_importance, folder: Path):
-    """Writes importance.json, and the tickets of all orders and levels. Importances: (L, H), (L,)."""
+def save_super_tickets(training: Training, folder: Path):
+    """Measures the importance of all units, and writes it, and the tickets of all orders and levels."""
+    head_importance, ffn_importance = measure_importance(training)  # (L, H), (L,)
     tamt.write_json(folder / "importance.json", {
         "heads": head_importance.tolist(), "ffn": ffn_importance.tolist()})
     for order in ORDERS:
@@ -859,18 +909,18 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     L (H - 1) heads go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units with the smallest keys go first.
+    # Units of low priority go first.
     if order == "random":
-        head_keys = generator.random(head_importance.shape)
-        ffn_keys = generator.random(ffn_importance.shape)
+        head_priority = generator.random(head_importance.shape)
+        ffn_priority = generator.random(ffn_importance.shape)
     else:
         sign = {"winning": 1, "losing": -1}[order]
-        head_keys = sign * head_importance.numpy()  # a new array, which is written to below
-        ffn_keys = sign * ffn_importance.numpy()
+        head_priority = sign * head_importance.numpy()  # a new array, which is written to below
+        ffn_priority = sign * ffn_importance.numpy()
 
-    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # each layer's last head stays
+    head_priority[np.arange(num_layers), head_priority.argmax(axis=1)] = np.inf  # each layer's last head stays
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return mark_smallest(head_keys, num_heads_out), mark_smallest(ffn_keys, num_layers * level // 12)
+    return mark_smallest(head_priority, num_heads_out), mark_smallest(ffn_priority, num_layers * level // 12)
 
 
 def mark_smallest(keys: np.ndarray, count: int) -> np.ndarray:
@@ -995,7 +1045,7 @@ class SharedEncoder:
         """model: with its task heads. tickets: none, or one for each task."""
         self.model = model
         self.selected = None  # the name of a task
-        self.masked_layers = {}  # {name of a weight: its layer, with a mask}; without tickets there are none
+        self.masked_layers = {}  # {name of a matrix: its layer, with a mask}; without tickets there are none
         if tickets:
             self.masked_layers = tamt.install_masked_layers(model)
             for layer in model.backbone.encoder.layer:
@@ -1380,7 +1430,7 @@ class Run(Settings):
     checkpoint: str  # checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
     config: str  # checksum of their config.json
-    runs_per_schedule: int  # as in read_inputs
+    schedule_stretch: int  # as in read_inputs
     command: str
 
 
@@ -1427,7 +1477,7 @@ def match_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
         tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
 
-def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, runs_per_schedule: int) -> Run:
+def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, schedule_stretch: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
@@ -1446,7 +1496,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
     words = ["python", *sys.argv] if sys.argv and sys.argv[0] else ["python"]
     return Run(**values, machine=machine, checkpoint=tamt.weights_checksum(model),
                backbone_checksum=tamt.weights_checksum(model.backbone), config=tamt.config_checksum(model),
-               runs_per_schedule=runs_per_schedule, command=shlex.join(words))
+               schedule_stretch=schedule_stretch, command=shlex.join(words))
 
 
 def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:
@@ -1553,7 +1603,7 @@ def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, voc
     names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
              "config")
     identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
-    identity["horizon_rounds"] = run.runs_per_schedule  # under the name that earlier versions gave it
+    identity["horizon_rounds"] = run.schedule_stretch  # under the name that earlier versions gave it
     identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
     own_labels = [task.labels for task in tasks if task.name not in {*glue_squad.TASKS, "toy"}]
     if own_labels:

@@ -14,7 +14,7 @@ that takes each, and the equation of the paper:
        repeat, each time with other rows:                            train_scores
     5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
            to the mask is used as that of the scores
-    6      Adam moves the scores                                     optimizer_step
+    6      Adam moves the scores, by gradients of norm 1 at most     optimizer_step
     7      new mask: keep the highest scores of all matrices         renew_masks            Eq. 2, 3
     8  save the mask, and say what it is worth on held-out text      finish
 
@@ -29,10 +29,7 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
         mask = largest(scores, within="all matrices")                # 7
 
 A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
-this file makes the loop exact, fast, resumable, or equal to the released code.
-
-One thing is left out above. No gradient reaches some entries, such as those of the pooler, so nothing can be learned
-about them. In a ranking of all matrices they keep their first mask (prepare_global_ranking, appendix A).
+this file makes it fast, resumable, or equal to the released code.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -150,26 +147,26 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     """Steps 3 to 7 -> {name of a matrix: its mask}. state: of an interrupted run, or None."""
     run = inputs.run
     masked_layers = install_masked_layers(inputs.model, run.scope)  # inputs.model computes with masks from here on
-    if not run.trains:  # omp and random end here
-        masks = first_masks(masked_layers, run)
-        set_masks(masked_layers, masks)  # step 8 measures the model with them
-        return masks
-
-    print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
-          f"({run.lr_reason})")
-    scores = None  # imp makes its masks as it goes, and has none
     if run.method == "tamt":
-        masks = first_masks(masked_layers, run)  # step 3
-        scores = FastScores(masked_layers, masks, run.sparsity, run.rank)  # step 4: Scores, with a faster ranking
-        prepare_global_ranking(scores, inputs)  # what no gradient reaches keeps its mask; the count of all is exact
-    training = Training(inputs, masked_layers, scores)
-    if state is not None:
-        restore_state(training, state)  # overwrites what steps 3 and 4 have made
-    if run.method == "tamt":
-        train_scores(training)  # steps 5 to 7
-    else:
-        train_imp(training)
+        learn_by_tamt(inputs, masked_layers, state)
+    elif run.method == "imp":
+        learn_by_imp(inputs, masked_layers, state)
+    else:  # omp and random end with step 3
+        set_masks(masked_layers, first_masks(masked_layers, run))
     return current_masks(masked_layers)
+
+
+def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
+    """Steps 3 to 7 of task-agnostic mask training. They leave the masks in the layers."""
+    run = inputs.run
+    masks = first_masks(masked_layers, run)  # step 3
+    # Step 4. FastScores does what Scores does, faster (appendix B).
+    scores = FastScores(masked_layers, masks, run.sparsity, run.rank)
+    # If all matrices are ranked together, entries that no gradient reaches, such as those of the pooler, keep their
+    # mask. And step 3 has rounded in each matrix; a few entries change sides, so that the count of all is exact.
+    prepare_global_ranking(scores, inputs)
+    training = prepare_training(inputs, masked_layers, scores, state)
+    train_scores(training)  # steps 5 to 7
 
 
 def train_scores(training: Training):
@@ -290,7 +287,7 @@ class MaskedLayer(nn.Module):
         super().__init__()
         self.weight = layer.weight
         # Everything is kept at first. Later the class Scores puts its scores here, and a mask that it can change. (The
-        # mask is no buffer, so that a state_dict has the names of checkpoints.)
+        # mask is a plain attribute, so it is in no state_dict.)
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)
         self.is_dense = False
@@ -455,8 +452,7 @@ START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 class Scores:
     """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
 
-    (learn_masks makes FastScores, a subclass in appendix B, which finds the same masks faster. state.pt and
-    --refresh-every need it.)"""
+    (The program makes FastScores, a subclass in appendix B, which finds the same masks faster.)"""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
         """masks {name: mask}, those of step 3; rank as in masks_of_largest."""
@@ -490,7 +486,7 @@ class Scores:
 class Batch:
     """The rows of one update, and what masked LM makes of them; all arrays (rows, T)."""
     input_ids: np.ndarray  # int64
-    corrupted_ids: np.ndarray  # int64; kd trains without them, but its dev losses need them
+    corrupted_ids: np.ndarray  # int64; kd does not use them, but dev_mlm_loss does
     is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
     is_token: np.ndarray  # bool: False at padding
 
@@ -550,8 +546,7 @@ def micro_batches(batch: Batch, run: Run):
 
 
 def mlm_loss(logits, labels, num_predictions: int):  # (P, V), (P,) -> scalar
-    """Cross-entropy at the chosen positions, their sum divided by num_predictions, the count of the whole batch. (The
-    paper gives no equation for it.)"""
+    """The sum of the cross-entropies at the chosen positions / num_predictions, the count of the whole batch."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
     return total / max(num_predictions, 1)  # 0 if no token was chosen
 
@@ -560,11 +555,14 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
     """Eq. 6: 1 - cosine of the hidden states of the teacher, which is the whole network, and the student, which is the
     same network under its mask: 0 for equal states, 2 for opposite ones. The embedding output does not count.
 
-    Two lists of L + 1 tensors (B, T, D); attention_mask (B, T) or None -> scalar: the mean over the layers 1 .. L of
-    the sum over tokens, divided by num_tokens, the count of the whole batch."""
+    Two lists of L + 1 tensors (b, T, D); attention_mask (b, T) or None -> scalar:
+
+        the sum of 1 - cosine over the layers 1 .. L and all tokens / (L * num_tokens)
+
+    num_tokens is the count of the whole batch."""
     total = 0.0
     for teacher_state, student_state in zip(teacher_states[1:], student_states[1:], strict=True):
-        cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (B, T)
+        cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (b, T)
         distance = 1 - cosine
         if attention_mask is not None:
             distance = distance * attention_mask
@@ -600,12 +598,12 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
     student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
 
-    if objective in ("mlm", "mlm+kd"):
+    if "mlm" in objective:
         # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
         hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
         loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.batch_num_predictions)
 
-    if objective in ("kd", "mlm+kd"):
+    if "kd" in objective:
         with dense_teacher(model):
             teacher_states = model(input_ids, micro_batch.attention_mask)
         loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, micro_batch.batch_num_tokens)
@@ -653,7 +651,8 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 class Training:
-    """The training of a run: what it is given, and what changes from update to update (state.pt keeps that)."""
+    """The training of a run: what it is given, and what changes from update to update (state.pt keeps that). Making one
+    unfreezes what trains."""
 
     def __init__(self, inputs: Inputs, masked_layers: dict, scores: FastScores | None):
         """scores: None with imp, where weights train."""
@@ -676,17 +675,28 @@ class Training:
         self.saved_at = time.time()  # when state.pt was written last
 
 
+def prepare_training(inputs: Inputs, masked_layers: dict, scores: FastScores | None, state: dict | None) -> Training:
+    """state: of an interrupted run; it takes the place of the first masks and scores."""
+    run = inputs.run
+    print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
+          f"({run.lr_reason})")
+    training = Training(inputs, masked_layers, scores)
+    if state is not None:
+        restore_state(training, state)
+    return training
+
+
 def unfreeze(model, run: Run) -> dict[str, nn.Parameter]:
     """Lets train what is to be trained -> {name: parameter} of it. All else stays frozen."""
     trained = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name, run))
+        parameter.requires_grad_(is_to_train(name, run))
         if parameter.requires_grad:
             trained[name] = parameter
     return trained
 
 
-def is_trained(name: str, run: Run) -> bool:
+def is_to_train(name: str, run: Run) -> bool:
     """With tamt the scores are trained (Scores has put them into the layers), and for masked LM its head without the
     decoder (TAMT masking/maskers.py:524); with imp all weights but the pooler's."""
     if "pooler" in name:  # no loss reads it
@@ -755,7 +765,8 @@ def renew_masks(training: Training):
 
 
 def rewind_weights(training: Training):
-    """Sets all weights that were trained back to their starting values, at the end; the scores stay."""
+    """Sets all weights that were trained back to their starting values; the scores stay. (Only for the end: training on
+    would change the starting values, too.)"""
     for name, weight in training.starting_weights.items():
         training.parameters[name].data = weight
 
@@ -763,6 +774,11 @@ def rewind_weights(training: Training):
 # ---------------------------------------------------------------------------------------------------
 # Iterative magnitude pruning, the baseline that trains W
 # ---------------------------------------------------------------------------------------------------
+
+
+def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
+    training = prepare_training(inputs, masked_layers, None, state)  # without scores
+    train_imp(training)
 
 
 def train_imp(training: Training):
@@ -795,8 +811,8 @@ def train_imp(training: Training):
 
 
 def prune_and_rewind(training: Training, level: float):
-    """Prunes up to a sparsity of `level`, sets all weights but the head's back to the pre-trained ones, unless
-    --no-rewind, and starts a fresh optimizer."""
+    """Prunes up to a sparsity of `level`, by the weights as they are trained. Then sets all weights but the head's back
+    to the pre-trained ones, unless --no-rewind, and starts a fresh optimizer."""
     run = training.run
     set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, run.rank))
     if not run.no_rewind:

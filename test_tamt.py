@@ -1230,10 +1230,10 @@ def test_metrics_equal_those_of_scikit_learn_and_scipy(name, draw):
 # finetune.task_logits(training, task, sequences) is its forward pass.
 
 
-def new_training(settings, runs_per_schedule=1):
-    inputs = finetune.read_inputs(settings, runs_per_schedule)
+def new_training(settings, schedule_stretch=1):
+    inputs = finetune.read_inputs(settings, schedule_stretch)
     _, state = finetune.open_run(inputs)
-    return finetune.start_training(inputs, state)
+    return finetune.prepare_training(inputs, state)
 
 
 def finetune_settings(inputs, out, task="rte", family="bert", **changes):
@@ -1340,7 +1340,7 @@ def test_the_floor_is_the_score_of_always_answering_the_most_frequent_class(resu
 
 # IMP on a task differs from IMP on text: it trains before its first pruning; it leaves the word embeddings dense; and
 # each round is a fine-tuning of its own, with a new task head. In each round the learning rate begins anew and, as in
-# the released code, falls by a tenth only, as if ten such rounds followed each other (runs_per_schedule=10).
+# the released code, falls by a tenth only, as if ten such rounds followed each other (schedule_stretch=10).
 
 IMP_SEARCH = {"find": "imp", "sparsity": 0.25}
 
@@ -1360,7 +1360,7 @@ def test_imp_on_a_task_finds_the_masks_of_fine_tunings_opened_round_by_round(inp
     mask_file = None
     for number, level in enumerate((0.1, 0.2, 0.25), 1):
         settings = finetune_settings(inputs, tmp_path / str(number), mask=mask_file, model=str(inputs / "bert"))
-        training = new_training(settings, runs_per_schedule=10)
+        training = new_training(settings, schedule_stretch=10)
         finetune.train(training)
         magnitudes = {name: training.model.get_parameter(name).abs() for name in names}  # 0 where pruned
         masks = prune_all_by_sorting(magnitudes, level)
