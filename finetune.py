@@ -10,7 +10,7 @@ position embeddings, the task head). In tamt.py it is the other way round. In sh
     for batch in batches:                                   train
         gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
         W = adamw(W, gradient)                              optimizer_step, which also clips the gradients
-        now and then: evaluate                              record_evaluation
+        now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
 A test compares train() with such a loop, in which torch.nn.utils.prune applies the mask: the weights are equal, bit for
@@ -31,7 +31,7 @@ Methods of other papers follow. Skip them if you came for TAMT:
     Appendix A                    what differs from the released code; ablations, states, records, predictions, export
     Appendix B                    settings and the command line
 
-Functions hand on these objects:
+Functions hand on these objects, Settings -> Run -> Inputs -> Training -> the content of result.json:
 
     Settings      what the user asked for; its fields are named like the flags
     Run           the settings of one fine-tuning, with every default filled in
@@ -50,18 +50,18 @@ and use these words:
     update      one batch, and one step of the optimizer; a "step" in files and on the screen is the number of an update
     search      what --find does: several fine-tunings in a row, which in IMP are called rounds
 
-"Released code" is that of three papers: for fine-tuning TAMT (Liu et al. 2022, glue_trans.py), for IMP BERT-Tickets
-(Chen et al. 2020, LT_glue.py), and for Super Tickets Liang et al. 2021 (mt_dnn). A function that is called in chapters
-1 to 8 and not defined there is in an appendix. From the other modules come the network (bert.py), vocabularies and
-random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and folders (tamt.py). Many
-objects and functions have the names of those in tamt.py, because they do here what those do there. Of its appendices
-these are called here:
+"Released code" is that of TAMT (Liu et al. 2022, glue_trans.py) in chapters 1 to 5, that of BERT-Tickets (Chen et al.
+2020, LT_glue.py) in chapter 6, and that of Super Tickets (Liang et al. 2021, mt_dnn) in chapters 7 and 8. A function
+that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the network
+(bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and
+folders (tamt.py). Where names are those of tamt.py, objects and functions play the same part here as there. These come
+from its appendices, and do not explain themselves:
 
-    tamt.load_model             the model and vocabulary of a name or a folder
     tamt.read_mask              the masks of a mask file, and what it says of itself
     tamt.open_folder            the result or the state that --resume finds
     tamt.seed_dropout           the dropout of an update follows from its number alone
     tamt.optimizer_settings     makes torch's AdamW compute the released optimizer
+    tamt.sparsity_report        the fractions that masks prune
     tamt.plain                  a value as JSON takes it
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
@@ -106,7 +106,7 @@ def fine_tune(settings: Settings) -> dict:
     if settings.find:
         return find_ticket(settings)  # chapters 6 and 7
     inputs = read_inputs(settings)
-    result, state = open_run(inputs)  # with --resume: that of a finished run, or that of an interrupted one
+    result, state = open_run(inputs)  # with --resume: the result of a finished run, or the state to continue from
     if result is not None:
         return result
     training = prepare_training(inputs, state)
@@ -136,15 +136,15 @@ class Inputs:
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
     model: bert.Model  # the pre-trained one; prepare_training turns this very object into the network that trains
-    matrices: list[str]  # names of those of the pre-trained model; IMP prunes no others, such as a fresh pooler
+    matrices: list[str]  # names of the maskable matrices of the checkpoint; a fresh pooler is not among them
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
 
 def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    schedule_stretch: the learning rate falls as if the run were so many times as long: with 1 to 0 at its end, with 10,
-    for a round of IMP, by a tenth."""
+    schedule_stretch: the learning rate falls as if the run were this many times as long. With 1 it reaches 0 at the
+    end; with 10, as in a round of IMP, it falls by a tenth."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -177,6 +177,14 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     return result, state
 
 
+# A ticket is applied in one of three ways:
+#
+#     ordinary ticket, one task   entries are set to 0 once, and their gradients in each update; chapter 2
+#     Super Ticket, one task      heads and FFNs are cut out, so the network trains faster; chapter 7
+#     several tasks               the weights stay whole, since each task prunes other ones, and a forward pass
+#                                 multiplies them by the masks of its task, as in tamt.py; chapter 8
+
+
 def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     """Encodes the examples, and turns the pre-trained model into the pruned network that trains. state: of an
     interrupted run, or None."""
@@ -204,7 +212,8 @@ class Training:
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
                  shared_encoder: SharedEncoder | None):
-        """gradient_masks: those of apply_ticket. shared_encoder: None unless there are several tasks."""
+        """gradient_masks: {name of a matrix: mask}, which gradients are multiplied with; {} if none is needed.
+        shared_encoder: None unless there are several tasks."""
         self.inputs = inputs
         self.run = inputs.run
         self.encoded_tasks = encoded_tasks
@@ -214,7 +223,7 @@ class Training:
         self.parameters = dict(self.model.named_parameters())  # all that trains
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
         self.updates_done = 0
-        self.batches = None  # those of the epoch
+        self.batches = None  # of the current epoch, made by next_batch
         self.loss_since_evaluation = 0.0  # the sum over the updates since the last evaluation
         self.history = []  # the evaluations: {"step": 50, "loss": .7, "accuracy": .8}
         self.saved_at = time.time()  # when state.pt was written last
@@ -340,7 +349,7 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # several tasks (chapter 8) need the same, since none of them is SQuAD
+    add_or_remove_pooler(model, tasks[0])  # for all tasks: only SQuAD differs, and it shares no encoder
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
     if len(tasks) == 1:
@@ -373,20 +382,12 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-# A ticket is applied in one of three ways:
-#
-#     ordinary ticket, one task   entries are set to 0 once, and their gradients in each update    zero_pruned_weights
-#     Super Ticket, one task      heads and FFNs are cut out, so the network trains faster         chapter 7
-#     several tasks               W stays whole, since each task prunes another part of it; a      chapter 8
-#                                 forward pass computes with W * mask, as in tamt.py
-
-
 def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
     """Prunes the network of a single task -> {name of a matrix: mask}, which its gradients are multiplied with; {} for
     a Super Ticket, after which there is nothing left to mask."""
     if ticket.is_super:
         removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-        cut_out_units(model, removed_heads, removed_ffns)
+        cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
         return {}
     return zero_pruned_weights(model, ticket)
 
@@ -575,7 +576,7 @@ def evaluate_if_due(training: Training, progress: Progress):
 
 
 def save_state_if_due(training: Training):
-    """After each epoch, and when the last state is old."""
+    """After each epoch (the last one, too, since finish may be killed), and when the last state is old."""
     if is_epoch_end(training) or time.time() - training.saved_at > tamt.SAVE_SECONDS:
         training.saved_at = time.time()
         save_state(training)
@@ -769,7 +770,7 @@ LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twe
 
 
 def find_super(settings) -> dict:
-    """Super Tickets (Liang et al. 2021) -> the content of mask.json. In short:
+    """Finds Super Tickets (Liang et al. 2021) -> the content of mask.json. In short:
 
         fine-tune the whole network; measure how important each unit is
         for each order and level:
@@ -782,7 +783,7 @@ def find_super(settings) -> dict:
     start_time = time.time()
     search_settings = open_search(settings)
 
-    # Fine-tune the whole network, and write all tickets.
+    # Fine-tune the whole network. This run writes all tickets, too.
     result_of = {}  # {name of a ticket: its result}
     inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
     save_tickets = partial(save_super_tickets, folder=search_settings.out)
@@ -806,6 +807,20 @@ def find_super(settings) -> dict:
     return finish_search(search_settings, best_file, {"curve": curve}, start_time)
 
 
+def save_super_tickets(training: Training, folder: Path):
+    """Measures the importance of all units, and writes it, and the tickets of all orders and levels."""
+    head_importance, ffn_importance = measure_importance(training)  # (L, H), (L,)
+    tamt.write_json(folder / "importance.json", {
+        "heads": head_importance.tolist(), "ffn": ffn_importance.tolist()})
+    for order in ORDERS:
+        for level in LEVELS:
+            removed_heads, removed_ffns = choose_units(
+                head_importance, ffn_importance, order, level, training.run.seed)
+            masks = masks_from_units(training.model.config, removed_heads, removed_ffns)
+            save_ticket(folder / f"{order}-{level}.pt", training, masks, {
+                "method": "super", "order": order, "level": level})
+
+
 def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
     """How much of the model remains under each ticket, and what it scores. Prints it, too."""
     curve = []
@@ -824,7 +839,7 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
 def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
     """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
     in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py). An
-    FFN is alone in its layer."""
+    FFN is alone in its layer, so its importance is not divided by anything."""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -887,20 +902,6 @@ def recorded_outputs(model):
 # 7c. Which units go, and tickets that say so.
 
 
-def save_super_tickets(training: Training, folder: Path):
-    """Measures the importance of all units, and writes it, and the tickets of all orders and levels."""
-    head_importance, ffn_importance = measure_importance(training)  # (L, H), (L,)
-    tamt.write_json(folder / "importance.json", {
-        "heads": head_importance.tolist(), "ffn": ffn_importance.tolist()})
-    for order in ORDERS:
-        for level in LEVELS:
-            removed_heads, removed_ffns = choose_units(
-                head_importance, ffn_importance, order, level, training.run.seed)
-            masks = masks_from_units(training.model.config, removed_heads, removed_ffns)
-            save_ticket(folder / f"{order}-{level}.pt", training, masks, {
-                "method": "super", "order": order, "level": level})
-
-
 def choose_units(head_importance, ffn_importance, order: str, level: int, seed: int):
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
@@ -934,7 +935,9 @@ def masks_from_units(config, removed_heads, removed_ffns) -> dict[str, torch.Ten
     """removed_heads (L, H), removed_ffns (L,) -> the masks of the six matrices of each layer. A head has rows in query,
     key and value, and columns in the output matrix, which reads its context vector.
 
-    So a Super Ticket is a mask file like any other, and all tools read it. units_from_masks() gets the units back."""
+    So a Super Ticket is a mask file like any other, and all tools read it. units_from_masks() gets the units back.
+    Biases have no masks: a masked head adds nothing, since its output columns are masked, too, but a masked FFN would
+    still add its output bias. So where a Super Ticket is applied, its FFNs are skipped as a whole."""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -1049,8 +1052,8 @@ class SharedEncoder:
         if tickets:
             self.masked_layers = tamt.install_masked_layers(model)
             for layer in model.backbone.encoder.layer:
-                # A masked head adds nothing, but a masked FFN would still add its output bias; so it is skipped. This
-                # comes after the masked layers, since layer.output.dense is one of them.
+                # So that FFNs can be skipped (masks_from_units says why). This comes after the masked layers, since
+                # layer.output.dense is one of them.
                 layer.output = SkippableResidual(layer.output)
 
         device = next(model.parameters()).device

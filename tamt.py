@@ -14,7 +14,7 @@ that takes each, and the equation of the paper:
        repeat, each time with other rows:                            train_scores
     5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
            to the mask is used as that of the scores
-    6      Adam moves the scores, by gradients of norm 1 at most     optimizer_step
+    6      Adam moves the scores (kd: with a weight decay of .01)    optimizer_step
     7      new mask: keep the highest scores of all matrices         renew_masks            Eq. 2, 3
     8  save the mask, and say what it is worth on held-out text      finish
 
@@ -128,7 +128,7 @@ def find_mask(settings: Settings) -> dict:
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
-    machine = start_machine(settings.device, settings.dtype)  # device, type of numbers, and which process this is
+    machine = start_machine(settings.device, settings.dtype)
     with first_process_first(machine):  # the first one downloads and tokenises, and the others find its files
         inputs = read_inputs(settings, machine)  # steps 1 and 2
     run = inputs.run
@@ -146,7 +146,8 @@ def find_mask(settings: Settings) -> dict:
 def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     """Steps 3 to 7 -> {name of a matrix: its mask}. state: of an interrupted run, or None."""
     run = inputs.run
-    masked_layers = install_masked_layers(inputs.model, run.scope)  # inputs.model computes with masks from here on
+    # From here on inputs.model computes with the masks of these layers; the masks that are returned are the same ones.
+    masked_layers = install_masked_layers(inputs.model, run.scope)
     if run.method == "tamt":
         learn_by_tamt(inputs, masked_layers, state)
     elif run.method == "imp":
@@ -160,8 +161,7 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     """Steps 3 to 7 of task-agnostic mask training. They leave the masks in the layers."""
     run = inputs.run
     masks = first_masks(masked_layers, run)  # step 3
-    # Step 4. FastScores does what Scores does, faster (appendix B).
-    scores = FastScores(masked_layers, masks, run.sparsity, run.rank)
+    scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
     # If all matrices are ranked together, entries that no gradient reaches, such as those of the pooler, keep their
     # mask. And step 3 has rounded in each matrix; a few entries change sides, so that the count of all is exact.
     prepare_global_ranking(scores, inputs)
@@ -184,7 +184,7 @@ def train_scores(training: Training):
         renew_masks(training)  # step 7
         report_progress(training, loss_value, learning_rate)  # the log, dev losses, and masks on the way
         save_state_if_due(training)
-    rewind_weights(training)  # with mlm those of the head; the masks are the result
+    rewind_weights(training)  # with mlm the head gets its old weights back; only the masks are kept
 
 
 @dataclass
@@ -353,7 +353,7 @@ def install_masked_layers(model: bert.Model, scope: str = "all") -> dict[str, Ma
 
 def set_masks(masked_layers: dict, masks: dict):
     """Sets the mask of each layer; one that has none in `masks` keeps everything. (Not for layers with scores, whose
-    masks are views.)"""
+    masks are views of a vector in Scores.)"""
     for name, layer in masked_layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -452,25 +452,45 @@ START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 class Scores:
     """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
 
-    (The program makes FastScores, a subclass in appendix B, which finds the same masks faster.)"""
+    All scores lie in one long vector, and so do all masks:
+
+        all_scores  | scores of the first matrix, row by row | scores of the second | ...
+        all_masks   | mask of the first matrix               | mask of the second   | ...
+
+    layer.scores and layer.mask are views of stretches of these: what the optimizer writes into layer.scores is what is
+    ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
+    changed in place."""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
         """masks {name: mask}, those of step 3; rank as in masks_of_largest."""
         self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
-        for name, layer in masked_layers.items():
-            layer.mask = masks[name].clone()
-            layer.scores = nn.Parameter(START_SCORE * masks[name].float())  # Eq. 5
+        self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
+        self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
+        begin = 0
+        for layer in masked_layers.values():
+            end = begin + layer.weight.numel()
+            layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
+            layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
+            begin = end
+        # A pool is a stretch of scores that compete: all of them (global), or those of a matrix (local). For N:M, where
+        # the groups of a row compete, there are none.
+        self.pools = make_pools(masked_layers, sparsity, rank)
 
     @torch.no_grad()
     def update_masks(self):
         """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In Eq. 3 a threshold
         decides; any threshold between the lowest kept and the highest pruned score gives these masks. (Eq. 3 has |S|.
         As in the released code, the sign counts here.)"""
-        scores = {name: layer.scores for name, layer in self.masked_layers.items()}
-        for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
-            self.masked_layers[name].mask.copy_(mask)
+        for pool in self.pools:
+            # This writes the mask that keep_largest would return, in a fraction of the time (appendix B).
+            rank_again(self.all_scores[pool.begin:pool.end], pool, self.all_masks[pool.begin:pool.end])
+
+        if not self.pools:  # N:M
+            scores = {name: layer.scores for name, layer in self.masked_layers.items()}
+            for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
+                self.masked_layers[name].mask.copy_(mask)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -486,7 +506,7 @@ class Scores:
 class Batch:
     """The rows of one update, and what masked LM makes of them; all arrays (rows, T)."""
     input_ids: np.ndarray  # int64
-    corrupted_ids: np.ndarray  # int64; kd does not use them, but dev_mlm_loss does
+    corrupted_ids: np.ndarray  # int64; for masked LM
     is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
     is_token: np.ndarray  # bool: False at padding
 
@@ -651,10 +671,10 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 class Training:
-    """The training of a run: what it is given, and what changes from update to update (state.pt keeps that). Making one
-    unfreezes what trains."""
+    """The training of a run: what it is given, and what changes from update to update, which state.pt keeps. Making one
+    unfreezes what is to train."""
 
-    def __init__(self, inputs: Inputs, masked_layers: dict, scores: FastScores | None):
+    def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None):
         """scores: None with imp, where weights train."""
         run = inputs.run
         self.inputs = inputs
@@ -675,7 +695,7 @@ class Training:
         self.saved_at = time.time()  # when state.pt was written last
 
 
-def prepare_training(inputs: Inputs, masked_layers: dict, scores: FastScores | None, state: dict | None) -> Training:
+def prepare_training(inputs: Inputs, masked_layers: dict, scores: Scores | None, state: dict | None) -> Training:
     """state: of an interrupted run; it takes the place of the first masks and scores."""
     run = inputs.run
     print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
@@ -909,7 +929,7 @@ def refresh_as_released(training: Training):
 
 
 @torch.no_grad()
-def set_thresholds(scores: FastScores):
+def set_thresholds(scores: Scores):
     """The threshold of a pool becomes its largest pruned score."""
     for pool in scores.pools:
         values = scores.all_scores[pool.begin:pool.end]
@@ -918,7 +938,7 @@ def set_thresholds(scores: FastScores):
 
 
 @torch.no_grad()
-def apply_old_thresholds(scores: FastScores):
+def apply_old_thresholds(scores: Scores):
     """In place of update_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
     for pool in scores.pools:
         values = scores.all_scores[pool.begin:pool.end]
@@ -935,7 +955,7 @@ def is_refresh_due(run: Run, updates_done: int) -> bool:
     return updates_done % run.refresh_every == 0
 
 
-def prepare_global_ranking(scores: FastScores, inputs: Inputs):
+def prepare_global_ranking(scores: Scores, inputs: Inputs):
     """Two corrections before all matrices are ranked together for the first time. (With another --rank there are
     none.)"""
     if scores.rank == "global":
@@ -956,7 +976,7 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
         layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
 
 
-def make_start_exact(scores: FastScores):
+def make_start_exact(scores: Scores):
     """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
     rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
     round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
@@ -1035,44 +1055,8 @@ class Pool:
     radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
 
 
-class FastScores(Scores):
-    """Scores whose masks are made faster: only scores near the last threshold are sorted. The masks are the same. With
-    N:M, where groups are small, there is nothing to gain.
-
-    All scores lie in one long vector, and so do all masks:
-
-        all_scores  | scores of the first matrix, row by row | scores of the second | ...
-        all_masks   | mask of the first matrix               | mask of the second   | ...
-
-    layer.scores and layer.mask are views of stretches of these: what the optimizer writes into layer.scores is what is
-    ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
-    changed in place."""
-
-    def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
-        super().__init__(masked_layers, masks, sparsity, rank)
-        self.pools = make_pools(masked_layers, sparsity, rank)
-        self.all_masks = torch.cat([layer.mask.flatten() for layer in masked_layers.values()])
-        self.all_scores = torch.cat([layer.scores.data.flatten() for layer in masked_layers.values()])
-        begin = 0
-        for layer in masked_layers.values():
-            end = begin + layer.weight.numel()
-            layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
-            layer.scores.data = self.all_scores[begin:end].view(layer.weight.shape)
-            begin = end
-
-    @torch.no_grad()
-    def update_masks(self):
-        if not self.pools:
-            super().update_masks()
-        for pool in self.pools:
-            values = self.all_scores[pool.begin:pool.end]
-            mask = self.all_masks[pool.begin:pool.end]
-            rank_again(values, pool, mask)
-
-
 def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
-    """One pool of all scores (global), or one for each matrix (local). With N:M the groups of a row compete, and there
-    are no pools."""
+    """One pool of all scores (global), one for each matrix (local), or none (N:M)."""
     sizes = [layer.weight.numel() for layer in masked_layers.values()]
     if rank == "global":
         return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]

@@ -601,7 +601,7 @@ def test_2_to_4_magnitude_masks_prune_the_two_smallest_weights_of_every_four(mas
 
 def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(masked_layers, masks):
     """Eq. 5 of the paper: 2 phi and 0, with the threshold phi = 0.01 between them."""
-    tamt.FastScores(masked_layers, masks, 0.6, "local")  # gives each layer its scores; all are trained
+    tamt.Scores(masked_layers, masks, 0.6, "local")  # gives each layer its scores; all are trained
     for name, layer in masked_layers.items():
         assert torch.equal(layer.scores, 0.02 * masks[name])
 

@@ -222,7 +222,7 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.install_masked_layers(model, run.scope)
     inputs = tamt.Inputs(run, {}, model, vocabulary, rows, dev_rows=None)
-    scores = tamt.FastScores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
+    scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
     tamt.prepare_global_ranking(scores, inputs)
     spread(scores)
     training = tamt.Training(inputs, layers, scores)
@@ -230,7 +230,7 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     return training
 
 
-def spread(scores: tamt.FastScores):
+def spread(scores: tamt.Scores):
     """Gives scores the values that they have after some training, around 0 and around START_SCORE. The two values of
     the start are cheaper to rank. Infinite scores are pinned, and stay."""
     noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)

@@ -168,7 +168,7 @@ def begin(settings):
     layers = tamt.install_masked_layers(inputs.model, run.scope)
     scores = None
     if run.method == "tamt":
-        scores = tamt.FastScores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
+        scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
         tamt.prepare_global_ranking(scores, inputs)
     inputs.model.train()
     return tamt.Training(inputs, layers, scores)

@@ -184,7 +184,7 @@ def test_the_dev_kd_loss_is_the_mean_over_batches_of_clean_text(dev_batches):
 def test_every_masked_matrix_but_the_pooler_gets_a_gradient(model):
     """The hidden states, which both losses read, depend on all of them."""
     layers = tamt.install_masked_layers(model.requires_grad_(False))
-    tamt.FastScores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6, "local")
+    tamt.Scores(layers, tamt.magnitude_masks(layers, 0.6, "local"), 0.6, "local")
     model(ordinary_ids(model))[-1].square().sum().backward()
     without_gradient = [name for name, layer in layers.items() if layer.scores.grad is None]
     assert without_gradient == [f"{model.config.model_type}.pooler.dense.weight"]

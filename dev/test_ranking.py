@@ -70,7 +70,7 @@ def test_more_than_255_entries_of_a_group_may_be_kept():
 def local_scores(masked_layers):
     """Scores that start from OMP at 70 %, ranked inside each matrix -> the start mask, and the scores."""
     start = tamt.magnitude_masks(masked_layers, 0.7, "local")
-    return start, tamt.FastScores(masked_layers, start, 0.7, "local")
+    return start, tamt.Scores(masked_layers, start, 0.7, "local")
 
 
 def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scores):
@@ -95,23 +95,21 @@ def global_scores(masked_layers):
     each matrix, so its total may differ from 70 % of all entries by a few."""
     start = tamt.magnitude_masks(masked_layers, 0.7, "local")
     assert num_pruned(start) != round(num_entries(start) * 0.7)
-    scores = tamt.FastScores(masked_layers, start, 0.7, "global")
+    scores = tamt.Scores(masked_layers, start, 0.7, "global")
     tamt.make_start_exact(scores)
     return start, scores
 
 
-@pytest.mark.parametrize("rank", ["global", "local"])
-def test_fast_scores_give_the_masks_of_plain_scores(masked_layers, rank):
+@pytest.mark.parametrize("rank", ["global", "local", "2:4"])
+def test_scores_have_the_masks_of_a_sort_of_all_scores(masked_layers, rank):
     """After moves of all sizes, small ones first, as in training."""
-    scores = tamt.FastScores(masked_layers, tamt.magnitude_masks(masked_layers, 0.7, rank), 0.7, rank)
+    scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.7, rank), 0.7, rank)
     generator = torch.Generator().manual_seed(0)
     for size in [1e-4] * 5 + [1e-2] * 5 + [1.0] * 2:
         scores.all_scores.add_(size * torch.randn(scores.all_scores.shape, generator=generator))
         scores.update_masks()
-        fast_masks = scores.all_masks.clone()
-        scores.all_masks.fill_(False)
-        tamt.Scores.update_masks(scores)
-        assert torch.equal(fast_masks, scores.all_masks)
+        expected = tamt.masks_of_largest({name: layer.scores for name, layer in masked_layers.items()}, 0.7, rank)
+        assert same_masks(masks_of(masked_layers), expected)
 
 
 @pytest.mark.usefixtures("global_scores")
@@ -239,7 +237,7 @@ def test_random_masks_depend_on_their_seed_alone(masked_layers):
 def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
     """A layer's scores and mask are views of the long vectors that are ranked."""
     layers = tamt.install_masked_layers(model)
-    scores = tamt.FastScores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
+    scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
     for layer in layers.values():
         layer.scores.data.normal_()
     scores.update_masks()
@@ -296,7 +294,7 @@ def test_prune_smallest_near_equals_keep_largest_whatever_the_guess():
 def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
     """Their threshold is minus infinity after a refresh, and moves away without end otherwise."""
     start = tamt.magnitude_masks(masked_layers, 0.0, "local")
-    scores = tamt.FastScores(masked_layers, start, 0.0, "local")
+    scores = tamt.Scores(masked_layers, start, 0.0, "local")
     for _ in range(1200):
         scores.update_masks()
     tamt.set_thresholds(scores)

@@ -64,7 +64,7 @@ def begin_as_released(tmp_path, objective, num_updates):
     model, vocabulary = tamt.open_model(settings, machine)
     run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.install_masked_layers(model)
-    scores = tamt.FastScores(layers, tamt.first_masks(layers, run), 0.75, "local")
+    scores = tamt.Scores(layers, tamt.first_masks(layers, run), 0.75, "local")
     model.train()
     inputs = tamt.Inputs(run, {}, model, vocabulary, rows=None, dev_rows=None)
     return tamt.Training(inputs, layers, scores)
