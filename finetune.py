@@ -208,7 +208,7 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
 
 
 class Training:
-    """A fine-tuning in progress. What its updates change is saved in state.pt."""
+    """A fine-tuning in progress. All that the next update depends on is saved in state.pt."""
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
                  shared_encoder: SharedEncoder | None):
@@ -779,7 +779,7 @@ def find_super(settings) -> dict:
             fine-tune W without these units
         of the "winning" tickets the best on dev becomes mask.pt
 
-    (The paper calls only the last one the super ticket; here all that remove units are called so.)"""
+    (The paper calls only that one, the best, the super ticket; here all that remove units are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
 
@@ -962,14 +962,14 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
     for index in range(config.num_hidden_layers):
         layer = f"{config.model_type}.encoder.layer.{index}"
         first_row = ticket.masks[f"{layer}.attention.output.dense.weight"][0]
-        removed_heads.append(~first_row[::head_size].cpu().numpy())  # the first entry of each head
+        removed_heads.append(~first_row[::head_size].numpy())  # the first entry of each head
         removed_ffns.append(not ticket.masks[f"{layer}.output.dense.weight"].any())
     removed_heads = np.stack(removed_heads)
     removed_ffns = np.array(removed_ffns)
 
     expected = masks_from_units(config, removed_heads, removed_ffns)
     is_whole = ticket.masks.keys() == expected.keys()
-    is_whole = is_whole and all(torch.equal(ticket.masks[name].cpu(), expected[name]) for name in expected)
+    is_whole = is_whole and all(torch.equal(ticket.masks[name], expected[name]) for name in expected)
     leaves_no_head = removed_heads.all(axis=1).any()  # in some layer
     if leaves_no_head or not is_whole:
         raise ValueError(f"{ticket.file}: a Super Ticket takes out whole heads, not all of a layer, and whole "

@@ -29,7 +29,8 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
         mask = largest(scores, within="all matrices")                # 7
 
 A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
-this file makes it fast, resumable, or equal to the released code.
+this file makes it fast, resumable, or equal to the released code. (One thing is left out above: in a ranking of all
+matrices, entries that no gradient reaches, such as those of the pooler, keep their first mask.)
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -785,8 +786,8 @@ def renew_masks(training: Training):
 
 
 def rewind_weights(training: Training):
-    """Sets all weights that were trained back to their starting values; the scores stay. (Only for the end: training on
-    would change the starting values, too.)"""
+    """Sets all weights that were trained back to their starting values; the scores stay. (These are the same tensors,
+    not copies: training on with them would change the starting values.)"""
     for name, weight in training.starting_weights.items():
         training.parameters[name].data = weight
 

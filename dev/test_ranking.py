@@ -59,8 +59,7 @@ def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
         assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
 
 
-def test_more_than_255_entries_of_a_group_may_be_kept():
-    """Eight bits would be too few to count them."""
+def test_groups_may_be_large():
     mask = tamt.keep_largest_of_groups(torch.zeros(2, 800), 300, 400)
     expected = torch.arange(800).remainder(400) < 300  # of equal entries the first stay
     assert torch.equal(mask, expected.expand(2, 800))
@@ -100,7 +99,7 @@ def global_scores(masked_layers):
     return start, scores
 
 
-@pytest.mark.parametrize("rank", ["global", "local", "2:4"])
+@pytest.mark.parametrize("rank", ["global", "local"])
 def test_scores_have_the_masks_of_a_sort_of_all_scores(masked_layers, rank):
     """After moves of all sizes, small ones first, as in training."""
     scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.7, rank), 0.7, rank)
@@ -110,6 +109,21 @@ def test_scores_have_the_masks_of_a_sort_of_all_scores(masked_layers, rank):
         scores.update_masks()
         expected = tamt.masks_of_largest({name: layer.scores for name, layer in masked_layers.items()}, 0.7, rank)
         assert same_masks(masks_of(masked_layers), expected)
+
+
+def test_scores_have_the_masks_of_a_count_in_each_group(masked_layers):
+    """2:4: an entry stays if fewer than two of its group are larger, or equal and further left."""
+    scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.5, "2:4"), 0.5, "2:4")
+    scores.all_scores.copy_(torch.randint(-3, 4, scores.all_scores.shape, generator=torch.Generator().manual_seed(0)))
+    scores.update_masks()
+    position = torch.arange(4)
+    is_left = position[None, :] < position[:, None]
+    for layer in masked_layers.values():
+        groups = layer.scores.detach().view(-1, 4)
+        others = groups[:, None, :]
+        own = groups[:, :, None]
+        num_ahead = ((others > own) | ((others == own) & is_left)).sum(2)
+        assert torch.equal(layer.mask.view(-1, 4), num_ahead < 2)
 
 
 @pytest.mark.usefixtures("global_scores")
