@@ -722,6 +722,7 @@ def run_of_search(search_settings: Settings, inputs: Inputs, save_tickets) -> di
 
 
 def save_imp_ticket(training: Training, path: Path, sparsity: float, rank: str, scope: str):
+    """Prunes up to this sparsity, and writes the masks, those of the next round."""
     masks = next_masks(training, sparsity, rank, scope)
     save_ticket(path, training, masks, {"method": "imp", "rank": rank, "scope": scope})
 

@@ -152,7 +152,7 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     if run.method == "tamt":
         learn_by_tamt(inputs, masked_layers, state)
     elif run.method == "imp":
-        learn_by_imp(inputs, masked_layers, state)
+        train_imp(prepare_training(inputs, masked_layers, None, state))  # without scores; a chapter of its own
     else:  # omp and random end with step 3
         set_masks(masked_layers, first_masks(masked_layers, run))
     return current_masks(masked_layers)
@@ -672,8 +672,8 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 class Training:
-    """The training of a run: what it is given, and what changes from update to update, which state.pt keeps. Making one
-    unfreezes what is to train."""
+    """The training of a run: what it is given, and what changes from update to update, which state.pt keeps. The
+    constructor unfreezes the parameters that train."""
 
     def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None):
         """scores: None with imp, where weights train."""
@@ -697,7 +697,7 @@ class Training:
 
 
 def prepare_training(inputs: Inputs, masked_layers: dict, scores: Scores | None, state: dict | None) -> Training:
-    """state: of an interrupted run; it takes the place of the first masks and scores."""
+    """A training at its start; or, with the state of an interrupted run, where that run stopped."""
     run = inputs.run
     print(f"{len(inputs.rows):,} rows of {run.seq_len} tokens, {run.num_updates:,} updates, lr {run.lr:.3g} "
           f"({run.lr_reason})")
@@ -708,16 +708,16 @@ def prepare_training(inputs: Inputs, masked_layers: dict, scores: Scores | None,
 
 
 def unfreeze(model, run: Run) -> dict[str, nn.Parameter]:
-    """Lets train what is to be trained -> {name: parameter} of it. All else stays frozen."""
+    """Unfreezes the parameters that train in this run, and freezes all others -> {name: parameter} of the former."""
     trained = {}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_to_train(name, run))
+        parameter.requires_grad_(should_train(name, run))
         if parameter.requires_grad:
             trained[name] = parameter
     return trained
 
 
-def is_to_train(name: str, run: Run) -> bool:
+def should_train(name: str, run: Run) -> bool:
     """With tamt the scores are trained (Scores has put them into the layers), and for masked LM its head without the
     decoder (TAMT masking/maskers.py:524); with imp all weights but the pooler's."""
     if "pooler" in name:  # no loss reads it
@@ -795,11 +795,6 @@ def rewind_weights(training: Training):
 # ---------------------------------------------------------------------------------------------------
 # Iterative magnitude pruning, the baseline that trains W
 # ---------------------------------------------------------------------------------------------------
-
-
-def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
-    training = prepare_training(inputs, masked_layers, None, state)  # without scores
-    train_imp(training)
 
 
 def train_imp(training: Training):
