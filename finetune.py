@@ -169,7 +169,8 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     """Opens the folder of the run. With --resume it returns (result, None) if the run is finished there, and
-    (None, state) if it was interrupted. Else it returns (None, None), and the files of an earlier run are removed."""
+    (None, state) if it was interrupted. Else it returns (None, None), and the result, the state and the log of an
+    earlier run are removed. Raises ValueError for another run, or an unfinished one without --resume."""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -208,7 +209,7 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
 
 
 class Training:
-    """A fine-tuning in progress. All that the next update depends on is saved in state.pt."""
+    """A fine-tuning in progress. state.pt keeps what cannot be made again from the Inputs."""
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
                  shared_encoder: SharedEncoder | None):
@@ -523,7 +524,7 @@ def train(training: Training):
 
 
 def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
-    """The next task, and indices into its training set."""
+    """The batch of the next update: a task, and indices into its training set."""
     epoch, place = divmod(training.updates_done, training.updates_per_epoch)
     if place == 0 or training.batches is None:  # an epoch begins, or a resumed run goes on inside one
         training.batches = epoch_batches(training.encoded_tasks, training.run, epoch)
@@ -531,7 +532,8 @@ def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
 
 
 def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
-    """The batches of an epoch, as pairs (task, indices into its training set). Several tasks take turns at random."""
+    """The batches of an epoch, as pairs (task, indices into its training set). Those of several tasks are
+    shuffled together, so a large task has more of them."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
     for encoded_task in encoded_tasks:
@@ -625,8 +627,8 @@ def finish(training: Training) -> dict:
 
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
-    best: the highest of many evaluations on dev, so a little too high; final: the last one; floor: what always
-    answering the most frequent class scores."""
+    best: the evaluation on dev that is highest in the first metric, so a little too high; final: the last one; floor:
+    what always answering the most frequent class of dev scores, 0 for numbers and answers."""
     run = training.run
     for encoded_task in training.encoded_tasks:
         if run.predict:
@@ -1042,8 +1044,8 @@ def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
 class SharedEncoder:
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
-    As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. The weights
-    themselves keep all their values, and each gets gradients only from the tasks that keep it."""
+    As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. No weight is
+    set to 0, and each gets gradients only from the tasks that keep it."""
 
     def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
         """model: with its task heads. tickets: none, or one for each task."""

@@ -29,9 +29,9 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
         mask = largest(scores, within="all matrices")                # 7
 
 A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
-this file makes it fast, resumable, or equal to the released code. Left out above: gradients are clipped, the learning rate
-falls, the student has dropout; and in a ranking of all matrices, entries that no gradient reaches, such as those of the
-pooler, keep their first mask, since their scores are infinite.
+this file makes it fast, resumable, or equal to the released code. Left out above: gradients are clipped, the learning
+rate falls, the student has dropout; and in a ranking of all matrices, entries that no gradient reaches, such as those
+of the pooler, keep their first mask, since their scores are infinite.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -483,8 +483,8 @@ class Scores:
     @torch.no_grad()
     def update_masks(self):
         """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In Eq. 3 a threshold
-        decides; one between the lowest kept and the highest pruned score gives these masks, if the two differ. (Eq. 3 has
-        |S|. As in the released code, the sign counts here.)"""
+        decides; one between the lowest kept and the highest pruned score gives these masks, if the two differ. (Eq. 3
+        has |S|. As in the released code, the sign counts here.)"""
         for pool in self.pools:
             # This writes the mask that keep_largest would return, in a fraction of the time (appendix B).
             rank_again(self.all_scores[pool.begin:pool.end], pool, self.all_masks[pool.begin:pool.end])
@@ -686,7 +686,7 @@ class Training:
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
         self.student = compile_if_asked(self.model, run)
-        # What the trained weights are at the start. (With kd there are none, with mlm those of the head, with imp all that train.)
+        # What the trained weights are at the start. (With kd there are none, with mlm those of the head.)
         self.starting_weights = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
