@@ -13,7 +13,7 @@
     rows = data.corpus_rows("text.txt", vocabulary, 128, "train")   # token ids (n, 128)
     indices = data.row_indices(len(rows), seed=1, start=0, count=16)  # the first 16 of a random order
     generator = data.random_stream(1, "corruption", 0)              # seed 1, update number 0
-    corrupted_ids, is_chosen = data.corrupt(rows[indices], vocabulary, generator)
+    corrupted_ids, is_predicted = data.corrupt(rows[indices], vocabulary, generator)
 
     chunk    2 MB of a file, as bytes or as text
     piece    a run of 2,000 characters or more (the last may be shorter), tokenised by itself
@@ -81,7 +81,7 @@ class Vocabulary:
 
     @property
     def special_ids(self) -> list[int]:
-        """The ids that are never chosen to be predicted."""
+        """The ids that are never to be predicted."""
         five_ids = [self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id]
         return five_ids + list(self.extra_special_ids)
 
@@ -402,21 +402,21 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masked-LM corruption of input_ids (B, T).
 
-    Each token that is not special is chosen with probability 0.15. Of the chosen ones 80 % become [MASK], 10 %
-    a random id of the whole vocabulary, special ones included, and 10 % stay as they are.
+    Each token that is not special is to be predicted with probability 0.15. Of these tokens 80 % become [MASK], 10 % a
+    random id of the whole vocabulary, special ones included, and 10 % stay as they are.
 
-    -> corrupted ids (B, T); is_chosen (B, T) bool, True where the original token is to be predicted."""
+    -> corrupted ids (B, T); is_predicted (B, T) bool, True where the original token is to be predicted."""
     is_special = np.isin(input_ids, vocabulary.special_ids)
-    is_chosen = (generator.random(input_ids.shape) < 0.15) & ~is_special
+    is_predicted = (generator.random(input_ids.shape) < 0.15) & ~is_special
 
     fate = generator.random(input_ids.shape)
     random_ids = generator.integers(vocabulary.size, size=input_ids.shape)
-    is_masked = is_chosen & (fate < 0.8)
-    is_random = is_chosen & (fate >= 0.8) & (fate < 0.9)
+    is_masked = is_predicted & (fate < 0.8)
+    is_random = is_predicted & (fate >= 0.8) & (fate < 0.9)
 
     corrupted_ids = np.where(is_masked, vocabulary.mask_id, input_ids)
     corrupted_ids = np.where(is_random, random_ids, corrupted_ids)
-    return corrupted_ids, is_chosen
+    return corrupted_ids, is_predicted
 
 
 # ---------------------------------------------------------------------------------------------------

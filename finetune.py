@@ -9,7 +9,7 @@ position embeddings, the task head). In tamt.py it is the other way round. In sh
     W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
         gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
-        W = adamw(W, gradient)                              optimizer_step, which also clips the gradients
+        W = adamw(W, gradient)                              clip_gradients, optimizer_step
         now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
@@ -515,7 +515,8 @@ def train(training: Training):
         loss = batch_loss(training, encoded_task, indices)
         loss.backward()
         zero_pruned_gradients(training)
-        loss_value = optimizer_step(training, loss, learning_rate)
+        loss_value = tamt.clip_gradients(training, loss, max_norm=1.0)
+        optimizer_step(training, learning_rate)
         training.loss_since_evaluation += loss_value
         training.updates_done += 1
         evaluate_if_due(training, progress)
@@ -552,22 +553,14 @@ def zero_pruned_gradients(training: Training):
         training.parameters[name].grad.mul_(mask)
 
 
-def optimizer_step(training: Training, loss, learning_rate: float) -> float:
-    """Clips the gradients, and lets AdamW move the weights -> the loss as a number. Raises ValueError if the loss or
-    its gradient is not finite, and then changes no weight."""
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), 1.0)  # to a norm of 1, as TAMT's code does
-    loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
-    if not math.isfinite(loss_value + norm):
-        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
-                         f"{training.updates_done + 1}: a lower --lr (here {learning_rate:g}) may help")
-
+def optimizer_step(training: Training, learning_rate: float):
+    """AdamW moves the weights against their gradients."""
     # The learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
     # (tamt.py, appendix A).
     options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    return loss_value
 
 
 def evaluate_if_due(training: Training, progress: Progress):

@@ -31,7 +31,7 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
 A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
 this file makes it fast, resumable, or equal to the released code. Left out above: gradients are clipped, the learning
 rate falls, the student has dropout; and in a ranking of all matrices, entries that no gradient reaches, such as those
-of the pooler, keep their first mask, since their scores are infinite.
+of the pooler, keep their first mask, because their scores are set to plus or minus infinity.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -61,7 +61,7 @@ Functions hand on these objects:
     Inputs      the Run, and the model, vocabulary and rows of text that were read
     Training    the Inputs, the optimizer, and how many updates are done
     Scores      all scores, and the masks that follow from them
-    Batch       the rows of one update; the network takes them in one or more micro-batches
+    Batch       the rows of one update; a MicroBatch those of one forward pass
 
 Words and letters:
 
@@ -69,7 +69,7 @@ Words and letters:
     masks       {name of a matrix: its mask}, which is what a run finds
     dense       without a mask
     W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
-    B, b, T     rows of a batch and of a micro-batch; tokens of a row
+    B, b, T     rows of a batch (an update) and of a micro-batch (a forward pass); tokens of a row
     D, L, V     hidden size; layers; words of the vocabulary
     P           positions that masked LM predicts
 
@@ -118,15 +118,15 @@ import data
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
 #     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
-#     run.batch_size                 rows of a micro-batch
-#     run.accumulate                 micro-batches of an update
+#     run.batch_size                 rows of a forward pass (of several processes: of all together)
+#     run.accumulate                 forward passes of an update
 #     run.trains                     False for omp and random
 #     run.machine                    the device, the type of numbers, and which of several processes this is
 
 
 def find_mask(settings: Settings) -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several
-    processes the first one saves and returns it, and the others return {}.)
+    processes the first one saves it, and the others return {}.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
@@ -135,8 +135,8 @@ def find_mask(settings: Settings) -> dict:
         inputs = read_inputs(settings, machine)  # steps 1 and 2
     run = inputs.run
 
-    # With --resume the folder holds either the result of a finished run, of which only --export may be left to do, or
-    # the state to continue from.
+    # With --resume the folder may hold the result of a finished run, of which only --export may be left to do, or the
+    # state to continue from. Otherwise both are None, and the run begins.
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
         export_finished(inputs)
@@ -164,9 +164,9 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     run = inputs.run
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
-    # If all matrices are ranked together, entries that no gradient reaches, such as those of the pooler, keep their
-    # mask. And step 3 has rounded in each matrix; a few entries change sides, so that the count of all is exact.
-    prepare_global_ranking(scores, inputs)
+    if run.rank == "global":  # two corrections before all matrices are ranked together (appendix A)
+        pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
+        make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
     training = prepare_training(inputs, masked_layers, scores, state)
     train_scores(training)  # steps 5 to 7
 
@@ -181,7 +181,8 @@ def train_scores(training: Training):
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
-        loss_value = optimizer_step(training, loss, learning_rate, training.updates_done + 1)  # step 6
+        loss_value = clip_gradients(training, loss, run.clip)
+        optimizer_step(training, learning_rate, training.updates_done + 1)  # step 6
         training.updates_done += 1
         renew_masks(training)  # step 7
         report_progress(training, loss_value, learning_rate)  # the log, dev losses, and masks on the way
@@ -263,7 +264,7 @@ class StraightThrough(torch.autograd.Function):
 
         d loss / d S  :=  d loss / d M  =  d loss / d (W * M) * W
 
-    There is no M on the right-hand side. So pruned weights get a gradient, too, and can come back.
+    On the right-hand side the factor is W, and not W * M. So pruned weights get a gradient, too, and can come back.
     """
 
     @staticmethod
@@ -451,6 +452,32 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 
 
+@dataclass
+class Pool:
+    """A stretch of the scores, which compete with each other and with no others."""
+    begin: int
+    end: int
+    num_pruned: int
+    # Kept scores lie at or above the threshold, pruned ones at or below it. Only the fast ranking (appendix B) and
+    # --refresh-every (appendix A) need it.
+    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
+    radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
+
+
+def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
+    """One pool of all scores (global), one for each matrix (local), or none (N:M: groups of a row compete)."""
+    sizes = [layer.weight.numel() for layer in masked_layers.values()]
+    if rank == "global":
+        return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]
+    pools = []
+    if rank == "local":
+        begin = 0
+        for size in sizes:
+            pools.append(Pool(begin, begin + size, round(size * sparsity)))
+            begin += size
+    return pools
+
+
 class Scores:
     """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
 
@@ -476,8 +503,6 @@ class Scores:
             layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
             layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
             begin = end
-        # A pool is a stretch of scores that compete: all of them (global), or those of a matrix (local). For N:M, where
-        # the groups of a row compete, there are none.
         self.pools = make_pools(masked_layers, sparsity, rank)
 
     @torch.no_grad()
@@ -500,8 +525,9 @@ class Scores:
 # ---------------------------------------------------------------------------------------------------
 
 
-# A batch holds the rows of one update, in numpy: run.accumulate times run.batch_size of them. Each forward pass takes a
-# slice of it to the device, a micro-batch of run.batch_size rows (of which several processes compute a part each).
+# A batch holds the rows of one update, in numpy: run.accumulate times run.batch_size of them. Each forward pass takes
+# run.batch_size of these to the device, as a micro-batch. (If several processes share them, a micro-batch is the share
+# of one process.)
 
 
 @dataclass
@@ -509,12 +535,12 @@ class Batch:
     """The rows of one update, and what masked LM makes of them; all arrays (rows, T)."""
     input_ids: np.ndarray  # int64
     corrupted_ids: np.ndarray  # int64; for masked LM
-    is_chosen: np.ndarray  # bool: the positions whose original token is to be predicted
+    is_predicted: np.ndarray  # bool: the positions whose original token is to be predicted
     is_token: np.ndarray  # bool: False at padding
 
     @property
-    def num_predictions(self) -> int:
-        return int(self.is_chosen.sum())
+    def num_predicted(self) -> int:
+        return int(self.is_predicted.sum())
 
     @property
     def num_tokens(self) -> int:
@@ -523,8 +549,8 @@ class Batch:
 
 def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
     input_ids = rows.astype(np.int64)
-    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, generator)
-    return Batch(input_ids, corrupted_ids, is_chosen, is_token=input_ids != vocabulary.pad_id)
+    corrupted_ids, is_predicted = data.corrupt(input_ids, vocabulary, generator)
+    return Batch(input_ids, corrupted_ids, is_predicted, is_token=input_ids != vocabulary.pad_id)
 
 
 class MicroBatch(NamedTuple):
@@ -532,30 +558,30 @@ class MicroBatch(NamedTuple):
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
     attention_mask: torch.Tensor | None  # (b, T) bool, None without padding
-    positions: torch.Tensor  # (P,) of the chosen tokens, indices into the b * T tokens
-    labels: torch.Tensor  # (P,) the original ids of these tokens
+    predicted_positions: torch.Tensor  # (P,) indices into the b * T tokens
+    labels: torch.Tensor  # (P,) the original ids at these positions
     # Counts of the whole batch: the losses of its micro-batches are divided by them, and so add up to its mean.
     batch_num_tokens: int
-    batch_num_predictions: int
+    batch_num_predicted: int
 
 
 def make_micro_batch(batch: Batch, row_slice: slice, device) -> MicroBatch:
     input_ids = batch.input_ids[row_slice]
     is_token = batch.is_token[row_slice]
-    positions = np.flatnonzero(batch.is_chosen[row_slice])
+    predicted_positions = np.flatnonzero(batch.is_predicted[row_slice])
     return MicroBatch(
         input_ids=to_device(input_ids, device),
         corrupted_ids=to_device(batch.corrupted_ids[row_slice], device),
         attention_mask=None if is_token.all() else to_device(is_token, device),
-        positions=to_device(positions, device),
-        labels=to_device(input_ids.reshape(-1)[positions], device),
+        predicted_positions=to_device(predicted_positions, device),
+        labels=to_device(input_ids.reshape(-1)[predicted_positions], device),
         batch_num_tokens=batch.num_tokens,
-        batch_num_predictions=batch.num_predictions)
+        batch_num_predicted=batch.num_predicted)
 
 
 def micro_batches(batch: Batch, run: Run):
-    """Yields what this process computes of each micro-batch. With 2 processes and micro-batches of 16 rows the first
-    process computes the rows 0 .. 7, 16 .. 23, and so on."""
+    """Yields the micro-batches of this process, one for each forward pass. With 2 processes and a run.batch_size of 16
+    those of the first process have the rows 0 .. 7, 16 .. 23, and so on."""
     share = run.batch_size // run.machine.num_processes
     starts = range(run.machine.process_index * share, len(batch.input_ids), run.batch_size)
     for start in starts:
@@ -567,10 +593,10 @@ def micro_batches(batch: Batch, run: Run):
 # ---------------------------------------------------------------------------------------------------
 
 
-def mlm_loss(logits, labels, num_predictions: int):  # (P, V), (P,) -> scalar
-    """The sum of the cross-entropies at the chosen positions / num_predictions, the count of the whole batch."""
+def mlm_loss(logits, labels, num_predicted: int):  # (P, V), (P,) -> scalar
+    """The sum of the cross-entropies at the predicted positions / num_predicted, their count in the whole batch."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(num_predictions, 1)  # 0 if no token was chosen
+    return total / max(num_predicted, 1)  # 0 if no token is to be predicted
 
 
 def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
@@ -596,7 +622,7 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
 @contextmanager
 def dense_teacher(model):
     """Inside the with block the model is its own teacher: dense, without gradients, and without dropout (which the
-    student has). There is no second copy of the weights, since training changes none of them."""
+    student has in training). There is no second copy of the weights, since training changes none of them."""
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     was_training = model.training
     for layer in layers:
@@ -622,8 +648,8 @@ def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
 
     if "mlm" in objective:
         # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
-        hidden_states = student_states[-1].flatten(0, 1)[micro_batch.positions]  # (P, D)
-        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.batch_num_predictions)
+        hidden_states = student_states[-1].flatten(0, 1)[micro_batch.predicted_positions]  # (P, D)
+        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.batch_num_predicted)
 
     if "kd" in objective:
         with dense_teacher(model):
@@ -642,7 +668,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     counts as much as any (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
     dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
-    or if the rows are so few that no token was chosen for prediction.
+    or if the rows are so few that no token is to be predicted.
     dev_kd_loss: Eq. 6 on the clean rows."""
     objectives = ["mlm", "kd"] if has_pretrained_head(model) else ["kd"]
     batch_losses = {objective: [] for objective in objectives}
@@ -653,7 +679,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
         batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
         micro_batch = make_micro_batch(batch, slice(None), machine.device)
         for objective in objectives:
-            if objective == "mlm" and batch.num_predictions == 0:
+            if objective == "mlm" and batch.num_predicted == 0:
                 continue  # a last batch may be so short that it says nothing
             with autocast(machine):
                 loss = micro_batch_loss(model, model, objective, micro_batch)
@@ -757,25 +783,27 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     return total_loss
 
 
-def optimizer_step(training: Training, loss: torch.Tensor, learning_rate: float, update_number: int) -> float:
-    """Step 6: Adam moves the scores (with imp, the weights) against their gradients -> the loss as a number.
-    update_number: that of the optimizer, from 1; with imp it starts anew in each round. Raises ValueError if the loss
-    or its gradient is not finite, and then moves nothing."""
-    run = training.run
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), run.clip)
-    loss_value, norm = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for only once
+def clip_gradients(training, loss: torch.Tensor, max_norm: float) -> float:
+    """Scales all gradients down, by one factor, if the norm of all of them together is above max_norm -> the loss as a
+    number. Raises ValueError if the loss or the norm is not finite, before anything has moved. (finetune.py calls it,
+    too, with a Training of its own.)"""
+    norm = nn.utils.clip_grad_norm_(training.parameters.values(), max_norm)
+    loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
-        raise ValueError(f"the loss is {loss_value} and the norm of its gradient {norm:.3g} at update "
-                         f"{training.updates_done + 1}: try a lower --lr (here {learning_rate:.2g}) or --dtype fp32; "
-                         f"{run.out} keeps the last state")
+        raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
+                         f"{training.updates_done + 1}: try a lower --lr (here {training.run.lr:.2g}) or --dtype fp32")
+    return loss_value
 
+
+def optimizer_step(training: Training, learning_rate: float, update_number: int):
+    """Step 6: Adam moves the scores (with imp, the weights) against their gradients. update_number: that of the
+    optimizer, from 1; with imp it starts anew in each round."""
     # With these settings torch's AdamW computes what the released optimizers do: for kd that is BertAdam, without bias
     # correction and with a decay of .01, and otherwise an AdamW with its eps in another place (appendix A).
-    options = optimizer_settings(run.objective, learning_rate, update_number)
+    options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    return loss_value
 
 
 def renew_masks(training: Training):
@@ -818,7 +846,8 @@ def train_imp(training: Training):
         learning_rate = run.lr * (1 - update_in_round / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)
-        loss_value = optimizer_step(training, loss, learning_rate, update_in_round + 1)
+        loss_value = clip_gradients(training, loss, run.clip)
+        optimizer_step(training, learning_rate, update_in_round + 1)
         training.updates_done += 1
         if training.updates_done % run.prune_every == 0:
             prune_and_rewind(training, levels[training.updates_done // run.prune_every])
@@ -952,14 +981,6 @@ def is_refresh_due(run: Run, updates_done: int) -> bool:
     return updates_done % run.refresh_every == 0
 
 
-def prepare_global_ranking(scores: Scores, inputs: Inputs):
-    """Two corrections before all matrices are ranked together for the first time. (With another --rank there are
-    none.)"""
-    if scores.rank == "global":
-        pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
-        make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
-
-
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
     """Before the first global ranking: entries that never get a gradient keep their first mask from now on, and still
     count among the round(n s). (With --rank local they compete like all others, as in the released code.)
@@ -987,7 +1008,7 @@ def make_start_exact(scores: Scores):
 def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
     """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
     embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
-    not contain. (Under masked LM a tenth of the chosen tokens become any word of the vocabulary.)"""
+    not contain. (Under masked LM a tenth of the tokens to be predicted become any word of the vocabulary.)"""
     without = {}
     vocabulary = inputs.vocabulary
     for name, layer in masked_layers.items():
@@ -1009,9 +1030,9 @@ def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
 def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
     """The learning rate of a short run with --steps, whose decay reaches 0 at its end.
 
-    An update moves a score by about the learning rate, and the mask changes where scores have moved by about
-    half of START_SCORE: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is raised until the
-    scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
+    An update moves a score by about the learning rate (kd's first ones by more), and the mask changes where scores have
+    moved by about half of START_SCORE: with the paper's 2e-5 a run of 600 updates changes nothing. So the rate is
+    raised until the scores can travel as far as in the paper's full run. It is never lowered, and at most 0.01."""
     full_run = paper_updates(sparsity)
     factor = travel(full_run, HORIZON, objective) / travel(num_updates, num_updates, objective)
     return min(paper_learning_rate(objective) * max(factor, 1.0), HIGHEST_RATE)
@@ -1039,31 +1060,6 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 # Appendix B: fast rankings
 # ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pool:
-    """Scores that compete with each other: all_scores[begin:end]. Kept ones lie at or above the threshold, pruned ones
-    at or below it. The ranking starts its search there; with --refresh-every it decides between two rankings."""
-    begin: int
-    end: int
-    num_pruned: int
-    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
-    radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
-
-
-def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
-    """One pool of all scores (global), one for each matrix (local), or none (N:M)."""
-    sizes = [layer.weight.numel() for layer in masked_layers.values()]
-    if rank == "global":
-        return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]
-    pools = []
-    if rank == "local":
-        begin = 0
-        for size in sizes:
-            pools.append(Pool(begin, begin + size, round(size * sparsity)))
-            begin += size
-    return pools
 
 
 def rank_again(scores, pool: Pool, mask):

@@ -365,7 +365,7 @@ def test_each_family_has_its_five_special_tokens(inputs):
 
 @pytest.fixture(scope="session")
 def corrupted(inputs):
-    """Two million random tokens -> vocabulary, input_ids, corrupted_ids, is_chosen."""
+    """Two million random tokens -> vocabulary, input_ids, corrupted_ids, is_predicted."""
     vocabulary = data.vocabulary(inputs / "bert")
     input_ids = np.random.default_rng(0).integers(0, vocabulary.size, (4000, 500))
     return vocabulary, input_ids, *data.corrupt(input_ids, vocabulary, np.random.default_rng([1, 2]))
@@ -377,19 +377,19 @@ def assert_share(count, of, share):
 
 
 def test_corruption_never_chooses_a_special_token(corrupted):
-    vocabulary, input_ids, _, is_chosen = corrupted
-    assert not is_chosen[np.isin(input_ids, vocabulary.special_ids)].any()
+    vocabulary, input_ids, _, is_predicted = corrupted
+    assert not is_predicted[np.isin(input_ids, vocabulary.special_ids)].any()
 
 
 def test_corruption_changes_chosen_tokens_only(corrupted):
-    _, input_ids, corrupted_ids, is_chosen = corrupted
-    assert np.array_equal(corrupted_ids[~is_chosen], input_ids[~is_chosen])
+    _, input_ids, corrupted_ids, is_predicted = corrupted
+    assert np.array_equal(corrupted_ids[~is_predicted], input_ids[~is_predicted])
 
 
 def test_corruption_chooses_15_percent_of_the_tokens(corrupted):
-    vocabulary, input_ids, _, is_chosen = corrupted
+    vocabulary, input_ids, _, is_predicted = corrupted
     is_ordinary = ~np.isin(input_ids, vocabulary.special_ids)
-    assert_share(is_chosen.sum(), is_ordinary.sum(), 0.15)
+    assert_share(is_predicted.sum(), is_ordinary.sum(), 0.15)
 
 
 # A random token, one of the V in the vocabulary, takes the place of a tenth of the chosen tokens. Once in V times it is
@@ -397,21 +397,22 @@ def test_corruption_chooses_15_percent_of_the_tokens(corrupted):
 
 
 def test_four_fifths_of_the_chosen_tokens_become_the_mask_token(corrupted):
-    vocabulary, _, corrupted_ids, is_chosen = corrupted
-    assert_share((corrupted_ids == vocabulary.mask_id)[is_chosen].sum(), is_chosen.sum(), 0.8 + 0.1 / vocabulary.size)
+    vocabulary, _, corrupted_ids, is_predicted = corrupted
+    num_masked = (corrupted_ids == vocabulary.mask_id)[is_predicted].sum()
+    assert_share(num_masked, is_predicted.sum(), 0.8 + 0.1 / vocabulary.size)
 
 
 def test_a_tenth_of_the_chosen_tokens_stay_as_they_are(corrupted):
-    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
-    assert_share((corrupted_ids == input_ids)[is_chosen].sum(), is_chosen.sum(), 0.1 + 0.1 / vocabulary.size)
+    vocabulary, input_ids, corrupted_ids, is_predicted = corrupted
+    assert_share((corrupted_ids == input_ids)[is_predicted].sum(), is_predicted.sum(), 0.1 + 0.1 / vocabulary.size)
 
 
 def test_the_random_tokens_are_spread_evenly_over_the_whole_vocabulary(corrupted):
     """Special tokens, too. [MASK] is counted above."""
-    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
+    vocabulary, input_ids, corrupted_ids, is_predicted = corrupted
     for token in range(vocabulary.size):
         if token != vocabulary.mask_id:
-            is_other = is_chosen & (input_ids != token)
+            is_other = is_predicted & (input_ids != token)
             assert_share((corrupted_ids == token)[is_other].sum(), is_other.sum(), 0.1 / vocabulary.size)
 
 
@@ -643,7 +644,7 @@ def test_kd_loss_counts_every_token_once_however_long_its_sequence():
 
 def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
-    loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]), num_predictions=2)
+    loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]), num_predicted=2)
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
@@ -695,12 +696,12 @@ MLM_HEAD = {"cls.predictions.bias", "cls.predictions.transform.dense.weight", "c
 
 
 def batch_of_update(settings, rows, vocabulary, step):
-    """What a run reads in update number `step`, from 0 -> input_ids, corrupted_ids, is_chosen, all (B, T)."""
+    """What a run reads in update number `step`, from 0 -> input_ids, corrupted_ids, is_predicted, all (B, T)."""
     indices = data.row_indices(len(rows), settings.seed, start=settings.batch_size * step, count=settings.batch_size)
     input_ids = rows[indices].astype(np.int64)
     generator = data.random_stream(settings.seed, "corruption", step)
-    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, generator)
-    return torch.from_numpy(input_ids), torch.from_numpy(corrupted_ids), torch.from_numpy(is_chosen)
+    corrupted_ids, is_predicted = data.corrupt(input_ids, vocabulary, generator)
+    return torch.from_numpy(input_ids), torch.from_numpy(corrupted_ids), torch.from_numpy(is_predicted)
 
 
 def set_released_adamw(optimizer, learning_rate, step):
@@ -734,14 +735,14 @@ def test_mask_training_gives_the_masks_of_a_plain_loop(inputs, tmp_path):
     optimizer = torch.optim.AdamW([*scores.values(), *head], weight_decay=0.0)  # lr is set in each update
 
     for step in range(settings.steps):
-        input_ids, corrupted_ids, is_chosen = batch_of_update(settings, rows, vocabulary, step)
+        input_ids, corrupted_ids, is_predicted = batch_of_update(settings, rows, vocabulary, step)
         real_masks = {name: mask.float().requires_grad_() for name, mask in masks.items()}
         masked_weights = {name: weights[name] * real_masks[name] for name in weights}  # Eq. 3
         student = torch.func.functional_call(model, masked_weights, corrupted_ids)
         teacher = model(corrupted_ids)  # the same text, without a mask
 
         logits = model.mlm_logits(student[-1])  # outside functional_call(): the tied decoder has no mask
-        mlm_loss = F.cross_entropy(logits[is_chosen], input_ids[is_chosen])
+        mlm_loss = F.cross_entropy(logits[is_predicted], input_ids[is_predicted])
         cosines = [F.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(teacher, student, strict=True)]
         kd_loss = 1 - sum(cosines[1:]) / (len(cosines) - 1)  # Eq. 6; the embeddings do not count
         (mlm_loss + kd_loss).backward()

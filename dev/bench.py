@@ -147,7 +147,7 @@ class Released:
         return parameters
 
     def loss(self, batch: tamt.Batch):
-        labels = torch.from_numpy(np.where(batch.is_chosen, batch.input_ids, -100))
+        labels = torch.from_numpy(np.where(batch.is_predicted, batch.input_ids, -100))
         input_ids = torch.from_numpy(batch.input_ids if self.objective == "kd" else batch.corrupted_ids)
         output = self.read(self.network, input_ids, labels)
         loss = 0.0

@@ -223,7 +223,9 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
     layers = tamt.install_masked_layers(model, run.scope)
     inputs = tamt.Inputs(run, {}, model, vocabulary, rows, dev_rows=None)
     scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
-    tamt.prepare_global_ranking(scores, inputs)
+    if run.rank == "global":
+        tamt.pin_unlearnable_scores(scores, inputs)
+        tamt.make_start_exact(scores)
     spread(scores)
     training = tamt.Training(inputs, layers, scores)
     model.train()
@@ -241,7 +243,9 @@ def spread(scores: tamt.Scores):
 
 def one_update(training: tamt.Training, learning_rate: float, update_number: int) -> float:
     loss = tamt.backpropagate(training, tamt.next_batch(training))
-    return tamt.optimizer_step(training, loss, learning_rate, update_number)
+    loss_value = tamt.clip_gradients(training, loss, training.run.clip)
+    tamt.optimizer_step(training, learning_rate, update_number)
+    return loss_value
 
 
 def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> float:

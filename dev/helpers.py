@@ -169,7 +169,9 @@ def begin(settings):
     scores = None
     if run.method == "tamt":
         scores = tamt.Scores(layers, tamt.first_masks(layers, run), run.sparsity, run.rank)
-        tamt.prepare_global_ranking(scores, inputs)
+        if run.rank == "global":
+            tamt.pin_unlearnable_scores(scores, inputs)
+            tamt.make_start_exact(scores)
     inputs.model.train()
     return tamt.Training(inputs, layers, scores)
 
@@ -177,7 +179,9 @@ def begin(settings):
 def one_update(training, learning_rate, update_number):
     """What train_scores() and train_imp() do before the masks -> the loss."""
     loss = tamt.backpropagate(training, tamt.next_batch(training))
-    return tamt.optimizer_step(training, loss, learning_rate, update_number)
+    loss_value = tamt.clip_gradients(training, loss, training.run.clip)
+    tamt.optimizer_step(training, learning_rate, update_number)
+    return loss_value
 
 
 def three_updates(training):

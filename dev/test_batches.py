@@ -60,8 +60,8 @@ def test_another_seed_puts_other_examples_together():
 
 
 def test_the_other_chosen_tokens_become_random_ones_spread_evenly_over_the_vocabulary(corrupted):
-    vocabulary, input_ids, corrupted_ids, is_chosen = corrupted
-    is_random = is_chosen & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
+    vocabulary, input_ids, corrupted_ids, is_predicted = corrupted
+    is_random = is_predicted & (corrupted_ids != input_ids) & (corrupted_ids != vocabulary.mask_id)
     counts = np.bincount(corrupted_ids[is_random], minlength=vocabulary.size)
     counts = np.delete(counts, vocabulary.mask_id)
     chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()

@@ -20,7 +20,7 @@ from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, mask_settings, ordina
 def test_mlm_loss_of_a_batch_in_which_nothing_was_chosen_is_0():
     no_logits = torch.empty(0, 10)
     no_labels = torch.empty(0, dtype=torch.long)
-    assert tamt.mlm_loss(no_logits, no_labels, num_predictions=0).item() == 0
+    assert tamt.mlm_loss(no_logits, no_labels, num_predicted=0).item() == 0
 
 
 def test_the_teacher_shares_the_weights_of_the_student(model):
@@ -116,7 +116,7 @@ def test_micro_batches_add_up_to_the_loss_and_the_gradient_of_the_batch(inputs, 
                                        accumulate=accumulate))
         batch = tamt.next_batch(training)
         batch.is_token[3, 9:] = False
-        batch.is_chosen[3, 9:] = False
+        batch.is_predicted[3, 9:] = False
         losses.append(float(tamt.backpropagate(training, batch)))
         gradients.append([parameter.grad for parameter in training.parameters.values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -163,9 +163,9 @@ def test_the_dev_mlm_loss_is_the_mean_of_the_losses_of_its_batches(dev_batches):
     model, found, batches = dev_batches
     losses = []
     for batch in batches:
-        is_chosen = torch.from_numpy(batch.is_chosen)
+        is_predicted = torch.from_numpy(batch.is_predicted)
         logits = model.mlm_logits(model(torch.from_numpy(batch.corrupted_ids))[-1])
-        losses.append(F.cross_entropy(logits[is_chosen], torch.from_numpy(batch.input_ids)[is_chosen]).item())
+        losses.append(F.cross_entropy(logits[is_predicted], torch.from_numpy(batch.input_ids)[is_predicted]).item())
     # The batch of 8 weighs as much as one of 16; so it does in the released evaluation.
     assert found["dev_mlm_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 

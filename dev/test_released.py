@@ -45,12 +45,12 @@ def released_masks(expected, parameters) -> dict:
 def released_batches(expected, objective) -> list:
     input_ids = expected["ids"].astype(np.int64)  # (updates, 8, 64)
     corrupted_ids = input_ids
-    is_chosen = np.zeros(input_ids.shape, bool)
+    is_predicted = np.zeros(input_ids.shape, bool)
     if objective == "mlm":
         corrupted_ids = expected["shown"].astype(np.int64)
-        is_chosen = np.unpackbits(expected["chosen"]).astype(bool).reshape(input_ids.shape)
+        is_predicted = np.unpackbits(expected["chosen"]).astype(bool).reshape(input_ids.shape)
     is_token = np.ones(input_ids.shape, bool)
-    return [tamt.Batch(*arrays) for arrays in zip(input_ids, corrupted_ids, is_chosen, is_token, strict=True)]
+    return [tamt.Batch(*arrays) for arrays in zip(input_ids, corrupted_ids, is_predicted, is_token, strict=True)]
 
 
 def begin_as_released(tmp_path, objective, num_updates):
@@ -82,7 +82,8 @@ def released_run(tmp_path, objective, settle_after=None):
     for step, batch in enumerate(batches, 1):
         learning_rate = RELEASED_RATES[objective] * (1 - (step - 1) / len(batches))
         loss = tamt.backpropagate(training, batch)
-        losses.append(tamt.optimizer_step(training, loss, learning_rate, step))
+        losses.append(tamt.clip_gradients(training, loss, training.run.clip))
+        tamt.optimizer_step(training, learning_rate, step)
         if step == settle_after:
             num_tied = settle_ties(training.scores)
         if tamt.is_refresh_due(training.run, step):

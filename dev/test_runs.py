@@ -269,7 +269,7 @@ def batch_of(inputs, seed, step):
     training = begin(mask_settings(inputs, seed=seed))
     training.updates_done = step
     found = tamt.next_batch(training)
-    return [found.input_ids.tolist(), found.corrupted_ids.tolist(), found.is_chosen.tolist()]
+    return [found.input_ids.tolist(), found.corrupted_ids.tolist(), found.is_predicted.tolist()]
 
 
 def test_a_batch_does_not_depend_on_what_torch_drew_before(inputs):
@@ -359,6 +359,7 @@ def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, mo
     monkeypatch.setattr(tamt.time, "time", lambda: now)
     monkeypatch.setattr(tamt, "dev_losses", evaluate)
     monkeypatch.setattr(tamt, "backpropagate", backpropagate)
-    monkeypatch.setattr(tamt, "optimizer_step", lambda *_, **__: 1.0)
+    monkeypatch.setattr(tamt, "clip_gradients", lambda *_: 1.0)
+    monkeypatch.setattr(tamt, "optimizer_step", lambda *_: None)
     tamt.find_mask(mask_settings(inputs, tmp_path, eval_every=4))
     assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3

@@ -251,9 +251,9 @@ def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_round
     """As in the code of Chen et al. 2020, whose schedule is that of all its ten rounds, and begins anew with each."""
     learning_rates = []
 
-    def no_step(training, loss, learning_rate):
+    def no_step(training, learning_rate):
         learning_rates.append(learning_rate)
-        return 0.0
+        training.optimizer.zero_grad()
 
     monkeypatch.setattr(finetune, "optimizer_step", no_step)
     finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.2))

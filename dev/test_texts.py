@@ -651,8 +651,8 @@ def test_corruption_never_chooses_additional_special_tokens(tmp_path):
     vocabulary = data.vocabulary(with_settings(bert_folder, tmp_path, [settings]))
     marker = vocabulary.tokenizer.token_to_id("[E1]")
     assert vocabulary.extra_special_ids == (marker,)
-    _, is_chosen = data.corrupt(np.full((50, 50), marker), vocabulary, np.random.default_rng(0))
-    assert not is_chosen.any()
+    _, is_predicted = data.corrupt(np.full((50, 50), marker), vocabulary, np.random.default_rng(0))
+    assert not is_predicted.any()
 
 
 def test_a_token_that_only_the_settings_call_special_is_not_chosen_either(tmp_path):
@@ -703,8 +703,8 @@ def test_the_same_seed_gives_the_same_corruption(vocabulary):
     input_ids = np.full((3, 20), 7)
 
     def corrupt(seed):
-        corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, np.random.default_rng(seed))
-        return [corrupted_ids.tolist(), is_chosen.tolist()]
+        corrupted_ids, is_predicted = data.corrupt(input_ids, vocabulary, np.random.default_rng(seed))
+        return [corrupted_ids.tolist(), is_predicted.tolist()]
 
     assert corrupt(seed=1) == corrupt(seed=1)
     assert corrupt(seed=1) != corrupt(seed=2)

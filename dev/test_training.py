@@ -124,9 +124,9 @@ class PlainLoop:
         states = torch.func.functional_call(self.model, products, input_ids)
         loss = 0.0
         if "mlm" in self.objective:
-            is_chosen = torch.from_numpy(batch.is_chosen)
-            targets = torch.from_numpy(batch.input_ids)[is_chosen]
-            loss = F.cross_entropy(self.model.mlm_logits(states[-1])[is_chosen], targets)
+            is_predicted = torch.from_numpy(batch.is_predicted)
+            targets = torch.from_numpy(batch.input_ids)[is_predicted]
+            loss = F.cross_entropy(self.model.mlm_logits(states[-1])[is_predicted], targets)
         if "kd" in self.objective:
             with torch.no_grad():
                 teacher_states = self.model(input_ids)

@@ -649,11 +649,11 @@ def pretraining_loss(model, input_ids, vocabulary, rng, with_pairs=False):
         input_ids[:, seq_len // 2] = vocabulary.sep_id
         token_type_ids = torch.from_numpy(is_second * 1)
 
-    corrupted_ids, is_chosen = data.corrupt(input_ids, vocabulary, rng)
-    is_chosen = torch.from_numpy(is_chosen)
+    corrupted_ids, is_predicted = data.corrupt(input_ids, vocabulary, rng)
+    is_predicted = torch.from_numpy(is_predicted)
     hidden_states = model(torch.from_numpy(corrupted_ids), None, token_type_ids)[-1]  # (B, T, D)
-    logits = model.mlm_logits(hidden_states[is_chosen])  # (P, V)
-    loss = F.cross_entropy(logits, torch.from_numpy(input_ids)[is_chosen])
+    logits = model.mlm_logits(hidden_states[is_predicted])  # (P, V)
+    loss = F.cross_entropy(logits, torch.from_numpy(input_ids)[is_predicted])
     if with_pairs:
         loss = loss + F.cross_entropy(model.class_logits(hidden_states), torch.from_numpy(is_other[:, 0] * 1))
     return loss
