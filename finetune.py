@@ -9,7 +9,7 @@ position embeddings, the task head). In tamt.py it is the other way round. In sh
     W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
         gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
-        W = adamw(W, gradient)                              clip_gradients, optimizer_step
+        W = adamw(W, gradient)                              clip_and_check, optimizer_step
         now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
@@ -515,7 +515,7 @@ def train(training: Training):
         loss = batch_loss(training, encoded_task, indices)
         loss.backward()
         zero_pruned_gradients(training)
-        loss_value = tamt.clip_gradients(training, loss, max_norm=1.0)
+        loss_value = tamt.clip_and_check(training, loss, max_norm=1.0)
         optimizer_step(training, learning_rate)
         training.loss_since_evaluation += loss_value
         training.updates_done += 1

@@ -4,19 +4,20 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
 
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
-Each weight gets a score, and the weights with the highest scores are kept. The method in eight steps, with the function
-that takes each, and the equation of the paper:
+Each entry of the word embeddings and of the matrices in the layers gets a score, and the entries with the highest
+scores are kept. All other parameters (biases, LayerNorms, position embeddings, heads) stay whole. The method in eight
+steps, with the function that takes each, and the equation of the paper:
 
-    1  read a checkpoint; its weights are frozen                     open_model
-    2  cut plain text into rows of token ids                         open_text
+    1  read a checkpoint; its weights are frozen                     read_model
+    2  cut plain text into rows of token ids                         read_rows
     3  first mask: keep the largest |weights| of each matrix         first_masks
     4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
        repeat, each time with other rows:                            train_scores
     5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
            to the mask is used as that of the scores
     6      Adam moves the scores (kd: with a weight decay of .01)    optimizer_step
-    7      new mask: keep the highest scores of all matrices         renew_masks            Eq. 2, 3
-    8  save the mask, and say what it is worth on held-out text      finish
+    7      new mask: keep the highest scores of all matrices         Scores.renew_masks     Eq. 2, 3
+    8  save the mask, and its losses on held-out text                finish
 
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Step" also occurs in file names and on the
 screen, where it counts updates, as --steps does.) In short, with W for all weight matrices:
@@ -24,14 +25,17 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
     mask = largest(abs(W), within="each matrix")                     # 3: as many as are to be kept
     scores = 0.02 * mask                                             # 4
     for batch in batches:
-        gradient = derivative(loss(batch, W * mask), W * mask) * W   # 5: this is d loss / d mask
+        masked = W * mask
+        gradient = W * derivative(loss(batch, masked), masked)       # 5: this is d loss / d mask
         scores = adam(scores, gradient)                              # 6
         mask = largest(scores, within="all matrices")                # 7
 
-A test holds the program to such a loop (test_tamt.py: test_mask_training_gives_the_masks_of_a_plain_loop). All else in
-this file makes it fast, resumable, or equal to the released code. Left out above: gradients are clipped, the learning
-rate falls, the student has dropout; and in a ranking of all matrices, entries that no gradient reaches, such as those
-of the pooler, keep their first mask, because their scores are set to plus or minus infinity.
+A test compares the masks after each update with those of such a loop (test_tamt.py:
+test_mask_training_gives_the_masks_of_a_plain_loop). The loop leaves out that gradients are clipped, that the learning
+rate falls, that the student has dropout, and how kd's Adam differs from the usual one (appendix A). It also leaves out
+two corrections of the ranking of all matrices (end of the chapter on scores): at the start a few entries change sides,
+so that their count is exact; and entries that no gradient reaches, such as those of the pooler, keep their first mask,
+because their scores are set to plus or minus infinity.
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -42,7 +46,7 @@ prunings.
 
 The chapters:
 
-    The eight steps      find_mask, the training loop, reading, and what is done at the end
+    The eight steps      find_mask, the training loop, reading, and the end
     Masked layers        weights * mask, and the straight-through estimator (step 5)
     The ranking          which entries stay: global, local, N:M; OMP and random masks (steps 3 and 7)
     Scores               one for each entry, and the masks that follow from them (4 and 7)
@@ -50,9 +54,9 @@ The chapters:
     Losses               masked LM, distillation, dev losses (5 and 8)
     Training             what an update computes (5 and 6)
     IMP                  the baseline that trains weights
-    Appendices           A what follows the released code; B fast rankings; C mask files; D the folder of a run;
-                         E settings; F devices and processes. A function that is called in a chapter and defined in
-                         none is in an appendix; a first reading may skip them.
+    Appendices           A how paper, released code and this program differ; B fast rankings; C mask files; D the folder
+                         of a run; E settings; F devices and processes. A function that is called in a chapter and
+                         defined in none is in an appendix; a first reading may skip them.
 
 Functions hand on these objects:
 
@@ -69,7 +73,7 @@ Words and letters:
     masks       {name of a matrix: its mask}, which is what a run finds
     dense       without a mask
     W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
-    B, b, T     rows of a batch (an update) and of a micro-batch (a forward pass); tokens of a row
+    b, T        rows of a micro-batch, which is what a forward pass takes; tokens of a row
     D, L, V     hidden size; layers; words of the vocabulary
     P           positions that masked LM predicts
 
@@ -93,7 +97,6 @@ import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -125,8 +128,8 @@ import data
 
 
 def find_mask(settings: Settings) -> dict:
-    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several
-    processes the first one saves it, and the others return {}.)
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (If there are several
+    processes, the first one saves, and the others return {}.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
@@ -135,11 +138,10 @@ def find_mask(settings: Settings) -> dict:
         inputs = read_inputs(settings, machine)  # steps 1 and 2
     run = inputs.run
 
-    # With --resume the folder may hold the result of a finished run, of which only --export may be left to do, or the
-    # state to continue from. Otherwise both are None, and the run begins.
+    # result: of a finished run, and state: of an interrupted one; both are None without --resume (appendix D).
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
-        export_finished(inputs)
+        export_finished(inputs)  # if --export asks for it
         return result
     masks = learn_masks(inputs, state)  # steps 3 to 7
     return finish(inputs, masks, start_time)  # step 8
@@ -148,12 +150,12 @@ def find_mask(settings: Settings) -> dict:
 def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
     """Steps 3 to 7 -> {name of a matrix: its mask}. state: of an interrupted run, or None."""
     run = inputs.run
-    # From here on inputs.model computes with the masks of these layers; the masks that are returned are the same ones.
+    # From here on inputs.model multiplies by the masks of these layers, which keep everything at first.
     masked_layers = install_masked_layers(inputs.model, run.scope)
     if run.method == "tamt":
         learn_by_tamt(inputs, masked_layers, state)
     elif run.method == "imp":
-        train_imp(prepare_training(inputs, masked_layers, None, state))  # without scores; a chapter of its own
+        learn_by_imp(inputs, masked_layers, state)  # a chapter of its own
     else:  # omp and random end with step 3
         set_masks(masked_layers, first_masks(masked_layers, run))
     return current_masks(masked_layers)
@@ -163,8 +165,8 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     """Steps 3 to 7 of task-agnostic mask training. They leave the masks in the layers."""
     run = inputs.run
     masks = first_masks(masked_layers, run)  # step 3
-    scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4
-    if run.rank == "global":  # two corrections before all matrices are ranked together (appendix A)
+    scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
+    if run.rank == "global":  # two corrections before all matrices are ranked together
         pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
         make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
     training = prepare_training(inputs, masked_layers, scores, state)
@@ -176,43 +178,46 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # The learning rate falls linearly towards 0. A run with --steps reaches it at its end, since run.horizon is its
-        # number of updates; the paper's runs end long before.
+        # The learning rate falls linearly, and would reach 0 after run.horizon updates. With --steps this is the end of
+        # the run. Otherwise the run is the paper's, which ends before: at 70 % after 17,000 of 27,920 updates.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
-        loss_value = clip_gradients(training, loss, run.clip)
+        loss_value = clip_and_check(training, loss, run.clip)
         optimizer_step(training, learning_rate, training.updates_done + 1)  # step 6
         training.updates_done += 1
-        renew_masks(training)  # step 7
-        report_progress(training, loss_value, learning_rate)  # the log, dev losses, and masks on the way
+        if run.refresh_every == 1:
+            training.scores.renew_masks()  # step 7
+        else:
+            refresh_as_released(training)
+        report_progress(training, loss_value, learning_rate)  # a line of the log; now and then dev losses, a mask file
         save_state_if_due(training)
     rewind_weights(training)  # with mlm the head gets its old weights back; only the masks are kept
 
 
 @dataclass
 class Inputs:
-    """A run before its first update: its settings, and all that it reads."""
+    """The settings of a run, and all that it reads."""
     run: Run
     identity: dict  # settings and checksums, which --resume compares
-    model: bert.Model
+    model: bert.Model  # learn_masks puts masked layers into it
     vocabulary: data.Vocabulary
     rows: np.ndarray | None  # (rows, T); omp and random need none
-    dev_rows: np.ndarray | None  # only to say what the mask is worth
+    dev_rows: np.ndarray | None  # for dev losses; omp and random have them only if --data is given
 
 
 # The first two steps and the last follow; what the others call has chapters of its own.
 
 
 def read_inputs(settings: Settings, machine: Machine) -> Inputs:
-    model, vocabulary = open_model(settings, machine)  # step 1
+    model, vocabulary = read_model(settings, machine)  # step 1
     run = fill_in_defaults(settings, machine, model)  # some defaults depend on the model
-    rows = open_text(run, vocabulary, "train") if run.trains else None  # step 2
-    dev_rows = open_text(run, vocabulary, "dev") if run.data else None  # omp and random have a text only if asked for
+    rows = read_rows(run, vocabulary, "train") if run.trains else None  # step 2
+    dev_rows = read_rows(run, vocabulary, "dev") if run.data else None
     return Inputs(run, identity_of_run(run, rows, dev_rows), model, vocabulary, rows, dev_rows)
 
 
-def open_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
+def read_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     """Step 1: the checkpoint, with all weights frozen, and its vocabulary."""
     model, vocabulary = load_model(settings.model)
     if settings.trains_head and model.mlm_head is None:
@@ -230,21 +235,21 @@ def add_fresh_head(model: bert.Model, seed: int):
     model.mlm_head.decoder = None  # the word embeddings serve as its decoder, whatever config.json says
 
 
-def open_text(run, vocabulary, split: str):
+def read_rows(run, vocabulary, split: str):
     """Step 2: rows of token ids (rows, T), of "train" or "dev"."""
     source = toy_folder("text") if run.data == "toy" else run.data
     return data.corpus_rows(source, vocabulary, run.seq_len, split, run.lines)
 
 
 def finish(inputs: Inputs, masks: dict, start_time: float) -> dict:
-    """Step 8: saves the masks with two measures, the sparsity of each matrix and the dev losses -> the content of
-    mask.json."""
+    """Step 8: saves the masks, with their sparsity and their dev losses -> the content of mask.json."""
     run = inputs.run
     if run.machine.process_index > 0:
         return {}
     sparsities = sparsity_report(inputs.model, masks)
     losses = {}
-    if inputs.dev_rows is not None:  # the model still has its masked layers
+    if inputs.dev_rows is not None:
+        # The model still has its masked layers.
         losses = dev_losses(inputs.model, inputs.dev_rows, inputs.vocabulary, run.machine)
     result = write_results(inputs, masks, sparsities, losses, start_time)
     print_summary(run.out / "mask.pt", result, run)
@@ -323,7 +328,7 @@ class MaskedEmbedding(MaskedLayer):
         super().__init__(embedding)
         self.padding_idx = embedding.padding_idx  # the row of [PAD], which gets no gradient through this lookup
 
-    def forward(self, input_ids):  # (B, T) -> (B, T, D)
+    def forward(self, input_ids):  # (b, T) -> (b, T, D)
         weight_rows = F.embedding(input_ids, self.weight, self.padding_idx)
         score_rows = None
         if self.scores is not None:
@@ -376,8 +381,7 @@ def masks_of_largest(values: dict, sparsity: float, rank: str) -> dict:
     if rank == "global":  # all matrices as one vector
         vector = torch.cat([matrix.flatten() for matrix in values.values()])
         vector_mask = keep_largest(vector, num_kept_of(len(vector), sparsity))
-        pieces = vector_mask.split([matrix.numel() for matrix in values.values()])
-        return {name: piece.view(values[name].shape) for name, piece in zip(values, pieces, strict=True)}
+        return cut_into_matrices(vector_mask, values)
 
     if rank == "local":
         masks = {}
@@ -388,6 +392,12 @@ def masks_of_largest(values: dict, sparsity: float, rank: str) -> dict:
 
     num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
     return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
+
+
+def cut_into_matrices(vector, matrices: dict) -> dict:
+    """Views of stretches of a vector, with the names and shapes of these matrices, one after the other."""
+    pieces = vector.split([matrix.numel() for matrix in matrices.values()])
+    return {name: piece.view(matrices[name].shape) for name, piece in zip(matrices, pieces, strict=True)}
 
 
 def num_kept_of(num_entries: int, sparsity: float) -> int:
@@ -452,32 +462,6 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 
 
-@dataclass
-class Pool:
-    """A stretch of the scores, which compete with each other and with no others."""
-    begin: int
-    end: int
-    num_pruned: int
-    # Kept scores lie at or above the threshold, pruned ones at or below it. Only the fast ranking (appendix B) and
-    # --refresh-every (appendix A) need it.
-    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
-    radius: float = START_SCORE / 4  # how far the threshold may have moved since the last ranking, a guess
-
-
-def make_pools(masked_layers: dict, sparsity: float, rank: str) -> list[Pool]:
-    """One pool of all scores (global), one for each matrix (local), or none (N:M: groups of a row compete)."""
-    sizes = [layer.weight.numel() for layer in masked_layers.values()]
-    if rank == "global":
-        return [Pool(0, sum(sizes), round(sum(sizes) * sparsity))]
-    pools = []
-    if rank == "local":
-        begin = 0
-        for size in sizes:
-            pools.append(Pool(begin, begin + size, round(size * sparsity)))
-            begin += size
-    return pools
-
-
 class Scores:
     """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
 
@@ -497,27 +481,100 @@ class Scores:
         self.rank = rank
         self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
         self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        begin = 0
-        for layer in masked_layers.values():
-            end = begin + layer.weight.numel()
-            layer.mask = self.all_masks[begin:end].view(layer.weight.shape)
-            layer.scores = nn.Parameter(self.all_scores[begin:end].view(layer.weight.shape))
-            begin = end
-        self.pools = make_pools(masked_layers, sparsity, rank)
+        weights = {name: layer.weight for name, layer in masked_layers.items()}
+        mask_views = cut_into_matrices(self.all_masks, weights)
+        score_views = cut_into_matrices(self.all_scores, weights)
+        for name, layer in masked_layers.items():
+            layer.mask = mask_views[name]
+            layer.scores = nn.Parameter(score_views[name])
+        self.pools = make_pools(weights, sparsity, rank)
 
     @torch.no_grad()
-    def update_masks(self):
+    def renew_masks(self):
         """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In Eq. 3 a threshold
-        decides; one between the lowest kept and the highest pruned score gives these masks, if the two differ. (Eq. 3
-        has |S|. As in the released code, the sign counts here.)"""
+        decides; one between the lowest kept and the highest pruned score gives these masks, unless the two are equal.
+        (Eq. 3 has |S|. As in the released code, the sign counts here.)"""
+        if is_pattern(self.rank):  # N:M
+            layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
+            for name, mask in masks_of_largest(layer_scores, self.sparsity, self.rank).items():
+                self.masked_layers[name].mask.copy_(mask)
+            return
+
         for pool in self.pools:
             # This writes the mask that keep_largest would return, in a fraction of the time (appendix B).
-            rank_again(self.all_scores[pool.begin:pool.end], pool, self.all_masks[pool.begin:pool.end])
+            keep_largest_again(self.all_scores[pool.begin:pool.end], pool, self.all_masks[pool.begin:pool.end])
 
-        if not self.pools:  # N:M
-            scores = {name: layer.scores for name, layer in self.masked_layers.items()}
-            for name, mask in masks_of_largest(scores, self.sparsity, self.rank).items():
-                self.masked_layers[name].mask.copy_(mask)
+
+@dataclass
+class Pool:
+    """A stretch of the long vectors, whose entries compete with each other and with no others."""
+    begin: int
+    end: int
+    num_kept: int
+    last_ranking: LastRanking  # for the next ranking to begin with (appendix B)
+
+
+def make_pools(weights: dict, sparsity: float, rank: str) -> list[Pool]:
+    """One pool of all entries (global), one for each matrix (local), or none (N:M, where groups of a row compete)."""
+    if is_pattern(rank):
+        return []
+    sizes = [weight.numel() for weight in weights.values()]
+    if rank == "global":
+        sizes = [sum(sizes)]
+    pools = []
+    begin = 0
+    for size in sizes:
+        pools.append(Pool(begin, begin + size, num_kept_of(size, sparsity), LastRanking()))
+        begin += size
+    return pools
+
+
+# Two corrections before all matrices are ranked together for the first time. (With another --rank there are none.)
+
+
+def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
+    """Entries that never get a gradient keep their first mask, and still count among those that are kept or pruned.
+
+    Their scores would stay at 0 or START_SCORE forever, while the threshold drifts: as soon as it passed one of the
+    two, all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
+    infinity if they start as pruned. The optimizer leaves it infinite."""
+    for name, is_pinned in entries_without_gradient(scores.masked_layers, inputs).items():
+        layer = scores.masked_layers[name]
+        layer.scores.data.masked_fill_(is_pinned & layer.mask, math.inf)
+        layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
+
+
+def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
+    """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
+    embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
+    not contain. (Under masked LM a tenth of the tokens to be predicted become any word of the vocabulary.)"""
+    without = {}
+    vocabulary = inputs.vocabulary
+    for name, layer in masked_layers.items():
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if inputs.run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(inputs.rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
+            is_read[vocabulary.pad_id] = False
+            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
+            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+    return without
+
+
+def make_start_exact(scores: Scores):
+    """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
+    rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
+    round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
+    entry that changes sides gets the start score of its new side."""
+    [pool] = scores.pools  # of all scores
+    scores.all_masks.copy_(keep_largest(scores.all_scores, pool.num_kept))
+    start_scores = START_SCORE * scores.all_masks
+    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -525,9 +582,9 @@ class Scores:
 # ---------------------------------------------------------------------------------------------------
 
 
-# A batch holds the rows of one update, in numpy: run.accumulate times run.batch_size of them. Each forward pass takes
-# run.batch_size of these to the device, as a micro-batch. (If several processes share them, a micro-batch is the share
-# of one process.)
+# A batch is what an update takes, in numpy, and a micro-batch what a forward pass takes, on the device. Mind that
+# run.batch_size, like --batch-size, is the number of rows in a forward pass: a batch has run.accumulate times as many.
+# (If several processes share them, a micro-batch is the share of one process.)
 
 
 @dataclass
@@ -548,12 +605,14 @@ class Batch:
 
 
 def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
+    """Rows (rows, T), corrupted for masked LM. (kd alone ignores the corruption, but dev losses are of both.)"""
     input_ids = rows.astype(np.int64)
     corrupted_ids, is_predicted = data.corrupt(input_ids, vocabulary, generator)
     return Batch(input_ids, corrupted_ids, is_predicted, is_token=input_ids != vocabulary.pad_id)
 
 
-class MicroBatch(NamedTuple):
+@dataclass
+class MicroBatch:
     """The rows of one forward pass, as tensors on the device."""
     input_ids: torch.Tensor  # (b, T)
     corrupted_ids: torch.Tensor  # (b, T)
@@ -667,14 +726,14 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
     """What a mask is worth on held-out rows, in eval mode; each loss is a mean over batches, so a shorter last batch
     counts as much as any (TAMT mask_training/eval_mlm.py, eval_kd.py).
 
-    dev_mlm_loss: on one corruption, the same for every model. It is left out if the checkpoint has no masked-LM head,
-    or if the rows are so few that no token is to be predicted.
+    dev_mlm_loss: on one corruption, the same for all masks of a model and a text. It is left out if the checkpoint has
+    no masked-LM head, or if the rows are so few that no token is to be predicted.
     dev_kd_loss: Eq. 6 on the clean rows."""
     objectives = ["mlm", "kd"] if has_pretrained_head(model) else ["kd"]
     batch_losses = {objective: [] for objective in objectives}
     was_training = model.training
     model.eval()
-    generator = np.random.default_rng(42)  # the seed of the released evaluation; all masks meet the same corruption
+    generator = np.random.default_rng(42)  # any seed would do, but all masks must meet the same corruption
     for start in range(0, len(rows), batch_size):
         batch = make_batch(rows[start:start + batch_size], vocabulary, generator)
         micro_batch = make_micro_batch(batch, slice(None), machine.device)
@@ -699,7 +758,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
 
 
 class Training:
-    """The training of a run: what it is given, and what changes from update to update, which state.pt keeps. The
+    """The training of a run: what it is given, and what changes from update to update. (state.pt keeps the latter.) The
     constructor unfreezes the parameters that train."""
 
     def __init__(self, inputs: Inputs, masked_layers: dict, scores: Scores | None):
@@ -712,7 +771,8 @@ class Training:
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
         self.student = compile_if_asked(self.model, run)
-        # What the trained weights are at the start. (With kd there are none, with mlm those of the head.)
+        # What the trained weights are at the start: with kd there are none, with mlm those of the head, with imp nearly
+        # all.
         self.starting_weights = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -783,10 +843,9 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     return total_loss
 
 
-def clip_gradients(training, loss: torch.Tensor, max_norm: float) -> float:
+def clip_and_check(training, loss: torch.Tensor, max_norm: float) -> float:
     """Scales all gradients down, by one factor, if the norm of all of them together is above max_norm -> the loss as a
-    number. Raises ValueError if the loss or the norm is not finite, before anything has moved. (finetune.py calls it,
-    too, with a Training of its own.)"""
+    number. Raises ValueError if the loss or the norm is not finite, before anything has moved."""
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), max_norm)
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
     if not math.isfinite(loss_value + norm):
@@ -806,14 +865,6 @@ def optimizer_step(training: Training, learning_rate: float, update_number: int)
     training.optimizer.zero_grad()
 
 
-def renew_masks(training: Training):
-    """Step 7, after each update; with --refresh-every as in the released code (appendix A)."""
-    if training.run.refresh_every == 1:
-        training.scores.update_masks()
-    else:
-        refresh_as_released(training)
-
-
 def rewind_weights(training: Training):
     """Sets all weights that were trained back to their starting values; the scores stay. (These are the same tensors,
     not copies: training on with them would change the starting values.)"""
@@ -826,9 +877,9 @@ def rewind_weights(training: Training):
 # ---------------------------------------------------------------------------------------------------
 
 
-def train_imp(training: Training):
-    """Iterative magnitude pruning (Chen et al. 2020): prune 10 %; then train W under the mask with the masked-LM loss,
-    prune 10 % more, rewind W, and repeat.
+def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
+    """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of each matrix (with --rank global, of all together);
+    then train W under the mask with the masked-LM loss, prune 10 % more, rewind W, and repeat.
 
         sparsity .7    prune to .1, train, prune to .2, train, ... train, prune to .7
 
@@ -836,38 +887,43 @@ def train_imp(training: Training):
     losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The learning
     rate would reach 0 after ten rounds' worth of updates (unless --steps says otherwise), so within one it falls by a
     tenth (TAMT LT_pretrain.py)."""
-    run = training.run
+    run = inputs.run
+    training = prepare_training(inputs, masked_layers, None, state)  # without scores
     levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
     if training.updates_done == 0:  # not resumed
-        prune_and_rewind(training, levels[0])
+        prune(training, levels[0])
     while training.updates_done < run.num_updates:
         update_in_round = training.updates_done % run.prune_every
         learning_rate = run.lr * (1 - update_in_round / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)
-        loss_value = clip_gradients(training, loss, run.clip)
+        loss_value = clip_and_check(training, loss, run.clip)
         optimizer_step(training, learning_rate, update_in_round + 1)
         training.updates_done += 1
-        if training.updates_done % run.prune_every == 0:
-            prune_and_rewind(training, levels[training.updates_done // run.prune_every])
+        if training.updates_done % run.prune_every == 0:  # a round ends
+            prune(training, levels[training.updates_done // run.prune_every])
+            start_round(training)
         training.log.add(training.updates_done, loss_value, learning_rate, {})
         save_state_if_due(training)
     rewind_weights(training)  # of all that was trained the masks alone are the result
 
 
-def prune_and_rewind(training: Training, level: float):
-    """Prunes up to a sparsity of `level`, by the weights as they are trained. Then sets all weights but the head's back
-    to the pre-trained ones, unless --no-rewind, and starts a fresh optimizer."""
+def prune(training: Training, level: float):
+    """Prunes up to a sparsity of `level`, by the weights as they are trained, and saves the mask in a file."""
+    set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, training.run.rank))
+    save_mask_of_step(training, level)
+
+
+def start_round(training: Training):
+    """Sets all weights but the head's back to their pre-trained values, unless --no-rewind. Makes a new optimizer."""
     run = training.run
-    set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, run.rank))
     if not run.no_rewind:
         for name, weight in training.starting_weights.items():
             is_backbone = name.startswith(f"{run.family}.")
             if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
                 training.parameters[name].data.copy_(weight)
     training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
-    save_mask_of_step(training, level)
 
 
 def imp_levels(sparsity: float) -> list[float]:
@@ -878,7 +934,7 @@ def imp_levels(sparsity: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: what follows the released code. Skip it at a first reading, like all appendices.
+# Appendix A: how paper, released code and this program differ. Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
 # How the paper, the released code and this program differ. An empty cell means "as in the released code", a dash that
@@ -945,10 +1001,11 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
 
 
 def refresh_as_released(training: Training):
-    """--refresh-every: the masks follow from new thresholds only now and then, and from the old ones in between."""
+    """Step 7 with --refresh-every: the masks follow from new thresholds only now and then, and from the old ones in
+    between."""
     scores = training.scores
     if is_refresh_due(training.run, training.updates_done):
-        scores.update_masks()
+        scores.renew_masks()
         set_thresholds(scores)
     else:
         apply_old_thresholds(scores)
@@ -960,15 +1017,15 @@ def set_thresholds(scores: Scores):
     for pool in scores.pools:
         values = scores.all_scores[pool.begin:pool.end]
         pruned_values = values[~scores.all_masks[pool.begin:pool.end]]
-        pool.threshold = float(pruned_values.max()) if len(pruned_values) else -math.inf
+        pool.last_ranking.threshold = float(pruned_values.max()) if len(pruned_values) else -math.inf
 
 
 @torch.no_grad()
 def apply_old_thresholds(scores: Scores):
-    """In place of update_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
+    """In place of renew_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
     for pool in scores.pools:
         values = scores.all_scores[pool.begin:pool.end]
-        torch.gt(values, pool.threshold, out=scores.all_masks[pool.begin:pool.end])
+        torch.gt(values, pool.last_ranking.threshold, out=scores.all_masks[pool.begin:pool.end])
 
 
 def is_refresh_due(run: Run, updates_done: int) -> bool:
@@ -979,52 +1036,6 @@ def is_refresh_due(run: Run, updates_done: int) -> bool:
     if run.objective == "kd":
         return updates_done == 1 or (updates_done + 1) % run.refresh_every == 0
     return updates_done % run.refresh_every == 0
-
-
-def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
-    """Before the first global ranking: entries that never get a gradient keep their first mask from now on, and still
-    count among the round(n s). (With --rank local they compete like all others, as in the released code.)
-
-    Their scores would stay at 0 or START_SCORE forever, while the threshold drifts: as soon as it passed one of the
-    two, all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
-    infinity if they start as pruned. The optimizer leaves it infinite."""
-    for name, is_pinned in entries_without_gradient(scores.masked_layers, inputs).items():
-        layer = scores.masked_layers[name]
-        layer.scores.data.masked_fill_(is_pinned & layer.mask, math.inf)
-        layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
-
-
-def make_start_exact(scores: Scores):
-    """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
-    rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
-    round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
-    entry that changes sides gets the start score of its new side."""
-    [pool] = scores.pools  # of all scores
-    scores.all_masks.copy_(keep_largest(scores.all_scores, pool.end - pool.num_pruned))
-    start_scores = START_SCORE * scores.all_masks
-    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
-
-
-def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
-    """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
-    embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
-    not contain. (Under masked LM a tenth of the tokens to be predicted become any word of the vocabulary.)"""
-    without = {}
-    vocabulary = inputs.vocabulary
-    for name, layer in masked_layers.items():
-        device = layer.weight.device
-        if name.endswith("pooler.dense.weight"):
-            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
-        if name.endswith("word_embeddings.weight"):
-            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if inputs.run.objective == "kd":
-                is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(inputs.rows, vocabulary))
-            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
-            is_read[vocabulary.pad_id] = False
-            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
-            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
-    return without
 
 
 def learning_rate_of(objective: str, sparsity: float, num_updates: int) -> float:
@@ -1062,16 +1073,25 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 
 
-def rank_again(scores, pool: Pool, mask):
-    """Writes into `mask` the mask that prunes the lowest pool.num_pruned scores. Called after every update, which moves
+@dataclass
+class LastRanking:
+    """Where the last ranking of a pool has drawn the line. Kept scores lie at or above the threshold, pruned ones at or
+    below it. (With --refresh-every it decides between two rankings.)"""
+    threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
+    radius: float = START_SCORE / 4  # how far the threshold may move up to the next ranking, a guess
+
+
+def keep_largest_again(scores, pool: Pool, mask):
+    """Writes into `mask` the mask that keeps the pool.num_kept highest scores. Called after every update, which moves
     the threshold little: by about as much as the last one."""
-    guess = pool.threshold if math.isfinite(pool.threshold) else START_SCORE / 2  # not finite if nothing is pruned
-    threshold = prune_smallest_near(scores, pool.num_pruned, guess, pool.radius, mask)
+    last = pool.last_ranking
+    guess = last.threshold if math.isfinite(last.threshold) else START_SCORE / 2  # not finite if nothing is pruned
+    threshold = prune_smallest_near(scores, len(scores) - pool.num_kept, guess, last.radius, mask)
     moved = abs(threshold - guess)
-    pool.radius = min(max(2 * moved, pool.radius / 2, 1e-9), 1.0)
+    last.radius = min(max(2 * moved, last.radius / 2, 1e-9), 1.0)
     if moved > START_SCORE / 4:  # the first ranking jumps from the middle to a start score, and the next will not
-        pool.radius = 1e-5
-    pool.threshold = threshold
+        last.radius = 1e-5
+    last.threshold = threshold
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
@@ -1362,7 +1382,7 @@ def evaluate_mask(settings: Settings) -> dict:
     print(json.dumps(content, indent=1))
     if settings.evaluate:
         print(f"dev losses: on the held-out text of {run.data}, {run.seq_len} tokens a row")
-        content |= dev_losses(model, open_text(run, vocabulary, "dev"), vocabulary, machine)
+        content |= dev_losses(model, read_rows(run, vocabulary, "dev"), vocabulary, machine)
     if settings.export:
         export_model(model, masks, vocabulary, settings.export)
     content["seconds"] = round(time.time() - start_time, 1)
@@ -1592,7 +1612,7 @@ def save_state_if_due(training: Training):
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
         "masks": {name: pack(layer.mask) for name, layer in training.masked_layers.items()},
-        "thresholds": [pool.threshold for pool in training.scores.pools] if training.scores else [],
+        "thresholds": [pool.last_ranking.threshold for pool in training.scores.pools] if training.scores else [],
         "log": training.log.state(),
     })
 
@@ -1603,7 +1623,7 @@ def restore_state(training: Training, state: dict):
         layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
     if training.scores is not None:
         for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
-            pool.threshold = threshold
+            pool.last_ranking.threshold = threshold
     training.log.restore(state["log"])
     training.updates_done = state["step"]
 

@@ -75,7 +75,7 @@ def make_our_step(size: Size, objective: str = "mlm") -> Callable:
     def step():
         gpu.one_update(training, LEARNING_RATE, training.updates_done + 1)
         training.updates_done += 1
-        training.scores.update_masks()
+        training.scores.renew_masks()
 
     return step
 
@@ -297,7 +297,7 @@ def part_ranking(args):
         training.updates_done += 1
 
     def rank():
-        scores.update_masks()
+        scores.renew_masks()
 
     def multiply():  # W * M forward, and dL/dS = dL/d(W * M) * W backward
         for layer in encoder_layers:

@@ -238,12 +238,12 @@ def spread(scores: tamt.Scores):
     noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)
     spread_scores = tamt.START_SCORE * scores.all_masks + noise
     scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, spread_scores))
-    scores.update_masks()
+    scores.renew_masks()
 
 
 def one_update(training: tamt.Training, learning_rate: float, update_number: int) -> float:
     loss = tamt.backpropagate(training, tamt.next_batch(training))
-    loss_value = tamt.clip_gradients(training, loss, training.run.clip)
+    loss_value = tamt.clip_and_check(training, loss, training.run.clip)
     tamt.optimizer_step(training, learning_rate, update_number)
     return loss_value
 
@@ -252,7 +252,7 @@ def one_step(training: tamt.Training, learning_rate: float = LEARNING_RATE) -> f
     """What train_scores() does for each update -> the loss."""
     loss = one_update(training, learning_rate, training.updates_done + 1)
     training.updates_done += 1
-    training.scores.update_masks()
+    training.scores.renew_masks()
     return loss
 
 
@@ -560,7 +560,7 @@ def part_ranking(bench: Bench):
             move.neg_()  # back and forth, so that the threshold moves at every call
             synchronize(bench.device)
             began = time.perf_counter()
-            scores.update_masks()
+            scores.renew_masks()
             synchronize(bench.device)
             seconds.append(time.perf_counter() - began)
         median = float(np.median(seconds[3:]))
@@ -570,8 +570,8 @@ def part_ranking(bench: Bench):
                       "<= 5" if rank == "global" else "")
         if rank == "global":
             count_waits(bench, training)
-            num_kept = len(scores.all_scores) - scores.pools[0].num_pruned
-            full = median_seconds(partial(tamt.keep_largest, scores.all_scores, num_kept), bench.device, 1,
+            [pool] = scores.pools
+            full = median_seconds(partial(tamt.keep_largest, scores.all_scores, pool.num_kept), bench.device, 1,
                                   num_warm_up=0)
             bench.add("d", "ranking, global, without a guess of the threshold", full * 1e3, "ms")
 

@@ -177,9 +177,9 @@ def begin(settings):
 
 
 def one_update(training, learning_rate, update_number):
-    """What train_scores() and train_imp() do before the masks -> the loss."""
+    """What train_scores() and learn_by_imp() do before the masks -> the loss."""
     loss = tamt.backpropagate(training, tamt.next_batch(training))
-    loss_value = tamt.clip_gradients(training, loss, training.run.clip)
+    loss_value = tamt.clip_and_check(training, loss, training.run.clip)
     tamt.optimizer_step(training, learning_rate, update_number)
     return loss_value
 

@@ -376,5 +376,5 @@ def test_a_fresh_head_takes_the_word_embeddings_also_if_the_model_is_not_tied(in
     shutil.copytree(inputs / "bert", tmp_path / "bert")
     bert.save(tmp_path / "bert", model.config, tensors, "ForMaskedLM", tie_word_embeddings=False)
     settings = mask_settings(inputs, tmp_path / "run", model=str(tmp_path / "bert"))
-    opened, _ = tamt.open_model(settings, tamt.Machine(torch.device("cpu")))
+    opened, _ = tamt.read_model(settings, tamt.Machine(torch.device("cpu")))
     assert opened.mlm_head.is_fresh and opened.mlm_head.decoder is None

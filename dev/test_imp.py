@@ -37,10 +37,11 @@ def test_what_imp_has_pruned_stays_pruned(inputs, tmp_path, rank):
 def second_pruning(inputs, out, **changes):
     """The first two prunings of IMP, with three updates between them -> the weights before and after the second."""
     training = begin(mask_settings(inputs, out, **IMP, **changes))
-    tamt.prune_and_rewind(training, 0.1)
+    tamt.prune(training, 0.1)
     three_updates(training)
     trained = weights_of(training.model)
-    tamt.prune_and_rewind(training, 0.2)
+    tamt.prune(training, 0.2)
+    tamt.start_round(training)
     return trained, weights_of(training.model)
 
 

@@ -75,14 +75,14 @@ def local_scores(masked_layers):
 def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
     scores.all_masks.fill_(False)
-    scores.update_masks()
+    scores.renew_masks()
     assert same_masks(masks_of(masked_layers), start)
 
 
 def test_thresholding_at_phi_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
     for pool in scores.pools:
-        assert pool.threshold == tamt.START_SCORE / 2
+        assert pool.last_ranking.threshold == tamt.START_SCORE / 2
     scores.all_masks.fill_(False)
     tamt.apply_old_thresholds(scores)
     assert same_masks(masks_of(masked_layers), start)
@@ -106,7 +106,7 @@ def test_scores_have_the_masks_of_a_sort_of_all_scores(masked_layers, rank):
     generator = torch.Generator().manual_seed(0)
     for size in [1e-4] * 5 + [1e-2] * 5 + [1.0] * 2:
         scores.all_scores.add_(size * torch.randn(scores.all_scores.shape, generator=generator))
-        scores.update_masks()
+        scores.renew_masks()
         expected = tamt.masks_of_largest({name: layer.scores for name, layer in masked_layers.items()}, 0.7, rank)
         assert same_masks(masks_of(masked_layers), expected)
 
@@ -115,7 +115,7 @@ def test_scores_have_the_masks_of_a_count_in_each_group(masked_layers):
     """2:4: an entry stays if fewer than two of its group are larger, or equal and further left."""
     scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.5, "2:4"), 0.5, "2:4")
     scores.all_scores.copy_(torch.randint(-3, 4, scores.all_scores.shape, generator=torch.Generator().manual_seed(0)))
-    scores.update_masks()
+    scores.renew_masks()
     position = torch.arange(4)
     is_left = position[None, :] < position[:, None]
     for layer in masked_layers.values():
@@ -201,8 +201,8 @@ def between_refreshes(masked_layers, local_scores):
     refresh."""
     _, scores = local_scores
     scores.all_scores.normal_()
-    scores.update_masks()
-    thresholds = [pool.threshold for pool in scores.pools]
+    scores.renew_masks()
+    thresholds = [pool.last_ranking.threshold for pool in scores.pools]
     assert thresholds != [tamt.START_SCORE / 2] * len(masked_layers)
     scores.all_scores.normal_()
     tamt.apply_old_thresholds(scores)
@@ -211,7 +211,7 @@ def between_refreshes(masked_layers, local_scores):
 
 def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
     _, pools, thresholds = between_refreshes
-    assert [pool.threshold for pool in pools] == thresholds
+    assert [pool.last_ranking.threshold for pool in pools] == thresholds
 
 
 def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_refreshes):
@@ -248,13 +248,13 @@ def test_random_masks_depend_on_their_seed_alone(masked_layers):
     assert not same_masks(first, tamt.random_masks(masked_layers, 0.6, "local", 4))
 
 
-def test_update_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
+def test_renew_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
     """A layer's scores and mask are views of the long vectors that are ranked."""
     layers = tamt.install_masked_layers(model)
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
     for layer in layers.values():
         layer.scores.data.normal_()
-    scores.update_masks()
+    scores.renew_masks()
     learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
     mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
     assert torch.equal(mask, tamt.keep_largest(learned, len(learned) - round(len(learned) * 0.5)))
@@ -267,13 +267,13 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
     for step in range(30):
         one_update(training, 1e-2, step + 1)
         training.updates_done += 1
-        training.scores.update_masks()
+        training.scores.renew_masks()
         for name, rows in expected_pins(training).items():
             assert torch.equal(training.masked_layers[name].mask[rows], start[name][rows])
     [pool] = training.scores.pools
     # Without pins these scores would stay at 0 or 2 phi. The threshold has left that interval, so all of them would now
     # be kept, or all pruned.
-    assert not 0 <= pool.threshold < tamt.START_SCORE
+    assert not 0 <= pool.last_ranking.threshold < tamt.START_SCORE
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])
@@ -310,7 +310,7 @@ def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
     start = tamt.magnitude_masks(masked_layers, 0.0, "local")
     scores = tamt.Scores(masked_layers, start, 0.0, "local")
     for _ in range(1200):
-        scores.update_masks()
+        scores.renew_masks()
     tamt.set_thresholds(scores)
-    scores.update_masks()
+    scores.renew_masks()
     assert scores.all_masks.all()

@@ -61,7 +61,7 @@ def begin_as_released(tmp_path, objective, num_updates):
                              refresh_every=20, lr=RELEASED_RATES[objective], steps=num_updates, batch_size=8,
                              seq_len=64, data="toy", eval_every=10**6, save_every=10**6)
     machine = tamt.Machine(torch.device("cpu"))
-    model, vocabulary = tamt.open_model(settings, machine)
+    model, vocabulary = tamt.read_model(settings, machine)
     run = tamt.fill_in_defaults(settings, machine, model)
     layers = tamt.install_masked_layers(model)
     scores = tamt.Scores(layers, tamt.first_masks(layers, run), 0.75, "local")
@@ -82,12 +82,12 @@ def released_run(tmp_path, objective, settle_after=None):
     for step, batch in enumerate(batches, 1):
         learning_rate = RELEASED_RATES[objective] * (1 - (step - 1) / len(batches))
         loss = tamt.backpropagate(training, batch)
-        losses.append(tamt.clip_gradients(training, loss, training.run.clip))
+        losses.append(tamt.clip_and_check(training, loss, training.run.clip))
         tamt.optimizer_step(training, learning_rate, step)
         if step == settle_after:
             num_tied = settle_ties(training.scores)
         if tamt.is_refresh_due(training.run, step):
-            training.scores.update_masks()
+            training.scores.renew_masks()
             tamt.set_thresholds(training.scores)
         else:
             tamt.apply_old_thresholds(training.scores)
@@ -107,8 +107,8 @@ def settle_ties(scores) -> int:
     num_tied = 0
     for pool in scores.pools:
         stretch = scores.all_scores[pool.begin:pool.end]
-        is_tied = (stretch - pool.threshold).abs() <= 2 * UNIT_IN_THE_LAST_PLACE
-        stretch[is_tied] = pool.threshold
+        is_tied = (stretch - pool.last_ranking.threshold).abs() <= 2 * UNIT_IN_THE_LAST_PLACE
+        stretch[is_tied] = pool.last_ranking.threshold
         num_tied += int(is_tied.sum())
     return num_tied
 

@@ -359,7 +359,7 @@ def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, mo
     monkeypatch.setattr(tamt.time, "time", lambda: now)
     monkeypatch.setattr(tamt, "dev_losses", evaluate)
     monkeypatch.setattr(tamt, "backpropagate", backpropagate)
-    monkeypatch.setattr(tamt, "clip_gradients", lambda *_: 1.0)
+    monkeypatch.setattr(tamt, "clip_and_check", lambda *_: 1.0)
     monkeypatch.setattr(tamt, "optimizer_step", lambda *_: None)
     tamt.find_mask(mask_settings(inputs, tmp_path, eval_every=4))
     assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3
