@@ -9,7 +9,7 @@ position embeddings, the task head). In tamt.py it is the other way round. In sh
     W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
         gradient = derivative(loss(batch, W), W) * mask     batch_loss, zero_pruned_gradients
-        W = adamw(W, gradient)                              clip_and_check, optimizer_step
+        W = adamw(W, gradient)                              optimizer_step
         now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
@@ -26,7 +26,7 @@ Methods of other papers follow. Skip them if you came for TAMT:
 
     6. IMP on a task              --find imp: a mask by iterative magnitude pruning on the task itself
     7. Super Tickets              --find super: cut out whole attention heads and feed-forward networks, FFNs
-    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one encoder, for each task a head and a ticket
+    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one encoder, for each task a task head and a ticket
 
     Appendix A                    what differs from the released code; ablations, states, records, predictions, export
     Appendix B                    settings and the command line
@@ -35,8 +35,8 @@ Functions hand on these objects, Settings -> Run -> Inputs -> Training -> the co
 
     Settings      what the user asked for; its fields are named like the flags
     Run           the settings of one fine-tuning, with every default filled in
-    Ticket        the content of a mask file: the masks of all matrices, and how they were found. (From "lottery
-                  ticket".) An ordinary one prunes single entries, a Super Ticket whole heads and FFNs.
+    Ticket        the content of a mask file: masks, and how they were found. (From "lottery ticket".) An ordinary
+                  one prunes single entries, a Super Ticket whole heads and FFNs.
     Inputs        the Run, and the tasks, tickets and network that were read
     EncodedTask   a task as token ids
     Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
@@ -59,7 +59,8 @@ from its appendices, and do not explain themselves:
 
     tamt.read_mask              the masks of a mask file, and what it says of itself
     tamt.open_folder            the result or the state that --resume finds
-    tamt.seed_dropout           the dropout of an update follows from its number alone
+    tamt.seed_dropout           the dropout of an update follows from the seed and its number
+    tamt.clip_and_check         clips the gradients, raises an error if the loss is not finite, and returns it
     tamt.optimizer_settings     makes torch's AdamW compute the released optimizer
     tamt.sparsity_report        the fractions that masks prune
     tamt.plain                  a value as JSON takes it
@@ -78,7 +79,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +99,7 @@ from tamt import option
 
 def fine_tune(settings: Settings) -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
-    returns the content of result.json. (With --find it looks for a ticket, which takes several fine-tunings, writes it
-    as mask.pt, and returns the content of mask.json.)
+    returns the content of result.json. (With --find it looks for a ticket, and returns the content of mask.json.)
 
     Raises ValueError or OSError, with a message of one line, for input that is wrong."""
     if settings.find:
@@ -122,29 +121,30 @@ def fine_tune(settings: Settings) -> dict:
 #     run.eval_every                         updates between evaluations
 #     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
 #                                            counts, or the weights below it?
-#     run.predict, run.export                what else to write: predictions for test sets; the folder of an export
+#     run.predict, run.export                what else to write: predictions for test sets (SQuAD: for dev); an export
+#     run.schedule_stretch                   the learning rate falls as if the run were this many times as long: with 1
+#                                            it reaches 0 at the end, with 10, as in a round of IMP, it falls by a tenth
 #     run.out                                the folder of the run
 #     run.machine                            the device, and the type of numbers
 
 
 @dataclass
 class Inputs:
-    """A run before its first update: its settings, and all that it reads."""
+    """The settings of a run, and all that it reads."""
     run: Run
     identity: dict  # settings and checksums; --resume refuses a run that has others
     tasks: list[glue_squad.Task]  # one, or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
     model: bert.Model  # the pre-trained one; prepare_training turns this very object into the network that trains
-    matrices: list[str]  # names of the maskable matrices of the checkpoint; a fresh pooler is not among them
+    pretrained_matrices: list[str]  # names of the maskable ones, for IMP, which does not prune a fresh pooler
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
 
 def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    schedule_stretch: the learning rate falls as if the run were this many times as long. With 1 it reaches 0 at the
-    end; with 10, as in a round of IMP, it falls by a tenth."""
+    schedule_stretch: 10 in a round of IMP, where the learning rate falls as if the run were ten times as long."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -154,7 +154,7 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     tickets = read_tickets(settings)
     model_name = choose_model_name(settings, tickets)
     model, vocabulary = tamt.load_model(model_name)
-    match_tickets(tickets, model, settings)
+    fit_tickets_to_model(tickets, model, settings)
 
     # What follows from them: the settings with all defaults, and the examples. The folder comes last, since by default
     # its name ends with a hash of the identity.
@@ -164,17 +164,18 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     run = replace(run, out=choose_folder(run, tickets, identity))
     check_files_of_run(run)
     return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
-                  matrices=list(tamt.maskable_layers(model)), vocabulary=vocabulary, start_time=start_time)
+                  pretrained_matrices=list(tamt.maskable_layers(model)), vocabulary=vocabulary, start_time=start_time)
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     """Opens the folder of the run. With --resume it returns (result, None) if the run is finished there, and
-    (None, state) if it was interrupted. Else it returns (None, None), and the result, the state and the log of an
-    earlier run are removed. Raises ValueError for another run, or an unfinished one without --resume."""
+    (None, state) if it was interrupted. Else it returns (None, None), and the result of an earlier run is removed.
+    Raises ValueError for another run, for an unfinished one without --resume, and for a finished one whose --predict or
+    --export is not there."""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
-        check_finished_run(inputs, result)
+        complete_finished_run(inputs, result)
     return result, state
 
 
@@ -196,13 +197,15 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     prepare_network(model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
     model.to(run.machine.device)
     gradient_masks = {}
-    shared_encoder = None
+    task_switch = None
     if len(inputs.tasks) > 1:
-        shared_encoder = SharedEncoder(model, inputs.tasks, inputs.tickets)  # chapter 8
+        task_switch = TaskSwitch(model, inputs.tasks, inputs.tickets)  # chapter 8
+        for encoded_task in encoded_tasks:
+            encoded_task.prefix = f"{encoded_task.task.name}_"
     elif inputs.tickets:
         gradient_masks = apply_ticket(model, inputs.tickets[0])
 
-    training = Training(inputs, encoded_tasks, gradient_masks, shared_encoder)
+    training = Training(inputs, encoded_tasks, gradient_masks, task_switch)
     if state is not None:
         restore_state(training, state)
     return training
@@ -212,16 +215,16 @@ class Training:
     """A fine-tuning in progress. state.pt keeps what cannot be made again from the Inputs."""
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
-                 shared_encoder: SharedEncoder | None):
+                 task_switch: TaskSwitch | None):
         """gradient_masks: {name of a matrix: mask}, which gradients are multiplied with; {} if none is needed.
-        shared_encoder: None unless there are several tasks."""
+        task_switch: None unless there are several tasks."""
         self.inputs = inputs
         self.run = inputs.run
         self.encoded_tasks = encoded_tasks
         self.model = inputs.model
         self.gradient_masks = gradient_masks
-        self.shared_encoder = shared_encoder
-        self.parameters = dict(self.model.named_parameters())  # all that trains
+        self.task_switch = task_switch
+        self.parameters = dict(self.model.named_parameters())  # all of them train
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
         self.updates_done = 0
         self.batches = None  # of the current epoch, made by next_batch
@@ -289,15 +292,16 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
 
 @dataclass
 class EncodedTask:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)); for SQuAD it is a window: a
-    question, and as much of its paragraph as fits. task.predicts says what the network predicts: a "class", a "number"
-    (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD each window gives one:
+    a question, and as much of its paragraph as fits. task.predicts says what the network predicts: a "class", a
+    "number" (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
     train_sequences: list  # in file order, or a random choice of --limit
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
+    prefix: str = ""  # of the names of metrics; "rte_" if rte is one of several tasks
 
 
 def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
@@ -367,7 +371,7 @@ def remove_pretraining_heads(model):
 
 def add_or_remove_pooler(model, task: glue_squad.Task):
     """BERT's classifier reads the pooler, so a checkpoint without one gets a fresh one. RoBERTa's classifier, which has
-    a layer of its own, and SQuAD's task head read the last hidden states: for them the pooler is removed."""
+    a layer of its own, and SQuAD's task head read the last hidden states directly: for them the pooler is removed."""
     needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
     if needs_pooler and not model.has_pooler:
         model.add_pooler()
@@ -422,8 +426,6 @@ def batch_loss(training: Training, encoded_task: EncodedTask, indices):
 def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
     model = training.model
-    if training.shared_encoder is not None:
-        training.shared_encoder.select(task)  # with its task head, and under its ticket (chapter 8)
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
         hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
@@ -500,7 +502,8 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
 
 
 def train(training: Training):
-    """Trains all parameters but the entries that an ordinary ticket prunes. Leaves the network in eval mode.
+    """Trains all parameters but, with a single task, the entries that an ordinary ticket prunes. Leaves the network in
+    eval mode.
 
     Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
     continues exactly."""
@@ -511,6 +514,7 @@ def train(training: Training):
     while training.updates_done < training.num_updates:
         learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
         encoded_task, indices = next_batch(training)
+        select_task(training, encoded_task.task)  # chapter 8; a single task has nothing to select
         tamt.seed_dropout(run.seed, training.updates_done)
         loss = batch_loss(training, encoded_task, indices)
         loss.backward()
@@ -533,8 +537,8 @@ def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
 
 
 def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
-    """The batches of an epoch, as pairs (task, indices into its training set). Those of several tasks are
-    shuffled together, so a large task has more of them."""
+    """The batches of an epoch, as pairs (task, indices into its training set). Each batch is of one task; those of
+    several tasks are shuffled together."""
     generator = data.random_stream(run.seed, "order", epoch)
     batches = []
     for encoded_task in encoded_tasks:
@@ -547,8 +551,8 @@ def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> lis
 
 
 def zero_pruned_gradients(training: Training):
-    """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, and there is no weight decay: so the weight
-    remains 0. (This comes before clipping, so that pruned weights do not count in the norm.)"""
+    """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, so it never moves the weight. (This comes
+    before clipping, so that pruned weights do not count in the norm.)"""
     for name, mask in training.gradient_masks.items():
         training.parameters[name].grad.mul_(mask)
 
@@ -594,19 +598,15 @@ def evaluate(training: Training) -> dict[str, float]:
     metrics = {}
     for encoded_task in training.encoded_tasks:
         task = encoded_task.task
+        select_task(training, task)
         for split, sequences in encoded_task.dev_sequences.items():
             predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
             if task.predicts == "span":
                 scores = glue_squad.squad_scores(predictions, encoded_task.examples[split])
             else:
                 scores = glue_squad.score(task, predictions, encoded_task.examples[split], split)
-            metrics |= {metric_name(training, task, name): value for name, value in scores.items()}
+            metrics |= {encoded_task.prefix + name: value for name, value in scores.items()}
     return metrics
-
-
-def metric_name(training: Training, task: glue_squad.Task, metric: str) -> str:
-    """As in result.json: "accuracy", or "rte_accuracy" where several tasks share an encoder."""
-    return f"{task.name}_{metric}" if len(training.encoded_tasks) > 1 else metric
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -620,10 +620,12 @@ def finish(training: Training) -> dict:
 
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
-    best: the evaluation on dev that is highest in the first metric, so a little too high; final: the last one; floor:
-    what always answering the most frequent class of dev scores, 0 for numbers and answers."""
+    best: the evaluation that is highest in the first metric. It is chosen on the dev set that it is reported on, so it
+    is a little too high. final: the last evaluation. floor: the scores of answering every dev example with the most
+    frequent class; 0 for numbers and answers."""
     run = training.run
     for encoded_task in training.encoded_tasks:
+        select_task(training, encoded_task.task)
         if run.predict:
             write_predictions(training, encoded_task)
         if run.export:
@@ -639,19 +641,17 @@ def finish(training: Training) -> dict:
 
 def best_and_final(training: Training) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
-    tasks = [encoded_task.task for encoded_task in training.encoded_tasks]
-    names = [metric_name(training, task, task.metrics[0]) for task in tasks]
+    names = [encoded_task.prefix + encoded_task.task.metrics[0] for encoded_task in training.encoded_tasks]
     best = max(training.history, key=lambda evaluation: sum(evaluation[name] for name in names))
     return best, training.history[-1]
 
 
 def floor_scores(training: Training) -> dict[str, float]:
-    """What always answering the most frequent class would score in each metric; for numbers and answers 0."""
     scores = {}
     for encoded_task in training.encoded_tasks:
         for split in encoded_task.dev_sequences:
             floor = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
-            scores |= {metric_name(training, encoded_task.task, name): value for name, value in floor.items()}
+            scores |= {encoded_task.prefix + name: value for name, value in floor.items()}
     return scores
 
 
@@ -676,8 +676,9 @@ def find_imp(settings: Settings) -> dict:
             fine-tune W under the mask
             mask = largest(abs(W), as many as this sparsity leaves)
 
-    By default all matrices of the encoder, and of the pooler if the task has one, are ranked as one (--rank global,
-    --scope encoder); --scope all adds the word embeddings. The IMP of tamt.py prunes first and then trains on text.
+    By default all matrices of the encoder are ranked as one, and that of the pooler with them if the checkpoint has one
+    and the task reads it (--rank global, --scope encoder). --scope all adds the word embeddings. The IMP of tamt.py
+    prunes first and then trains on text.
 
     The last mask has not been evaluated yet: the command that is printed at the end fine-tunes it. --resume does not
     repeat a finished round."""
@@ -694,32 +695,25 @@ def find_imp(settings: Settings) -> dict:
         # This reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets the
         # schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
         inputs = read_inputs(round_settings, schedule_stretch=10)
-        save_next_ticket = partial(save_imp_ticket, path=folder / "mask.pt", sparsity=next_sparsity,
-                                   rank=search_settings.rank, scope=search_settings.scope)
-        result = run_of_search(search_settings, inputs, save_next_ticket)
+        result, state = open_run_of_search(search_settings, inputs)
+        if result is None:
+            training = train_for_search(search_settings, inputs, state)
+            masks = next_masks(training, next_sparsity, search_settings.rank, search_settings.scope)
+            save_ticket(folder / "mask.pt", training, masks, {
+                "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
+            result = finish(training)  # last: its result.json tells --resume that the ticket is there
         # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def run_of_search(search_settings: Settings, inputs: Inputs, save_tickets) -> dict:
-    """Fine-tunes -> the content of result.json; with --resume that of a finished run is returned at once.
-    save_tickets(training) is called after the training."""
-    result, state = open_run_of_search(search_settings, inputs)
-    if result is None:
-        training = prepare_training(inputs, state)
-        claim_folders(search_settings, inputs.run)  # no earlier, since prepare_training may refuse what it gets
-        train(training)
-        save_tickets(training)
-        result = finish(training)  # last: result.json tells --resume that the tickets are there
-    return result
-
-
-def save_imp_ticket(training: Training, path: Path, sparsity: float, rank: str, scope: str):
-    """Prunes up to this sparsity, and writes the masks, those of the next round."""
-    masks = next_masks(training, sparsity, rank, scope)
-    save_ticket(path, training, masks, {"method": "imp", "rank": rank, "scope": scope})
+def train_for_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
+    """A fine-tuning up to its end, but for its result."""
+    training = prepare_training(inputs, state)
+    claim_folders(search_settings, inputs.run)  # no earlier, since prepare_training may refuse what it gets
+    train(training)
+    return training
 
 
 def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> dict[str, torch.Tensor]:
@@ -727,7 +721,7 @@ def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> di
     entries. (As tamt.magnitude_masks, for a network without masked layers.)"""
     magnitudes = {}
     for name in tamt.maskable_layers(training.model, scope):
-        if name in training.inputs.matrices:  # not a fresh pooler
+        if name in training.inputs.pretrained_matrices:  # not a fresh pooler
             magnitudes[name] = training.parameters[name].detach().abs()
             if name in training.gradient_masks:
                 magnitudes[name].masked_fill_(~training.gradient_masks[name], -1.0)  # below every magnitude
@@ -762,7 +756,7 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
 # A unit is an attention head or an FFN. "winning" tickets cut out the least important units first, "losing" ones the
 # most important, and "random" ones any.
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)  # each removes another tenth of all heads, and another twelfth of all FFNs
+LEVELS = range(1, 9)  # level 3 removes 3 tenths of all heads and 3 twelfths of all FFNs, rounded down
 
 
 def find_super(settings) -> dict:
@@ -775,15 +769,19 @@ def find_super(settings) -> dict:
             fine-tune W without these units
         of the "winning" tickets the best on dev becomes mask.pt
 
-    (The paper calls only that one, the best, the super ticket; here all that remove units are called so.)"""
+    (The paper calls only that one, the best, the super ticket; here all of them are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
 
-    # Fine-tune the whole network. This run writes all tickets, too.
+    # Fine-tune the whole network, and write all tickets.
     result_of = {}  # {name of a ticket: its result}
     inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
-    save_tickets = partial(save_super_tickets, folder=search_settings.out)
-    result_of["dense"] = run_of_search(search_settings, inputs, save_tickets)
+    first_metric = inputs.tasks[0].metrics[0]
+    result_of["dense"], state = open_run_of_search(search_settings, inputs)
+    if result_of["dense"] is None:
+        training = train_for_search(search_settings, inputs, state)
+        save_super_tickets(training, search_settings.out)
+        result_of["dense"] = finish(training)  # last: its result.json tells --resume that the tickets are there
 
     # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
     for order in search_settings.orders:
@@ -793,7 +791,6 @@ def find_super(settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
-    first_metric = inputs.tasks[0].metrics[0]
     curve = report_curve(result_of, first_metric)
     best_file = None
     if "winning" in search_settings.orders:
@@ -902,7 +899,7 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
     Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
-    each removes what the one below removes, and more. Every layer keeps the head that would go last, so no more than
+    each removes all that the one below removes. Every layer keeps the head that would go last, so no more than
     L (H - 1) heads go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
@@ -931,9 +928,10 @@ def masks_from_units(config, removed_heads, removed_ffns) -> dict[str, torch.Ten
     """removed_heads (L, H), removed_ffns (L,) -> the masks of the six matrices of each layer. A head has rows in query,
     key and value, and columns in the output matrix, which reads its context vector.
 
-    So a Super Ticket is a mask file like any other, and all tools read it. units_from_masks() gets the units back.
-    Biases have no masks: a masked head adds nothing, since its output columns are masked, too, but a masked FFN would
-    still add its output bias. So where a Super Ticket is applied, its FFNs are skipped as a whole."""
+    So a Super Ticket is stored as a mask file like any other. units_from_masks() gets the units back. Biases have no
+    masks: a masked head adds nothing, since its output columns are masked, too, but a masked FFN would still add its
+    output bias. So where a Super Ticket is applied, the FFNs that it removes are skipped as a whole. (tamt.py cannot do
+    that, and refuses to evaluate or export one.)"""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -976,7 +974,7 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
 # 7d. How a Super Ticket is applied.
 
 
-class SkippableResidual(bert.Residual):
+class SkippableFFN(bert.Residual):
     """The last part of an FFN, with a switch that leaves the FFN out: the LayerNorm is then applied to the residual
     alone. (Where several tasks share an encoder, the switch is turned for each batch, in chapter 8.)"""
 
@@ -1006,7 +1004,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         dense = layer.attention.output.dense
         dense.weight = nn.Parameter(dense.weight.data[:, kept_dims])
         if removed_ffns[index]:
-            layer.output = SkippableResidual(layer.output)
+            layer.output = SkippableFFN(layer.output)
             layer.output.is_skipped = True
             layer.output.dense = None  # so the layer keeps only the LayerNorm of its FFN
             layer.intermediate = nn.Identity()  # its output is not read any more
@@ -1026,7 +1024,7 @@ class TaskParts:
 
 
 def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
-    """A classifier for each of several tasks. SharedEncoder puts one of them in the place of model.classifier."""
+    """A classifier for each of several tasks. TaskSwitch puts one of them in the place of model.classifier."""
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for task in tasks:
         model.add_classifier(task.num_outputs)  # in the place of the one before
@@ -1034,7 +1032,7 @@ def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
     del model.classifier
 
 
-class SharedEncoder:
+class TaskSwitch:
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. No weight is
@@ -1050,7 +1048,7 @@ class SharedEncoder:
             for layer in model.backbone.encoder.layer:
                 # So that FFNs can be skipped (masks_from_units says why). This comes after the masked layers, since
                 # layer.output.dense is one of them.
-                layer.output = SkippableResidual(layer.output)
+                layer.output = SkippableFFN(layer.output)
 
         device = next(model.parameters()).device
         self.parts = {}  # {name of a task: its parts}
@@ -1076,6 +1074,12 @@ class SharedEncoder:
             tamt.set_masks(self.masked_layers, parts.masks)
             for layer, is_skipped in zip(self.model.backbone.encoder.layer, parts.skipped_ffns, strict=True):
                 layer.output.is_skipped = is_skipped
+
+
+def select_task(training: Training, task: glue_squad.Task):
+    """Before each batch, and each evaluation of a task: if there are several, the model becomes that of this one."""
+    if training.task_switch is not None:
+        training.task_switch.select(task)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1197,7 +1201,7 @@ def append_to_results(run, result: dict, is_resumed: bool = False):
         data.append_line(run.results, line)
 
 
-def check_finished_run(inputs: Inputs, result: dict):
+def complete_finished_run(inputs: Inputs, result: dict):
     """--resume of a run that is finished: adds its line to --results if that was left to do, and raises ValueError if
     it has not written what is asked for now."""
     run = inputs.run
@@ -1272,8 +1276,6 @@ def export_model(training: Training, encoded_task: EncodedTask):
         extra["label2id"] = {label: index for index, label in enumerate(labels)}
     if task.predicts == "number":
         extra["problem_type"] = "regression"
-    if training.shared_encoder is not None:
-        training.shared_encoder.select(task)
     folder = training.run.export
     if len(training.encoded_tasks) > 1:
         folder = folder / task.name
@@ -1293,7 +1295,7 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
     for name, layer in model.named_modules():
         if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
             tensors[f"{name}.weight"] = layer.weight.data * layer.mask
-        if isinstance(layer, SkippableResidual) and layer.is_skipped and layer.dense is not None:
+        if isinstance(layer, SkippableFFN) and layer.is_skipped and layer.dense is not None:
             tensors[f"{name}.dense.bias"] = torch.zeros_like(layer.dense.bias)  # what skips the FFN skips its bias
 
     with torch.device("meta"):
@@ -1466,7 +1468,7 @@ def choose_model_name(settings, tickets: list[Ticket]) -> str:
     return names[0]
 
 
-def match_tickets(tickets: list[Ticket], model: bert.Model, settings: Settings):
+def fit_tickets_to_model(tickets: list[Ticket], model: bert.Model, settings: Settings):
     """Puts the masks of each ticket in the order of the model's weights, with their full names. Raises ValueError if a
     ticket belongs to another network, and prints a note if it was found on other weights."""
     layers = tamt.maskable_layers(model)

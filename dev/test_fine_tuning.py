@@ -54,7 +54,7 @@ HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
 
 
 def training_on_mrpc():
-    mrpc = SimpleNamespace(task=glue_squad.MRPC)
+    mrpc = SimpleNamespace(task=glue_squad.MRPC, prefix="")
     return SimpleNamespace(encoded_tasks=[mrpc], history=HISTORY)
 
 
@@ -84,7 +84,7 @@ def test_evaluations_come_every_few_updates_and_at_the_end_of_each_epoch(tasks, 
 
 
 def test_a_loss_that_overflows_is_an_error(tasks, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is (inf|nan) .* at update \d+: a lower --lr "):
+    with pytest.raises(ValueError, match=r"the loss is (inf|nan) .* at update \d+: try a lower --lr "):
         finetune.fine_tune(finetune_settings(tasks, tmp_path, "stsb", lr=1e9))
 
 

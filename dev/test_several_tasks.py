@@ -60,7 +60,7 @@ def exported_tasks(tasks, tmp_path, two_masks):
 def test_the_exports_of_several_tasks_are_masked_each_by_its_ticket(exported_tasks):
     for encoded_task in exported_tasks.encoded_tasks:
         tensors = bert.read_safetensors(exported_tasks.run.export / encoded_task.task.name / "model.safetensors")
-        masks = exported_tasks.shared_encoder.parts[encoded_task.task.name].masks
+        masks = exported_tasks.task_switch.parts[encoded_task.task.name].masks
         for name, mask in masks.items():
             assert torch.equal(tensors[name], exported_tasks.model.get_parameter(name).data * mask)
 
@@ -76,6 +76,7 @@ def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks
         sequences = encoded_task.train_sequences[:8]
         folder = tmp_path / "x" / encoded_task.task.name
         theirs, _ = transformers_logits(folder, encoded_task, sequences, training.model.config)
+        finetune.select_task(training, encoded_task.task)
         ours = np.stack(finetune.predict_logits(training, encoded_task, sequences))
         assert_close(torch.from_numpy(ours), theirs)
 
@@ -99,8 +100,9 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte = training.encoded_tasks[0]
+    finetune.select_task(training, rte.task)
     finetune.batch_loss(training, rte, np.arange(8)).backward()
-    parts = training.shared_encoder.parts
+    parts = training.task_switch.parts
     assert parts["rte"].task_head.weight.grad is not None
     assert parts["stsb"].task_head.weight.grad is None
 
@@ -109,8 +111,9 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
     training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for encoded_task in training.encoded_tasks:
         training.model.zero_grad()
+        finetune.select_task(training, encoded_task.task)
         finetune.batch_loss(training, encoded_task, np.arange(8)).backward()
-        for name, mask in training.shared_encoder.parts[encoded_task.task.name].masks.items():
+        for name, mask in training.task_switch.parts[encoded_task.task.name].masks.items():
             gradient = training.model.get_parameter(name).grad
             assert not gradient[~mask].any()
             assert gradient[mask].any()
@@ -155,7 +158,7 @@ def test_with_two_tasks_a_shared_weight_gets_gradients_only_from_those_whose_mas
         whole = {name: parameters[name].data.clone() for name in masks_of_task}
         for name, mask in masks_of_task.items():
             parameters[name].data.mul_(mask)
-        theirs.shared_encoder.select(encoded_task.task)
+        finetune.select_task(theirs, encoded_task.task)
         logits = finetune.task_logits(theirs, encoded_task.task, sequences)
         is_rte = encoded_task.task.name == "rte"
         loss = F.cross_entropy(logits, targets) if is_rte else F.mse_loss(logits[:, 0], targets)
