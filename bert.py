@@ -135,6 +135,7 @@ class SelfAttention(nn.Module):
 
 class Residual(nn.Module):
     """The end of both sub-layers ("Add & Norm"): dense, dropout, add what went into the sub-layer, LayerNorm."""
+    is_skipped = False  # finetune.py sets it where a ticket removes a feed-forward network: then x does not count
 
     def __init__(self, input_size: int, config: Config):
         super().__init__()
@@ -143,6 +144,8 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, residual):  # (B, T, input size), (B, T, D) -> (B, T, D)
+        if self.is_skipped:
+            return self.LayerNorm(residual)
         return self.LayerNorm(residual + self.dropout(self.dense(x)))
 
 
@@ -199,6 +202,7 @@ class Encoder(nn.Module):
 
 class Pooler(nn.Module):
     """The input of BERT's classifier: the last hidden state of [CLS] through a dense layer and tanh."""
+    is_fresh = False  # finetune.py sets it where a checkpoint has no pooler, and a random one is trained
 
     def __init__(self, config: Config):
         super().__init__()

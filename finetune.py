@@ -13,8 +13,9 @@ position embeddings, the task head). In tamt.py it is the other way round. In sh
         now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
-A test compares train() with such a loop, in which torch.nn.utils.prune applies the mask: the weights are equal, bit for
-bit (test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
+Left out: gradients are clipped, and the learning rate falls. A test compares train() with a plain loop in which
+torch.nn.utils.prune multiplies the weights by the mask in each forward pass: the kept weights are equal, bit for bit
+(test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -54,8 +55,8 @@ and use these words:
 2020, LT_glue.py) in chapter 6, and that of Super Tickets (Liang et al. 2021, mt_dnn) in chapters 7 and 8. A function
 that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the network
 (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and
-folders (tamt.py). Where names are those of tamt.py, objects and functions play the same part here as there. These come
-from its appendices, and do not explain themselves:
+folders (tamt.py). Where names are those of tamt.py, objects and functions play the same part here as there. Of its
+functions, these explain themselves least:
 
     tamt.read_mask              the masks of a mask file, and what it says of itself
     tamt.open_folder            the result or the state that --resume finds
@@ -137,7 +138,6 @@ class Inputs:
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
     model: bert.Model  # the pre-trained one; prepare_training turns this very object into the network that trains
-    pretrained_matrices: list[str]  # names of the maskable ones, for IMP, which does not prune a fresh pooler
     vocabulary: data.Vocabulary
     start_time: float  # for the seconds in result.json
 
@@ -164,7 +164,7 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     run = replace(run, out=choose_folder(run, tickets, identity))
     check_files_of_run(run)
     return Inputs(run=run, identity=identity, tasks=tasks, examples=examples, tickets=tickets, model=model,
-                  pretrained_matrices=list(tamt.maskable_layers(model)), vocabulary=vocabulary, start_time=start_time)
+                  vocabulary=vocabulary, start_time=start_time)
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
@@ -179,33 +179,19 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     return result, state
 
 
-# A ticket is applied in one of three ways:
-#
-#     ordinary ticket, one task   entries are set to 0 once, and their gradients in each update; chapter 2
-#     Super Ticket, one task      heads and FFNs are cut out, so the network trains faster; chapter 7
-#     several tasks               the weights stay whole, since each task prunes other ones, and a forward pass
-#                                 multiplies them by the masks of its task, as in tamt.py; chapter 8
-
-
 def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     """Encodes the examples, and turns the pre-trained model into the pruned network that trains. state: of an
     interrupted run, or None."""
     run = inputs.run
-    encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run) for task in inputs.tasks]
+    encoded_tasks = []
+    for task in inputs.tasks:
+        prefix = f"{task.name}_" if len(inputs.tasks) > 1 else ""
+        encoded_tasks.append(encode_task(task, inputs.examples[task.name], inputs.vocabulary, run, prefix))
 
-    model = inputs.model
-    prepare_network(model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
-    model.to(run.machine.device)
-    gradient_masks = {}
-    task_switch = None
-    if len(inputs.tasks) > 1:
-        task_switch = TaskSwitch(model, inputs.tasks, inputs.tickets)  # chapter 8
-        for encoded_task in encoded_tasks:
-            encoded_task.prefix = f"{encoded_task.task.name}_"
-    elif inputs.tickets:
-        gradient_masks = apply_ticket(model, inputs.tickets[0])
-
-    training = Training(inputs, encoded_tasks, gradient_masks, task_switch)
+    prepare_network(inputs.model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
+    inputs.model.to(run.machine.device)
+    masks, task_switch = apply_tickets(inputs.model, inputs.tasks, inputs.tickets)
+    training = Training(inputs, encoded_tasks, masks, task_switch)
     if state is not None:
         restore_state(training, state)
     return training
@@ -214,15 +200,13 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
 class Training:
     """A fine-tuning in progress. state.pt keeps what cannot be made again from the Inputs."""
 
-    def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], gradient_masks: dict,
-                 task_switch: TaskSwitch | None):
-        """gradient_masks: {name of a matrix: mask}, which gradients are multiplied with; {} if none is needed.
-        task_switch: None unless there are several tasks."""
+    def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], masks: dict, task_switch: TaskSwitch | None):
+        """masks, task_switch: as apply_tickets() returns them."""
         self.inputs = inputs
         self.run = inputs.run
         self.encoded_tasks = encoded_tasks
         self.model = inputs.model
-        self.gradient_masks = gradient_masks
+        self.masks = masks
         self.task_switch = task_switch
         self.parameters = dict(self.model.named_parameters())  # all of them train
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
@@ -301,17 +285,18 @@ class EncodedTask:
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
-    prefix: str = ""  # of the names of metrics; "rte_" if rte is one of several tasks
+    prefix: str = ""  # as in encode_task
 
 
-def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
-    """Token ids of train and dev."""
+def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run, prefix: str) -> EncodedTask:
+    """Token ids of train and dev. prefix: of the names of metrics, "rte_" if rte is one of several tasks, else ""."""
     if task.predicts == "span":
         encoded_task = encode_squad(task, examples, vocabulary, run.max_len)
     else:
         encoded_task = encode_glue(task, examples, vocabulary, run.max_len)
     if run.limit:  # after encoding, since for SQuAD it counts windows
         limit_training_set(encoded_task, run.limit, run.seed)
+    encoded_task.prefix = prefix
     return encoded_task
 
 
@@ -375,6 +360,7 @@ def add_or_remove_pooler(model, task: glue_squad.Task):
     needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
     if needs_pooler and not model.has_pooler:
         model.add_pooler()
+        model.backbone.pooler.is_fresh = True
         print("the checkpoint has no pooler: a fresh one is trained, dense")
     if not needs_pooler and model.has_pooler:
         del model.backbone.pooler
@@ -387,27 +373,37 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Prunes the network of a single task -> {name of a matrix: mask}, which its gradients are multiplied with; {} for
-    a Super Ticket, after which there is nothing left to mask."""
+def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tuple[dict, TaskSwitch | None]:
+    """Prunes the network, in one of three ways:
+
+    ordinary ticket, one task   entries are set to 0 once, and their gradients in each update
+    Super Ticket, one task      heads and FFNs are cut out, so the network trains faster (chapter 7)
+    several tasks               the weights stay whole, since each task prunes other ones, and a forward pass multiplies
+                                them by the masks of its task, as in tamt.py (chapter 8)
+
+    -> {name of a matrix: mask}, of an ordinary ticket of a single task, otherwise {}; and what switches the model from
+    task to task, or None if there is only one."""
+    if len(tasks) > 1:
+        return {}, TaskSwitch(model, tasks, tickets)
+    if not tickets:
+        return {}, None
+    [ticket] = tickets
     if ticket.is_super:
         removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-        cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
-        return {}
-    return zero_pruned_weights(model, ticket)
+        cut_out_units(model, removed_heads, removed_ffns)
+        return {}, None
 
-
-def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets what the ticket prunes to zero -> its masks, on the device of the model. As masks are fixed here, once is
-    enough, as long as zero_pruned_gradients keeps the zeros. (A ticket may have a mask for a pooler that this network
-    does without; that one is left out.)"""
+    # A ticket may have a mask for a pooler that this network does without; that one is left out.
     parameters = dict(model.named_parameters())
-    masks = {}
-    for name, mask in ticket.masks.items():
-        if name in parameters:
-            masks[name] = mask.to(parameters[name].device)
-            parameters[name].data.mul_(masks[name])
-    return masks
+    masks = {name: mask.to(parameters[name].device) for name, mask in ticket.masks.items() if name in parameters}
+    zero_pruned_weights(parameters, masks)
+    return masks, None
+
+
+def zero_pruned_weights(parameters: dict, masks: dict):
+    """Masks are fixed here, so once is enough, as long as zero_pruned_gradients keeps the zeros."""
+    for name, mask in masks.items():
+        parameters[name].data.mul_(mask)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -417,6 +413,7 @@ def zero_pruned_weights(model, ticket: Ticket) -> dict[str, torch.Tensor]:
 
 def batch_loss(training: Training, encoded_task: EncodedTask, indices):
     """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
+    select_task(training, encoded_task.task)  # where several share the model (chapter 8)
     sequences = [encoded_task.train_sequences[index] for index in indices]
     targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
     logits = task_logits(training, encoded_task.task, sequences)
@@ -473,6 +470,7 @@ def predict_logits(training: Training, encoded_task: EncodedTask, sequences: lis
     model = training.model
     was_training = model.training
     model.eval()
+    select_task(training, encoded_task.task)
     logits = [None] * len(sequences)
     lengths = [len(input_ids) for input_ids, _ in sequences]
     by_length = np.argsort(lengths, kind="stable")  # neighbours in length share a batch, so there is little padding
@@ -502,11 +500,11 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
 
 
 def train(training: Training):
-    """Trains all parameters but, with a single task, the entries that an ordinary ticket prunes. Leaves the network in
-    eval mode.
+    """Trains all weights; those that an ordinary ticket of a single task prunes stay 0. Ends with the network in eval
+    mode.
 
-    Order and dropout depend on nothing but the seed and the number of the epoch or update, so that an interrupted run
-    continues exactly."""
+    The order of the examples is drawn anew for each epoch, and the dropout for each update, from the seed and its
+    number, so that an interrupted run continues exactly."""
     run = training.run
     schedule_length = training.num_updates * run.schedule_stretch  # the update at which the learning rate would reach 0
     progress = Progress(training.updates_done, training.num_updates)
@@ -514,7 +512,6 @@ def train(training: Training):
     while training.updates_done < training.num_updates:
         learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
         encoded_task, indices = next_batch(training)
-        select_task(training, encoded_task.task)  # chapter 8; a single task has nothing to select
         tamt.seed_dropout(run.seed, training.updates_done)
         loss = batch_loss(training, encoded_task, indices)
         loss.backward()
@@ -553,7 +550,7 @@ def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> lis
 def zero_pruned_gradients(training: Training):
     """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, so it never moves the weight. (This comes
     before clipping, so that pruned weights do not count in the norm.)"""
-    for name, mask in training.gradient_masks.items():
+    for name, mask in training.masks.items():
         training.parameters[name].grad.mul_(mask)
 
 
@@ -598,7 +595,6 @@ def evaluate(training: Training) -> dict[str, float]:
     metrics = {}
     for encoded_task in training.encoded_tasks:
         task = encoded_task.task
-        select_task(training, task)
         for split, sequences in encoded_task.dev_sequences.items():
             predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
             if task.predicts == "span":
@@ -625,7 +621,6 @@ def finish(training: Training) -> dict:
     frequent class; 0 for numbers and answers."""
     run = training.run
     for encoded_task in training.encoded_tasks:
-        select_task(training, encoded_task.task)
         if run.predict:
             write_predictions(training, encoded_task)
         if run.export:
@@ -661,8 +656,7 @@ def floor_scores(training: Training) -> dict[str, float]:
 
 
 def find_ticket(settings: Settings) -> dict:
-    """--find: looks for a ticket on the task, which takes several fine-tunings, and writes it as mask.pt -> the content
-    of mask.json."""
+    """--find: looks for a ticket on the task, which takes several fine-tunings -> the content of mask.json."""
     return find_imp(settings) if settings.find == "imp" else find_super(settings)
 
 
@@ -721,10 +715,12 @@ def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> di
     entries. (As tamt.magnitude_masks, for a network without masked layers.)"""
     magnitudes = {}
     for name in tamt.maskable_layers(training.model, scope):
-        if name in training.inputs.pretrained_matrices:  # not a fresh pooler
-            magnitudes[name] = training.parameters[name].detach().abs()
-            if name in training.gradient_masks:
-                magnitudes[name].masked_fill_(~training.gradient_masks[name], -1.0)  # below every magnitude
+        is_pooler = name.endswith("pooler.dense.weight")
+        if is_pooler and training.model.backbone.pooler.is_fresh:
+            continue  # it has no pre-trained weights, and stays dense
+        magnitudes[name] = training.parameters[name].detach().abs()
+        if name in training.masks:
+            magnitudes[name].masked_fill_(~training.masks[name], -1.0)  # below every magnitude
     return tamt.masks_of_largest(magnitudes, sparsity, rank)
 
 
@@ -756,7 +752,7 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
 # A unit is an attention head or an FFN. "winning" tickets cut out the least important units first, "losing" ones the
 # most important, and "random" ones any.
 ORDERS = ("winning", "random", "losing")
-LEVELS = range(1, 9)  # level 3 removes 3 tenths of all heads and 3 twelfths of all FFNs, rounded down
+LEVELS = range(1, 9)  # level 3 removes at most 3 tenths of all heads, and 3 twelfths of all FFNs
 
 
 def find_super(settings) -> dict:
@@ -767,7 +763,7 @@ def find_super(settings) -> dict:
             write a ticket that cuts units out
             W = pre-trained weights
             fine-tune W without these units
-        of the "winning" tickets the best on dev becomes mask.pt
+        of the "winning" tickets, if --orders has them, the best on dev becomes mask.pt
 
     (The paper calls only that one, the best, the super ticket; here all of them are called so.)"""
     start_time = time.time()
@@ -831,8 +827,8 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
 
 def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
     """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
-    in eval mode. In each layer the importances of the heads are then divided by their l2 norm (mt_dnn/inference.py). An
-    FFN is alone in its layer, so its importance is not divided by anything."""
+    in eval mode. In each layer the importances of the heads are then divided by
+    their l2 norm (mt_dnn/inference.py). An FFN is alone in its layer, so its importance is not divided by anything."""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -974,23 +970,6 @@ def units_from_masks(config, ticket: Ticket):  # -> (L, H), (L,) bool
 # 7d. How a Super Ticket is applied.
 
 
-class SkippableFFN(bert.Residual):
-    """The last part of an FFN, with a switch that leaves the FFN out: the LayerNorm is then applied to the residual
-    alone. (Where several tasks share an encoder, the switch is turned for each batch, in chapter 8.)"""
-
-    def __init__(self, original: bert.Residual):
-        nn.Module.__init__(self)  # not that of Residual, which would make new matrices
-        self.dense = original.dense
-        self.LayerNorm = original.LayerNorm
-        self.dropout = original.dropout
-        self.is_skipped = False
-
-    def forward(self, x, residual):
-        if self.is_skipped:
-            return self.LayerNorm(residual)
-        return super().forward(x, residual)
-
-
 def cut_out_units(model, removed_heads, removed_ffns):
     """Cuts heads, (L, H), and FFNs, (L,), out of the network: matrices become smaller, and the logits are what they
     would be if the units gave zeros."""
@@ -1004,7 +983,6 @@ def cut_out_units(model, removed_heads, removed_ffns):
         dense = layer.attention.output.dense
         dense.weight = nn.Parameter(dense.weight.data[:, kept_dims])
         if removed_ffns[index]:
-            layer.output = SkippableFFN(layer.output)
             layer.output.is_skipped = True
             layer.output.dense = None  # so the layer keeps only the LayerNorm of its FFN
             layer.intermediate = nn.Identity()  # its output is not read any more
@@ -1045,10 +1023,6 @@ class TaskSwitch:
         self.masked_layers = {}  # {name of a matrix: its layer, with a mask}; without tickets there are none
         if tickets:
             self.masked_layers = tamt.install_masked_layers(model)
-            for layer in model.backbone.encoder.layer:
-                # So that FFNs can be skipped (masks_from_units says why). This comes after the masked layers, since
-                # layer.output.dense is one of them.
-                layer.output = SkippableFFN(layer.output)
 
         device = next(model.parameters()).device
         self.parts = {}  # {name of a task: its parts}
@@ -1073,11 +1047,11 @@ class TaskSwitch:
         if self.masked_layers:
             tamt.set_masks(self.masked_layers, parts.masks)
             for layer, is_skipped in zip(self.model.backbone.encoder.layer, parts.skipped_ffns, strict=True):
-                layer.output.is_skipped = is_skipped
+                layer.output.is_skipped = is_skipped  # masks_from_units says why an FFN is not masked
 
 
 def select_task(training: Training, task: glue_squad.Task):
-    """Before each batch, and each evaluation of a task: if there are several, the model becomes that of this one."""
+    """Called before the model computes anything for a task: if there are several, it becomes the model of this one."""
     if training.task_switch is not None:
         training.task_switch.select(task)
 
@@ -1276,6 +1250,7 @@ def export_model(training: Training, encoded_task: EncodedTask):
         extra["label2id"] = {label: index for index, label in enumerate(labels)}
     if task.predicts == "number":
         extra["problem_type"] = "regression"
+    select_task(training, task)
     folder = training.run.export
     if len(training.encoded_tasks) > 1:
         folder = folder / task.name
@@ -1295,7 +1270,7 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
     for name, layer in model.named_modules():
         if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
             tensors[f"{name}.weight"] = layer.weight.data * layer.mask
-        if isinstance(layer, SkippableFFN) and layer.is_skipped and layer.dense is not None:
+        if isinstance(layer, bert.Residual) and layer.is_skipped and layer.dense is not None:
             tensors[f"{name}.dense.bias"] = torch.zeros_like(layer.dense.bias)  # what skips the FFN skips its bias
 
     with torch.device("meta"):

@@ -5,8 +5,9 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
 Each entry of the word embeddings and of the matrices in the layers gets a score, and the entries with the highest
-scores are kept. All other parameters (biases, LayerNorms, position embeddings, heads) stay whole. The method in eight
-steps, with the function that takes each, and the equation of the paper:
+scores are kept. (The pooler has a mask, too, but as neither loss reads it, it is pruned by magnitude. All else, such as
+biases and LayerNorms, stays whole.) The method in eight steps, with the function that takes each, and the equation of
+the paper:
 
     1  read a checkpoint; its weights are frozen                     read_model
     2  cut plain text into rows of token ids                         read_rows
@@ -30,12 +31,16 @@ screen, where it counts updates, as --steps does.) In short, with W for all weig
         scores = adam(scores, gradient)                              # 6
         mask = largest(scores, within="all matrices")                # 7
 
-A test compares the masks after each update with those of such a loop (test_tamt.py:
-test_mask_training_gives_the_masks_of_a_plain_loop). The loop leaves out that gradients are clipped, that the learning
-rate falls, that the student has dropout, and how kd's Adam differs from the usual one (appendix A). It also leaves out
-two corrections of the ranking of all matrices (end of the chapter on scores): at the start a few entries change sides,
-so that their count is exact; and entries that no gradient reaches, such as those of the pooler, keep their first mask,
-because their scores are set to plus or minus infinity.
+This sketch leaves out:
+
+    * gradients are clipped, the learning rate falls, and the student, as distillation calls the pruned network, has
+      dropout
+    * kd's Adam differs from the usual one (appendix A), and the signs of the scores count, where Eq. 3 has |scores|
+    * at the first ranking of all matrices a few entries change sides, so that their count is exact (make_start_exact)
+    * entries that no gradient reaches, such as those of the pooler, keep their first mask (pin_unlearnable_scores)
+
+A test computes the masks by such a loop, too, with a falling rate, but without dropout and clipping (test_tamt.py:
+test_mask_training_gives_the_masks_of_a_plain_loop).
 
 The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
 masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
@@ -189,10 +194,10 @@ def train_scores(training: Training):
         if run.refresh_every == 1:
             training.scores.renew_masks()  # step 7
         else:
-            refresh_as_released(training)
+            refresh_as_released(training)  # --refresh-every, to compare with the released code (appendix A)
         report_progress(training, loss_value, learning_rate)  # a line of the log; now and then dev losses, a mask file
         save_state_if_due(training)
-    rewind_weights(training)  # with mlm the head gets its old weights back; only the masks are kept
+    restore_starting_weights(training)  # with mlm those of the head; only the masks are kept
 
 
 @dataclass
@@ -487,46 +492,43 @@ class Scores:
         for name, layer in masked_layers.items():
             layer.mask = mask_views[name]
             layer.scores = nn.Parameter(score_views[name])
-        self.pools = make_pools(weights, sparsity, rank)
+        self.pools = []  # none for N:M, where groups of a row compete
+        if rank == "global":
+            self.pools = [Pool(self.all_scores, self.all_masks, sparsity)]
+        if rank == "local":
+            self.pools = [Pool(layer.scores.data.view(-1), layer.mask.view(-1), sparsity)
+                          for layer in masked_layers.values()]
 
     @torch.no_grad()
     def renew_masks(self):
-        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In Eq. 3 a threshold
-        decides; one between the lowest kept and the highest pruned score gives these masks, unless the two are equal.
-        (Eq. 3 has |S|. As in the released code, the sign counts here.)"""
+        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In terms of Eq. 3, entries
+        are kept whose scores reach a threshold; of those that equal it, the first ones. (Eq. 3 compares |S|. Here, as
+        in the released code, the sign counts.)"""
+        for pool in self.pools:
+            keep_largest_in_pool(pool)
         if is_pattern(self.rank):  # N:M
             layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
             for name, mask in masks_of_largest(layer_scores, self.sparsity, self.rank).items():
                 self.masked_layers[name].mask.copy_(mask)
-            return
-
-        for pool in self.pools:
-            # This writes the mask that keep_largest would return, in a fraction of the time (appendix B).
-            keep_largest_again(self.all_scores[pool.begin:pool.end], pool, self.all_masks[pool.begin:pool.end])
 
 
-@dataclass
 class Pool:
-    """A stretch of the long vectors, whose entries compete with each other and with no others."""
-    begin: int
-    end: int
-    num_kept: int
-    last_ranking: LastRanking  # for the next ranking to begin with (appendix B)
+    """Entries that compete with each other and with no others: a stretch of both long vectors."""
+
+    def __init__(self, scores, mask, sparsity: float):  # (n,) both, n = the number of entries
+        self.scores = scores
+        self.mask = mask
+        self.num_kept = num_kept_of(len(scores), sparsity)
+        self.last_ranking = LastRanking()  # which makes the next one fast
 
 
-def make_pools(weights: dict, sparsity: float, rank: str) -> list[Pool]:
-    """One pool of all entries (global), one for each matrix (local), or none (N:M, where groups of a row compete)."""
-    if is_pattern(rank):
-        return []
-    sizes = [weight.numel() for weight in weights.values()]
-    if rank == "global":
-        sizes = [sum(sizes)]
-    pools = []
-    begin = 0
-    for size in sizes:
-        pools.append(Pool(begin, begin + size, num_kept_of(size, sparsity), LastRanking()))
-        begin += size
-    return pools
+def keep_largest_in_pool(pool: Pool):
+    """pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)), but several times as fast. Between two updates the
+    threshold moves little, so nearly every entry is settled by a comparison with the last one (appendix B)."""
+    last = pool.last_ranking
+    num_pruned = len(pool.scores) - pool.num_kept
+    threshold = prune_smallest_near(pool.scores, num_pruned, last.guess, last.radius, pool.mask)
+    last.update(threshold)
 
 
 # Two corrections before all matrices are ranked together for the first time. (With another --rank there are none.)
@@ -535,9 +537,9 @@ def make_pools(weights: dict, sparsity: float, rank: str) -> list[Pool]:
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
     """Entries that never get a gradient keep their first mask, and still count among those that are kept or pruned.
 
-    Their scores would stay at 0 or START_SCORE forever, while the threshold drifts: as soon as it passed one of the
-    two, all of them would change sides at once. So their score becomes plus infinity if they start as kept, and minus
-    infinity if they start as pruned. The optimizer leaves it infinite."""
+    Their scores would stay where they start (or, by kd's weight decay, near it), while the threshold drifts: as soon as
+    it passed them, all would change sides at once. So their score becomes plus infinity if they start as kept, and
+    minus infinity if they start as pruned. The optimizer leaves it infinite."""
     for name, is_pinned in entries_without_gradient(scores.masked_layers, inputs).items():
         layer = scores.masked_layers[name]
         layer.scores.data.masked_fill_(is_pinned & layer.mask, math.inf)
@@ -547,7 +549,9 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
 def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
     """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
     embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
-    not contain. (Under masked LM a tenth of the tokens to be predicted become any word of the vocabulary.)"""
+    not contain. (With masked LM any row may be read, since a tenth of the tokens to be predicted become random words.)
+
+    A tensor has the shape (rows, 1), or (1, 1) where it is the same for all rows."""
     without = {}
     vocabulary = inputs.vocabulary
     for name, layer in masked_layers.items():
@@ -571,8 +575,8 @@ def make_start_exact(scores: Scores):
     rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
     round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
     entry that changes sides gets the start score of its new side."""
-    [pool] = scores.pools  # of all scores
-    scores.all_masks.copy_(keep_largest(scores.all_scores, pool.num_kept))
+    [pool] = scores.pools  # of all entries
+    pool.mask.copy_(keep_largest(pool.scores, pool.num_kept))
     start_scores = START_SCORE * scores.all_masks
     scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
 
@@ -865,7 +869,7 @@ def optimizer_step(training: Training, learning_rate: float, update_number: int)
     training.optimizer.zero_grad()
 
 
-def rewind_weights(training: Training):
+def restore_starting_weights(training: Training):
     """Sets all weights that were trained back to their starting values; the scores stay. (These are the same tensors,
     not copies: training on with them would change the starting values.)"""
     for name, weight in training.starting_weights.items():
@@ -903,10 +907,12 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
         training.updates_done += 1
         if training.updates_done % run.prune_every == 0:  # a round ends
             prune(training, levels[training.updates_done // run.prune_every])
-            start_round(training)
+            if not run.no_rewind:
+                rewind(training)
+            training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)  # a fresh one
         training.log.add(training.updates_done, loss_value, learning_rate, {})
         save_state_if_due(training)
-    rewind_weights(training)  # of all that was trained the masks alone are the result
+    restore_starting_weights(training)  # of all that was trained the masks alone are the result
 
 
 def prune(training: Training, level: float):
@@ -915,15 +921,12 @@ def prune(training: Training, level: float):
     save_mask_of_step(training, level)
 
 
-def start_round(training: Training):
-    """Sets all weights but the head's back to their pre-trained values, unless --no-rewind. Makes a new optimizer."""
-    run = training.run
-    if not run.no_rewind:
-        for name, weight in training.starting_weights.items():
-            is_backbone = name.startswith(f"{run.family}.")
-            if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
-                training.parameters[name].data.copy_(weight)
-    training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)
+def rewind(training: Training):
+    """Sets the weights back to their pre-trained values, but for those of the head, which is no part of the ticket."""
+    for name, weight in training.starting_weights.items():
+        is_backbone = name.startswith(f"{training.run.family}.")
+        if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
+            training.parameters[name].data.copy_(weight)
 
 
 def imp_levels(sparsity: float) -> list[float]:
@@ -1015,17 +1018,15 @@ def refresh_as_released(training: Training):
 def set_thresholds(scores: Scores):
     """The threshold of a pool becomes its largest pruned score."""
     for pool in scores.pools:
-        values = scores.all_scores[pool.begin:pool.end]
-        pruned_values = values[~scores.all_masks[pool.begin:pool.end]]
-        pool.last_ranking.threshold = float(pruned_values.max()) if len(pruned_values) else -math.inf
+        pruned_scores = pool.scores[~pool.mask]
+        pool.last_ranking.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
 
 
 @torch.no_grad()
 def apply_old_thresholds(scores: Scores):
     """In place of renew_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
     for pool in scores.pools:
-        values = scores.all_scores[pool.begin:pool.end]
-        torch.gt(values, pool.last_ranking.threshold, out=scores.all_masks[pool.begin:pool.end])
+        torch.gt(pool.scores, pool.last_ranking.threshold, out=pool.mask)
 
 
 def is_refresh_due(run: Run, updates_done: int) -> bool:
@@ -1080,18 +1081,18 @@ class LastRanking:
     threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
     radius: float = START_SCORE / 4  # how far the threshold may move up to the next ranking, a guess
 
+    @property
+    def guess(self) -> float:
+        """Where the next search begins. (Where nothing is pruned, the threshold is not finite.)"""
+        return self.threshold if math.isfinite(self.threshold) else START_SCORE / 2
 
-def keep_largest_again(scores, pool: Pool, mask):
-    """Writes into `mask` the mask that keeps the pool.num_kept highest scores. Called after every update, which moves
-    the threshold little: by about as much as the last one."""
-    last = pool.last_ranking
-    guess = last.threshold if math.isfinite(last.threshold) else START_SCORE / 2  # not finite if nothing is pruned
-    threshold = prune_smallest_near(scores, len(scores) - pool.num_kept, guess, last.radius, mask)
-    moved = abs(threshold - guess)
-    last.radius = min(max(2 * moved, last.radius / 2, 1e-9), 1.0)
-    if moved > START_SCORE / 4:  # the first ranking jumps from the middle to a start score, and the next will not
-        last.radius = 1e-5
-    last.threshold = threshold
+    def update(self, threshold: float):
+        """Guesses that the threshold will move by about as much as this time."""
+        moved = abs(threshold - self.guess)
+        self.radius = min(max(2 * moved, self.radius / 2, 1e-9), 1.0)
+        if moved > START_SCORE / 4:  # the first ranking jumps from the middle to a start score, and the next will not
+            self.radius = 1e-5
+        self.threshold = threshold
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
@@ -1788,7 +1789,7 @@ def starting_weights_in_place(training: Training):
     head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
     to."""
     trained = {name: training.parameters[name].data for name in training.starting_weights}
-    rewind_weights(training)
+    restore_starting_weights(training)
     try:
         yield
     finally:

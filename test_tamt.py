@@ -1551,7 +1551,6 @@ def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
         name = encoded_task.task.name
         alone = new_training(finetune_settings(inputs, out / name, task=name, mask=mask))
         alone.model.classifier = shared.task_switch.parts[name].task_head
-        finetune.select_task(shared, encoded_task.task)
         found = finetune.predict_logits(shared, encoded_task, encoded_task.train_sequences)
         expected = finetune.predict_logits(alone, alone.encoded_tasks[0], encoded_task.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)

@@ -233,7 +233,7 @@ def test_with_the_same_seed_the_task_head_is_the_same_whatever_the_weights(tasks
 def test_shuffled_and_random_weights_start_at_zero_where_the_mask_prunes(tasks, tmp_path):
     for kind in ("shuffled", "random"):
         training = new_training(finetune_settings(tasks, tmp_path / kind, weights=kind))
-        for name, mask in training.gradient_masks.items():
+        for name, mask in training.masks.items():
             assert torch.equal(training.model.get_parameter(name) != 0, mask)
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_without_pooler_gets_a_fresh_one_that_is_dense(tasks, tmp_p
     training = new_training(finetune_settings(tasks, tmp_path, model=str(tmp_path / "bert")))
     assert "no pooler: a fresh one is trained, dense" in capsys.readouterr().out
     assert training.model.has_pooler
-    assert not any("pooler" in name for name in training.gradient_masks)
+    assert not any("pooler" in name for name in training.masks)
 
 
 def test_each_epoch_of_fine_tuning_has_its_own_order(tasks, tmp_path):

@@ -41,7 +41,8 @@ def second_pruning(inputs, out, **changes):
     three_updates(training)
     trained = weights_of(training.model)
     tamt.prune(training, 0.2)
-    tamt.start_round(training)
+    if not training.run.no_rewind:
+        tamt.rewind(training)
     return trained, weights_of(training.model)
 
 

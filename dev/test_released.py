@@ -106,9 +106,8 @@ def settle_ties(scores) -> int:
     """Puts scores that lie within two units in the last place of their threshold onto it -> how many those are."""
     num_tied = 0
     for pool in scores.pools:
-        stretch = scores.all_scores[pool.begin:pool.end]
-        is_tied = (stretch - pool.last_ranking.threshold).abs() <= 2 * UNIT_IN_THE_LAST_PLACE
-        stretch[is_tied] = pool.last_ranking.threshold
+        is_tied = (pool.scores - pool.last_ranking.threshold).abs() <= 2 * UNIT_IN_THE_LAST_PLACE
+        pool.scores[is_tied] = pool.last_ranking.threshold
         num_tied += int(is_tied.sum())
     return num_tied
 

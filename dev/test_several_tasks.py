@@ -76,7 +76,6 @@ def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks
         sequences = encoded_task.train_sequences[:8]
         folder = tmp_path / "x" / encoded_task.task.name
         theirs, _ = transformers_logits(folder, encoded_task, sequences, training.model.config)
-        finetune.select_task(training, encoded_task.task)
         ours = np.stack(finetune.predict_logits(training, encoded_task, sequences))
         assert_close(torch.from_numpy(ours), theirs)
 
@@ -100,7 +99,6 @@ def test_several_tasks_resume_bit_for_bit(tasks, tmp_path, monkeypatch, request,
 def test_a_task_head_gets_gradients_only_from_its_own_task(tasks, tmp_path, two_masks):
     training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     rte = training.encoded_tasks[0]
-    finetune.select_task(training, rte.task)
     finetune.batch_loss(training, rte, np.arange(8)).backward()
     parts = training.task_switch.parts
     assert parts["rte"].task_head.weight.grad is not None
@@ -111,7 +109,6 @@ def test_a_shared_weight_gets_gradients_only_from_the_tasks_that_keep_it(tasks, 
     training = new_training(finetune_settings(tasks, tmp_path, task="rte,stsb", mask=two_masks))
     for encoded_task in training.encoded_tasks:
         training.model.zero_grad()
-        finetune.select_task(training, encoded_task.task)
         finetune.batch_loss(training, encoded_task, np.arange(8)).backward()
         for name, mask in training.task_switch.parts[encoded_task.task.name].masks.items():
             gradient = training.model.get_parameter(name).grad
