@@ -303,10 +303,10 @@ def floors(tunings, task: str) -> list[float]:
             if tuning["task"] == task and tuning.get("floor", {}).get(tuning["metric"])]
 
 
-def draw_table(ax, values, rows, columns, number_format: str):
-    """A table of numbers on greys, dark for high; what is missing stays white."""
-    low = np.nanmin(values)
-    high = np.nanmax(values)
+def draw_table(ax, values, rows, columns, number_format: str, limits=None):
+    """A table of numbers on greys, dark for high; what is missing stays white. limits: the values that are lightest and
+    darkest, by default the lowest and the highest of this table."""
+    low, high = limits or (np.nanmin(values), np.nanmax(values))
     ax.imshow(values, cmap="Greys", vmin=low, vmax=high + (high - low) * 0.8 + 1e-9, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
@@ -484,10 +484,11 @@ def fig5(masks, tunings, args):
         scores = mean_scores(runs, tasks)
         if scores:
             losses = losses_of.get(key, runs[0]["mask"])
-            points.append({**losses, "name": key[0], "s": key[1], "score": np.mean(scores)})
+            points.append({**losses, "name": key[0], "s": key[1], "step": key[3], "score": np.mean(scores)})
     if sum("dev_kd_loss" in point for point in points) < 4:
         raise NoData("four masks with scores and dev losses")
 
+    steps_of_mlm = sorted(point["step"] for point in points if point["name"] == "mlm")
     figure, axes = make_panels(2, 2)
     for ax, loss in zip(axes, LOSSES, strict=True):
         shown = [point for point in points if loss in point]
@@ -496,10 +497,14 @@ def fig5(masks, tunings, args):
                 if point["name"] == name:
                     look = style(name) | {"linestyle": "", "markersize": 11 - 9 * point["s"]}
                     ax.plot(point[loss], point["score"], **look)
+                    if point["name"] == "mlm" and point["step"] > steps_of_mlm[0]:
+                        ax.annotate(f"{point['step']:,}", (point[loss], point["score"]), (0, 5), ha="center",
+                                    textcoords="offset points", fontsize=6, color=look["color"])
         title = textwrap.fill(f"rho at {correlations(shown, loss)}", 42)
         ax.set(title=title, xlabel=LOSSES[loss], ylabel=score_label(tunings, tasks))
     caption = (f"Like Fig. 5 of the paper: score against pre-training loss of {len(points)} masks and checkpoints; "
-               "small markers: high sparsity; rho: Spearman's, at each sparsity and over all.")
+               "small markers: high sparsity; numbers: updates of the longer runs of TAMT-MLM; rho: Spearman's, at "
+               "each sparsity and over all.")
     save(figure, args.out / "fig5.png", caption, tunings)
 
 
@@ -707,10 +712,17 @@ def layers(masks, tunings, args):
         raise NoData(f"masks ranked globally at sparsity {args.sparsity:g}")
     depth = sum("query" in matrix for matrix in shown[0]["found"]["matrices"])
     names = names_in_order(shown)
+    removed_by = {}  # {name: {matrix: per cent removed, the mean over seeds}}
+    for name in names:
+        runs = [mask["found"]["matrices"] for mask in shown if mask["name"] == name]
+        removed_by[name] = {matrix: 100 * np.mean([run[matrix] for run in runs]) for matrix in runs[0]}
+    in_layers = [percent for removed in removed_by.values()
+                 for matrix, percent in removed.items() if ".layer." in matrix]
+    limits = (min(in_layers), max(in_layers))
+
     figure, axes = make_panels(len(names), 3, 2.6, 0.75 + 0.2 * depth)
     for ax, name in zip(axes, names, strict=True):
-        runs = [mask["found"]["matrices"] for mask in shown if mask["name"] == name]
-        removed = {matrix: 100 * np.mean([run[matrix] for run in runs]) for matrix in runs[0]}
+        removed = removed_by[name]
         values = np.empty((depth, len(MATRICES)))
         title = style(name)["label"]
         for matrix, percent in removed.items():
@@ -720,7 +732,7 @@ def layers(masks, tunings, args):
                 for j, kind in enumerate(MATRICES):
                     if f".layer.{i}.{kind}.weight" in matrix:
                         values[i, j] = percent
-        draw_table(ax, values, range(1, depth + 1), list(MATRICES.values()), "{:.0f}")
+        draw_table(ax, values, range(1, depth + 1), list(MATRICES.values()), "{:.0f}", limits)
         ax.set(title=title, ylabel="layer")
     caption = ("Per cent removed of each matrix (words: word embeddings) where all weights are ranked in one list, "
                f"{args.sparsity:.0%} in all.")
