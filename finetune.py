@@ -4,7 +4,8 @@
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
 
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
-position embeddings, the task head). In tamt.py it is the other way round. In short, with W for all weights:
+position embeddings, the task head). In tamt.py it is the other way round. In short, for one task and an ordinary mask,
+with W for all weights:
 
     W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
@@ -13,9 +14,9 @@ position embeddings, the task head). In tamt.py it is the other way round. In sh
         now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
-Left out: gradients are clipped, and the learning rate falls. A test compares train() with a plain loop in which
-torch.nn.utils.prune multiplies the weights by the mask in each forward pass: the kept weights are equal, bit for bit
-(test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
+Left out: gradients are clipped, the learning rate falls, and there is dropout. A test compares train() with a plain
+loop in which torch.nn.utils.prune multiplies the weights by the mask in each forward pass: the kept weights are equal,
+bit for bit (test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -27,44 +28,31 @@ Methods of other papers follow. Skip them if you came for TAMT:
 
     6. IMP on a task              --find imp: a mask by iterative magnitude pruning on the task itself
     7. Super Tickets              --find super: cut out whole attention heads and feed-forward networks, FFNs
-    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one encoder, for each task a task head and a ticket
+    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one encoder; each task has its task head and ticket
 
     Appendix A                    what differs from the released code; ablations, states, records, predictions, export
-    Appendix B                    settings and the command line
+    Appendix B                    settings, folders, and the command line
 
-Functions hand on these objects, Settings -> Run -> Inputs -> Training -> the content of result.json:
+A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
+network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
+devices and folders (tamt.py). "Released code" is that of TAMT (glue_trans.py) in chapters 1 to 5, that of BERT-Tickets
+(Chen et al. 2020, LT_glue.py) in chapter 6, and that of Super Tickets (Liang et al. 2021, mt_dnn) in chapters 7 and 8.
+
+Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Training -> the content of result.json.
 
     Settings      what the user asked for; its fields are named like the flags
     Run           the settings of one fine-tuning, with every default filled in
-    Ticket        the content of a mask file: masks, and how they were found. (From "lottery ticket".) An ordinary
-                  one prunes single entries, a Super Ticket whole heads and FFNs.
     Inputs        the Run, and the tasks, tickets and network that were read
-    EncodedTask   a task as token ids
     Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
 
-and use these words:
+    Ticket        the content of a mask file: masks, and how they were found. (From "lottery ticket".) An ordinary
+                  one prunes single entries, a Super Ticket whole heads and FFNs.
+    EncodedTask   a task as token ids
 
-    identity    what makes a run this run: settings, and checksums of what it reads; --resume refuses any other
-    task head   the layer on top: a classifier, or for SQuAD the span layer. A plain "head" is an attention head.
-    matrix      a weight of the network that can have a mask; an entry is one number of it
-    dense       without a mask
-    update      one batch, and one step of the optimizer; a "step" in files and on the screen is the number of an update
-    search      what --find does: several fine-tunings in a row, which in IMP are called rounds
-
-"Released code" is that of TAMT (Liu et al. 2022, glue_trans.py) in chapters 1 to 5, that of BERT-Tickets (Chen et al.
-2020, LT_glue.py) in chapter 6, and that of Super Tickets (Liang et al. 2021, mt_dnn) in chapters 7 and 8. A function
-that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the network
-(bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks, devices and
-folders (tamt.py). Where names are those of tamt.py, objects and functions play the same part here as there. Of its
-functions, these explain themselves least:
-
-    tamt.read_mask              the masks of a mask file, and what it says of itself
-    tamt.open_folder            the result or the state that --resume finds
-    tamt.seed_dropout           the dropout of an update follows from the seed and its number
-    tamt.clip_and_check         clips the gradients, raises an error if the loss is not finite, and returns it
-    tamt.optimizer_settings     makes torch's AdamW compute the released optimizer
-    tamt.sparsity_report        the fractions that masks prune
-    tamt.plain                  a value as JSON takes it
+    task head     the layer on top: a classifier, or for SQuAD the span layer
+    dense         without a mask
+    update        one batch, and one step of the optimizer; a "step" in files and on the screen is the number of an
+                  update
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -103,8 +91,10 @@ def fine_tune(settings: Settings) -> dict:
     returns the content of result.json. (With --find it looks for a ticket, and returns the content of mask.json.)
 
     Raises ValueError or OSError, with a message of one line, for input that is wrong."""
-    if settings.find:
-        return find_ticket(settings)  # chapters 6 and 7
+    if settings.find == "imp":
+        return find_imp(settings)  # chapter 6
+    if settings.find == "super":
+        return find_super(settings)  # chapter 7
     inputs = read_inputs(settings)
     result, state = open_run(inputs)  # with --resume: the result of a finished run, or the state to continue from
     if result is not None:
@@ -168,10 +158,12 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
-    """Opens the folder of the run. With --resume it returns (result, None) if the run is finished there, and
-    (None, state) if it was interrupted. Else it returns (None, None), and the result of an earlier run is removed.
-    Raises ValueError for another run, for an unfinished one without --resume, and for a finished one whose --predict or
-    --export is not there."""
+    """Looks for a run in the folder of this one -> (result, state), of which at least one is None.
+
+    none there                          (None, None)
+    this run, finished                  with --resume its result; without, that is removed
+    this run, interrupted               with --resume its state; without, ValueError
+    a run of other settings or files    ValueError"""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -183,14 +175,21 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     """Encodes the examples, and turns the pre-trained model into the pruned network that trains. state: of an
     interrupted run, or None."""
     run = inputs.run
-    encoded_tasks = []
-    for task in inputs.tasks:
-        prefix = f"{task.name}_" if len(inputs.tasks) > 1 else ""
-        encoded_tasks.append(encode_task(task, inputs.examples[task.name], inputs.vocabulary, run, prefix))
+    model = inputs.model
+    tasks = inputs.tasks
+    encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run) for task in tasks]
+    prepare_network(model, tasks, run)  # on the CPU, so that task heads are the same on every device
+    model.to(run.machine.device)
 
-    prepare_network(inputs.model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
-    inputs.model.to(run.machine.device)
-    masks, task_switch = apply_tickets(inputs.model, inputs.tasks, inputs.tickets)
+    masks = {}
+    task_switch = None
+    if len(tasks) > 1:  # the weights stay whole, since each task prunes other ones (chapter 8)
+        task_switch = TaskSwitch(model, tasks, inputs.tickets)
+        for encoded_task in encoded_tasks:
+            encoded_task.metric_prefix = f"{encoded_task.task.name}_"
+    elif inputs.tickets:
+        masks = apply_ticket(model, inputs.tickets[0])
+
     training = Training(inputs, encoded_tasks, masks, task_switch)
     if state is not None:
         restore_state(training, state)
@@ -201,7 +200,7 @@ class Training:
     """A fine-tuning in progress. state.pt keeps what cannot be made again from the Inputs."""
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], masks: dict, task_switch: TaskSwitch | None):
-        """masks, task_switch: as apply_tickets() returns them."""
+        """masks: of an ordinary ticket of a single task, otherwise {}. task_switch: None unless there are several."""
         self.inputs = inputs
         self.run = inputs.run
         self.encoded_tasks = encoded_tasks
@@ -277,7 +276,7 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
 @dataclass
 class EncodedTask:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD each window gives one:
-    a question, and as much of its paragraph as fits. task.predicts says what the network predicts: a "class", a
+    a question and a stretch of its paragraph. task.predicts says what the network predicts: a "class", a
     "number" (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
@@ -285,18 +284,17 @@ class EncodedTask:
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
     dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
-    prefix: str = ""  # as in encode_task
+    metric_prefix: str = ""  # "rte_", in front of "accuracy", if rte is one of several tasks
 
 
-def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run, prefix: str) -> EncodedTask:
-    """Token ids of train and dev. prefix: of the names of metrics, "rte_" if rte is one of several tasks, else ""."""
+def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
+    """Token ids of train and dev."""
     if task.predicts == "span":
         encoded_task = encode_squad(task, examples, vocabulary, run.max_len)
     else:
         encoded_task = encode_glue(task, examples, vocabulary, run.max_len)
     if run.limit:  # after encoding, since for SQuAD it counts windows
         limit_training_set(encoded_task, run.limit, run.seed)
-    encoded_task.prefix = prefix
     return encoded_task
 
 
@@ -373,31 +371,21 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tuple[dict, TaskSwitch | None]:
-    """Prunes the network, in one of three ways:
+def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Prunes the network of a single task. Heads and FFNs of a Super Ticket are cut out. For an ordinary ticket, the
+    entries that it prunes become 0.
 
-    ordinary ticket, one task   entries are set to 0 once, and their gradients in each update
-    Super Ticket, one task      heads and FFNs are cut out, so the network trains faster (chapter 7)
-    several tasks               the weights stay whole, since each task prunes other ones, and a forward pass multiplies
-                                them by the masks of its task, as in tamt.py (chapter 8)
-
-    -> {name of a matrix: mask}, of an ordinary ticket of a single task, otherwise {}; and what switches the model from
-    task to task, or None if there is only one."""
-    if len(tasks) > 1:
-        return {}, TaskSwitch(model, tasks, tickets)
-    if not tickets:
-        return {}, None
-    [ticket] = tickets
+    -> {name of a matrix: mask} of an ordinary ticket, so that train() can keep the zeros; {} for a Super Ticket."""
     if ticket.is_super:
         removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-        cut_out_units(model, removed_heads, removed_ffns)
-        return {}, None
+        cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
+        return {}
 
     # A ticket may have a mask for a pooler that this network does without; that one is left out.
     parameters = dict(model.named_parameters())
     masks = {name: mask.to(parameters[name].device) for name, mask in ticket.masks.items() if name in parameters}
     zero_pruned_weights(parameters, masks)
-    return masks, None
+    return masks
 
 
 def zero_pruned_weights(parameters: dict, masks: dict):
@@ -601,7 +589,7 @@ def evaluate(training: Training) -> dict[str, float]:
                 scores = glue_squad.squad_scores(predictions, encoded_task.examples[split])
             else:
                 scores = glue_squad.score(task, predictions, encoded_task.examples[split], split)
-            metrics |= {encoded_task.prefix + name: value for name, value in scores.items()}
+            metrics |= {encoded_task.metric_prefix + name: value for name, value in scores.items()}
     return metrics
 
 
@@ -636,7 +624,7 @@ def finish(training: Training) -> dict:
 
 def best_and_final(training: Training) -> tuple[dict, dict]:
     """The evaluation that is best in the first metric of the task (of several tasks, in their sum), and the last."""
-    names = [encoded_task.prefix + encoded_task.task.metrics[0] for encoded_task in training.encoded_tasks]
+    names = [encoded_task.metric_prefix + encoded_task.task.metrics[0] for encoded_task in training.encoded_tasks]
     best = max(training.history, key=lambda evaluation: sum(evaluation[name] for name in names))
     return best, training.history[-1]
 
@@ -646,7 +634,7 @@ def floor_scores(training: Training) -> dict[str, float]:
     for encoded_task in training.encoded_tasks:
         for split in encoded_task.dev_sequences:
             floor = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
-            scores |= {encoded_task.prefix + name: value for name, value in floor.items()}
+            scores |= {encoded_task.metric_prefix + name: value for name, value in floor.items()}
     return scores
 
 
@@ -655,9 +643,9 @@ def floor_scores(training: Training) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def find_ticket(settings: Settings) -> dict:
-    """--find: looks for a ticket on the task, which takes several fine-tunings -> the content of mask.json."""
-    return find_imp(settings) if settings.find == "imp" else find_super(settings)
+# A search (--find) is several fine-tunings, which in IMP are called rounds. It has a folder, with a folder for each of
+# them inside. open_search, settings_of_one_run, open_run_of_search, claim_folders and finish_search look after these
+# folders, so that --resume repeats nothing (appendix B).
 
 
 def find_imp(settings: Settings) -> dict:
@@ -703,9 +691,9 @@ def find_imp(settings: Settings) -> dict:
 
 
 def train_for_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
-    """A fine-tuning up to its end, but for its result."""
+    """Prepares and trains a run of a search. The caller writes the tickets that follow from it, and then its result."""
     training = prepare_training(inputs, state)
-    claim_folders(search_settings, inputs.run)  # no earlier, since prepare_training may refuse what it gets
+    claim_folders(search_settings, inputs.run)  # of both; no earlier, since prepare_training may raise an error
     train(training)
     return training
 
@@ -759,10 +747,10 @@ def find_super(settings) -> dict:
     """Finds Super Tickets (Liang et al. 2021) -> the content of mask.json. In short:
 
         fine-tune the whole network; measure how important each unit is
-        for each order and level:
-            write a ticket that cuts units out
+        write a ticket, which says what to cut out, for each order and level
+        for each ticket of the orders that --orders asks for:
             W = pre-trained weights
-            fine-tune W without these units
+            fine-tune W without the units that the ticket cuts out
         of the "winning" tickets, if --orders has them, the best on dev becomes mask.pt
 
     (The paper calls only that one, the best, the super ticket; here all of them are called so.)"""
@@ -779,7 +767,7 @@ def find_super(settings) -> dict:
         save_super_tickets(training, search_settings.out)
         result_of["dense"] = finish(training)  # last: its result.json tells --resume that the tickets are there
 
-    # Fine-tune the tickets of the orders that --orders asks for. (The others are files, too: --mask fine-tunes them.)
+    # Fine-tune the tickets of the orders that --orders asks for. (Those of the others can be fine-tuned with --mask.)
     for order in search_settings.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -1047,7 +1035,8 @@ class TaskSwitch:
         if self.masked_layers:
             tamt.set_masks(self.masked_layers, parts.masks)
             for layer, is_skipped in zip(self.model.backbone.encoder.layer, parts.skipped_ffns, strict=True):
-                layer.output.is_skipped = is_skipped  # masks_from_units says why an FFN is not masked
+                # To mask an FFN is not enough: its output bias would still be added.
+                layer.output.is_skipped = is_skipped
 
 
 def select_task(training: Training, task: glue_squad.Task):
@@ -1086,7 +1075,7 @@ def select_task(training: Training, task: glue_squad.Task):
 
 def replace_weights(model, kind: str, seed: int):
     """The ablations of BERT-Tickets: is it the mask that counts, or the pre-trained weights below it? A seed draws the
-    same weights for all tasks, whatever their heads have drawn before."""
+    same weights whether a fresh pooler was drawn before or not, and task heads are the same as without an ablation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "random":
@@ -1316,7 +1305,7 @@ def finish_search(search_settings, mask_file, story: dict, start_time: float) ->
         print(f"mask: {chosen_file}")
         print(f"sparsity: {meta['sparsity']:.4f}")
     else:
-        print("no super ticket: it is one of the winning tickets, and --orders leaves them out")
+        print("no mask.pt: it would be the best of the winning tickets, and --orders leaves them out")
     tamt.write_json(search_settings.out / "mask.json", content)
     print(f"seconds: {time.time() - start_time:.4f}")
     if mask_file is not None:

@@ -5,15 +5,15 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
 Each entry of the word embeddings and of the matrices in the layers gets a score, and the entries with the highest
-scores are kept. (The pooler has a mask, too, but as neither loss reads it, it is pruned by magnitude. All else, such as
-biases and LayerNorms, stays whole.) The method in eight steps, with the function that takes each, and the equation of
-the paper:
+scores are kept. (The pooler has a mask, too, but as neither loss reads it, this one stays as step 3 makes it. All else,
+such as biases and LayerNorms, stays whole.) The method in eight steps, with the function that takes each, and the
+equation of the paper:
 
     1  read a checkpoint; its weights are frozen                     read_model
     2  cut plain text into rows of token ids                         read_rows
     3  first mask: keep the largest |weights| of each matrix         first_masks
     4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
-       repeat, each time with other rows:                            train_scores
+       repeat, each time with the next rows:                         train_scores
     5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
            to the mask is used as that of the scores
     6      Adam moves the scores (kd: with a weight decay of .01)    optimizer_step
@@ -35,15 +35,15 @@ This sketch leaves out:
 
     * gradients are clipped, the learning rate falls, and the student, as distillation calls the pruned network, has
       dropout
-    * kd's Adam differs from the usual one (appendix A), and the signs of the scores count, where Eq. 3 has |scores|
-    * at the first ranking of all matrices a few entries change sides, so that their count is exact (make_start_exact)
-    * entries that no gradient reaches, such as those of the pooler, keep their first mask (pin_unlearnable_scores)
+    * at the start a few entries change sides, so that the count of all is exact (make_start_exact)
+    * entries that can get no gradient, such as those of the pooler, keep their first mask (pin_unlearnable_scores)
+    * with masked LM its head is trained, too
 
 A test computes the masks by such a loop, too, with a falling rate, but without dropout and clipping (test_tamt.py:
 test_mask_training_gives_the_masks_of_a_plain_loop).
 
-The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). For
-masked LM its head is trained, too, and set back afterwards, so that all masks are measured with the same head.
+The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). The
+head of masked LM is set back after the training, so that all masks are measured with the same one.
 
 Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, ends after step 3; `--method
 random` draws a random mask there; `--method imp`, iterative magnitude pruning, trains the weights themselves between
@@ -82,8 +82,8 @@ Words and letters:
     D, L, V     hidden size; layers; words of the vocabulary
     P           positions that masked LM predicts
 
-"TAMT FILE.py" is a file of the released code. How the paper, the released code and this program differ stands in a
-table at the head of appendix A.
+"TAMT FILE.py" is a file of the released code. A table at the head of appendix A says how the paper, the released code
+and this program differ. Above all, the signs of the scores count, as in the released code; the paper has |scores|.
 """
 
 from __future__ import annotations
@@ -126,15 +126,15 @@ import data
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
 #     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
-#     run.batch_size                 rows of a forward pass (of several processes: of all together)
+#     run.batch_size                 rows of a forward pass
 #     run.accumulate                 forward passes of an update
 #     run.trains                     False for omp and random
 #     run.machine                    the device, the type of numbers, and which of several processes this is
 
 
 def find_mask(settings: Settings) -> dict:
-    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (If there are several
-    processes, the first one saves, and the others return {}.)
+    """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several processes
+    only the first one saves.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
@@ -184,7 +184,7 @@ def train_scores(training: Training):
     training.model.train()
     while training.updates_done < run.num_updates:
         # The learning rate falls linearly, and would reach 0 after run.horizon updates. With --steps this is the end of
-        # the run. Otherwise the run is the paper's, which ends before: at 70 % after 17,000 of 27,920 updates.
+        # the run. The paper's runs, which are the default, end before: at 70 % after 17,000 of 27,920 updates.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
@@ -197,7 +197,7 @@ def train_scores(training: Training):
             refresh_as_released(training)  # --refresh-every, to compare with the released code (appendix A)
         report_progress(training, loss_value, learning_rate)  # a line of the log; now and then dev losses, a mask file
         save_state_if_due(training)
-    restore_starting_weights(training)  # with mlm those of the head; only the masks are kept
+    restore_weights(training)  # with mlm those of the head; only the masks are kept
 
 
 @dataclass
@@ -208,7 +208,7 @@ class Inputs:
     model: bert.Model  # learn_masks puts masked layers into it
     vocabulary: data.Vocabulary
     rows: np.ndarray | None  # (rows, T); omp and random need none
-    dev_rows: np.ndarray | None  # for dev losses; omp and random have them only if --data is given
+    dev_rows: np.ndarray | None  # for dev losses; omp and random may have none
 
 
 # The first two steps and the last follow; what the others call has chapters of its own.
@@ -218,7 +218,7 @@ def read_inputs(settings: Settings, machine: Machine) -> Inputs:
     model, vocabulary = read_model(settings, machine)  # step 1
     run = fill_in_defaults(settings, machine, model)  # some defaults depend on the model
     rows = read_rows(run, vocabulary, "train") if run.trains else None  # step 2
-    dev_rows = read_rows(run, vocabulary, "dev") if run.data else None
+    dev_rows = read_rows(run, vocabulary, "dev") if run.data else None  # None: omp or random without --data
     return Inputs(run, identity_of_run(run, rows, dev_rows), model, vocabulary, rows, dev_rows)
 
 
@@ -505,7 +505,8 @@ class Scores:
         are kept whose scores reach a threshold; of those that equal it, the first ones. (Eq. 3 compares |S|. Here, as
         in the released code, the sign counts.)"""
         for pool in self.pools:
-            keep_largest_in_pool(pool)
+            # This is pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)), made fast in appendix B.
+            fast_keep_largest(pool)
         if is_pattern(self.rank):  # N:M
             layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
             for name, mask in masks_of_largest(layer_scores, self.sparsity, self.rank).items():
@@ -519,23 +520,14 @@ class Pool:
         self.scores = scores
         self.mask = mask
         self.num_kept = num_kept_of(len(scores), sparsity)
-        self.last_ranking = LastRanking()  # which makes the next one fast
-
-
-def keep_largest_in_pool(pool: Pool):
-    """pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)), but several times as fast. Between two updates the
-    threshold moves little, so nearly every entry is settled by a comparison with the last one (appendix B)."""
-    last = pool.last_ranking
-    num_pruned = len(pool.scores) - pool.num_kept
-    threshold = prune_smallest_near(pool.scores, num_pruned, last.guess, last.radius, pool.mask)
-    last.update(threshold)
+        self.last_ranking = LastRanking()  # for fast_keep_largest
 
 
 # Two corrections before all matrices are ranked together for the first time. (With another --rank there are none.)
 
 
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
-    """Entries that never get a gradient keep their first mask, and still count among those that are kept or pruned.
+    """Entries that can get no gradient keep their first mask, and still count among those that are kept or pruned.
 
     Their scores would stay where they start (or, by kd's weight decay, near it), while the threshold drifts: as soon as
     it passed them, all would change sides at once. So their score becomes plus infinity if they start as kept, and
@@ -547,9 +539,9 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
 
 
 def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
-    """{name: bool tensor, True where no gradient ever comes, so that no score can be learned}: the pooler, the
-    embedding row of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does
-    not contain. (With masked LM any row may be read, since a tenth of the tokens to be predicted become random words.)
+    """{name: bool tensor, True where no gradient can come, whatever rows are drawn}: the pooler, the embedding row
+    of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does not contain.
+    (With masked LM any row may be read, since a tenth of the tokens to be predicted become random words.)
 
     A tensor has the shape (rows, 1), or (1, 1) where it is the same for all rows."""
     without = {}
@@ -587,8 +579,8 @@ def make_start_exact(scores: Scores):
 
 
 # A batch is what an update takes, in numpy, and a micro-batch what a forward pass takes, on the device. Mind that
-# run.batch_size, like --batch-size, is the number of rows in a forward pass: a batch has run.accumulate times as many.
-# (If several processes share them, a micro-batch is the share of one process.)
+# run.batch_size, like --batch-size, counts the rows of a forward pass: a batch has run.accumulate times as many. (If
+# several processes share the work, each makes micro-batches of its share of these rows.)
 
 
 @dataclass
@@ -832,7 +824,7 @@ def next_batch(training: Training) -> Batch:
 
 def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     """Step 5: the loss of a batch, and its gradients, which StraightThrough hands to the scores -> the loss, a scalar
-    on the device. The batch is computed in micro-batches, of which each of several processes computes its share."""
+    on the device. Both are sums over the micro-batches, and over the processes, if there are several."""
     run = training.run
     machine = run.machine
     seed_dropout(run.seed, training.updates_done, machine.process_index)  # so a resumed run draws the same
@@ -869,11 +861,12 @@ def optimizer_step(training: Training, learning_rate: float, update_number: int)
     training.optimizer.zero_grad()
 
 
-def restore_starting_weights(training: Training):
-    """Sets all weights that were trained back to their starting values; the scores stay. (These are the same tensors,
-    not copies: training on with them would change the starting values.)"""
+def restore_weights(training: Training, prefix: str = ""):
+    """Sets all weights that were trained, or those with names that begin like this, back to their starting values. The
+    scores stay."""
     for name, weight in training.starting_weights.items():
-        training.parameters[name].data = weight
+        if name.startswith(prefix):
+            training.parameters[name].data.copy_(weight)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -907,26 +900,18 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
         training.updates_done += 1
         if training.updates_done % run.prune_every == 0:  # a round ends
             prune(training, levels[training.updates_done // run.prune_every])
-            if not run.no_rewind:
-                rewind(training)
+            if not run.no_rewind:  # rewind W, but not the head, which is no part of the ticket
+                restore_weights(training, f"{run.family}.")
             training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)  # a fresh one
         training.log.add(training.updates_done, loss_value, learning_rate, {})
         save_state_if_due(training)
-    restore_starting_weights(training)  # of all that was trained the masks alone are the result
+    restore_weights(training)  # of all that was trained the masks alone are the result
 
 
 def prune(training: Training, level: float):
     """Prunes up to a sparsity of `level`, by the weights as they are trained, and saves the mask in a file."""
     set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, training.run.rank))
     save_mask_of_step(training, level)
-
-
-def rewind(training: Training):
-    """Sets the weights back to their pre-trained values, but for those of the head, which is no part of the ticket."""
-    for name, weight in training.starting_weights.items():
-        is_backbone = name.startswith(f"{training.run.family}.")
-        if is_backbone:  # copied, since training goes on from here and must not change the pre-trained values
-            training.parameters[name].data.copy_(weight)
 
 
 def imp_levels(sparsity: float) -> list[float]:
@@ -1093,6 +1078,15 @@ class LastRanking:
         if moved > START_SCORE / 4:  # the first ranking jumps from the middle to a start score, and the next will not
             self.radius = 1e-5
         self.threshold = threshold
+
+
+def fast_keep_largest(pool: Pool):
+    """pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)). Between two updates the threshold moves little, so
+    nearly every entry is settled by a comparison with the last one."""
+    last = pool.last_ranking
+    num_pruned = len(pool.scores) - pool.num_kept
+    threshold = prune_smallest_near(pool.scores, num_pruned, last.guess, last.radius, pool.mask)
+    last.update(threshold)
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
@@ -1786,15 +1780,14 @@ def evaluate_on_dev(training: Training) -> dict[str, float]:
 @contextmanager
 def starting_weights_in_place(training: Training):
     """Inside the with block the weights that train have their values from before the training: with mlm, those of the
-    head. Afterwards the trained ones are back. Nothing is copied: the parameters exchange the memory that they point
-    to."""
-    trained = {name: training.parameters[name].data for name in training.starting_weights}
-    restore_starting_weights(training)
+    head. Afterwards the trained ones are back."""
+    trained = {name: training.parameters[name].data.clone() for name in training.starting_weights}
+    restore_weights(training)
     try:
         yield
     finally:
         for name, weight in trained.items():
-            training.parameters[name].data = weight
+            training.parameters[name].data.copy_(weight)
 
 
 # ---------------------------------------------------------------------------------------------------

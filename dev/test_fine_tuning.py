@@ -54,7 +54,7 @@ HISTORY = [{"step": 1, "accuracy": 0.6, "f1": 0.9},
 
 
 def training_on_mrpc():
-    mrpc = SimpleNamespace(task=glue_squad.MRPC, prefix="")
+    mrpc = SimpleNamespace(task=glue_squad.MRPC, metric_prefix="")
     return SimpleNamespace(encoded_tasks=[mrpc], history=HISTORY)
 
 

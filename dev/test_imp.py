@@ -42,7 +42,7 @@ def second_pruning(inputs, out, **changes):
     trained = weights_of(training.model)
     tamt.prune(training, 0.2)
     if not training.run.no_rewind:
-        tamt.rewind(training)
+        tamt.restore_weights(training, f"{training.run.family}.")
     return trained, weights_of(training.model)
 
 
