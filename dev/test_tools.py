@@ -54,6 +54,10 @@ def test_every_pair_of_losses_in_a_table_is_in_the_results():
                    for line in lines), (mlm, kd)
 
 
+def test_the_results_hold_no_path_of_the_machine_that_made_them():
+    assert '"/' not in (ROOT / "dev/results.jsonl").read_text()
+
+
 def test_every_mean_over_seeds_is_that_of_the_results():
     """Such as 65.6 ± 4.9: mean and standard deviation of the best scores of one mask with three seeds, unless the text
     says two."""
@@ -62,7 +66,7 @@ def test_every_mean_over_seeds_is_that_of_the_results():
         if line.get("best"):
             settings = line["settings"]
             network = (line["model"], settings.get("checkpoint"))
-            experiment = (network, line["task"], json.dumps(line["mask"]), settings["limit"])
+            experiment = (network, line["task"], json.dumps(line["mask"]), settings["limit"], settings.get("weights"))
             scores[experiment][line["seed"]] = 100 * next(iter(line["best"].values()))
     known = set()
     for by_seed in scores.values():
