@@ -4,7 +4,7 @@
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
 
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
-position embeddings, the task head). In tamt.py it is the other way round. In short, for one task and an ordinary mask,
+the task head, and others). In tamt.py it is the other way round. In short, for one task and an ordinary mask,
 with W for all weights:
 
     W = W * mask                                            zero_pruned_weights
@@ -35,8 +35,7 @@ Methods of other papers follow. Skip them if you came for TAMT:
 
 A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
 network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
-devices and folders (tamt.py). "Released code" is that of TAMT (glue_trans.py) in chapters 1 to 5, that of BERT-Tickets
-(Chen et al. 2020, LT_glue.py) in chapter 6, and that of Super Tickets (Liang et al. 2021, mt_dnn) in chapters 7 and 8.
+devices and folders (tamt.py).
 
 Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Training -> the content of result.json.
 
@@ -113,8 +112,7 @@ def fine_tune(settings: Settings) -> dict:
 #     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
 #                                            counts, or the weights below it?
 #     run.predict, run.export                what else to write: predictions for test sets (SQuAD: for dev); an export
-#     run.schedule_stretch                   the learning rate falls as if the run were this many times as long: with 1
-#                                            it reaches 0 at the end, with 10, as in a round of IMP, it falls by a tenth
+#     run.schedule_stretch                   the learning rate falls as if the run were this many times as long
 #     run.out                                the folder of the run
 #     run.machine                            the device, and the type of numbers
 
@@ -134,7 +132,7 @@ class Inputs:
 
 def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    schedule_stretch: 10 in a round of IMP, where the learning rate falls as if the run were ten times as long."""
+    schedule_stretch: 10 in a round of IMP (chapter 6)."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -158,12 +156,13 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
-    """Looks for a run in the folder of this one -> (result, state), of which at least one is None.
+    """Looks into the folder of the run -> (result, state), of which at least one is None.
 
-    none there                          (None, None)
-    this run, finished                  with --resume its result; without, that is removed
-    this run, interrupted               with --resume its state; without, ValueError
-    a run of other settings or files    ValueError"""
+    what is there                       with --resume       without
+    nothing                             (None, None)        (None, None)
+    this run, finished                  (result, None)      (None, None), and the result is removed
+    this run, interrupted               (None, state)       ValueError
+    a run of other settings or files    ValueError          ValueError"""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -337,7 +336,7 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # for all tasks: only SQuAD differs, and it shares no encoder
+    add_or_remove_pooler(model, tasks[0])  # tasks that share an encoder need the same: SQuAD is never among them
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
     if len(tasks) == 1:
@@ -643,9 +642,9 @@ def floor_scores(training: Training) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------
 
 
-# A search (--find) is several fine-tunings, which in IMP are called rounds. It has a folder, with a folder for each of
-# them inside. open_search, settings_of_one_run, open_run_of_search, claim_folders and finish_search look after these
-# folders, so that --resume repeats nothing (appendix B).
+# A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
+# the search. open_search, open_run_of_search, claim_folders and finish_search look after these folders, so that
+# --resume repeats nothing (appendix B).
 
 
 def find_imp(settings: Settings) -> dict:
@@ -990,7 +989,7 @@ class TaskParts:
 
 
 def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
-    """A classifier for each of several tasks. TaskSwitch puts one of them in the place of model.classifier."""
+    """A classifier for each of several tasks. TaskSwitch sets one of them as model.classifier."""
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for task in tasks:
         model.add_classifier(task.num_outputs)  # in the place of the one before
@@ -1002,7 +1001,9 @@ class TaskSwitch:
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. No weight is
-    set to 0, and each gets gradients only from the tasks that keep it."""
+    set to 0, and each gets gradients only from the tasks that keep it. (In the batches of other tasks, AdamW's momentum
+    still moves it a little, unless their ticket removes its whole FFN. And a task head makes fewer updates than
+    optimizer_step() counts for it.)"""
 
     def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
         """model: with its task heads. tickets: none, or one for each task."""
@@ -1049,10 +1050,9 @@ def select_task(training: Training, task: glue_squad.Task):
 # Appendix A: what differs; ablations, states, records, predictions, export. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
-# Under an ordinary ticket AdamW does bit for bit what it does under torch's prune.custom_from_mask, which the released
-# code uses. Where tasks share an encoder, AdamW's momentum still moves a weight a little under the tickets that prune
-# it, unless they take its whole FFN out; and a task head makes fewer updates than optimizer_step() counts for it.
-# What differs from the released code:
+# The released code is that of TAMT (glue_trans.py, squad_trans.py), for IMP that of BERT-Tickets (Chen et al. 2020,
+# LT_glue.py), and for Super Tickets and several tasks that of Liang et al. 2021 (mt_dnn). Under an ordinary ticket
+# AdamW does bit for bit what it does under torch's prune.custom_from_mask, which TAMT's code uses. What differs:
 #
 #     |                  | released                             | here
 #     | batches          | random examples, padded to max_len   | examples of like length, padded to the longest
@@ -1291,35 +1291,8 @@ def task_names(tasks: list[glue_squad.Task]) -> str:
     return ",".join(task.name for task in tasks)
 
 
-def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
-    """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
-    no ticket is to win."""
-    chosen_file = search_settings.out / "mask.pt"
-    content = {"settings": search_identity(search_settings), **story}
-    print("---")
-    print(f"task: {search_settings.task}")
-    if mask_file is not None:
-        masks, meta = tamt.read_mask(mask_file)
-        tamt.save_mask(chosen_file, masks, meta)
-        content["meta"] = meta
-        print(f"mask: {chosen_file}")
-        print(f"sparsity: {meta['sparsity']:.4f}")
-    else:
-        print("no mask.pt: it would be the best of the winning tickets, and --orders leaves them out")
-    tamt.write_json(search_settings.out / "mask.json", content)
-    print(f"seconds: {time.time() - start_time:.4f}")
-    if mask_file is not None:
-        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(chosen_file)]
-        if search_settings.data:
-            words += ["--data", str(search_settings.data)]
-        if search_settings.weights != "pretrained":  # the same weights again: the seed draws them
-            words += ["--weights", search_settings.weights, "--seed", str(search_settings.seed)]
-        print(f"next: {shlex.join(words)}")
-    return content
-
-
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: settings and the command line. Skip it at a first reading.
+# Appendix B: settings, folders, and the command line. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1531,6 +1504,33 @@ def claim_folders(search_settings: Settings, run: Run):
 def settings_of_one_run(settings: Settings, **changes) -> Settings:
     """The settings of one run of a search."""
     return replace(settings, find=None, sparsity=None, rank=None, scope=None, orders=None, **changes)
+
+
+def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
+    """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
+    no ticket is to win."""
+    chosen_file = search_settings.out / "mask.pt"
+    content = {"settings": search_identity(search_settings), **story}
+    print("---")
+    print(f"task: {search_settings.task}")
+    if mask_file is not None:
+        masks, meta = tamt.read_mask(mask_file)
+        tamt.save_mask(chosen_file, masks, meta)
+        content["meta"] = meta
+        print(f"mask: {chosen_file}")
+        print(f"sparsity: {meta['sparsity']:.4f}")
+    else:
+        print("no mask.pt: it would be the best of the winning tickets, and --orders leaves them out")
+    tamt.write_json(search_settings.out / "mask.json", content)
+    print(f"seconds: {time.time() - start_time:.4f}")
+    if mask_file is not None:
+        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(chosen_file)]
+        if search_settings.data:
+            words += ["--data", str(search_settings.data)]
+        if search_settings.weights != "pretrained":  # the same weights again: the seed draws them
+            words += ["--weights", search_settings.weights, "--seed", str(search_settings.seed)]
+        print(f"next: {shlex.join(words)}")
+    return content
 
 
 def search_identity(settings) -> dict:

@@ -465,6 +465,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 
 
 START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
+PINNED_SCORE = 1e30  # plus or minus, of entries that can get no gradient (pin_unlearnable_scores)
 
 
 class Scores:
@@ -530,12 +531,17 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
     """Entries that can get no gradient keep their first mask, and still count among those that are kept or pruned.
 
     Their scores would stay where they start (or, by kd's weight decay, near it), while the threshold drifts: as soon as
-    it passed them, all would change sides at once. So their score becomes plus infinity if they start as kept, and
-    minus infinity if they start as pruned. The optimizer leaves it infinite."""
-    for name, is_pinned in entries_without_gradient(scores.masked_layers, inputs).items():
+    it passed them, all would change sides at once. So their score becomes PINNED_SCORE if they start as kept, and minus
+    that if they start as pruned. (Not infinity: weight decay subtracts a share of each score, and infinity minus
+    infinity is no number.)"""
+    for name, is_unlearnable in entries_without_gradient(scores.masked_layers, inputs).items():
         layer = scores.masked_layers[name]
-        layer.scores.data.masked_fill_(is_pinned & layer.mask, math.inf)
-        layer.scores.data.masked_fill_(is_pinned & ~layer.mask, -math.inf)
+        layer.scores.data.masked_fill_(is_unlearnable & layer.mask, PINNED_SCORE)
+        layer.scores.data.masked_fill_(is_unlearnable & ~layer.mask, -PINNED_SCORE)
+
+
+def is_pinned(scores):
+    return scores.abs() > 1e-10 * PINNED_SCORE  # since weight decay lets them shrink a little
 
 
 def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
@@ -570,7 +576,7 @@ def make_start_exact(scores: Scores):
     [pool] = scores.pools  # of all entries
     pool.mask.copy_(keep_largest(pool.scores, pool.num_kept))
     start_scores = START_SCORE * scores.all_masks
-    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, start_scores))
+    scores.all_scores.copy_(torch.where(is_pinned(scores.all_scores), scores.all_scores, start_scores))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1068,8 +1074,9 @@ class LastRanking:
 
     @property
     def guess(self) -> float:
-        """Where the next search begins. (Where nothing is pruned, the threshold is not finite.)"""
-        return self.threshold if math.isfinite(self.threshold) else START_SCORE / 2
+        """Where the next search begins. (If nothing is pruned but pinned scores, or nothing at all, the threshold lies
+        far off.)"""
+        return self.threshold if abs(self.threshold) < 1e-10 * PINNED_SCORE else START_SCORE / 2
 
     def update(self, threshold: float):
         """Guesses that the threshold will move by about as much as this time."""
@@ -1100,8 +1107,8 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
         .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
 
     If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
-    is exact in any case. Values may be infinite (pin_unlearnable_scores makes them so), as long as no more than
-    num_pruned are minus infinity, and no more are plus infinity than are kept."""
+    is exact in any case. Values may be infinite, as long as no more than num_pruned are minus infinity, and
+    no more are plus infinity than are kept."""
     low = threshold - radius
     high = threshold + radius
     # split_at() writes values > high into mask; undecided: the positions where low < value <= high

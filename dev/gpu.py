@@ -234,10 +234,10 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
 
 def spread(scores: tamt.Scores):
     """Gives scores the values that they have after some training, around 0 and around START_SCORE. The two values of
-    the start are cheaper to rank. Infinite scores are pinned, and stay."""
+    the start are cheaper to rank. Pinned scores stay."""
     noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)
     spread_scores = tamt.START_SCORE * scores.all_masks + noise
-    scores.all_scores.copy_(torch.where(scores.all_scores.isinf(), scores.all_scores, spread_scores))
+    scores.all_scores.copy_(torch.where(tamt.is_pinned(scores.all_scores), scores.all_scores, spread_scores))
     scores.renew_masks()
 
 

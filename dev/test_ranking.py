@@ -50,13 +50,22 @@ def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
 
 
 def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
-    """This is how scores are pinned. (The number to prune leaves room for them.)"""
+    """(The number to prune leaves room for them.)"""
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
     for count in (2, 3, 4, 5):
         mask = torch.empty(7, dtype=torch.bool)
         tamt.prune_smallest_near(values, count, 5.0, 0.001, mask)
         assert mask[[0, 5]].all() and not mask[[2, 6]].any()
         assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
+
+
+def test_pinned_scores_survive_the_weight_decay_of_a_gpu():
+    """The fused AdamW of CUDA computes x - lr * decay * x, which for an infinite x is no number."""
+    scores = torch.tensor([tamt.PINNED_SCORE, -tamt.PINNED_SCORE])
+    for _ in range(tamt.HORIZON):
+        scores -= tamt.HIGHEST_RATE * 0.01 * scores
+    assert tamt.is_pinned(scores).all() and torch.isfinite(scores).all()
+    assert not tamt.is_pinned(torch.tensor([1e6, -1e6])).any()  # farther than any other score ever comes
 
 
 def test_groups_may_be_large():
