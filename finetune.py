@@ -544,7 +544,7 @@ def zero_pruned_gradients(training: Training):
 def optimizer_step(training: Training, learning_rate: float):
     """AdamW moves the weights against their gradients."""
     # The learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
-    # (tamt.py, appendix A).
+    # (tamt.py).
     options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()

@@ -5,45 +5,33 @@ Liu et al., Learning to Win Lottery Tickets in BERT Transfer via Task-agnostic M
     python tamt.py --model bert-base --sparsity 0.7 --objective kd
 
 Each entry of the word embeddings and of the matrices in the layers gets a score, and the entries with the highest
-scores are kept. (The pooler has a mask, too, but as neither loss reads it, this one stays as step 3 makes it. All else,
-such as biases and LayerNorms, stays whole.) The method in eight steps, with the function that takes each, and the
-equation of the paper:
+scores are kept. The loss that trains the scores is that of masked language modelling (mlm), the distance of the pruned
+network, as a student, from the whole one, its teacher (kd, knowledge distillation), or their sum (mlm+kd). The method
+in eight steps, with the function that takes each, and the equation of the paper:
 
     1  read a checkpoint; its weights are frozen                     read_model
     2  cut plain text into rows of token ids                         read_rows
     3  first mask: keep the largest |weights| of each matrix         first_masks
     4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
        repeat, each time with the next rows:                         train_scores
-    5      the loss of weights * mask; its gradient with respect     backpropagate          Eq. 4, 6
-           to the mask is used as that of the scores
+    5      the loss of W * mask; its gradient with respect to the    backpropagate          Eq. 4, 6
+           mask is used as that of the scores
     6      Adam moves the scores (kd: with a weight decay of .01)    optimizer_step
     7      new mask: keep the highest scores of all matrices         Scores.renew_masks     Eq. 2, 3
     8  save the mask, and its losses on held-out text                finish
 
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Step" also occurs in file names and on the
-screen, where it counts updates, as --steps does.) In short, with W for all weight matrices:
+screen, where it counts updates.) What these lines leave out:
 
-    mask = largest(abs(W), within="each matrix")                     # 3: as many as are to be kept
-    scores = 0.02 * mask                                             # 4
-    for batch in batches:
-        masked = W * mask
-        gradient = W * derivative(loss(batch, masked), masked)       # 5: this is d loss / d mask
-        scores = adam(scores, gradient)                              # 6
-        mask = largest(scores, within="all matrices")                # 7
+    * The pooler has a mask, too. As no loss reads it, its scores are never trained, and its mask stays that of step 3.
+      All else, such as biases and LayerNorms, stays whole.
+    * In training gradients are clipped, the learning rate falls, and the student has dropout.
+    * With mlm the head that predicts masked words is trained, too, and set back afterwards, so that all masks are
+      measured with the same one.
+    * After step 4 the scores of a few entries are corrected (end of the chapter on scores).
 
-This sketch leaves out:
-
-    * gradients are clipped, the learning rate falls, and the student, as distillation calls the pruned network, has
-      dropout
-    * at the start a few entries change sides, so that the count of all is exact (make_start_exact)
-    * entries that can get no gradient, such as those of the pooler, keep their first mask (pin_unlearnable_scores)
-    * with masked LM its head is trained, too
-
-A test computes the masks by such a loop, too, with a falling rate, but without dropout and clipping (test_tamt.py:
-test_mask_training_gives_the_masks_of_a_plain_loop).
-
-The loss of step 5 is masked LM (mlm), the distance to the whole network (kd, distillation), or their sum (mlm+kd). The
-head of masked LM is set back after the training, so that all masks are measured with the same one.
+A test computes the same masks by a plain loop of these steps (test_tamt.py:
+test_mask_training_gives_the_masks_of_a_plain_loop; without dropout and clipping).
 
 Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, ends after step 3; `--method
 random` draws a random mask there; `--method imp`, iterative magnitude pruning, trains the weights themselves between
@@ -454,7 +442,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"
-    if run.method == "random" or run.init == "random":
+    if run.method == "random" or (run.method == "tamt" and run.init == "random"):
         return random_masks(masked_layers, run.sparsity, rank, run.seed)
     return magnitude_masks(masked_layers, run.sparsity, rank)
 
@@ -524,7 +512,7 @@ class Pool:
         self.last_ranking = LastRanking()  # for fast_keep_largest
 
 
-# Two corrections before all matrices are ranked together for the first time. (With another --rank there are none.)
+# Two corrections of the first scores, where all matrices are ranked together. (With another --rank there are none.)
 
 
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
@@ -545,11 +533,11 @@ def is_pinned(scores):
 
 
 def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
-    """{name: bool tensor, True where no gradient can come, whatever rows are drawn}: the pooler, the embedding row
-    of [PAD], and with the objective kd, which reads clean text, the rows of all words that the text does not contain.
-    (With masked LM any row may be read, since a tenth of the tokens to be predicted become random words.)
+    """{name: bool tensor, True where no gradient can come, whatever part of the text is read}: the pooler, the
+    embedding of [PAD], and with the objective kd, which reads clean text, those of all words that the text does not
+    contain. (With masked LM any may be read, since a tenth of the tokens to be predicted become random words.)
 
-    A tensor has the shape (rows, 1), or (1, 1) where it is the same for all rows."""
+    The tensor of the word embeddings has the shape (V, 1), that of the pooler (1, 1)."""
     without = {}
     vocabulary = inputs.vocabulary
     for name, layer in masked_layers.items():
@@ -564,7 +552,7 @@ def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
             is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
             is_read[vocabulary.pad_id] = False
             is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
-            without[name] = ~is_read.to(device)[:, None]  # (V, 1)
+            without[name] = ~is_read.to(device)[:, None]
     return without
 
 
@@ -661,8 +649,8 @@ def mlm_loss(logits, labels, num_predicted: int):  # (P, V), (P,) -> scalar
 
 
 def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
-    """Eq. 6: 1 - cosine of the hidden states of the teacher, which is the whole network, and the student, which is the
-    same network under its mask: 0 for equal states, 2 for opposite ones. The embedding output does not count.
+    """Eq. 6: the mean of 1 - cosine between the hidden states of the teacher (the whole network) and of the student
+    (the same under its mask), over the tokens and the layers 1 .. L: 0 for equal states, 2 for opposite ones.
 
     Two lists of L + 1 tensors (b, T, D); attention_mask (b, T) or None -> scalar:
 
@@ -683,7 +671,7 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
 @contextmanager
 def dense_teacher(model):
     """Inside the with block the model is its own teacher: dense, without gradients, and without dropout (which the
-    student has in training). There is no second copy of the weights, since training changes none of them."""
+    student has in training). There is no second copy of the weights, since those of the backbone stay frozen."""
     layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     was_training = model.training
     for layer in layers:
@@ -859,12 +847,38 @@ def clip_and_check(training, loss: torch.Tensor, max_norm: float) -> float:
 def optimizer_step(training: Training, learning_rate: float, update_number: int):
     """Step 6: Adam moves the scores (with imp, the weights) against their gradients. update_number: that of the
     optimizer, from 1; with imp it starts anew in each round."""
-    # With these settings torch's AdamW computes what the released optimizers do: for kd that is BertAdam, without bias
-    # correction and with a decay of .01, and otherwise an AdamW with its eps in another place (appendix A).
+    # With these settings torch's AdamW computes what the released optimizers do.
     options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
+
+
+def make_optimizer(parameters, device):
+    """Its learning rate, eps and weight decay are set at each update, by optimizer_settings."""
+    is_fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
+
+
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """What makes torch's AdamW compute the released optimizers in update number t (from 1). m and v are the
+    moving averages of the gradient and of its square, x is what trains.
+
+        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
+                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
+        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
+                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
+                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
+
+    With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
+    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
+    multiplies the decay by its rate, so the decay is divided by a / b.)"""
+    a = 1 - 0.9**t
+    b = math.sqrt(1 - 0.999**t)
+    if objective == "kd":
+        return {"lr": learning_rate * a / b, "eps": 1e-6 / b, "weight_decay": 0.01 * b / a}
+    return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
 
 
 def restore_weights(training: Training, prefix: str = ""):
@@ -965,33 +979,6 @@ HIGHEST_RATE = 0.01  # of those that are raised for short runs
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
 # Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
-
-
-def make_optimizer(parameters, device):
-    """Its learning rate, eps and weight decay are set at each update, by optimizer_settings."""
-    is_fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
-
-
-def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """What makes torch's AdamW compute the released optimizers in update number t (from 1). m and v are the
-    moving averages of the gradient and of its square, x is what trains.
-
-        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
-                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
-        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
-                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
-        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
-                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
-
-    With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
-    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
-    multiplies the decay by its rate, so the decay is divided by a / b.)"""
-    a = 1 - 0.9**t
-    b = math.sqrt(1 - 0.999**t)
-    if objective == "kd":
-        return {"lr": learning_rate * a / b, "eps": 1e-6 / b, "weight_decay": 0.01 * b / a}
-    return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
 
 
 def refresh_as_released(training: Training):
