@@ -28,7 +28,9 @@ screen, where it counts updates.) What these lines leave out:
     * In training gradients are clipped, the learning rate falls, and the student has dropout.
     * With mlm the head that predicts masked words is trained, too, and set back afterwards, so that all masks are
       measured with the same one.
-    * After step 4 the scores of a few entries are corrected (end of the chapter on scores).
+    * Where all matrices are ranked together, entries that can get no gradient (above all those of the pooler, and with
+      kd of words that the text does not contain) keep their first mask, and a few others change sides at the start, so
+      that the count is exact (end of the chapter on scores).
 
 A test computes the same masks by a plain loop of these steps (test_tamt.py:
 test_mask_training_gives_the_masks_of_a_plain_loop; without dropout and clipping).
@@ -56,7 +58,7 @@ Functions hand on these objects:
     Settings    what the user chose on the command line
     Run         the same with every default filled in
     Inputs      the Run, and the model, vocabulary and rows of text that were read
-    Training    the Inputs, the optimizer, and how many updates are done
+    Training    the Inputs, what trains, the optimizer, and how many updates are done
     Scores      all scores, and the masks that follow from them
     Batch       the rows of one update; a MicroBatch those of one forward pass
 
@@ -67,7 +69,7 @@ Words and letters:
     dense       without a mask
     W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
     b, T        rows of a micro-batch, which is what a forward pass takes; tokens of a row
-    D, L, V     hidden size; layers; words of the vocabulary
+    D, L, V     hidden size; layers; rows of the word embeddings
     P           positions that masked LM predicts
 
 "TAMT FILE.py" is a file of the released code. A table at the head of appendix A says how the paper, the released code
@@ -106,7 +108,7 @@ import data
 
 # A run has a field for each flag of the command line, and a few more. These occur most:
 #
-#     run.method, run.objective      tamt, imp, omp or random; mlm, kd or mlm+kd
+#     run.method, run.objective      tamt, imp, omp or random; mlm, kd or mlm+kd (imp: always mlm)
 #     run.sparsity                   the fraction of entries that is pruned
 #     run.rank                       which entries compete: those of all matrices ("global"), of each matrix ("local"),
 #                                    or of groups of a row ("2:4": two of four stay)
@@ -114,7 +116,7 @@ import data
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
 #     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
-#     run.batch_size                 rows of a forward pass
+#     run.batch_size                 rows of a forward pass, of all processes together
 #     run.accumulate                 forward passes of an update
 #     run.trains                     False for omp and random
 #     run.machine                    the device, the type of numbers, and which of several processes this is
@@ -172,7 +174,8 @@ def train_scores(training: Training):
     training.model.train()
     while training.updates_done < run.num_updates:
         # The learning rate falls linearly, and would reach 0 after run.horizon updates. With --steps this is the end of
-        # the run. The paper's runs, which are the default, end before: at 70 % after 17,000 of 27,920 updates.
+        # the run. The paper's runs, which are the default (but for the toy), end before: at 70 % after 17,000 of 27,920
+        # updates.
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
@@ -315,7 +318,7 @@ class MaskedLinear(MaskedLayer):
 
 class MaskedEmbedding(MaskedLayer):
     """Looks up rows of the weight, the scores and the mask, and masks only those. The decoder of the masked-LM head,
-    which shares the weight, reads it without this layer: so the decoder stays dense, as in the released code."""
+    if it shares the weight, reads that directly, without forward(): so it stays dense, as in the released code."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -438,7 +441,7 @@ def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> 
 def first_masks(masked_layers: dict, run: Run) -> dict:
     """Step 3: the OMP mask or the random mask. With omp and random it is the result.
 
-    As in the paper, TAMT starts from a ranking inside each matrix, and all matrices compete only in step 7."""
+    As in the paper, TAMT starts from a ranking inside each matrix, and all matrices compete later."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"
@@ -512,7 +515,8 @@ class Pool:
         self.last_ranking = LastRanking()  # for fast_keep_largest
 
 
-# Two corrections of the first scores, where all matrices are ranked together. (With another --rank there are none.)
+# Two corrections of the first scores, where all matrices are ranked together. (With --rank local there are none, as in
+# the released code, and with N:M none, either.)
 
 
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
@@ -558,9 +562,9 @@ def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
 
 def make_start_exact(scores: Scores):
     """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
-    rounded in each matrix: with s = .5 two matrices of 5 entries lose round(2.5) = 2 each, together 4, where
-    round(10 s) = 5 are due. As among all equal scores, the first ones stay or come back, and the last ones go. Each
-    entry that changes sides gets the start score of its new side."""
+    rounded in each matrix: with a sparsity of .5 two matrices of 3 entries lose round(1.5) = 2 each, together 4, where
+    3 are due. If too few are kept, the first pruned ones (in the order of the model) come back; if too many, the last
+    kept ones go. Each gets the start score of its new side."""
     [pool] = scores.pools  # of all entries
     pool.mask.copy_(keep_largest(pool.scores, pool.num_kept))
     start_scores = START_SCORE * scores.all_masks
@@ -574,7 +578,7 @@ def make_start_exact(scores: Scores):
 
 # A batch is what an update takes, in numpy, and a micro-batch what a forward pass takes, on the device. Mind that
 # run.batch_size, like --batch-size, counts the rows of a forward pass: a batch has run.accumulate times as many. (If
-# several processes share the work, each makes micro-batches of its share of these rows.)
+# several processes share the work, a forward pass of each takes its share of run.batch_size rows.)
 
 
 @dataclass
@@ -595,7 +599,7 @@ class Batch:
 
 
 def make_batch(rows, vocabulary: data.Vocabulary, generator) -> Batch:
-    """Rows (rows, T), corrupted for masked LM. (kd alone ignores the corruption, but dev losses are of both.)"""
+    """Rows (rows, T), corrupted for masked LM. (Training with kd does not use the corruption, but dev losses do.)"""
     input_ids = rows.astype(np.int64)
     corrupted_ids, is_predicted = data.corrupt(input_ids, vocabulary, generator)
     return Batch(input_ids, corrupted_ids, is_predicted, is_token=input_ids != vocabulary.pad_id)
@@ -687,7 +691,7 @@ def dense_teacher(model):
 
 
 def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
-    """The share of a micro-batch in the loss of its batch. student: the model again, or the same one compiled.
+    """The share of a micro-batch in the loss of its batch. student: the model itself, or the model as compiled.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
     one."""
@@ -829,7 +833,7 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
         loss.backward()  # adds to the gradients
         total_loss += loss.detach()
     gradients = [parameter.grad for parameter in training.parameters.values()]
-    sum_over_processes([total_loss, *gradients], machine)
+    sum_over_processes([total_loss, *gradients], machine)  # in place
     return total_loss
 
 
@@ -896,9 +900,10 @@ def restore_weights(training: Training, prefix: str = ""):
 
 def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
     """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of each matrix (with --rank global, of all together);
-    then train W under the mask with the masked-LM loss, prune 10 % more, rewind W, and repeat.
+    then train all weights but the pooler's under the mask with the masked-LM loss, prune 10 % more, set all weights but
+    the head's back to their pre-trained values (rewind them), and repeat.
 
-        sparsity .7    prune to .1, train, prune to .2, train, ... train, prune to .7
+        sparsity .7    prune to .1; train, prune to .2, rewind; train, prune to .3, rewind; ... train, prune to .7
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
     losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The learning
@@ -920,7 +925,7 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
         training.updates_done += 1
         if training.updates_done % run.prune_every == 0:  # a round ends
             prune(training, levels[training.updates_done // run.prune_every])
-            if not run.no_rewind:  # rewind W, but not the head, which is no part of the ticket
+            if not run.no_rewind:  # the weights below the head have names with bert. or roberta. in front
                 restore_weights(training, f"{run.family}.")
             training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)  # a fresh one
         training.log.add(training.updates_done, loss_value, learning_rate, {})
