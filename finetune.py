@@ -845,12 +845,12 @@ def importance_in_batch(training: Training, indices: range) -> tuple[torch.Tenso
 
     of_heads = []
     for context, gradient in zip(contexts, context_gradients, strict=True):
-        product = (context * gradient).detach().float()  # (B, T, D)
+        product = (context.float() * gradient.float()).detach()  # (B, T, D)
         head_products = product.unflatten(-1, (num_heads, -1)).sum(-1)  # (B, T, H)
         of_heads.append(head_products.abs().sum((0, 1)).cpu())
     of_ffns = []
     for output, gradient in zip(ffn_outputs, ffn_gradients, strict=True):
-        ffn_products = (output * gradient).detach().float().sum(-1)  # (B, T)
+        ffn_products = (output.float() * gradient.float()).detach().sum(-1)  # (B, T)
         of_ffns.append(ffn_products.abs().sum().cpu())
     return torch.stack(of_heads), torch.stack(of_ffns)
 

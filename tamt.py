@@ -91,6 +91,7 @@ import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -1533,7 +1534,11 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     outcome = [None, None]  # what was found, or the error
     if machine.process_index == 0:
         try:
-            outcome[0] = open_own_folder(out, identity, resume, result_name)
+            result, state = open_own_folder(out, identity, resume, result_name)
+            if state is not None:
+                # Scores are views of one vector, and each would be sent with the whole of it.
+                state["parameters"] = {name: tensor.clone() for name, tensor in state["parameters"].items()}
+            outcome[0] = (result, state)
         except (ValueError, OSError) as error:
             outcome[1] = error
     torch.distributed.broadcast_object_list(outcome, src=0)
@@ -2115,7 +2120,7 @@ def to_device(array: np.ndarray, device) -> torch.Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # only from pinned memory does a copy run beside the computation
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -2162,7 +2167,9 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         reason = "this GPU has it; scores stay fp32" if is_bf16 else "exact"
 
     if num_processes > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # The others wait for the first one while it downloads, tokenises, and computes dev losses.
+        torch.distributed.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=12))
     if process_index > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     print(f"device {device}, {torch.get_num_threads()} threads, {num_processes} process(es), "
@@ -2176,11 +2183,12 @@ def make_deterministic():
 
     cuBLAS has a setting of its own, which counts only if it is made before the GPU is used."""
     setting = "CUBLAS_WORKSPACE_CONFIG"
-    if torch.cuda.is_initialized() and setting not in os.environ:
+    is_too_late = torch.cuda.is_initialized() and setting not in os.environ
+    if is_too_late:
         print(f"note: equal runs may differ by rounding, since the GPU was used before {setting}=:4096:8 was set")
-        return
-    os.environ.setdefault(setting, ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    else:
+        os.environ.setdefault(setting, ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=is_too_late)  # some versions of torch raise an error otherwise
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost time, and serves debugging alone
 
 

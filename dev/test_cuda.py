@@ -19,6 +19,9 @@ from test_tamt import (
     save_super_ticket,
 )
 
+if torch.cuda.is_available():
+    tamt.make_deterministic()  # before a test uses the GPU
+
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
