@@ -363,3 +363,16 @@ def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, mo
     monkeypatch.setattr(tamt, "optimizer_step", lambda *_: None)
     tamt.find_mask(mask_settings(inputs, tmp_path, eval_every=4))
     assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3
+
+
+def test_a_state_is_sent_to_other_processes_without_the_vector_behind_its_scores(inputs, tmp_path, monkeypatch):
+    """Saved together, the scores share one vector, and pickle would send it with each of them."""
+    tamt.find_mask(mask_settings(inputs, tmp_path))
+    (tmp_path / "mask.json").unlink()  # as if it were not finished
+    identity = tamt.read_state(tmp_path)["settings"]
+    monkeypatch.setattr(tamt, "refuse_different_inputs", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda outcome, src: None)
+    machine = tamt.Machine(torch.device("cpu"), num_processes=2)
+    _, state = tamt.open_folder(tmp_path, identity, True, "mask.json", machine)
+    for tensor in state["parameters"].values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
