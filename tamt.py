@@ -458,6 +458,7 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 
 START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 PINNED_SCORE = 1e30  # plus or minus, of entries that can get no gradient (pin_unlearnable_scores)
+PINNED_LIMIT = 1e20  # pinned scores lie beyond it, though weight decay lets them shrink a little, and all others within
 
 
 class Scores:
@@ -534,7 +535,7 @@ def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
 
 
 def is_pinned(scores):
-    return scores.abs() > 1e-10 * PINNED_SCORE  # since weight decay lets them shrink a little
+    return scores.abs() > PINNED_LIMIT
 
 
 def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
@@ -1000,10 +1001,12 @@ def refresh_as_released(training: Training):
 
 @torch.no_grad()
 def set_thresholds(scores: Scores):
-    """The threshold of a pool becomes its largest pruned score."""
+    """The threshold of a pool becomes its largest pruned score; if only pinned entries are pruned, or none, a number
+    between these and all others."""
     for pool in scores.pools:
         pruned_scores = pool.scores[~pool.mask]
-        pool.last_ranking.threshold = float(pruned_scores.max()) if len(pruned_scores) else -math.inf
+        threshold = float(pruned_scores.max()) if len(pruned_scores) else -PINNED_LIMIT
+        pool.last_ranking.threshold = max(threshold, -PINNED_LIMIT)
 
 
 @torch.no_grad()
@@ -1069,7 +1072,7 @@ class LastRanking:
     def guess(self) -> float:
         """Where the next search begins. (If nothing is pruned but pinned scores, or nothing at all, the threshold lies
         far off.)"""
-        return self.threshold if abs(self.threshold) < 1e-10 * PINNED_SCORE else START_SCORE / 2
+        return self.threshold if abs(self.threshold) < PINNED_LIMIT else START_SCORE / 2
 
     def update(self, threshold: float):
         """Guesses that the threshold will move by about as much as this time."""
@@ -1535,7 +1538,7 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     if machine.process_index == 0:
         try:
             result, state = open_own_folder(out, identity, resume, result_name)
-            if state is not None:
+            if state is not None and isinstance(state.get("parameters"), dict):  # else restore_parameters refuses it
                 # Scores are views of one vector, and each would be sent with the whole of it.
                 state["parameters"] = {name: tensor.clone() for name, tensor in state["parameters"].items()}
             outcome[0] = (result, state)

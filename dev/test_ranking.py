@@ -68,6 +68,18 @@ def test_pinned_scores_survive_the_weight_decay_of_a_gpu():
     assert not tamt.is_pinned(torch.tensor([1e6, -1e6])).any()  # farther than any other score ever comes
 
 
+def test_between_refreshes_pinned_scores_stay_pruned_though_they_decay(masked_layers):
+    """Also if no others are pruned, so that the threshold lies between them and the rest."""
+    start = tamt.magnitude_masks(masked_layers, 0.1, "local")
+    scores = tamt.Scores(masked_layers, start, 0.1, "local")
+    scores.all_scores.copy_(torch.where(scores.all_masks, scores.all_scores, -tamt.PINNED_SCORE))
+    expected = scores.all_masks.clone()
+    tamt.set_thresholds(scores)
+    scores.all_scores.mul_(0.999)
+    tamt.apply_old_thresholds(scores)
+    assert torch.equal(scores.all_masks, expected)
+
+
 def test_groups_may_be_large():
     mask = tamt.keep_largest_of_groups(torch.zeros(2, 800), 300, 400)
     expected = torch.arange(800).remainder(400) < 300  # of equal entries the first stay
@@ -315,7 +327,7 @@ def test_prune_smallest_near_equals_keep_largest_whatever_the_guess():
 
 
 def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
-    """Their threshold is minus infinity after a refresh, and moves away without end otherwise."""
+    """Their threshold is a large negative number after a refresh, and moves away without end otherwise."""
     start = tamt.magnitude_masks(masked_layers, 0.0, "local")
     scores = tamt.Scores(masked_layers, start, 0.0, "local")
     for _ in range(1200):
