@@ -4,8 +4,8 @@
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
 
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
-the task head, and others). In tamt.py it is the other way round. In short, for one task and an ordinary mask,
-with W for all weights:
+the task head, and others). In tamt.py it is the other way round. In short, for one task and an ordinary ticket, with W
+for all weights:
 
     W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
@@ -275,8 +275,8 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
 @dataclass
 class EncodedTask:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD each window gives one:
-    a question and a stretch of its paragraph. task.predicts says what the network predicts: a "class", a
-    "number" (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
+    a question and a stretch of its paragraph. task.predicts says what the network predicts: a "class", a "number"
+    (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
     train_sequences: list  # in file order, or a random choice of --limit
@@ -742,7 +742,7 @@ ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # level 3 removes at most 3 tenths of all heads, and 3 twelfths of all FFNs
 
 
-def find_super(settings) -> dict:
+def find_super(settings: Settings) -> dict:
     """Finds Super Tickets (Liang et al. 2021) -> the content of mask.json. In short:
 
         fine-tune the whole network; measure how important each unit is

@@ -877,14 +877,14 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
         released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
                              (kd: mask_training/train_kd.py with TinyBERT's optimizer)
 
-    With a = 1 - .9^t and b = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (b / a) m / (sqrt(v) + b eps). So torch
-    computes the released formulas if its eps is divided by b, and for BertAdam its rate multiplied by a / b. (torch
-    multiplies the decay by its rate, so the decay is divided by a / b.)"""
-    a = 1 - 0.9**t
-    b = math.sqrt(1 - 0.999**t)
+    With c_m = 1 - .9^t and c_v = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (c_v / c_m) m / (sqrt(v) + c_v eps). So
+    torch computes the released formulas if its eps is divided by c_v, and for BertAdam its rate multiplied by
+    c_m / c_v. (torch multiplies the decay by its rate, so the decay is divided by c_m / c_v.)"""
+    c_m = 1 - 0.9**t
+    c_v = math.sqrt(1 - 0.999**t)
     if objective == "kd":
-        return {"lr": learning_rate * a / b, "eps": 1e-6 / b, "weight_decay": 0.01 * b / a}
-    return {"lr": learning_rate, "eps": 1e-8 / b, "weight_decay": 0.0}
+        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
+    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
 
 
 def restore_weights(training: Training, prefix: str = ""):
@@ -1624,6 +1624,7 @@ def restore_state(training: Training, state: dict):
     for name, layer in training.masked_layers.items():
         layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
     if training.scores is not None:
+        training.scores.all_scores.clamp_(-PINNED_SCORE, PINNED_SCORE)  # earlier versions pinned scores at infinity
         for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
             pool.last_ranking.threshold = threshold
     training.log.restore(state["log"])

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -376,3 +377,16 @@ def test_a_state_is_sent_to_other_processes_without_the_vector_behind_its_scores
     _, state = tamt.open_folder(tmp_path, identity, True, "mask.json", machine)
     for tensor in state["parameters"].values():
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_state_with_infinite_scores_is_read_with_finite_ones(inputs, tmp_path):
+    """Earlier versions pinned scores at infinity, which the weight decay of a GPU makes no number of."""
+    training = begin(mask_settings(inputs, tmp_path, objective="kd"))
+    expected = training.scores.all_scores.clone()
+    assert tamt.is_pinned(expected).any()
+    training.scores.all_scores[tamt.is_pinned(expected)] *= 1e30  # beyond what a float32 holds
+    assert training.scores.all_scores.isinf().any()
+    training.run = replace(training.run, save_every=1)
+    tamt.save_state_if_due(training)
+    tamt.restore_state(training, tamt.read_state(training.run.out))
+    assert torch.equal(training.scores.all_scores, expected)
