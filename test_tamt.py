@@ -1590,7 +1590,7 @@ def test_on_the_toy_learned_masks_are_better_than_those_of_omp_and_random_ones(t
     # Measured, in percent: 96 by kd and 64 by OMP on one processor, 84 by kd and 62 by OMP on another.
     accuracies = {"kd": [], "omp": []}
     for method in accuracies:
-        for seed in (1, 2, 3):
+        for seed in (1, 2):
             settings = finetune.Settings(task="sst2", mask=tmp_path / method / "mask.pt", seed=seed,
                                          out=tmp_path / f"{method}-{seed}", results=tmp_path / "results.jsonl")
             accuracies[method].append(finetune.fine_tune(settings)["best"]["accuracy"])

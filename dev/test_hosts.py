@@ -91,25 +91,18 @@ def share_that_differs(a, b) -> float:
     return num_different / sum(mask.numel() for mask in a.values())
 
 
-def test_two_hosts_find_the_mask_of_one_process(inputs, monkeypatch):
+def test_two_hosts_find_the_mask_of_one_process_and_find_it_again_after_they_were_killed(inputs, monkeypatch):
+    """Each host has text and cache of its own; the run and its state lie on the first, which tells the second."""
     monkeypatch.setenv("TAMT_CACHE", str(inputs / "cache"))
-    check_all_well(torchrun(inputs, "--out", "run"))
-
     first, second = (inputs / f"host-{number}" for number in range(2))
-    found = tamt.load_mask(first / "run")
-    assert share_that_differs(found, mask_of_one_process(inputs)) <= 1e-3
+    check_all_well(torchrun(inputs, "--out", "whole"))
+    assert share_that_differs(tamt.load_mask(first / "whole"), mask_of_one_process(inputs)) <= 1e-3
     for host in (first, second):
         assert list((host / "cache" / "blocks").glob("*.bin"))  # each has cut the text for itself
-    assert not (second / "run").exists()  # the run lies where process 0 works
+    assert not (second / "whole").exists()  # the run lies where process 0 works
 
-
-def test_a_killed_run_of_two_hosts_resumes(inputs, monkeypatch):
-    """The state lies on the first host alone; the second is told by it where to go on."""
-    monkeypatch.setenv("TAMT_CACHE", str(inputs / "cache"))
-    check_all_well(torchrun(inputs, "--out", "whole"))
     killed = torchrun(inputs, "--out", "run", stop_at=10)
     assert all(status != 0 for status, _, _ in killed)
-    first = inputs / "host-0"
     assert tamt.read_state(first / "run")["step"] == 10
 
     results = torchrun(inputs, "--out", "run", "--resume")
