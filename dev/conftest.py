@@ -1,4 +1,4 @@
-"""Fixtures for the tests in this folder: those of test_tamt.py, and more tasks."""
+"""The order of the tests, and fixtures for those in this folder: those of test_tamt.py, and more tasks."""
 
 import os
 
@@ -23,6 +23,11 @@ from test_tamt import (  # noqa: E402, F401
     vocabulary,
     write,
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests come first, so that at the end no process waits for one that the other has begun late."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
