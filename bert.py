@@ -1,7 +1,7 @@
 """BERT and RoBERTa as in their papers. Reads four formats of their original checkpoints, and writes one.
 
 Read it beside "Attention Is All You Need" (Vaswani et al. 2017), section 3, and "BERT: Pre-training of Deep
-Bidirectional Transformers" (Devlin et al. 2019), section 3.
+Bidirectional Transformers" (Devlin et al. 2019), section 3. RoBERTa (Liu et al. 2019) is the same network.
 
     1. The network      embeddings and L layers; heads for masked words, classes and answers
     2. Checkpoints      load() and save()
@@ -16,9 +16,18 @@ Bidirectional Transformers" (Devlin et al. 2019), section 3.
 
 Modules are called what published checkpoints call them (bert.encoder.layer.0.attention.self.query), so a
 Hugging Face file needs no table of names; the price is a few branches where BERT and RoBERTa have different
-names for the same thing. Left out is the head for next-sentence prediction.
+names for the same thing. Left out is the head for next-sentence prediction. The parts of a BERT with a masked-LM head:
 
-Letters in shapes: B sequences, T tokens, D hidden size, H heads, L layers, V vocabulary, C classes.
+    bert.embeddings
+    bert.encoder.layer.0, .1, ...
+        attention.self             query, key and value
+        attention.output           a matrix, the residual connection, LayerNorm
+        intermediate, output       the feed-forward network: its first matrix; its second one, and the same end
+    bert.pooler                    in front of the classifier
+    cls.predictions                the masked-LM head
+
+Letters in shapes: B sequences, T tokens, D hidden size (of the one vector that each token has, its hidden state), H
+heads, L layers, V vocabulary, C classes.
 """
 
 import argparse
@@ -44,8 +53,8 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, under the names of config.json. Fields without a default must be in the file. The defaults
-    are BERT's; for a RoBERTa file read_config() below puts in RoBERTa's."""
+    """The sizes of a model, under the names of config.json. Fields without a default must be in config.json.
+    The defaults are BERT's; for RoBERTa load() puts in RoBERTa's."""
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -117,13 +126,13 @@ class SelfAttention(nn.Module):
         self.dropout_prob = config.attention_probs_dropout_prob
 
     def forward(self, hidden_states, attention_mask):
-        # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, H * head size)
+        # (B, T, D), (B, 1, 1, T) bool, True at tokens (Backbone), or None -> (B, T, H * head size)
         query = self.split_heads(self.query(hidden_states))  # (B, H, T, head size)
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
 
-        # softmax(query key^T / sqrt(head size)) value. The function in appendix C is torch's of the same name, with a
-        # faster form for dropout on a CPU.
+        # context = softmax(query @ key^T / sqrt(head size)) @ value, with dropout on the softmax. This is torch's
+        # function of the same name, except that dropout on a CPU has a faster form (appendix C).
         dropout_prob = self.dropout_prob if self.training else 0.0
         context = scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)  # (B, H, T, head size)
         return context.transpose(1, 2).flatten(start_dim=2)
@@ -134,8 +143,9 @@ class SelfAttention(nn.Module):
 
 
 class Residual(nn.Module):
-    """The end of both sub-layers ("Add & Norm"): dense, dropout, add what went into the sub-layer, LayerNorm."""
-    is_skipped = False  # finetune.py sets it where a ticket removes a feed-forward network: then x does not count
+    """The end of both sub-layers ("Add & Norm"): LayerNorm(sub-layer input + dropout(dense(x))). In attention, dense is
+    the matrix W^O of Vaswani et al., in the feed-forward network the second of its two matrices."""
+    is_skipped = False  # finetune.py sets it where it prunes a whole feed-forward network: then x does not count
 
     def __init__(self, input_size: int, config: Config):
         super().__init__()
@@ -143,10 +153,10 @@ class Residual(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x, residual):  # (B, T, input size), (B, T, D) -> (B, T, D)
+    def forward(self, x, sublayer_input):  # (B, T, input size), (B, T, D) -> (B, T, D)
         if self.is_skipped:
-            return self.LayerNorm(residual)
-        return self.LayerNorm(residual + self.dropout(self.dense(x)))
+            return self.LayerNorm(sublayer_input)
+        return self.LayerNorm(sublayer_input + self.dropout(self.dense(x)))
 
 
 class Attention(nn.Module):
@@ -163,8 +173,8 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The first half of the feed-forward network, which makes the hidden states wider. The second half, which
-    makes them narrow again, is the Residual of the layer."""
+    """The first half of the feed-forward network, which makes the hidden states wider. The second half, which makes
+    them narrow again, is a Residual: the `output` of the layer (class Layer)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -225,15 +235,16 @@ class Backbone(nn.Module):
 
     def forward(self, input_ids, attention_mask, token_type_ids):
         if attention_mask is not None:
-            # (B, T) -> (B, 1, 1, T): the same for all heads and queries; True where a token may be attended to
+            # (B, T) -> (B, 1, 1, T), the same for all heads and queries: True at the keys that may be attended to
             attention_mask = attention_mask.bool()[:, None, None, :]
         embedded = self.embeddings(input_ids, token_type_ids)
         return self.encoder(embedded, attention_mask)
 
 
 class MaskedLMHead(nn.Module):
-    """One logit for each word of the vocabulary: dense, GELU, LayerNorm, and a last matrix, which checkpoints call the
-    decoder. It is the matrix of the word embeddings, unless a checkpoint has one of its own.
+    """One logit for each word of the vocabulary: dense, GELU, LayerNorm, and a last matrix with a bias, which
+    checkpoints call the decoder. The matrix is that of the word embeddings, unless a checkpoint has one of its own;
+    forward() gets it as an argument, so that it is a parameter of the embeddings alone.
 
     BERT and RoBERTa have the same head under different names: cls.predictions.transform.dense, lm_head.dense."""
 
@@ -257,9 +268,13 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden_states, word_embeddings):  # (..., D), (V, D) -> (..., V)
         if self.model_type == "roberta":
-            x = self.layer_norm(F.gelu(self.dense(hidden_states)))
+            dense = self.dense
+            layer_norm = self.layer_norm
         else:
-            x = self.transform["LayerNorm"](F.gelu(self.transform["dense"](hidden_states)))
+            dense = self.transform["dense"]
+            layer_norm = self.transform["LayerNorm"]
+
+        x = layer_norm(F.gelu(dense(hidden_states)))
         decoder_weight = word_embeddings if self.decoder is None else self.decoder.weight
         return F.linear(x, decoder_weight, self.bias)
 
@@ -283,7 +298,8 @@ class Model(nn.Module):
     """The backbone and its heads. load() restores the pooler and the masked-LM head; a caller adds the others:
     add_classifier() before class_logits(), add_span_head() before span_logits().
 
-    A new model has random weights, BERT's initialisation. pooler: only BERT's class_logits() uses it."""
+    A new model has random weights, BERT's initialisation. The pooler serves BERT's class_logits() alone, and a RoBERTa
+    needs none."""
 
     def __init__(self, config: Config, pooler: bool = True, mlm_head: bool = True):
         super().__init__()
@@ -292,7 +308,7 @@ class Model(nn.Module):
         self.add_module(config.model_type, Backbone(config, pooler))  # self.bert or self.roberta
         self.apply(self.initialise)
         if mlm_head:
-            self.add_mlm_head()
+            self.add_mlm_head()  # which initialises it
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         """All hidden states: the embedding output, then the output of each layer.
@@ -381,9 +397,9 @@ def load(path) -> Model:
         the prefix of a TensorFlow checkpoint, or its .index or .data file
         fairseq's model.pt
 
-    All weights become fp32. Tensors that the model does not use are reported in one printed line, but for those of
-    optimizers, buffers, and the task heads of TensorFlow and fairseq. Raises
-    FileNotFoundError, or a ValueError that lists the tensors that are missing, misshapen or not finite."""
+    All weights become fp32. A printed line names the tensors that the model does not use. (Those of optimizers,
+    buffers, and the task heads of TensorFlow and fairseq are left out without a word.) Raises FileNotFoundError, or a
+    ValueError that says which file is wrong, and how, such as the tensors that are missing, misshapen or not finite."""
     # Read the weights and the settings. Most formats keep the settings in a config.json beside the weights; a fairseq
     # file holds its own, and a config.json beside it, if there is one, wins.
     weights_file = find_weights(Path(path))
@@ -438,8 +454,9 @@ def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     folder.mkdir(parents=True, exist_ok=True)
     class_name = config.model_type.title() + architecture  # BertForMaskedLM
     settings = asdict(config) | {"architectures": [class_name], "hidden_act": "gelu"} | extra
-    # The new config.json takes the old one's place when this block ends, after the weights: whoever finds a new
-    # config finds the new weights, too. The flush makes a full disk fail before anything is replaced.
+    # First the new config is written beside the old one; the flush makes a full disk fail here, before anything is
+    # replaced. Then the weights are replaced, and the config last, when this block ends. So whoever finds a new config
+    # finds the new weights, too.
     with atomic_write(folder / "config.json") as file:
         file.write(f"{json.dumps(settings, indent=1)}\n".encode())
         file.flush()
@@ -528,9 +545,9 @@ def find_config(weights_file: Path) -> Path | None:
 
 
 def find_family(tensors: dict, settings: dict) -> str:
-    """Decides between "bert" and "roberta". Three things may tell: model_type in the config, architectures in the
-    config, and the prefixes of the names of the weights. Each may be absent (Google's config has neither field, the
-    names of a bare encoder have no prefix), but one has to be there, and those that are have to agree."""
+    """Decides between "bert" and "roberta". Two things may tell: the config, by model_type or, if that is absent, by
+    architectures; and the prefixes of the names of the weights. Each may be silent (Google's config has neither field,
+    the names of a bare encoder have no prefix), but one has to speak, and if both do they have to agree."""
     families = set()
     if settings.get("model_type"):
         families.add(str(settings["model_type"]))

@@ -4,7 +4,7 @@
     2. Text            plain text to rows of T token ids, in a memory-mapped file
     3. Batches         the order of the rows, and masked-LM corruption
     Appendix A         tokenizers: the four kinds of files, their settings, export
-    Appendix B         which tokens occur in a text; texts that are not as expected
+    Appendix B         texts: where dev begins, what is not as expected, which tokens occur
     Appendix C         files: names, locks, hashes, progress
     Appendix D         download and unpack
     Appendix E         the named models and corpora, with their hashes
@@ -75,9 +75,9 @@ class Vocabulary:
     cls_id: int
     sep_id: int
     mask_id: int
-    num_separators: int = 1  # between the two texts of a pair: 1 with BERT, 2 with RoBERTa
-    one_row_per_line: bool = False  # True for models that were trained line by line, on proteins, say
-    extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, such as [E1]
+    num_separators: int = 1  # between the two texts of a pair, which tasks have: 1 with BERT, 2 with RoBERTa
+    one_row_per_line: bool = False  # True for models whose text is a list of lines, such as proteins
+    extra_special_ids: tuple[int, ...] = ()  # special tokens beyond these five, if the model has any
 
     @property
     def special_ids(self) -> list[int]:
@@ -128,14 +128,8 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
     special = special_tokens(names, settings)  # these, and those that only this model has
     add_tokens(tokenizer, special, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
-    num_separators = count_separators(tokenizer, sep_id, file)
-    tokenizer.post_processor = None  # what added [CLS] and [SEP]
-
-    extra_ids = []
-    contents = {token_content(token) for token in special}
-    for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
-        if token.content not in names and (token.special or token.content in contents):
-            extra_ids.append(token_id)
+    num_separators = count_separators(tokenizer, sep_id, file)  # of the post-processor, which goes now:
+    tokenizer.post_processor = None  # it would add [CLS] and [SEP]
 
     return Vocabulary(
         tokenizer=tokenizer,
@@ -147,17 +141,17 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
         mask_id=mask_id,
         num_separators=num_separators,
         one_row_per_line=one_row_per_line,
-        extra_special_ids=tuple(extra_ids),
+        extra_special_ids=extra_special_ids(tokenizer, names, special),
     )
 
 
 def wordpiece(file: Path, settings: dict) -> Tokenizer:
-    """BERT's tokenizer from vocab.txt, one token a line: "unaffable" -> un ##aff ##able."""
+    """BERT's tokenizer from vocab.txt, one token a line. A text is cleaned, perhaps lower-cased, and split into words
+    at white space and punctuation. Each word is cut, from left to right, into the longest tokens that there are; those
+    inside a word begin with ##: "unaffable" -> un ##aff ##able. A word that cannot be cut becomes [UNK]."""
     words = read_lines(file)
     vocab = ids_by_position(words, file)
-    names = [family["unk_token"] for family in special_families(vocab.__contains__, settings)]
-    usual = next((name for name in names if name in vocab), "[UNK]")
-    unknown = token_content(settings.get("unk_token", usual))
+    unknown = name_of_unknown(vocab, settings)  # "[UNK]"
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=is_lower_cased(words, file, settings),
@@ -177,24 +171,18 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
 def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_row_per_line: bool = False) -> np.memmap:
     """The rows of one split, "train" or "dev", of a corpus: token ids (n, T), T = seq_len.
 
-    source: a name of CORPORA, a text file (its last 5 % are dev, see dev_border), or a folder with wiki.train.raw and
+    source: a name of CORPORA, a text file (its last 5 % are dev), or a folder with wiki.train.raw and
     wiki.valid.raw (or .tokens). The text is one stream of tokens, cut into consecutive blocks of T - 2
     between [CLS] and [SEP]; headings and the borders of documents are not treated specially, and the tail is
     dropped (as in TAMT's released code, data/datasets/language_modeling.py). With one_row_per_line, here or in the
     vocabulary, each line of the text is one row, cut or padded to T.
 
-    The rows are kept in the cache. The name of the cache file is a digest of all that they depend on: the bytes of
-    the text, the tokenizer, T, one_row_per_line. So equal names mean equal rows, wherever the text is stored.
+    The rows are kept in the cache, and made only once.
 
     Raises FileNotFoundError; ValueError if the text gives no row, or no token of it is known."""
     one_row_per_line = one_row_per_line or vocabulary.one_row_per_line
     file, begin, end = find_text(source, split, one_row_per_line)
-    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, one_row_per_line]
-    digest = hashlib.sha256(json.dumps(made_by).encode())
-    for chunk in read_bytes(file, begin, end):
-        digest.update(chunk)
-
-    path = cache() / "blocks" / f"{digest.hexdigest()[:32]}.bin"
+    path = path_of_rows(file, begin, end, vocabulary, seq_len, one_row_per_line)
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,14 +194,24 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
                 raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
 
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
-    # Warns if many tokens are unknown, and raises if all are. It gets the text to quote examples from; read_text()
-    # reads nothing unless it does so.
-    check_unknown(rows, vocabulary, file, read_text(file, begin, end, quiet=True))
+    check_unknown(rows, vocabulary, file, begin, end)  # warns if many tokens are unknown, and raises if all are
     return rows
+
+
+def path_of_rows(file, begin, end, vocabulary: Vocabulary, seq_len: int, one_row_per_line: bool) -> Path:
+    """The file in the cache for the rows of a text. Its name is a digest of all that they depend on: the bytes of the
+    text, the tokenizer, T, one_row_per_line. So equal names mean equal rows, wherever the text is stored."""
+    made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, one_row_per_line]
+    digest = hashlib.sha256(json.dumps(made_by).encode())
+    for chunk in read_chunks(file, begin, end):
+        digest.update(chunk)
+    return cache() / "blocks" / f"{digest.hexdigest()[:32]}.bin"
 
 
 def find_text(source, split: str, one_row_per_line: bool) -> tuple[Path, int, int]:
     """The text of a split: a file, and the bytes at which the text begins and ends in it."""
+    if split not in ("train", "dev"):
+        raise ValueError(f"split {split!r}: expected train or dev")
     path = Path(source)
     if str(source) in CORPORA:
         path = corpus_folder(str(source))
@@ -233,38 +231,10 @@ def find_text(source, split: str, one_row_per_line: bool) -> tuple[Path, int, in
     if size == 0:
         raise ValueError(f"{path}: the file is empty")
 
-    border = dev_border(path, size, one_row_per_line)
+    border = dev_border(path, size, one_row_per_line)  # where the last 5 % begin, between two lines if it has many
     if split == "train":
         return path, 0, border
     return path, border, size
-
-
-def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
-    """The byte of a text file at which its last 5 %, the dev text, begin.
-
-    * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
-    * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
-    * Any other file is cut at the last space between 90 and 95 % of its bytes; or, if there is none, at 95 % itself."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        end = size
-        while end > 1 and text[end - 1:end].isspace():  # blank lines at the end of the file do not count
-            end -= 1
-        num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_bytes(path, 0, end))
-
-        if num_lines >= 20 or (one_row_per_line and num_lines > 1):
-            num_dev_lines = max(num_lines // 20, 1)
-            border = end
-            for _ in range(num_dev_lines):
-                border = text.rfind(b"\n", 0, border)
-            return border + 1
-
-        border = max(size * 95 // 100, 1)
-        space = text.rfind(b" ", 0, border)
-        if space > size * 9 // 10:
-            return space  # the dev text begins with it
-        while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
-            border += 1
-        return border
 
 
 def read_text(file: Path, begin: int, end: int, quiet: bool = False):
@@ -274,7 +244,7 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
     progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
     position = begin
     held = ""
-    for chunk in read_bytes(file, begin, end):
+    for chunk in read_chunks(file, begin, end):
         is_last = position + len(chunk) == end
         try:
             text = held + decoder.decode(chunk, final=is_last)
@@ -294,12 +264,15 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
 # space, so it is safe to cut after a word or a punctuation mark, before the white space:
 #
 #   "one two three"   ->   "one two", " three"
+#
+# (Lines would not do as pieces, because a text may be a single line.)
 
 
 def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
     """Cuts a text that arrives in chunks into pieces: yields one list of pieces for each chunk, then the rest. Where a
     text has no place to cut, a piece is as long as it needs to be."""
-    pattern = piece_pattern(tokenizer)  # 2,000 characters or more, up to such a place (appendix A)
+    # 2,000 characters or more, up to such a place; in the simplest case ".{2000,}?\\S(?=\\s)" (appendix A)
+    pattern = piece_pattern(tokenizer)
     rest = ""  # text that is not in a piece yet
     for chunk in chunks:
         rest += chunk
@@ -314,13 +287,15 @@ def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str
 
 
 def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
+    """The bare ids of each text, computed on all cores."""
     encodings = encode_batch(vocabulary.tokenizer.encode_batch_fast, texts)
     return [encoding.ids for encoding in encodings]
 
 
 def encode_batch(encode_texts, texts: list[str]) -> list:
-    """encode_texts: one of the two methods of a tokenizer. Fails at the first unknown word if the vocabulary has no
-    token for such words."""
+    """What a tokenizer makes of texts. encode_texts: its method encode_batch_fast, or encode_batch, which also tells
+    where in the text each token stands. Raises ValueError if a text cannot be read, as when a word is unknown and a
+    tokenizer.json does not say which token stands for such words."""
     try:
         return encode_texts(texts, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more precise
@@ -362,24 +337,8 @@ def padded_lines(chunks, vocabulary: Vocabulary, seq_len: int):
 # 3. Batches and masked-LM corruption
 # ---------------------------------------------------------------------------------------------------
 
-# A batch is rows[row_indices(...)] and what corrupt() makes of it; tamt.py turns both into tensors, and masks the
-# padding for attention.
-
-# The uses of randomness in all modules. The position of a purpose is part of its seed, so this list may grow at its
-# end only.
-PURPOSES = (
-    "order",  # of the rows, or of the examples of a task
-    "corruption",  # of the rows, for masked LM
-    "masks",  # random ones (tamt.py)
-    "limit",  # which training examples --limit leaves (finetune.py)
-    "tickets",  # random Super Tickets (finetune.py)
-)
-
-
-def random_stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
-    """A random generator of its own for each purpose. `keys`, such as the number of the epoch or of the update, tell
-    the uses of a purpose apart, so an update draws the same numbers whether or not the run was resumed."""
-    return np.random.default_rng([seed, PURPOSES.index(purpose), *keys])
+# row_indices() says which rows are in a batch, and corrupt() makes the input of masked LM from them. tamt.py makes
+# tensors of both.
 
 
 def row_indices(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
@@ -417,6 +376,24 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -
     corrupted_ids = np.where(is_masked, vocabulary.mask_id, input_ids)
     corrupted_ids = np.where(is_random, random_ids, corrupted_ids)
     return corrupted_ids, is_predicted
+
+
+# The uses of randomness in all modules. The position of a purpose is part of its seed, so this list may grow at its
+# end only.
+PURPOSES = (
+    "order",  # of the rows, or of the examples of a task
+    "corruption",  # of the rows, for masked LM
+    "masks",  # random ones (tamt.py)
+    "limit",  # which training examples --limit leaves (finetune.py)
+    "tickets",  # random Super Tickets (finetune.py)
+)
+
+
+def random_stream(seed: int, purpose: str, *keys: int) -> np.random.Generator:
+    """A random generator of its own for each purpose. `keys`, such as the number of the epoch or of the update, tell
+    the uses of a purpose apart (all of one purpose have the same number of keys). So an update draws the same numbers
+    whether or not the run was resumed."""
+    return np.random.default_rng([seed, PURPOSES.index(purpose), *keys])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -796,6 +773,23 @@ def special_families(has_token, settings: dict) -> list[dict[str, str]]:
     return [family for family in families if all(has_token(family[role]) for role in unnamed)] or families
 
 
+def name_of_unknown(vocab: dict, settings: dict) -> str:
+    """What a vocab.txt calls [UNK]."""
+    names = [family["unk_token"] for family in special_families(vocab.__contains__, settings)]
+    usual = next((name for name in names if name in vocab), "[UNK]")
+    return token_content(settings.get("unk_token", usual))
+
+
+def extra_special_ids(tokenizer: Tokenizer, names: list[str], special: list) -> tuple[int, ...]:
+    """The ids of the special tokens beyond the five of these names."""
+    contents = {token_content(token) for token in special}
+    extra_ids = []
+    for token_id, token in sorted(tokenizer.get_added_tokens_decoder().items()):
+        if token.content not in names and (token.special or token.content in contents):
+            extra_ids.append(token_id)
+    return tuple(extra_ids)
+
+
 def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]:
     """The names of the five special tokens in the order of SPECIAL_ROLES.
 
@@ -895,8 +889,37 @@ def is_plain_roberta(tokenizer: Tokenizer) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix B: which tokens occur in a text; texts that are not as expected. Skip it at a first reading.
+# Appendix B: texts: where dev begins, what is not as expected, which tokens occur. Skip it at a first reading.
 # ---------------------------------------------------------------------------------------------------
+
+
+def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
+    """The byte of a text file at which its last 5 %, the dev text, begin.
+
+    * A file of 20 lines or more is cut between lines: of 200 lines the last 10 are dev.
+    * With one_row_per_line a file of 2 to 19 lines is cut between lines, too: its last line is dev.
+    * Any other file is cut at the last space between 90 and 95 % of its bytes; or, if there is none, at 95 % itself."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = size
+        while end > 1 and text[end - 1:end].isspace():  # blank lines at the end of the file do not count
+            end -= 1
+        num_lines = 1 + sum(chunk.count(b"\n") for chunk in read_chunks(path, 0, end))
+
+        if num_lines >= 20 or (one_row_per_line and num_lines > 1):
+            num_dev_lines = max(num_lines // 20, 1)
+            border = end
+            for _ in range(num_dev_lines):
+                border = text.rfind(b"\n", 0, border)
+            return border + 1
+
+        border = max(size * 95 // 100, 1)
+        space = text.rfind(b" ", 0, border)
+        if space > size * 9 // 10:
+            return space  # the dev text begins with it
+        while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
+            border += 1
+        return border
+
 
 TO_TEXT = {  # a line of Python for each format, with a place for the path
     ".jsonl": ("import json; open('text.txt', 'w').writelines("
@@ -917,7 +940,7 @@ def refuse_other_formats(path: Path):
                          f"this line of Python makes text.txt of it: {line}")
 
 
-def check_unknown(rows, vocabulary: Vocabulary, file: Path, chunks):
+def check_unknown(rows, vocabulary: Vocabulary, file: Path, begin: int, end: int):
     """Prints a warning if 5 % of the tokens or more are unknown: on such a text low losses mean nothing.
     Raises ValueError if there is nothing to predict at all."""
     counts = count_tokens(rows, vocabulary)
@@ -929,6 +952,7 @@ def check_unknown(rows, vocabulary: Vocabulary, file: Path, chunks):
         raise ValueError(f"{file}: nothing to predict, {share:.0%} of its tokens are unknown to this "
                          "vocabulary")
     if share >= 0.05:
+        chunks = read_text(file, begin, end, quiet=True)
         examples = ", ".join(unknown_words(chunks, vocabulary))
         print(f"warning: {file}: {share:.1%} of its tokens are unknown to this vocabulary, such as "
               f"{examples}", file=sys.stderr)
@@ -985,7 +1009,7 @@ def environment_folder(variable: str, default) -> Path:
     return Path(os.environ.get(variable) or default).expanduser()
 
 
-def read_bytes(path, begin: int = 0, end: int | None = None):
+def read_chunks(path, begin: int = 0, end: int | None = None):
     """Yields the bytes between two positions of a file in chunks of 2 MB."""
     with open(path, "rb") as file:
         position = file.seek(begin)
@@ -1001,7 +1025,7 @@ def read_bytes(path, begin: int = 0, end: int | None = None):
 
 def file_sha256(path) -> str:
     digest = hashlib.sha256()
-    for chunk in read_bytes(path):
+    for chunk in read_chunks(path):
         digest.update(chunk)
     return digest.hexdigest()
 
