@@ -12,16 +12,17 @@
 
     examples = load_glue("rte", "dev", "glue")                        # Example(text_a, text_b, label)
     sequences = encode(examples, vocabulary, max_len=128)             # (input_ids, token_type_ids) of each
-    batch = pad_batch(sequences[:32], vocabulary.pad_id)              # what a model takes
+    batch = pad_batch(sequences[:32], vocabulary.pad_id)              # arrays (B, T); as tensors a model takes them
     score(TASKS["rte"], predicted_classes, examples)                  # {"accuracy": 0.66}
 
     questions = load_squad(find_file(TASKS["squad"], "dev", "squad"))  # Question(id, question, context, answers)
     windows = make_windows(questions, vocabulary)                      # one or more for each question
+    batch = pad_batch([(window.input_ids, window.token_type_ids) for window in windows[:32]], vocabulary.pad_id)
     answers = best_answers(questions, windows, start_logits, end_logits)  # {question id: text}
     squad_scores(answers, questions)                                   # {"em": 81.2, "f1": 88.5}
 
-There is no model here: finetune.py brings one. "The paper" is that of task-agnostic mask training (tamt.py);
-run_squad.py is a file of BERT's original code.
+There is no model here: finetune.py brings one, and makes classes and logits of the batches. "The paper" is that of
+task-agnostic mask training (tamt.py); run_squad.py is a file of BERT's original code.
 
 Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph that one window holds. GLUE's metrics are
 fractions (accuracy and f1 from 0 to 1, correlations from -1 to 1); SQuAD's em and f1 are percent, as its
@@ -66,7 +67,7 @@ class Task:
     text_columns: tuple[str | int, ...] = ()  # one text or a pair
     label_column: str | int = "label"
     test_text_columns: tuple[str | int, ...] = ()  # if the test file has other columns
-    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: TSV_FILES)  # split, or "dev_ids": possible names
+    files: dict[str, tuple[str, ...]] = field(default_factory=lambda: TSV_FILES)  # the names a split's file may have
     skips_broken_rows: bool = False  # else a row with too few or too many fields is an error
     epochs: int = 3
     lr: float = 2e-5
@@ -105,7 +106,7 @@ SST2 = Task(
 )
 
 # MRPC comes as Microsoft's two text files. GLUE's dev set is a part of the first one: the rows whose pair of ids is
-# listed in a third file. If somebody has built GLUE's tables from them already, these are read instead.
+# listed in a third file, "dev_ids". If somebody has built GLUE's tables from them already, these are read instead.
 MRPC = Task(
     name="mrpc",
     folder="MRPC",
@@ -253,21 +254,19 @@ def load_glue(task, split: str, folder) -> list[Example]:
     if not has_labels and task.test_text_columns:
         text_columns = task.test_text_columns
 
-    # Find the columns.
     rows = read_rows(path)
-    where, first_row = next(rows)
+    where, first_row = next(rows, (path, None))
+    if first_row is None:
+        raise ValueError(f"{path}: the file is empty")
     text_indices = [find_column(column, first_row, where) for column in text_columns]
     label_index = find_column(task.label_column, first_row, where) if has_labels else None
 
     # Without a header the first line is a row like all others.
     has_header = any(isinstance(column, str) for column in (*text_columns, task.label_column))
-    is_empty = path.read_bytes() in (b"", codecs.BOM_UTF8)
-    if not has_header and not is_empty:
+    if not has_header:
         rows = chain([(where, first_row)], rows)
-
-    dev_ids = None
-    if path.name == "msr_paraphrase_train.txt":  # MRPC's train and dev in one file
-        dev_ids = {tuple(ids) for _, ids in read_rows(find_file(task, "dev_ids", folder))}
+    if path.name == "msr_paraphrase_train.txt":
+        rows = mrpc_rows(rows, split, find_file(task, "dev_ids", folder))
 
     examples = []
     num_skipped = 0
@@ -277,11 +276,6 @@ def load_glue(task, split: str, folder) -> list[Example]:
                 num_skipped += 1
                 continue
             raise ValueError(f"{where}: {len(fields)} fields where line 1 has {len(first_row)}")
-        if dev_ids is not None:
-            is_dev_row = tuple(fields[1:3]) in dev_ids  # the columns "#1 ID" and "#2 ID"
-            if is_dev_row != (split == "dev"):
-                continue
-
         texts = [fields[index] for index in text_indices]  # one or two
         label = None
         if has_labels:
@@ -294,6 +288,15 @@ def load_glue(task, split: str, folder) -> list[Example]:
     if not examples:
         raise ValueError(f"{path}: no rows for {split}")
     return examples
+
+
+def mrpc_rows(rows, split: str, dev_ids_file: Path):
+    """Those rows of MRPC's first file that are in the split, train or dev: both are in this one file."""
+    dev_ids = {tuple(ids) for _, ids in read_rows(dev_ids_file)}
+    for where, fields in rows:
+        is_dev_row = tuple(fields[1:3]) in dev_ids  # the columns "#1 ID" and "#2 ID"
+        if is_dev_row == (split == "dev"):
+            yield where, fields
 
 
 def find_file(task: Task, split: str, folder) -> Path:
@@ -310,7 +313,7 @@ def find_file(task: Task, split: str, folder) -> Path:
     for place in places:
         if place.is_file():
             return place
-    distinct = dict.fromkeys(str(place) for place in places)  # of a task of your own the names are absolute, and equal
+    distinct = dict.fromkeys(str(place) for place in places)  # an absolute name is the same place twice
     raise FileNotFoundError(f"task {task.name}: no {split} file; expected {' or '.join(distinct)}")
 
 
@@ -325,6 +328,8 @@ def read_rows(path: Path):
     A byte order mark, "\r" at the end of a line, and empty lines at the end of the file are dropped; but in a file of
     one column an empty line is an empty text."""
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if not content:
+        return
     has_one_column = b"\t" not in content
     content = content.removesuffix(b"\n") if has_one_column else content.rstrip(b"\r\n")
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -372,21 +377,24 @@ def encode(examples: list[Example], vocabulary: data.Vocabulary, max_len: int) -
     if max_len < 6:  # RoBERTa's 4 special tokens, and one token of each text
         raise ValueError(f"max_len {max_len}: a pair of texts needs at least 6 tokens")
     room_for_one = max_len - 2  # [CLS] a [SEP]
-    room_for_pair = max_len - num_special_tokens(vocabulary)
-    first_texts = [example.text_a for example in examples]
-    second_texts = [example.text_b for example in examples if example.text_b is not None]
-    first_encodings = tokenize(first_texts, vocabulary)  # a generator
-    second_encodings = tokenize(second_texts, vocabulary)  # another one, of those examples that have a second text
+    room_for_pair = max_len - num_special_tokens_of_pair(vocabulary)
+    first_encodings = tokenize([example.text_a for example in examples], vocabulary)
+    second_encodings = tokenize([example.text_b or "" for example in examples], vocabulary)
 
     sequences = []
-    for example, encoding in zip(examples, first_encodings, strict=True):
+    for example, first, second in zip(examples, first_encodings, second_encodings, strict=True):
         if example.text_b is None:
-            a = encoding.ids[:room_for_one]
+            a = first.ids[:room_for_one]
             b = None
         else:
-            a, b = truncate_pair(encoding.ids, next(second_encodings).ids, room_for_pair)
+            a, b = truncate_pair(first.ids, second.ids, room_for_pair)
         sequences.append(add_special_tokens(a, b, vocabulary))
     return sequences
+
+
+def num_special_tokens_of_pair(vocabulary: data.Vocabulary) -> int:
+    """[CLS], the separators between the texts (add_special_tokens), and one at the end."""
+    return 1 + vocabulary.num_separators + 1
 
 
 def tokenize(texts: list[str], vocabulary: data.Vocabulary):
@@ -395,7 +403,7 @@ def tokenize(texts: list[str], vocabulary: data.Vocabulary):
     An encoding takes kilobytes, so the texts go in by the thousand."""
     for start in range(0, len(texts), 1000):
         batch = texts[start:start + 1000]
-        yield from data.encode_batch(vocabulary.tokenizer.encode_batch, batch)
+        yield from data.encode_batch(vocabulary.tokenizer.encode_batch, batch)  # the "fast" method has no offsets
 
 
 def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
@@ -426,11 +434,6 @@ def add_special_tokens(a: list[int], b: list[int] | None, vocabulary) -> tuple[n
     input_ids = np.array(first + second, np.int32)
     token_type_ids = np.repeat([0, type_of_second], [len(first), len(second)])
     return input_ids, token_type_ids
-
-
-def num_special_tokens(vocabulary: data.Vocabulary) -> int:
-    """How many special tokens a pair gets: [CLS], the separators between the texts, and one at the end."""
-    return 1 + vocabulary.num_separators + 1
 
 
 def bucketed_batches(
@@ -484,12 +487,12 @@ def load_squad(path) -> list[Question]:
         {"data": [{"paragraphs": [{"context": "Anna moved ...", "qas": [
             {"id": "1", "question": "Where?", "answers": [{"text": "New York", "answer_start": 20}]}]}]}]}
 
-    and read_field(entry, key, type, where) is entry[key], checked (appendix A). Raises ValueError with the place in
-    the file, such as data[3].paragraphs[0].qas[1]."""
+    Raises ValueError with the place in the file, such as data[3].paragraphs[0].qas[1]."""
     content = bert.read_json(path)
     if content.get("version") == "v2.0":
         raise squad_2_error(path)
 
+    # read_field(entry, key, type, where) is entry[key], checked (appendix A).
     questions = {}
     for i, article in enumerate(read_field(content, "data", list, f"{path}")):
         where = f"{path}: data[{i}]"
@@ -524,6 +527,13 @@ def read_question(entry, context: str, where: str) -> Question:
     return Question(question_id, question, context, answers)
 
 
+# The names in this chapter are those of run_squad.py. A "doc" (document) is a paragraph, which SQuAD's files call its
+# context. A token has three numbers:
+#
+#   its characters in the paragraph     char_spans
+#   its number in the paragraph         doc_start is that of the first token in a window
+#   its position in input_ids           that number - doc_start + doc_offset
+#
 # A paragraph that is longer than the model's input is read through several windows, each beginning `doc_stride` tokens
 # after the one before. With max_len 10 the question "Where?" leaves room for 5 tokens of the paragraph,
 #
@@ -540,9 +550,7 @@ def read_question(entry, context: str, where: str) -> Question:
 #
 # A token is often in several windows, with more or less text around it. Its margin in a window is the smaller of the
 # numbers of tokens to its left and to its right: for "new" min(4, 0) = 0 in window 0, and min(2, 2) = 2 in window 1.
-# Only the window where the margin is largest may propose an answer that begins with the token.
-#
-# (The names are those of run_squad.py, which calls a paragraph a document and the largest margin the maximum context.)
+# Only the window where the margin is largest ("maximum context") may propose an answer that begins with the token.
 
 
 class Window(NamedTuple):
@@ -574,7 +582,7 @@ def make_windows(
     question fills max_len."""
     paragraphs = tokenize_paragraphs(questions, vocabulary)
     question_texts = [question.question.strip() for question in questions]
-    num_special = num_special_tokens(vocabulary)
+    num_special = num_special_tokens_of_pair(vocabulary)
 
     all_windows = []
     num_left_out = 0
@@ -594,22 +602,13 @@ def make_windows(
                 num_left_out += 1
                 continue
 
-        # A window every `stride` tokens, until one reaches the end of the paragraph.
-        stride = min(doc_stride, room)  # a short window must not jump over tokens
-        doc_starts = [0]
-        while doc_starts[-1] + room < len(paragraph_ids):
-            doc_starts.append(doc_starts[-1] + stride)
+        doc_starts = find_doc_starts(len(paragraph_ids), room, doc_stride)
         is_max_context = find_max_context(len(paragraph_ids), doc_starts, room)
-
         for number, doc_start in enumerate(doc_starts):
             doc_end = doc_start + room
             ids_here = paragraph_ids[doc_start:doc_end]
             input_ids, token_type_ids = add_special_tokens(question_ids, ids_here, vocabulary)
-            start_position = 0
-            end_position = 0
-            if answer is not None and doc_start <= answer[0] and answer[1] < doc_end:
-                start_position = doc_offset + answer[0] - doc_start
-                end_position = doc_offset + answer[1] - doc_start
+            start_position, end_position = answer_positions(answer, doc_start, doc_end, doc_offset)
             window = Window(
                 question_index=index,
                 input_ids=input_ids,
@@ -640,7 +639,7 @@ def tokenize_paragraphs(questions: list[Question], vocabulary: data.Vocabulary) 
 
 
 def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int, int] | None:
-    """The first and last token of the first answer, or None if the answer is not where the file says.
+    """The first and last token of the first answer, or None if the answer is not where the file says, or has no token.
 
     The first token is the first that ends after the answer begins; the last token is the last that begins
     before the answer ends. That is right where RoBERTa's token " Rome" spans characters 2 to 7 and the
@@ -648,14 +647,31 @@ def find_answer_tokens(question: Question, char_spans: np.ndarray) -> tuple[int,
     text, start = question.answers[0]
     if question.context[start:start + len(text)] != text or not text.strip():
         return None
-    end = start + len(text.rstrip())
-    start = start + len(text) - len(text.lstrip())
+    first_char = start + len(text) - len(text.lstrip())  # without white space around the answer
+    end_char = start + len(text.rstrip())
 
-    first = int(np.searchsorted(char_spans[:, 1], start, side="right"))
-    last = int(np.searchsorted(char_spans[:, 0], end)) - 1
+    first = int(np.searchsorted(char_spans[:, 1], first_char, side="right"))
+    last = int(np.searchsorted(char_spans[:, 0], end_char)) - 1
     if first > last:
         return None
     return first, last
+
+
+def find_doc_starts(num_tokens: int, room: int, doc_stride: int) -> list[int]:
+    """The first token of each window: every `doc_stride` tokens, until a window reaches the end of the paragraph."""
+    stride = min(doc_stride, room)  # a short window must not jump over tokens
+    doc_starts = [0]
+    while doc_starts[-1] + room < num_tokens:
+        doc_starts.append(doc_starts[-1] + stride)
+    return doc_starts
+
+
+def answer_positions(answer, doc_start: int, doc_end: int, doc_offset: int) -> tuple[int, int]:
+    """The positions in a window of an answer (first token, last token), or 0 and 0 if the window does not hold all of
+    it, or there is none (None)."""
+    if answer is None or answer[0] < doc_start or answer[1] >= doc_end:
+        return 0, 0
+    return answer[0] - doc_start + doc_offset, answer[1] - doc_start + doc_offset
 
 
 def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
@@ -714,13 +730,14 @@ def best_answers(
 def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_answer_length: int):
     """(score, first character, last character + 1) of a window's best answer, or None.
 
-    Candidates are the n best starts with the n best ends, all in the paragraph. A start must have is_max_context, an
-    end must not lie before its start, and an answer has at most max_answer_length tokens."""
+    Candidates are the n best starts with the n best ends. Both are in the paragraph, and starts have is_max_context
+    (run_squad.py drops the others only after it has chosen the n best). An end must not lie before its start, and an
+    answer has at most max_answer_length tokens."""
     positions = slice(window.doc_offset, window.doc_offset + len(window.char_spans))  # of the paragraph in the input
     start_scores = np.asarray(start_logits[positions], np.float64)
     start_scores = np.where(window.is_max_context, start_scores, -np.inf)
     end_scores = np.asarray(end_logits[positions], np.float64)
-    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]  # counted from the paragraph's first token
+    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]  # counted from the window's first token
     ends = np.argsort(-end_scores, kind="stable")[:n_best_size]
     if len(starts) == 0:
         return None  # an empty paragraph
@@ -863,7 +880,8 @@ def score(task: Task, predictions, examples: list[Example], split: str = "dev") 
 
 
 def majority_scores(task: Task, examples: list[Example], split: str = "dev") -> dict[str, float]:
-    """The scores of always answering the most frequent class. A run that scores no better has collapsed.
+    """The scores of always answering the class that is most frequent in these examples. A run that has collapsed, and
+    gives every example one class, scores no better; so a score that is no higher is a warning.
 
     MRPC's dev set has 279 of 408 in class 1: accuracy 0.684, f1 0.812. For numbers and spans all are 0.0."""
     if task.predicts != "class":

@@ -12,7 +12,8 @@ import glue_squad
 
 
 @pytest.mark.parametrize("task, content, message", [
-    ("sst2", b"", "line 1: no column 'sentence'"),
+    ("sst2", b"", "the file is empty"),
+    ("sst2", b"\xef\xbb\xbf", "the file is empty"),
     ("sst2", b"sentence\tlabel\n", "no rows for dev"),
     ("sst2", b"sentence\tlabel\na\tb\t1\n", "line 2: 3 fields where line 1 has 2"),
     ("sst2", b"sentence\tlabel\na\t1\n\nb\t0\n", "line 3: 1 fields where line 1 has 2"),
