@@ -748,13 +748,16 @@ def read_json(path) -> dict:
     return content
 
 
+PART_SUFFIX = ".tamt.part"  # of nobody else's files: what a killed program leaves is removed by it
+
+
 @contextmanager
 def atomic_write(path):
     """Yields a binary file that takes the place of `path` when the block ends, or leaves no trace of itself.
 
     On any failure the part file goes and an old `path` stays; trouble with the disk is an OSError that names
     `path`. The folder must exist."""
-    part = Path(f"{path}.{os.urandom(4).hex()}.part")
+    part = Path(f"{path}.{os.urandom(4).hex()}{PART_SUFFIX}")
     try:
         with open(part, "wb") as file:
             yield file

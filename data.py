@@ -193,6 +193,8 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
             if out.tell() == 0:
                 raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
 
+    if path.stat().st_size % (seq_len * np.dtype(dtype).itemsize):
+        raise ValueError(f"{path}: damaged; remove it, and it is made again")
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
     check_unknown(rows, vocabulary, file, begin, end)  # warns if many tokens are unknown, and raises if all are
     return rows
@@ -251,6 +253,8 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
         held = ""
+        if "\0" in text:
+            raise ValueError(f"{file}: holds bytes of 0, which no UTF-8 text has (UTF-16?)")
         if text.endswith("\r") and not is_last:  # its "\n" may come with the next chunk
             held = "\r"
             text = text[:-1]
@@ -812,7 +816,7 @@ def special_names(tokenizer: Tokenizer, settings: dict, file: Path) -> list[str]
 # The export.
 
 
-def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens: int, num_token_types: int = 1):
+def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens: int, num_token_types: int = 2):
     """Writes the tokenizer as files that transformers' AutoTokenizer and vocabulary() above read alike.
 
     tokenizer.json carries everything. A plain BERT or RoBERTa tokenizer gets its original files, too.
@@ -828,7 +832,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
     if names[5:]:
         settings["additional_special_tokens"] = names[5:]
     marks_second_text = num_token_types > 1 and vocabulary.num_separators == 1
-    if model_type == "bert" or marks_second_text:  # PreTrainedTokenizerFast would leave the token types out
+    if marks_second_text:  # PreTrainedTokenizerFast would leave the token types out
         settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     if vocabulary.one_row_per_line:
         settings["one_row_per_line"] = True  # transformers ignores it
@@ -837,7 +841,7 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
         (folder / stale).unlink(missing_ok=True)
     normalizer = tokenizer.normalizer
     pre_tokenizer = tokenizer.pre_tokenizer
-    if model_type == "bert" and vocabulary.num_separators == 1 and is_plain_bert(tokenizer):
+    if model_type == "bert" and marks_second_text and is_plain_bert(tokenizer):
         tokenizer.model.save(str(folder))  # vocab.txt
         settings["tokenizer_class"] = "BertTokenizer"
         settings["do_lower_case"] = normalizer.lowercase
@@ -850,7 +854,8 @@ def save_vocabulary(vocabulary: Vocabulary, folder, model_type: str, max_tokens:
 
     cls_name = settings["cls_token"]
     sep_name = settings["sep_token"]
-    pair = f"{cls_name}:0 $A:0 {sep_name}:0 $B:1 {sep_name}:1"
+    second_type = 1 if marks_second_text else 0
+    pair = f"{cls_name}:0 $A:0 {sep_name}:0 $B:{second_type} {sep_name}:{second_type}"
     if vocabulary.num_separators == 2:
         pair = f"{cls_name}:0 $A:0 {sep_name}:0 {sep_name}:0 $B:0 {sep_name}:0"
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -912,11 +917,11 @@ def dev_border(path: Path, size: int, one_row_per_line: bool) -> int:
                 border = text.rfind(b"\n", 0, border)
             return border + 1
 
-        border = max(size * 95 // 100, 1)
+        border = max(end * 95 // 100, 1)
         space = text.rfind(b" ", 0, border)
-        if space > size * 9 // 10:
+        if space > end * 9 // 10:
             return space  # the dev text begins with it
-        while border < size and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
+        while border < end and text[border] & 0xC0 == 0x80:  # inside a character of several bytes
             border += 1
         return border
 
@@ -996,7 +1001,6 @@ try:
 except ImportError:
     fcntl = None  # Windows has no such locks: two processes must not write one file there at once
 
-PART_FILES = "*.????????.part"  # what a killed program leaves of a file of bert.atomic_write
 CHUNK = 2**21  # bytes that are read at a time
 
 

@@ -97,6 +97,7 @@ def fine_tune(settings: Settings) -> dict:
     inputs = read_inputs(settings)
     result, state = open_run(inputs)  # with --resume: the result of a finished run, or the state to continue from
     if result is not None:
+        print_summary(result)
         return result
     training = prepare_training(inputs, state)
     train(training)
@@ -665,6 +666,9 @@ def find_imp(settings: Settings) -> dict:
     repeat a finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
+    content = finished_search(search_settings)
+    if content is not None:
+        return content
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
@@ -755,6 +759,9 @@ def find_super(settings: Settings) -> dict:
     (The paper calls only that one, the best, the super ticket; here all of them are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
+    content = finished_search(search_settings)
+    if content is not None:
+        return content
 
     # Fine-tune the whole network, and write all tickets.
     result_of = {}  # {name of a ticket: its result}
@@ -1089,10 +1096,14 @@ def replace_weights(model, kind: str, seed: int):
 
 
 def restore_state(training: Training, state: dict):
-    tamt.restore_parameters(training.parameters, training.optimizer, state, training.run.out / "state.pt")
-    training.updates_done = state["step"]
-    training.loss_since_evaluation = state["total_loss"]
-    training.history = list(state["history"])
+    file = training.run.out / "state.pt"
+    tamt.restore_parameters(training.parameters, training.optimizer, state, file)
+    with tamt.damage_named(file):
+        training.updates_done = state["step"]
+        training.loss_since_evaluation = float(state["total_loss"])
+        training.history = [dict(evaluation) for evaluation in state["history"]]
+    if not 0 <= training.updates_done <= training.num_updates:
+        raise ValueError(f"{file}: damaged (step {training.updates_done}); remove it to start anew")
 
 
 def save_state(training: Training):
@@ -1173,8 +1184,9 @@ def complete_finished_run(inputs: Inputs, result: dict):
     if (run.out / "state.pt").exists():  # killed just before the end
         append_to_results(run, result, is_resumed=True)
         (run.out / "state.pt").unlink()
+    written = result.get("written")
     for name, hashes in written_files(inputs).items():
-        if result.get("written", {}).get(name) != hashes:
+        if not isinstance(written, dict) or written.get(name) != hashes:
             raise ValueError(f"{run.out} is finished, its model gone, and what --{name} asks for is not there as this "
                              "run would write it: run it again, without --resume")
 
@@ -1185,7 +1197,8 @@ def written_files(inputs: Inputs) -> dict[str, list]:
     run = inputs.run
     written = {}
     if run.predict:
-        files = sorted(file for pattern in ("*.tsv", "predictions.json") for file in run.out.glob(pattern))
+        files = [run.out / name for task in inputs.tasks for name in prediction_files(task).values()]
+        files = [file for file in files if file.is_file()]
         texts = [inputs.examples[task.name].get(split) for task in inputs.tasks for split in ("test", "test_mm", "ax")]
         written["predict"] = [digest(texts), *[data.file_sha256(file) for file in files]]
     if run.export:
@@ -1209,21 +1222,24 @@ def write_predictions(training: Training, encoded_task: EncodedTask):
     """GLUE's table for each test file, or SQuAD's JSON for dev, by the model after its last update."""
     run = training.run
     task = encoded_task.task
-    if task.predicts == "span":
-        files = {"dev": "predictions.json"}
-    else:
-        test_splits = [split for split in encoded_task.examples if split in ("test", "test_mm", "ax")]
-        files = {split: f"{task.folder}.tsv" for split in test_splits}
-        if task.name == "mnli":
-            files = {split: glue_squad.SUBMISSION_FILES[split] for split in test_splits}
-
-    for split, name in files.items():
+    for split, name in prediction_files(task).items():
+        if split not in encoded_task.examples:
+            continue
         sequences = encoded_task.dev_sequences.get(split)
         if sequences is None:
             sequences = glue_squad.encode(encoded_task.examples[split], training.inputs.vocabulary, run.max_len)
         predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
         glue_squad.write_submission(task, predictions, run.out / name)
         print(f"{run.out / name}: {len(predictions):,} predictions")
+
+
+def prediction_files(task) -> dict[str, str]:
+    """{split: name of the file that --predict writes for it}"""
+    if task.predicts == "span":
+        return {"dev": "predictions.json"}
+    if task.name == "mnli":
+        return glue_squad.SUBMISSION_FILES
+    return {"test": f"{task.folder}.tsv"}
 
 
 def export_model(training: Training, encoded_task: EncodedTask):
@@ -1357,8 +1373,7 @@ class Settings:
             if not is_file or not results.absolute().parent.is_dir():
                 raise ValueError(f"--results {self.results}: expected a file in a folder that exists")
         for folder in export_folders(self, tasks):
-            if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
-                raise ValueError(f"--export {folder}: a file stands there; expected a folder, new or old")
+            tamt.check_new_folder("--export", folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1378,7 +1393,8 @@ TOY = {"epochs": 6, "lr": 1e-3, "max_len": 128}
 
 def split_per_task(text: str, settings) -> list[str]:
     """Several tasks, or masks, are separated by commas."""
-    if "," not in settings.task or Path(settings.task).is_file():
+    text = str(text)  # from Python it may be a Path
+    if "," not in str(settings.task) or Path(settings.task).is_file():
         return [text] if text else []
     names = [name.strip() for name in text.split(",")] if text else []
     if "" in names:
@@ -1423,11 +1439,15 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
             values[name] = Path(values[name])
     values["model"] = tamt.absolute_model(model_name)
     for folder in export_folders(settings, tasks):
-        tamt.refuse_own_folder(values["model"], folder)
+        tamt.refuse_own_folder(values["model"], "--export", folder)
+    tamt.refuse_own_folder(values["model"], "--out", values["out"])
 
     values |= schedule_of(settings, tasks, values["model"])
 
     positions = model.config.max_tokens
+    if values["max_len"] == tasks[0].max_len > positions:  # the default
+        print(f"--max-len {positions}: {values['model']} has no more positions")
+        values["max_len"] = positions
     if not 6 <= values["max_len"] <= positions:
         raise ValueError(f"--max-len {values['max_len']}: expected 6 to {positions} tokens, the positions of "
                          f"{values['model']}")
@@ -1466,12 +1486,18 @@ def open_search(settings: Settings) -> Settings:
     if settings.data is not None:
         values["data"] = Path(os.path.abspath(settings.data))
     task = named_tasks(settings)[0]
+    values["task"] = str(settings.task)
+    if task.name not in {*glue_squad.TASKS, "toy"}:
+        values["task"] = os.path.abspath(settings.task)
     values["model"] = tamt.absolute_model(values["model"])
     values |= schedule_of(settings, [task], values["model"])
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
     identity = search_identity(settings)
+    if (settings.out / "result.json").exists():
+        raise ValueError(f"{settings.out} holds another run (a fine-tuning): choose another --out, or remove that "
+                         "folder")
     # mask.json says which search is finished, and until it is there search.json says which one the rounds belong to.
     is_finished = (settings.out / "mask.json").exists()
     tamt.check_folder(settings.out, identity, "mask.json" if is_finished else "search.json")
@@ -1480,6 +1506,19 @@ def open_search(settings: Settings) -> Settings:
         raise ValueError(f"{settings.out} holds this search, unfinished: continue with --resume, or choose another "
                          "--out, or remove that folder")
     return settings
+
+
+def finished_search(search_settings: Settings) -> dict | None:
+    """With --resume the content of mask.json, if the search is finished."""
+    file = search_settings.out / "mask.json"
+    if not search_settings.resume or not file.exists():
+        return None
+    content = bert.read_json(file)
+    if "meta" in content and not (search_settings.out / "mask.pt").exists():
+        return None  # it is made again
+    print(f"{search_settings.out} is finished: its figures are in {file}")
+    print_summary_of_search(search_settings, content)
+    return content
 
 
 def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, dict | None]:
@@ -1509,34 +1548,42 @@ def settings_of_one_run(settings: Settings, **changes) -> Settings:
 def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
     """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
     no ticket is to win."""
-    chosen_file = search_settings.out / "mask.pt"
     content = {"settings": search_identity(search_settings), **story}
+    if mask_file is not None:
+        masks, content["meta"] = tamt.read_mask(mask_file)
+        tamt.save_mask(search_settings.out / "mask.pt", masks, content["meta"])
+    tamt.write_json(search_settings.out / "mask.json", content)
+    print_summary_of_search(search_settings, content, time.time() - start_time)
+    return content
+
+
+def print_summary_of_search(search_settings: Settings, content: dict, seconds: float | None = None):
+    """Lines for people and for grep, and what to do next. content: that of mask.json."""
+    mask_file = search_settings.out / "mask.pt"
     print("---")
     print(f"task: {search_settings.task}")
-    if mask_file is not None:
-        masks, meta = tamt.read_mask(mask_file)
-        tamt.save_mask(chosen_file, masks, meta)
-        content["meta"] = meta
-        print(f"mask: {chosen_file}")
-        print(f"sparsity: {meta['sparsity']:.4f}")
+    if "meta" in content:
+        print(f"mask: {mask_file}")
+        print(f"sparsity: {content['meta']['sparsity']:.4f}")
     else:
         print("no mask.pt: it would be the best of the winning tickets, and --orders leaves them out")
-    tamt.write_json(search_settings.out / "mask.json", content)
-    print(f"seconds: {time.time() - start_time:.4f}")
-    if mask_file is not None:
-        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(chosen_file)]
+    if seconds is not None:
+        print(f"seconds: {seconds:.4f}")
+    if "meta" in content:
+        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(mask_file)]
         if search_settings.data:
             words += ["--data", str(search_settings.data)]
         if search_settings.weights != "pretrained":  # the same weights again: the seed draws them
             words += ["--weights", search_settings.weights, "--seed", str(search_settings.seed)]
         print(f"next: {shlex.join(words)}")
-    return content
 
 
 def search_identity(settings) -> dict:
     names = ("task", "model", "find", "sparsity", "rank", "scope", "orders", "weights", "epochs", "batch_size",
-             "max_len", "lr", "seed", "limit", "eval_every", "dtype")
-    return {name: tamt.plain(getattr(settings, name)) for name in names}
+             "max_len", "lr", "seed", "limit", "eval_every")
+    identity = {name: tamt.plain(getattr(settings, name)) for name in names}
+    identity["dtype"] = "bf16" if tamt.uses_bf16(tamt.choose_device(settings.device), settings.dtype) else "fp32"
+    return identity
 
 
 def task_folder(task, run) -> Path:
@@ -1611,12 +1658,19 @@ def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Path:
 
 
 def check_files_of_run(run: Run):
-    """Raises ValueError if the run would write one of its files over another, or over tables that it reads."""
+    """Raises ValueError if the run would write one of its files over another, or over what it reads."""
     written = ["result.json", "state.pt", "log.jsonl", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
     written += [f"{task.folder}.tsv" for task in named_tasks(run)]
     for name in written:
         if run.results is not None and run.results.absolute() == (run.out / name).absolute():
             raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
+    if (run.out / "search.json").exists():
+        raise ValueError(f"{run.out} holds a search (--find): choose another --out")
+    if run.results is not None and run.results.is_file():
+        with open(run.results, "rb") as file:
+            first_bytes = file.read(1)
+        if first_bytes not in (b"", b"{"):  # lines of results are JSON objects
+            raise ValueError(f"--results {run.results} holds something else than results: choose another")
     if run.predict:
         refuse_folder_of_tables(run)
 
@@ -1625,10 +1679,14 @@ def refuse_folder_of_tables(run: Run):
     """--predict writes tables into the folder of the run. They must not replace those that the task is read from."""
     for task in named_tasks(run):
         folder = task_folder(task, run)
-        tables = [glue_squad.find_file(task, split, folder) for split in ("train", "dev")]
-        if any(Path(table).resolve().parent == run.out.resolve() for table in tables):
-            raise ValueError(f"--out {run.out}: the tables of {task.name} lie there, and --predict writes others: "
-                             "choose another")
+        for split in wanted_splits(task, run.predict):
+            try:
+                table = glue_squad.find_file(task, split, folder)
+            except FileNotFoundError:
+                continue  # not all tasks come with all files
+            if Path(table).resolve().parent == run.out.resolve():
+                raise ValueError(f"--out {run.out}: tables of {task.name} lie there, and --predict writes others: "
+                                 "choose another")
 
 
 def main(argv=None):

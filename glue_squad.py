@@ -768,6 +768,8 @@ def squad_scores(predictions: dict[str, str], questions: list[Question]) -> dict
 
     predictions: {question id: text}; a question that is not answered counts as 0. A prediction is compared
     with each of the question's answers, and the best comparison counts."""
+    if not questions:
+        raise ValueError("squad_scores: no questions")
     exact_matches = 0
     total_f1 = 0
     for question in questions:
@@ -880,8 +882,9 @@ def score(task: Task, predictions, examples: list[Example], split: str = "dev") 
 
 
 def majority_scores(task: Task, examples: list[Example], split: str = "dev") -> dict[str, float]:
-    """The scores of always answering the class that is most frequent in these examples. A run that has collapsed, and
-    gives every example one class, scores no better; so a score that is no higher is a warning.
+    """The scores of always answering the class that is most frequent in these examples. In accuracy a run that has
+    collapsed, and gives every example one class, is no better; so an accuracy that is no higher is a warning. (f1
+    counts class 1 alone, so it is 0 here if class 0 is the more frequent one.)
 
     MRPC's dev set has 279 of 408 in class 1: accuracy 0.684, f1 0.812. For numbers and spans all are 0.0."""
     if task.predicts != "class":
@@ -1100,7 +1103,7 @@ def read_task(path: Path) -> Task:
     folder = path.absolute().parent
     files = {}
     for split in ("train", "dev", "test"):
-        if split in content:
+        if content.get(split) is not None:
             files[split] = (str(folder / str(content[split])),)
     task = Task(
         name=name,

@@ -138,6 +138,7 @@ def find_mask(settings: Settings) -> dict:
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
         export_finished(inputs)  # if --export asks for it
+        print_summary(run.out / "mask.pt", result, run)
         return result
     masks = learn_masks(inputs, state)  # steps 3 to 7
     return finish(inputs, masks, start_time)  # step 8
@@ -1184,7 +1185,7 @@ def save_mask(path, masks: dict[str, torch.Tensor], meta: dict):
     """{name: bool tensor} and metadata of plain types, bit-packed. Equal content gives equal bytes."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     bits = {name: pack(mask) for name, mask in masks.items()}
-    write_torch(path, {"format": 1, "shapes": shapes, "bits": bits, "meta": meta})
+    write_torch(path, {"format": 1, "shapes": shapes, "bits": bits, "meta": plain(meta)})
 
 
 def load_mask(path) -> dict[str, torch.Tensor]:
@@ -1459,7 +1460,7 @@ def print_summary(mask, content: dict, run):
         if meta is not None and meta.get("model") != run.model:
             words += ["--model", run.model]
     else:  # --evaluate of the whole network
-        words = ["tamt.py", "--model", run.model, "--data", str(run.data)]
+        words = ["tamt.py", "--model", run.model, "--data", str(run.data), "--seq-len", str(run.seq_len)]
         if run.lines:
             words.append("--lines")
     print(f"next: {shlex.join(['python', *words])}")
@@ -1499,7 +1500,8 @@ def check_folder(out: Path, identity: dict, result_name: str):
     else:
         if (out / "mask.pt").exists():
             _, meta = read_mask(out / "mask.pt")
-            if not meta or any(meta[name] != identity[name] for name in meta.keys() & identity.keys()):
+            is_other = any(meta[name] != identity[name] for name in meta.keys() & identity.keys())
+            if not meta or is_other or meta.get("step") != identity.get("num_updates", meta.get("step")):
                 raise ValueError(f"{out} holds another mask.pt: choose another --out, or move it away")
         return
 
@@ -1566,6 +1568,8 @@ def open_own_folder(out: Path, identity: dict, resume: bool, result_name: str) -
     state = read_state(out)
     result = out / result_name
     if resume and result.exists():
+        if result_name == "mask.json" and not (out / "mask.pt").exists():
+            raise ValueError(f"{out} is finished, but its mask.pt is gone: run it again, without --resume")
         print(f"{out} is finished: its figures are in {result}")
         return bert.read_json(result), None
     if state is not None and not resume and not result.exists():
@@ -1573,7 +1577,7 @@ def open_own_folder(out: Path, identity: dict, resume: bool, result_name: str) -
                          "choose another --out, or remove that folder")
 
     out.mkdir(parents=True, exist_ok=True)
-    for part in out.rglob(data.PART_FILES):  # what a killed run was writing
+    for part in out.rglob(f"*{bert.PART_SUFFIX}"):  # what a killed run was writing
         part.unlink(missing_ok=True)
     if resume and state is not None:
         print(f"resuming {out} at step {state['step']}")
@@ -1641,7 +1645,17 @@ def restore_parameters(parameters: dict, optimizer, state: dict, file):
             raise ValueError(f"{file}: {name} has the shape {list(saved[name].shape)}, not {list(parameter.shape)}; "
                              "remove the file to start anew")
         parameter.data.copy_(saved[name])
-    optimizer.load_state_dict(state["optimizer"])
+    with damage_named(file):
+        optimizer.load_state_dict(state["optimizer"])
+
+
+@contextmanager
+def damage_named(file):
+    """Turns the errors of a state that lacks something, or holds something else, into a ValueError of one line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({type(error).__name__}: {error}); remove it to start anew") from None
 
 
 def save_mask_of_step(training: Training, sparsity: float):
@@ -1671,8 +1685,14 @@ def metadata(run, step: int, sparsity: float) -> dict:
 
 def plain(value):
     """A value as torch.load(weights_only=True) and JSON know it."""
-    if isinstance(value, float):
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, (float, np.floating)):
         return float(value)  # numpy's floats are floats, too, but not plain
+    if isinstance(value, np.integer):
+        return int(value)
     return value if value is None or isinstance(value, (bool, int)) else str(value)
 
 
@@ -1867,8 +1887,8 @@ class Settings:
             self.check_pattern()
         if self.mask and not (self.evaluate or self.export):
             raise ValueError("--mask goes with --evaluate or --export")
-        if self.export and Path(self.export).exists() and not Path(self.export).is_dir():
-            raise ValueError(f"--export {self.export}: a file stands there; expected a folder, new or old")
+        if self.export:
+            check_new_folder("--export", Path(self.export))
 
     def check_pattern(self):
         n, m = parse_pattern(self.rank)
@@ -1906,7 +1926,7 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
     """Fills in everything that the settings leave open; what this model cannot do is a ValueError."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
     values |= {each.name: each.default for each in fields(Settings)
-               if each.name in flags_without_effect(settings.method)}
+               if each.name in flags_without_effect(settings)}
     if settings.model == "toy":
         values |= {name: value for name, value in TOY.items() if values[name] is None}
         if settings.method == "imp":
@@ -1917,7 +1937,8 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
     if values["data"] not in (None, "toy", *data.CORPORA):
         values["data"] = os.path.abspath(values["data"])
     values["model"] = absolute_model(settings.model)
-    refuse_own_folder(values["model"], settings.export)
+    refuse_own_folder(values["model"], "--export", settings.export)
+    refuse_own_folder(values["model"], "--out", settings.out)
 
     if values["rank"] is None:
         values["rank"] = "global" if settings.method == "tamt" else "local"
@@ -1933,7 +1954,7 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
         values["seq_len"] = min(512, positions)
     if not 3 <= values["seq_len"] <= positions:
         raise ValueError(f"--seq-len {values['seq_len']}: {settings.model} takes 3 to {positions} tokens")
-    if settings.batch_size % machine.num_processes:
+    if settings.method in ("tamt", "imp") and settings.batch_size % machine.num_processes:
         raise ValueError(f"--batch-size {settings.batch_size} cannot be shared evenly by {machine.num_processes} "
                          "processes")
     if values["out"] is None:
@@ -1942,6 +1963,9 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
 
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
+    if settings.method == "tamt" and values["objective"] != "mlm" and values["lr"] >= 10:  # weight decay is 1 % of it
+        raise ValueError(f"--lr {values['lr']:g}: expected below 10 with {values['objective']}; scores start at "
+                         f"{START_SCORE}")
     return Run(**values, machine=machine, family=model.config.model_type, weights=weights_checksum(model),
                backbone_checksum=weights_checksum(model.backbone), config=config_checksum(model),
                num_updates=num_updates, horizon=horizon, lr_reason=lr_reason)
@@ -1987,6 +2011,8 @@ def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, 
     paper_rate = paper_learning_rate(values["objective"])
     if values["method"] == "imp" or not values["steps"]:
         return paper_rate, "the paper's"
+    if num_updates >= HORIZON:
+        return paper_rate, "the paper's"  # such a run is longer
     rate = learning_rate_of(values["objective"], values["sparsity"], num_updates)
     full_run = f"{paper_updates(values['sparsity']):,} updates of a full run"
     if rate == HIGHEST_RATE:
@@ -2023,25 +2049,36 @@ def absolute_model(name: str) -> str:
     return os.path.abspath(os.path.expanduser(name))
 
 
-def refuse_own_folder(model: str, folder: Path | None):
-    """An export must not replace the original checkpoint."""
+def refuse_own_folder(model: str, flag: str, folder: Path | None):
+    """An export must not replace the original checkpoint, and mask.pt and state.pt are not to be taken for one."""
     if folder is None:
         return
     path = data.model_path(model)
     own_folder = path if path.is_dir() else path.parent  # where a link lies, not what it points to
     if Path(folder).resolve() == own_folder.resolve():
-        raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
+        raise ValueError(f"{flag} {folder} is the folder of the model itself: choose another")
+
+
+def check_new_folder(flag: str, folder: Path):
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+        raise ValueError(f"{flag} {folder}: a file stands there; expected a folder, new or old")
 
 
 def check_settings(settings):
     """Ranges and choices of all fields, whether they come from the command line or from Python."""
     for each in fields(settings):
+        if not each.metadata:
+            continue  # a field of Run
         value = getattr(settings, each.name)
         choices = each.metadata.get("choices")
         check = each.metadata.get("check")
         flag = "--" + each.name.replace("_", "-")
         if value is None:
+            if isinstance(each.default, (str, int, float)):
+                raise ValueError(f"{flag} None: expected a value, such as {each.default}")
             continue
+        if isinstance(value, (list, tuple)) and "nargs" not in each.metadata:
+            raise ValueError(f"{flag} {value!r}: expected one value")
         chosen = value if isinstance(value, (list, tuple)) else [value]
         if "" in chosen:  # such as "$MASK" without a value
             raise ValueError(f"{flag}: the text is empty")
@@ -2050,13 +2087,18 @@ def check_settings(settings):
                 raise ValueError(f"{flag} {word!r}: expected one of {', '.join(choices)}")
         if each.metadata.get("type") is int and type(value) is not int:
             raise ValueError(f"{flag} {value!r}: expected a whole number")
+        if isinstance(each.default, bool) and type(value) is not bool:
+            raise ValueError(f"{flag} {value!r}: expected True or False")
+        is_text = "type" not in each.metadata and not isinstance(each.default, bool)
+        if is_text and not all(isinstance(word, (str, os.PathLike)) for word in chosen):
+            raise ValueError(f"{flag} {value!r}: expected a text")
         is_number = isinstance(value, (int, float)) and math.isfinite(value)
         if check == "positive" and not (is_number and 0 < value < 2**31):
-            raise ValueError(f"{flag} {value}: expected a number above 0 and below {2**31}")
+            raise ValueError(f"{flag} {value!r}: expected a number above 0 and below {2**31}")
         if check == "fraction" and not (is_number and 0 <= value < 1):
-            raise ValueError(f"{flag} {value}: expected a fraction in [0, 1); 0.7 removes 70 %")
+            raise ValueError(f"{flag} {value!r}: expected a fraction in [0, 1); 0.7 removes 70 %")
         if check == "seed" and not (is_number and 0 <= value < 2**31):
-            raise ValueError(f"{flag} {value}: expected a whole number from 0 to {2**31 - 1}")
+            raise ValueError(f"{flag} {value!r}: expected a whole number from 0 to {2**31 - 1}")
 
 
 def parse_settings(settings_class, description: str, argv: list[str] | None):
@@ -2085,12 +2127,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def flags_without_effect(method: str) -> list[str]:
+def flags_without_effect(settings: Settings) -> list[str]:
     """The fields of Settings that a method does not heed."""
-    if method in ("omp", "random"):
-        return ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
-                "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
-    if method == "imp":
+    if settings.method in ("omp", "random"):
+        ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
+                   "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
+        has_text = settings.data or settings.evaluate or settings.model == "toy"
+        return ignored if has_text else [*ignored, "lines", "seq_len"]
+    if settings.method == "imp":
         return ["init", "refresh_every", "eval_every"]
     return ["prune_every", "no_rewind"]
 
@@ -2105,11 +2149,14 @@ def ignored_by_evaluation(settings: Settings) -> list[str]:
 
 def note_flags_without_effect(settings: Settings):
     """A flag without effect is reported, not refused, so that a sweep can pass the same flags to all methods."""
-    ignored = flags_without_effect(settings.method)
+    ignored = flags_without_effect(settings)
     reason = f"--method {settings.method}"
     if settings.evaluate or settings.mask:
         ignored = ignored_by_evaluation(settings)
         reason = "--evaluate or --mask"
+    if settings.compare:
+        ignored = [each.name for each in fields(settings) if each.name != "compare"]
+        reason = "--compare"
     for each in fields(settings):
         if each.name in ignored and getattr(settings, each.name) != each.default:
             print(f"note: --{each.name.replace('_', '-')} has no effect with {reason}")
@@ -2144,19 +2191,14 @@ def refuse_several_processes(machine: Machine, what: str):
 def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     """Chooses the device and the type of the forward pass, prints both with the reason, and joins the other
     processes if torchrun has started several."""
-    process_index = int(os.environ.get("RANK", 0))
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    process_index = number_in_environment("RANK", 0)
+    num_processes = number_in_environment("WORLD_SIZE", 1)
     if not 0 <= process_index < num_processes:
         raise ValueError(f"RANK={process_index}, WORLD_SIZE={num_processes} in the environment: not torchrun's")
 
-    has_cuda = torch.cuda.is_available()
-    has_mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if device == "cuda" and not has_cuda or device == "mps" and not has_mps:
-        raise ValueError(f"--device {device}: torch {torch.__version__} finds none; --device cpu always works")
+    device = choose_device(device)
     if device == "cuda":
-        index = int(os.environ.get("LOCAL_RANK", 0))  # among the processes of this host, each with a GPU of its own
+        index = number_in_environment("LOCAL_RANK", 0)  # among the processes of this host, each with a GPU of its own
         if index >= torch.cuda.device_count():
             raise ValueError(f"process {index} of this host, counted from 0, has no GPU: expected torchrun with "
                              f"--nproc_per_node={torch.cuda.device_count()}")
@@ -2164,10 +2206,9 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         device = f"cuda:{index}"
         torch.cuda.set_device(device)
 
-    is_bf16 = dtype == "bf16"
+    is_bf16 = uses_bf16(device, dtype)
     reason = "as asked"
     if dtype == "auto":
-        is_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         reason = "this GPU has it; scores stay fp32" if is_bf16 else "exact"
 
     if num_processes > 1 and not torch.distributed.is_initialized():
@@ -2179,6 +2220,32 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
     print(f"device {device}, {torch.get_num_threads()} threads, {num_processes} process(es), "
           f"{'bf16' if is_bf16 else 'fp32'} forward pass ({reason}), torch {torch.__version__}")
     return Machine(torch.device(device), torch.bfloat16 if is_bf16 else torch.float32, process_index, num_processes)
+
+
+def number_in_environment(name: str, default: int) -> int:
+    """What torchrun tells its processes."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name}={text:.60} in the environment: not torchrun's") from None
+
+
+def choose_device(device: str) -> str:
+    """cuda, mps or cpu."""
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if device == "cuda" and not has_cuda or device == "mps" and not has_mps:
+        raise ValueError(f"--device {device}: torch {torch.__version__} finds none; --device cpu always works")
+    return device
+
+
+def uses_bf16(device: str, dtype: str) -> bool:
+    if dtype == "auto":
+        return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == "bf16"
 
 
 def make_deterministic():
@@ -2276,7 +2343,10 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last saved state", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_about_memory = isinstance(error, MemoryError) or "memory" in str(error)
+        if not is_about_memory:
+            raise
         print(f"error: out of memory, try a smaller --batch-size (tamt.py: and --accumulate): {one_line(error)}",
               file=sys.stderr)
         sys.exit(2)
@@ -2294,10 +2364,10 @@ def one_line(error) -> str:
 
 def main(argv=None):
     settings = parse_settings(Settings, "Find a sparse subnetwork of a pre-trained BERT, by default with TAMT.", argv)
+    note_flags_without_effect(settings)
     if settings.compare:
         compare_masks(settings.compare)
         return
-    note_flags_without_effect(settings)
     if settings.evaluate or settings.mask:
         evaluate_mask(settings)
     else:

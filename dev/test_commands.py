@@ -82,11 +82,17 @@ def test_resume_of_finished_mask_training_can_still_export(inputs, tmp_path):
     assert weight_bytes(tmp_path / "later") == weight_bytes(tmp_path / "at once")
 
 
-def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(inputs, tmp_path):
+def test_resume_of_a_finished_run_changes_nothing_and_returns_its_result(inputs, tmp_path, capsys):
     content = tamt.find_mask(mask_settings(inputs, tmp_path, steps=3))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    printed = capsys.readouterr().out
     assert tamt.find_mask(mask_settings(inputs, tmp_path, steps=3, resume=True)) == content
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
+    assert capsys.readouterr().out.partition("---")[2] == printed.partition("---")[2]  # the block that grep reads
+
+    (tmp_path / "mask.pt").unlink()
+    with pytest.raises(ValueError, match="its mask.pt is gone"):
+        tamt.find_mask(mask_settings(inputs, tmp_path, steps=3, resume=True))
 
 
 @pytest.mark.parametrize("change", ["text", "dev_text", "weights", "config"])
@@ -129,7 +135,7 @@ def test_mask_training_is_the_same_under_another_spelling_of_its_paths(inputs, t
 def test_next_after_evaluating_the_whole_network_is_mask_training_on_the_same_text(inputs, capsys):
     tamt.evaluate_mask(mask_settings(inputs, evaluate=True, lines=True))
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line == f"next: python tamt.py --model {inputs}/bert --data {inputs}/text.txt --lines"
+    assert last_line == f"next: python tamt.py --model {inputs}/bert --data {inputs}/text.txt --seq-len 16 --lines"
 
 
 NAMES = {"bert-tamt-mlm-0.7-s1": {},

@@ -25,7 +25,7 @@ import torch
 import bert
 import data
 import tamt
-from test_tamt import mask_settings, write
+from test_tamt import mask_settings, tiny, write
 
 ROOT = Path(__file__).resolve().parent.parent
 BODY = bytes(range(256)) * 2000  # 512,000 bytes
@@ -378,3 +378,35 @@ def test_a_fresh_head_takes_the_word_embeddings_also_if_the_model_is_not_tied(in
     settings = mask_settings(inputs, tmp_path / "run", model=str(tmp_path / "bert"))
     opened, _ = tamt.read_model(settings, tamt.Machine(torch.device("cpu")))
     assert opened.mlm_head.is_fresh and opened.mlm_head.decoder is None
+
+
+def test_a_text_in_utf_16_is_refused(tmp_path):
+    vocabulary = data.vocabulary(tiny(tmp_path / "roberta", "roberta"))
+    (tmp_path / "text.txt").write_bytes(("the cat sees a dog .\n" * 100).encode("utf-16-le"))
+    for split in ("train", "dev"):
+        with pytest.raises(ValueError, match="holds bytes of 0"):
+            data.corpus_rows(tmp_path / "text.txt", vocabulary, 16, split)
+
+
+def test_blank_lines_at_the_end_of_a_short_text_are_not_its_dev_part(tmp_path):
+    vocabulary = data.vocabulary(tiny(tmp_path / "bert"))
+    (tmp_path / "text.txt").write_text("the cat sees a dog . " * 200 + "\n" * 3000)
+    assert len(data.corpus_rows(tmp_path / "text.txt", vocabulary, 8, "dev")) > 1
+
+
+def test_a_damaged_file_in_the_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TAMT_CACHE", str(tmp_path / "cache"))
+    vocabulary = data.vocabulary(tiny(tmp_path / "bert"))
+    (tmp_path / "text.txt").write_text("the cat sees a dog .\n" * 100)
+    rows = data.corpus_rows(tmp_path / "text.txt", vocabulary, 8, "train")
+    file = Path(rows.filename)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"{file}: damaged; remove it"):
+        data.corpus_rows(tmp_path / "text.txt", vocabulary, 8, "train")
+
+
+def test_a_split_that_is_not_there_is_refused(tmp_path):
+    vocabulary = data.vocabulary(tiny(tmp_path / "bert"))
+    (tmp_path / "text.txt").write_text("the cat sees a dog .\n" * 100)
+    with pytest.raises(ValueError, match="split 'test': expected train or dev"):
+        data.corpus_rows(tmp_path / "text.txt", vocabulary, 8, "test")

@@ -37,9 +37,66 @@ def refused(capsys, tasks, out, *argv, **more):
 
 def test_files_of_others_stay_in_the_folder_of_a_run(tasks, tmp_path):
     write(tmp_path / "run/film.part", ["x"])
-    write(tmp_path / "run/b/c.part", ["x"])
+    write(tmp_path / "run/b/dump.20261130.part", ["x"])
     assert run_finetune(tasks, tmp_path) == 0
     assert len(list(tmp_path.rglob("*.part"))) == 2
+
+
+def test_results_are_not_appended_to_a_table_or_a_mask(tasks, tmp_path, capsys):
+    table = shutil.copy(tasks / "RTE/dev.tsv", tmp_path / "dev.tsv")
+    mask = shutil.copy(tasks / "bert.pt", tmp_path / "mask.pt")
+    for file in (table, mask):
+        content = file.read_bytes()
+        assert "holds something else than results" in refused(capsys, tasks, tmp_path, "rte", "--results", file)
+        assert file.read_bytes() == content
+
+
+def test_a_run_and_a_search_do_not_share_a_folder(tasks, tmp_path, capsys):
+    search = ("--find", "imp", "--sparsity", 0.1, "--model", tasks / "bert")
+    assert run_finetune(tasks, tmp_path, "rte", *search, mask=None) == 0
+    assert "holds a search" in refused(capsys, tasks, tmp_path, "rte")
+    assert run_finetune(tasks, tmp_path / "b", "rte") == 0
+    assert "holds another run" in refused(capsys, tasks, tmp_path / "b", "rte", *search, mask=None)
+
+
+def test_predictions_of_others_do_not_matter_to_a_finished_run(tasks, tmp_path):
+    assert run_finetune(tasks, tmp_path, "rte", "--predict") == 0
+    shutil.copy(tmp_path / "run/RTE.tsv", tmp_path / "run/RTE-backup.tsv")
+    assert run_finetune(tasks, tmp_path, "rte", "--predict", "--resume") == 0
+
+
+@pytest.mark.parametrize("damage", [
+    {"optimizer": None}, {"history": [1]}, {"history": 5}, {"total_loss": "x"}, {"step": -1}, {"step": 1000}])
+def test_a_state_with_a_wrong_content_is_one_line(tasks, tmp_path, monkeypatch, capsys, damage):
+    with monkeypatch.context() as patch:
+        stop_fine_tuning_at(patch, 4)
+        assert run_finetune(tasks, tmp_path, "rte") == 130
+    state = torch.load(tmp_path / "run/state.pt", weights_only=True)
+    torch.save(state | damage, tmp_path / "run/state.pt")
+    assert "state.pt: damaged" in refused(capsys, tasks, tmp_path, "rte", "--resume")
+
+
+def test_the_default_length_fits_the_model(tasks, tmp_path, capsys):
+    """The paper's 128 tokens; this network has 64 positions. A length that a user asks for is never changed."""
+    settings = finetune_settings(tasks, tmp_path, max_len=None, epochs=1)
+    assert finetune.fine_tune(settings)["settings"]["max_len"] == 64
+    assert "--max-len 64: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max-len 65: expected 6 to 64 tokens"):
+        finetune.fine_tune(replace(settings, max_len=65))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"task": None}, "--task None: expected a value"), ({"seed": None}, "--seed None: expected a value"),
+    ({"device": None}, "--device None"), ({"weights": None}, "--weights None"),
+    ({"task": "rte,mrpc", "mask": ["a.pt", "b.pt"]}, "expected one value")])
+def test_wrong_settings_from_python_are_one_line(tasks, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune_settings(tasks, tmp_path, **changes)
+
+
+def test_from_python_a_task_may_be_a_path(tasks, tmp_path):
+    result = finetune.fine_tune(finetune_settings(tasks, tmp_path, task=tasks / "mood.json", epochs=1))
+    assert result["task"] == "mood"
 
 
 @pytest.mark.parametrize("more", [(), ("--resume",)])
@@ -372,7 +429,15 @@ def test_a_task_with_more_labels_is_another_run(tasks, tmp_path):
 
 def test_predictions_do_not_replace_the_tables_of_the_task(tasks, tmp_path):
     task = own_task(tasks, tmp_path / "run")
-    with pytest.raises(ValueError, match="the tables of mood lie there"):
+    with pytest.raises(ValueError, match="tables of mood lie there"):
+        finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, predict=True))
+    assert (tmp_path / "run/mood.tsv").read_bytes() == (tasks / "mood.tsv").read_bytes()
+
+
+def test_predictions_do_not_replace_the_test_table(tasks, tmp_path):
+    shutil.copy(tasks / "mood.tsv", write(tmp_path / "run/mood.tsv", ""))
+    task = own_task(tasks, tmp_path / "a", test="../run/mood.tsv")
+    with pytest.raises(ValueError, match="tables of mood lie there"):
         finetune.fine_tune(finetune_settings(tasks, tmp_path, task=task, predict=True))
     assert (tmp_path / "run/mood.tsv").read_bytes() == (tasks / "mood.tsv").read_bytes()
 
@@ -390,7 +455,7 @@ def test_a_task_is_not_named_like_a_submission_file(tasks, tmp_path, capsys, nam
 def test_an_empty_test_table_is_refused(tasks, tmp_path, capsys, content):
     task = own_task(tasks, tmp_path / "a", test="empty.tsv")
     (tmp_path / "a/empty.tsv").write_bytes(content)
-    assert "empty.tsv: no rows for test" in refused(capsys, tasks, tmp_path, task, "--predict")
+    assert "empty.tsv: the file is empty" in refused(capsys, tasks, tmp_path, task, "--predict")
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "predictions.json", "RTE.tsv"])

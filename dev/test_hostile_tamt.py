@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,8 +95,8 @@ def test_a_folder_without_the_right_to_write_is_one_line(inputs, tmp_path, capsy
 
 
 def test_what_a_killed_run_was_writing_is_removed(inputs, interrupted):
-    (interrupted / "mask.pt.1234abcd.part").write_bytes(b"half")
-    (interrupted / "step-5" / "mask.pt.1234abcd.part").write_bytes(b"half")
+    (interrupted / "mask.pt.1234abcd.tamt.part").write_bytes(b"half")
+    (interrupted / "step-5" / "mask.pt.1234abcd.tamt.part").write_bytes(b"half")
     tamt.find_mask(mask_settings(inputs, interrupted, resume=True))
     assert not list(interrupted.rglob("*.part"))
 
@@ -269,6 +270,66 @@ def test_a_run_killed_between_mask_and_result_is_finished_by_resume(inputs, tmp_
 # ---------------------------------------------------------------------------------------------------
 # The environment
 # ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE"])
+def test_a_word_in_the_environment_is_one_line(inputs, monkeypatch, capsys, variable):
+    monkeypatch.setenv(variable, "two")
+    assert_one_error_line(capsys, f"{variable}=two", tamt.main, "--model", inputs / "bert", "--method", "omp")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(capsys, error):
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        tamt.run_command(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory, try a smaller --batch-size")
+
+
+def test_another_runtime_error_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        tamt.run_command(main)
+
+
+def test_numbers_of_numpy_give_a_mask_file_that_can_be_read(inputs, tmp_path):
+    tamt.find_mask(mask_settings(inputs, tmp_path, steps=2, sparsity=np.float64(0.6)))
+    _, meta = tamt.read_mask(tmp_path)
+    assert meta["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    tamt.save_mask(tmp_path / "b.pt", tamt.load_mask(tmp_path), {"x": np.float32(1), "y": [np.int64(2)]})
+    assert tamt.read_mask(tmp_path / "b.pt")[1] == {"x": 1.0, "y": [2]}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rank": 2}, "--rank 2: expected a text"), ({"model": None}, "--model None: expected a value"),
+    ({"lines": "no"}, "--lines 'no': expected True or False"), ({"export": "{out}/file/sub"}, "a file stands there")])
+def test_wrong_settings_from_python_are_one_line(inputs, tmp_path, changes, message):
+    (tmp_path / "file").write_text("")
+    changes = {name: value.format(out=tmp_path) if name == "export" else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        mask_settings(inputs, tmp_path, **changes)
+
+
+def test_a_run_does_not_write_into_the_folder_of_its_model(inputs, tmp_path):
+    shutil.copytree(inputs / "bert", tmp_path / "model")
+    with pytest.raises(ValueError, match="--out .* is the folder of the model itself"):
+        tamt.find_mask(mask_settings(inputs, tmp_path / "model", model=str(tmp_path / "model"), method="omp"))
+
+
+def test_a_mask_of_other_updates_is_not_overwritten_though_its_state_is_gone(inputs, tmp_path):
+    tamt.find_mask(mask_settings(inputs, tmp_path, steps=2))
+    for name in ("state.pt", "mask.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="holds another mask.pt"):
+        tamt.find_mask(mask_settings(inputs, tmp_path, steps=3))
+
+
+def test_a_learning_rate_that_would_wear_pinned_scores_away_is_refused(inputs, tmp_path):
+    with pytest.raises(ValueError, match="--lr 10: expected below 10 with kd"):
+        tamt.find_mask(mask_settings(inputs, tmp_path, objective="kd", lr=10.0))
 
 
 @pytest.mark.parametrize("rank,size", [("2", "2"), ("-1", "1"), ("0", "0")])

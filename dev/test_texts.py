@@ -213,7 +213,7 @@ def test_separators_are_counted_even_if_the_tokenizer_cannot_read_unknown_words(
 
 
 @pytest.mark.parametrize("model_type, num_token_types, expected", [
-    ("bert", 2, [0, 0, 0, 0, 1, 1]), ("roberta", 1, None), ("roberta", 2, [0, 0, 0, 0, 1, 1])])
+    ("bert", 2, [0, 0, 0, 0, 1, 1]), ("bert", 1, None), ("roberta", 1, None), ("roberta", 2, [0, 0, 0, 0, 1, 1])])
 def test_the_export_of_an_unusual_tokenizer_gives_token_types_to_a_model_that_has_them(
         tmp_path, model_type, num_token_types, expected):
     """Transformers has no class for a WordPiece tokenizer that splits digits."""
