@@ -1,7 +1,8 @@
 """BERT and RoBERTa as in their papers. Reads four formats of their original checkpoints, and writes one.
 
 Read it beside "Attention Is All You Need" (Vaswani et al. 2017), section 3, and "BERT: Pre-training of Deep
-Bidirectional Transformers" (Devlin et al. 2019), section 3. RoBERTa (Liu et al. 2019) is the same network.
+Bidirectional Transformers" (Devlin et al. 2019), section 3. RoBERTa (Liu et al. 2019) has the same layers, but
+counts positions in another way (Embeddings), and has another classifier.
 
     1. The network      embeddings and L layers; heads for masked words, classes and answers
     2. Checkpoints      load() and save()
@@ -26,8 +27,9 @@ names for the same thing. Left out is the head for next-sentence prediction. The
     bert.pooler                    in front of the classifier
     cls.predictions                the masked-LM head
 
-Letters in shapes: B sequences, T tokens, D hidden size (of the one vector that each token has, its hidden state), H
-heads, L layers, V vocabulary, C classes.
+key_mask, (B, 1, 1, T) bool, is the attention mask as layers take it: True at keys that may be attended to. Letters in
+shapes: B sequences, T tokens, D hidden size (of the one vector that each token has, its hidden state), H heads, L
+layers, V vocabulary, C classes.
 """
 
 import argparse
@@ -125,16 +127,17 @@ class SelfAttention(nn.Module):
         self.head_size = D // config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
 
-    def forward(self, hidden_states, attention_mask):
-        # (B, T, D), (B, 1, 1, T) bool, True at tokens (Backbone), or None -> (B, T, H * head size)
+    def forward(self, hidden_states, key_mask):  # (B, T, D), (B, 1, 1, T) or None -> (B, T, H * head size)
         query = self.split_heads(self.query(hidden_states))  # (B, H, T, head size)
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
 
-        # context = softmax(query @ key^T / sqrt(head size)) @ value, with dropout on the softmax. This is torch's
-        # function of the same name, except that dropout on a CPU has a faster form (appendix C).
+        # softmax(query @ key^T / sqrt(head size)) @ value, with dropout on the softmax -> (B, H, T, head size)
         dropout_prob = self.dropout_prob if self.training else 0.0
-        context = scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)  # (B, H, T, head size)
+        if dropout_prob > 0 and query.device.type == "cpu":
+            context = attention_with_dropout_on_a_cpu(query, key, value, key_mask, dropout_prob)  # faster (appendix C)
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, key_mask, dropout_prob)
         return context.transpose(1, 2).flatten(start_dim=2)
 
     def split_heads(self, x):  # (B, T, H * head size) -> (B, H, T, head size)
@@ -142,10 +145,10 @@ class SelfAttention(nn.Module):
         return x.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
-class Residual(nn.Module):
+class DenseAddNorm(nn.Module):
     """The end of both sub-layers ("Add & Norm"): LayerNorm(sub-layer input + dropout(dense(x))). In attention, dense is
     the matrix W^O of Vaswani et al., in the feed-forward network the second of its two matrices."""
-    is_skipped = False  # finetune.py sets it where it prunes a whole feed-forward network: then x does not count
+    is_skipped = False  # set by finetune.py where it prunes a whole feed-forward network: only the residual is left
 
     def __init__(self, input_size: int, config: Config):
         super().__init__()
@@ -165,16 +168,16 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.self = SelfAttention(config)
-        self.output = Residual(config.hidden_size, config)
+        self.output = DenseAddNorm(config.hidden_size, config)
 
-    def forward(self, hidden_states, attention_mask):
-        context = self.self(hidden_states, attention_mask)
+    def forward(self, hidden_states, key_mask):
+        context = self.self(hidden_states, key_mask)
         return self.output(context, hidden_states)
 
 
 class Intermediate(nn.Module):
     """The first half of the feed-forward network, which makes the hidden states wider. The second half, which makes
-    them narrow again, is a Residual: the `output` of the layer (class Layer)."""
+    them narrow again, is a DenseAddNorm: the `output` of the layer (class Layer)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -191,10 +194,10 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.intermediate = Intermediate(config)
-        self.output = Residual(config.intermediate_size, config)
+        self.output = DenseAddNorm(config.intermediate_size, config)
 
-    def forward(self, hidden_states, attention_mask):  # (B, T, D), (B, 1, 1, T) bool or None -> (B, T, D)
-        attended = self.attention(hidden_states, attention_mask)
+    def forward(self, hidden_states, key_mask):  # (B, T, D), (B, 1, 1, T) or None -> (B, T, D)
+        attended = self.attention(hidden_states, key_mask)
         return self.output(self.intermediate(attended), attended)
 
 
@@ -203,10 +206,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, embedded, attention_mask):  # -> list of L + 1 tensors (B, T, D)
+    def forward(self, embedded, key_mask):  # (B, T, D), (B, 1, 1, T) or None -> list of L + 1 tensors (B, T, D)
         all_hidden_states = [embedded]
         for layer in self.layer:
-            all_hidden_states.append(layer(all_hidden_states[-1], attention_mask))
+            all_hidden_states.append(layer(all_hidden_states[-1], key_mask))
         return all_hidden_states
 
 
@@ -226,19 +229,19 @@ class Backbone(nn.Module):
     """Embeddings and encoder; checkpoints call this part `bert` or `roberta`. They count BERT's pooler as part of it,
     so it is made here, but only class_logits() calls it."""
 
-    def __init__(self, config: Config, pooler: bool):
+    def __init__(self, config: Config, with_pooler: bool):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        if pooler:
+        if with_pooler:
             self.pooler = Pooler(config)
 
     def forward(self, input_ids, attention_mask, token_type_ids):
+        key_mask = None
         if attention_mask is not None:
-            # (B, T) -> (B, 1, 1, T), the same for all heads and queries: True at the keys that may be attended to
-            attention_mask = attention_mask.bool()[:, None, None, :]
+            key_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): the same for all heads and queries
         embedded = self.embeddings(input_ids, token_type_ids)
-        return self.encoder(embedded, attention_mask)
+        return self.encoder(embedded, key_mask)
 
 
 class MaskedLMHead(nn.Module):
@@ -301,13 +304,13 @@ class Model(nn.Module):
     A new model has random weights, BERT's initialisation. The pooler serves BERT's class_logits() alone, and a RoBERTa
     needs none."""
 
-    def __init__(self, config: Config, pooler: bool = True, mlm_head: bool = True):
+    def __init__(self, config: Config, with_pooler: bool = True, with_mlm_head: bool = True):
         super().__init__()
         self.config = config
         self.dropout = nn.Dropout(config.hidden_dropout_prob)  # in front of BERT's classifier
-        self.add_module(config.model_type, Backbone(config, pooler))  # self.bert or self.roberta
+        self.add_module(config.model_type, Backbone(config, with_pooler))  # self.bert or self.roberta
         self.apply(self.initialise)
-        if mlm_head:
+        if with_mlm_head:
             self.add_mlm_head()  # which initialises it
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
@@ -1272,18 +1275,15 @@ def fairseq_options(content: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------
 
 
-def scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob: float):
+def attention_with_dropout_on_a_cpu(query, key, value, key_mask, dropout_prob: float):
     """softmax(query key^T / sqrt(head size)) value, with dropout on the softmax.
 
-    query, key, value (B, H, T, head size); attention_mask (B, 1, 1, T) bool or None -> (B, H, T, head size).
+    query, key, value (B, H, T, head size); key_mask (B, 1, 1, T) bool or None -> (B, H, T, head size).
 
     On a CPU torch's own kernel is slow as soon as there is dropout: it draws a random number of 32 bits per
     attention weight, and the weights of a batch do not fit the cache. So a few sequences are computed at a
     time, and dropout takes 16 random bits per weight. A training step of 6 layers of hidden size 384 at 8 x 128 tokens
     takes 0.89 of the time, at 8 x 512 tokens 0.66 (one thread, medians)."""
-    if dropout_prob == 0 or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob)
-
     B, H, T, head_size = query.shape
     piece_size = max(1, 2**20 // (H * T * T))  # sequences; 2^20 attention weights take 4 MB
     queries = query.split(piece_size)  # split, not slices: backward then gathers the pieces once
@@ -1292,8 +1292,8 @@ def scaled_dot_product_attention(query, key, value, attention_mask, dropout_prob
     pieces = []
     for index in range(len(queries)):
         products = (queries[index] * head_size**-0.5) @ keys[index].mT  # (b, H, T, T)
-        if attention_mask is not None:
-            is_token = attention_mask[index * piece_size:(index + 1) * piece_size]
+        if key_mask is not None:
+            is_token = key_mask[index * piece_size:(index + 1) * piece_size]
             products = products.masked_fill_(~is_token, -math.inf)
         dropped = products.softmax(dim=-1) * dropout_mask(products.shape, dropout_prob)
         pieces.append(dropped @ (values[index] * (1 / (1 - dropout_prob))))

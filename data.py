@@ -114,7 +114,8 @@ def vocabulary(path) -> Vocabulary:
         file = folder / "dict.txt"
         refuse_unsupported(file, settings, expected="RobertaTokenizer")
         tokenizer = fairseq(file, settings)
-        one_row_per_line = isinstance(tokenizer.model, models.WordLevel)  # words or characters, as in protein models
+        # A dict.txt of whole words or single characters is that of a protein model, whose texts are lists of sequences.
+        one_row_per_line = one_row_per_line or isinstance(tokenizer.model, models.WordLevel)
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json, no vocab.txt, no vocab.json + merges.txt, "
                                 "no dict.txt")
@@ -123,13 +124,16 @@ def vocabulary(path) -> Vocabulary:
 
 
 def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_per_line: bool) -> Vocabulary:
-    """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text."""
+    """Finds the special tokens of a tokenizer that was read from `file`, and makes it recognise them in a text, but add
+    none."""
     names = special_names(tokenizer, settings, file)  # such as [PAD], [UNK], [CLS], [SEP], [MASK]
     special = special_tokens(names, settings)  # these, and those that only this model has
     add_tokens(tokenizer, special, settings, file.parent)  # without this "[MASK]" in a text becomes [ mask ]
     pad_id, unknown_id, cls_id, sep_id, mask_id = (tokenizer.token_to_id(name) for name in names)
-    num_separators = count_separators(tokenizer, sep_id, file)  # of the post-processor, which goes now:
-    tokenizer.post_processor = None  # it would add [CLS] and [SEP]
+
+    # The post-processor shows how pairs are separated. Then it is removed: it would add [CLS] and [SEP] to each text.
+    num_separators = count_separators(tokenizer, sep_id, file)
+    tokenizer.post_processor = None
 
     return Vocabulary(
         tokenizer=tokenizer,
@@ -149,12 +153,12 @@ def wordpiece(file: Path, settings: dict) -> Tokenizer:
     """BERT's tokenizer from vocab.txt, one token a line. A text is cleaned, perhaps lower-cased, and split into words
     at white space and punctuation. Each word is cut, from left to right, into the longest tokens that there are; those
     inside a word begin with ##: "unaffable" -> un ##aff ##able. A word that cannot be cut becomes [UNK]."""
-    words = read_lines(file)
-    vocab = ids_by_position(words, file)
+    tokens = read_lines(file)
+    vocab = ids_by_position(tokens, file)
     unknown = name_of_unknown(vocab, settings)  # "[UNK]"
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=is_lower_cased(words, file, settings),
+        lowercase=is_lower_cased(tokens, file, settings),
         strip_accents=settings.get("strip_accents"),  # None: stripped if the text is lower-cased
         handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
     )
@@ -188,7 +192,7 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
         path.parent.mkdir(parents=True, exist_ok=True)
         make_rows = padded_lines if one_row_per_line else packed_blocks
         with bert.atomic_write(path) as out:  # the file appears only if no error is raised here
-            for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):
+            for rows in make_rows(read_text(file, begin, end), vocabulary, seq_len):  # it comes in chunks of 2 MB
                 out.write(rows.astype(dtype).tobytes())
             if out.tell() == 0:
                 raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
@@ -202,7 +206,8 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
 
 def path_of_rows(file, begin, end, vocabulary: Vocabulary, seq_len: int, one_row_per_line: bool) -> Path:
     """The file in the cache for the rows of a text. Its name is a digest of all that they depend on: the bytes of the
-    text, the tokenizer, T, one_row_per_line. So equal names mean equal rows, wherever the text is stored."""
+    text, the tokenizer, T, one_row_per_line. So equal names mean equal rows, wherever the text is stored. (The code of
+    this chapter is not in it: who changes that has to empty the cache.)"""
     made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, one_row_per_line]
     digest = hashlib.sha256(json.dumps(made_by).encode())
     for chunk in read_chunks(file, begin, end):
@@ -239,30 +244,6 @@ def find_text(source, split: str, one_row_per_line: bool) -> tuple[Path, int, in
     return path, border, size
 
 
-def read_text(file: Path, begin: int, end: int, quiet: bool = False):
-    """Yields the text between two bytes of a UTF-8 file in chunks of 2 MB. Windows' line ends become "\\n", and a
-    byte order mark is dropped. Prints its progress, unless it is `quiet`."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
-    position = begin
-    held = ""
-    for chunk in read_chunks(file, begin, end):
-        is_last = position + len(chunk) == end
-        try:
-            text = held + decoder.decode(chunk, final=is_last)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
-        held = ""
-        if "\0" in text:
-            raise ValueError(f"{file}: holds bytes of 0, which no UTF-8 text has (UTF-16?)")
-        if text.endswith("\r") and not is_last:  # its "\n" may come with the next chunk
-            held = "\r"
-            text = text[:-1]
-        yield text.replace("\r\n", "\n")
-        position += len(chunk)
-        progress.add(len(chunk))
-
-
 # A long text is tokenised in pieces, many of them at the same time on all cores. The ids of the pieces, one after the
 # other, have to be those of the whole text. A word of BERT ends at white space, and a word of RoBERTa begins with its
 # space, so it is safe to cut after a word or a punctuation mark, before the white space:
@@ -275,7 +256,7 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
 def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str]]:
     """Cuts a text that arrives in chunks into pieces: yields one list of pieces for each chunk, then the rest. Where a
     text has no place to cut, a piece is as long as it needs to be."""
-    # 2,000 characters or more, up to such a place; in the simplest case ".{2000,}?\\S(?=\\s)" (appendix A)
+    # Some 2,000 characters, up to one before white space: r".{2000,}?\S(?=\s)" in the simplest case (appendix A).
     pattern = piece_pattern(tokenizer)
     rest = ""  # text that is not in a piece yet
     for chunk in chunks:
@@ -292,16 +273,16 @@ def cut_pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[str
 
 def encode(texts: list[str], vocabulary: Vocabulary) -> list[list[int]]:
     """The bare ids of each text, computed on all cores."""
-    encodings = encode_batch(vocabulary.tokenizer.encode_batch_fast, texts)
+    encodings = call_tokenizer(vocabulary.tokenizer.encode_batch_fast, texts)
     return [encoding.ids for encoding in encodings]
 
 
-def encode_batch(encode_texts, texts: list[str]) -> list:
-    """What a tokenizer makes of texts. encode_texts: its method encode_batch_fast, or encode_batch, which also tells
-    where in the text each token stands. Raises ValueError if a text cannot be read, as when a word is unknown and a
+def call_tokenizer(method, texts: list[str]) -> list:
+    """What a tokenizer makes of texts. method: its encode_batch_fast, or its encode_batch, which also tells where in
+    the text each token stands. Raises ValueError if a text cannot be read, as when a word is unknown and a
     tokenizer.json does not say which token stands for such words."""
     try:
-        return encode_texts(texts, add_special_tokens=False)
+        return method(texts, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"the tokenizer cannot read the text: {str(error):.200}") from None
 
@@ -342,7 +323,7 @@ def padded_lines(chunks, vocabulary: Vocabulary, seq_len: int):
 # ---------------------------------------------------------------------------------------------------
 
 # row_indices() says which rows are in a batch, and corrupt() makes the input of masked LM from them. tamt.py makes
-# tensors of both.
+# tensors of the rows and of the input.
 
 
 def row_indices(num_rows: int, seed: int, start: int, count: int) -> np.ndarray:
@@ -365,10 +346,11 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """BERT's masked-LM corruption of input_ids (B, T).
 
-    Each token that is not special is to be predicted with probability 0.15. Of these tokens 80 % become [MASK], 10 % a
-    random id of the whole vocabulary, special ones included, and 10 % stay as they are.
+    Each token that is not special (so no [UNK], either) is to be predicted with probability 0.15, independently of the
+    others. Of these tokens 80 % become [MASK], 10 % a random id of the whole vocabulary, special ones included, and
+    10 % stay as they are.
 
-    -> corrupted ids (B, T); is_predicted (B, T) bool, True where the original token is to be predicted."""
+    -> corrupted ids (B, T) int64; is_predicted (B, T) bool. The targets are input_ids[is_predicted]."""
     is_special = np.isin(input_ids, vocabulary.special_ids)
     is_predicted = (generator.random(input_ids.shape) < 0.15) & ~is_special
 
@@ -1011,6 +993,30 @@ def cache() -> Path:
 
 def environment_folder(variable: str, default) -> Path:
     return Path(os.environ.get(variable) or default).expanduser()
+
+
+def read_text(file: Path, begin: int, end: int, quiet: bool = False):
+    """Yields the text between two bytes of a UTF-8 file in chunks of 2 MB. Windows' line ends become "\\n", and a
+    byte order mark is dropped. Prints its progress, unless it is `quiet`."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    progress = Progress(f"tokenising {file.name}", end - begin, quiet=quiet)
+    position = begin
+    held = ""
+    for chunk in read_chunks(file, begin, end):
+        is_last = position + len(chunk) == end
+        try:
+            text = held + decoder.decode(chunk, final=is_last)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
+        held = ""
+        if "\0" in text:
+            raise ValueError(f"{file}: holds bytes of 0, which no UTF-8 text has (UTF-16?)")
+        if text.endswith("\r") and not is_last:  # its "\n" may come with the next chunk
+            held = "\r"
+            text = text[:-1]
+        yield text.replace("\r\n", "\n")
+        position += len(chunk)
+        progress.add(len(chunk))
 
 
 def read_chunks(path, begin: int = 0, end: int | None = None):

@@ -1086,7 +1086,7 @@ def replace_weights(model, kind: str, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "random":
-            fresh = bert.Model(model.config, pooler=True, mlm_head=False)  # a pooler changes what is drawn after it
+            fresh = bert.Model(model.config, with_mlm_head=False)  # with a pooler, which changes what is drawn after it
             model.backbone.load_state_dict(fresh.backbone.state_dict(), strict=False)  # the model may have no pooler
         if kind == "shuffled":
             for layer in tamt.maskable_layers(model, "encoder").values():
@@ -1198,7 +1198,7 @@ def written_files(inputs: Inputs) -> dict[str, list]:
     written = {}
     if run.predict:
         files = [run.out / name for task in inputs.tasks for name in prediction_files(task).values()]
-        files = [file for file in files if file.is_file()]
+        files = sorted(file for file in files if file.is_file())
         texts = [inputs.examples[task.name].get(split) for task in inputs.tasks for split in ("test", "test_mm", "ax")]
         written["predict"] = [digest(texts), *[data.file_sha256(file) for file in files]]
     if run.export:
@@ -1275,7 +1275,7 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
     for name, layer in model.named_modules():
         if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
             tensors[f"{name}.weight"] = layer.weight.data * layer.mask
-        if isinstance(layer, bert.Residual) and layer.is_skipped and layer.dense is not None:
+        if isinstance(layer, bert.DenseAddNorm) and layer.is_skipped and layer.dense is not None:
             tensors[f"{name}.dense.bias"] = torch.zeros_like(layer.dense.bias)  # what skips the FFN skips its bias
 
     with torch.device("meta"):

@@ -403,7 +403,7 @@ def tokenize(texts: list[str], vocabulary: data.Vocabulary):
     An encoding takes kilobytes, so the texts go in by the thousand."""
     for start in range(0, len(texts), 1000):
         batch = texts[start:start + 1000]
-        yield from data.encode_batch(vocabulary.tokenizer.encode_batch, batch)  # the "fast" method has no offsets
+        yield from data.call_tokenizer(vocabulary.tokenizer.encode_batch, batch)
 
 
 def truncate_pair(a: list, b: list, room: int) -> tuple[list, list]:
@@ -527,12 +527,7 @@ def read_question(entry, context: str, where: str) -> Question:
     return Question(question_id, question, context, answers)
 
 
-# The names in this chapter are those of run_squad.py. A "doc" (document) is a paragraph, which SQuAD's files call its
-# context. A token has three numbers:
-#
-#   its characters in the paragraph     char_spans
-#   its number in the paragraph         doc_start is that of the first token in a window
-#   its position in input_ids           that number - doc_start + doc_offset
+# SQuAD's files call a paragraph a context, and run_squad.py, from which the names with doc_ are, a document.
 #
 # A paragraph that is longer than the model's input is read through several windows, each beginning `doc_stride` tokens
 # after the one before. With max_len 10 the question "Where?" leaves room for 5 tokens of the paragraph,
@@ -544,6 +539,13 @@ def read_question(entry, context: str, where: str) -> Question:
 #   paragraph   anna moved to sunny new york alone
 #   window 0    anna moved to sunny new                doc_start 0
 #   window 1               to sunny new york alone     doc_start 2; it reaches the end, so it is the last one
+#
+# A token of the paragraph is counted in four ways. For "new" in window 1 they are
+#
+#   its characters in the paragraph     20 to 23
+#   its number in the paragraph         4
+#   its number in the window            2 = 4 - doc_start, the index into char_spans
+#   its position in input_ids           6 = 2 + doc_offset, after [CLS] where ? [SEP]
 #
 # For training, a window knows the positions of the answer, or 0 and 0, the place of [CLS], if it does not hold all of
 # it. "New York" is cut by window 0, so window 0 has the positions 0 and 0, and window 1 has 6 and 7.
@@ -580,6 +582,8 @@ def make_windows(
     where the file says, or contains no token, are left out, and their number is printed. Without it all positions are
     0. The rules are those of run_squad.py, except that answers are found by their characters. Raises ValueError if a
     question fills max_len."""
+    if doc_stride < 1:
+        raise ValueError(f"doc_stride {doc_stride}: expected a number above 0")
     paragraphs = tokenize_paragraphs(questions, vocabulary)
     question_texts = [question.question.strip() for question in questions]
     num_special = num_special_tokens_of_pair(vocabulary)
@@ -691,11 +695,12 @@ def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
     return best_window == np.arange(len(doc_start))[:, None]
 
 
-# From logits back to text. The model gives each position of a window a start and an end logit. The answer is
-# the pair with the highest sum, over all windows of a question:
+# From logits back to text. The model gives each position of a window a start and an end logit. The answer is the pair
+# with the highest sum, among those that best_span() allows, over all windows of a question:
 #
 #   window 1     [CLS] where ? [SEP]  to  sunny  new  york  alone  [SEP]
 #   position       0     1   2   3     4    5     6    7      8      9
+#   in char_spans                      0    1     2    3      4
 #   start logit    0     0   0   0     0    0     5    0      0      0
 #   end logit      0     0   0   0     0    0     0    5      0      0
 #
@@ -737,7 +742,7 @@ def best_span(window: Window, start_logits, end_logits, n_best_size: int, max_an
     start_scores = np.asarray(start_logits[positions], np.float64)
     start_scores = np.where(window.is_max_context, start_scores, -np.inf)
     end_scores = np.asarray(end_logits[positions], np.float64)
-    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]  # counted from the window's first token
+    starts = np.argsort(-start_scores, kind="stable")[:n_best_size]  # indices into char_spans
     ends = np.argsort(-end_scores, kind="stable")[:n_best_size]
     if len(starts) == 0:
         return None  # an empty paragraph

@@ -99,7 +99,7 @@ def tiny(folder, family="bert", seed=0, **sizes):
         "intermediate_size": 64,
     }
     config = bert.Config(**{**usual_sizes, **special_sizes, "model_type": family, **sizes})
-    model = bert.Model(config, pooler=True, mlm_head=True)
+    model = bert.Model(config)
     shake(model, 0.05)
     bert.save(folder, config, dict(model.named_parameters()), "ForMaskedLM")
 

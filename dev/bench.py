@@ -379,7 +379,7 @@ def part_finetune(args):
     """Eight bucketed batches against one that is padded to 128 tokens."""
     size = args.sizes["6L"]
     config = bert.Config(**dataclasses.replace(size, T=128).config())
-    model = bert.Model(config, mlm_head=False).train()
+    model = bert.Model(config, with_mlm_head=False).train()
     model.add_classifier(2)
     optimizer = tamt.make_optimizer(model.parameters(), torch.device("cpu"))
 

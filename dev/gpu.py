@@ -497,7 +497,9 @@ def make_released_step(size: Size, machine):
     labels = torch.where(torch.rand(input_ids.shape, device=machine.device) < 0.15, input_ids, -100)
 
     def step():
-        with tamt.autocast(machine), mock.patch.object(bert, "scaled_dot_product_attention", plain_attention):
+        on_a_gpu = mock.patch.object(F, "scaled_dot_product_attention", plain_attention)
+        on_a_cpu = mock.patch.object(bert, "attention_with_dropout_on_a_cpu", plain_attention)
+        with tamt.autocast(machine), on_a_gpu, on_a_cpu:
             logits = model.mlm_logits(model(input_ids)[-1])  # (B, T, V)
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
         loss.backward()
