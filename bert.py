@@ -502,7 +502,7 @@ def find_weights_in(folder: Path) -> Path:
     patterns = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json", "*.index", "*.safetensors", "*.bin", "*.pt", "*.ckpt", "*.pth"]
     for pattern in patterns:
-        files = visible_files(folder, pattern)
+        files = [file for file in visible_files(folder, pattern) if file.name not in ("mask.pt", "state.pt")]
         if len(files) > 1:
             raise ValueError(f"{folder}: several checkpoints, name one: {shorten([f.name for f in files])}")
         if files:
@@ -751,7 +751,7 @@ def read_json(path) -> dict:
     return content
 
 
-PART_SUFFIX = ".tamt.part"  # of nobody else's files: what a killed program leaves is removed by it
+PART_SUFFIX = ".tamt.part"  # no other program's files end in it, so a run may remove what a killed one has left
 
 
 @contextmanager

@@ -197,7 +197,8 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
             if out.tell() == 0:
                 raise ValueError(f"{file}: its {split} text gives no row of {seq_len} tokens")
 
-    if path.stat().st_size % (seq_len * np.dtype(dtype).itemsize):
+    num_bytes = path.stat().st_size
+    if num_bytes == 0 or num_bytes % (seq_len * np.dtype(dtype).itemsize):
         raise ValueError(f"{path}: damaged; remove it, and it is made again")
     rows = np.memmap(path, dtype, "r").reshape(-1, seq_len)
     check_unknown(rows, vocabulary, file, begin, end)  # warns if many tokens are unknown, and raises if all are
@@ -1009,8 +1010,9 @@ def read_text(file: Path, begin: int, end: int, quiet: bool = False):
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: no UTF-8 text near byte {position + error.start}") from None
         held = ""
-        if "\0" in text:
-            raise ValueError(f"{file}: holds bytes of 0, which no UTF-8 text has (UTF-16?)")
+        if text.count("\0") > len(text) // 10:
+            raise ValueError(f"{file}: near byte {position} more than a tenth of its bytes are 0: no UTF-8 text, but "
+                             "perhaps UTF-16")
         if text.endswith("\r") and not is_last:  # its "\n" may come with the next chunk
             held = "\r"
             text = text[:-1]

@@ -666,9 +666,6 @@ def find_imp(settings: Settings) -> dict:
     repeat a finished round."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
-    content = finished_search(search_settings)
-    if content is not None:
-        return content
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
@@ -759,9 +756,6 @@ def find_super(settings: Settings) -> dict:
     (The paper calls only that one, the best, the super ticket; here all of them are called so.)"""
     start_time = time.time()
     search_settings = open_search(settings)
-    content = finished_search(search_settings)
-    if content is not None:
-        return content
 
     # Fine-tune the whole network, and write all tickets.
     result_of = {}  # {name of a ticket: its result}
@@ -1179,7 +1173,7 @@ def complete_finished_run(inputs: Inputs, result: dict):
     """--resume of a run that is finished: adds its line to --results if that was left to do, and raises ValueError if
     it has not written what is asked for now."""
     run = inputs.run
-    if not {"best", "final", "sparsity", "mask", "evaluations"} <= result.keys():
+    if not {"task", "best", "final", "floor", "seconds", "sparsity", "mask", "evaluations"} <= result.keys():
         raise ValueError(f"{run.out / 'result.json'}: not a result of this version; remove it to start anew")
     if (run.out / "state.pt").exists():  # killed just before the end
         append_to_results(run, result, is_resumed=True)
@@ -1434,18 +1428,19 @@ def fit_tickets_to_model(tickets: list[Ticket], model: bert.Model, settings: Set
 def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, model, schedule_stretch: int) -> Run:
     """Fills in what the settings leave open, from the task, the toy, and the model."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    # Numbers of numpy become plain ones.
+    values |= {name: float(value) for name, value in values.items() if isinstance(value, float)}
     for name in ("data", "out", "results", "export"):  # from Python they may be text
         if values[name] is not None:
             values[name] = Path(values[name])
     values["model"] = tamt.absolute_model(model_name)
     for folder in export_folders(settings, tasks):
-        tamt.refuse_own_folder(values["model"], "--export", folder)
-    tamt.refuse_own_folder(values["model"], "--out", values["out"])
+        tamt.refuse_own_folder(values["model"], folder)
 
     values |= schedule_of(settings, tasks, values["model"])
 
     positions = model.config.max_tokens
-    if values["max_len"] == tasks[0].max_len > positions:  # the default
+    if settings.max_len is None and values["max_len"] > positions:
         print(f"--max-len {positions}: {values['model']} has no more positions")
         values["max_len"] = positions
     if not 6 <= values["max_len"] <= positions:
@@ -1491,6 +1486,7 @@ def open_search(settings: Settings) -> Settings:
         values["task"] = os.path.abspath(settings.task)
     values["model"] = tamt.absolute_model(values["model"])
     values |= schedule_of(settings, [task], values["model"])
+    values["max_len"] = settings.max_len  # the default is shortened for a network that has fewer positions
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
@@ -1506,19 +1502,6 @@ def open_search(settings: Settings) -> Settings:
         raise ValueError(f"{settings.out} holds this search, unfinished: continue with --resume, or choose another "
                          "--out, or remove that folder")
     return settings
-
-
-def finished_search(search_settings: Settings) -> dict | None:
-    """With --resume the content of mask.json, if the search is finished."""
-    file = search_settings.out / "mask.json"
-    if not search_settings.resume or not file.exists():
-        return None
-    content = bert.read_json(file)
-    if "meta" in content and not (search_settings.out / "mask.pt").exists():
-        return None  # it is made again
-    print(f"{search_settings.out} is finished: its figures are in {file}")
-    print_summary_of_search(search_settings, content)
-    return content
 
 
 def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, dict | None]:
@@ -1548,40 +1531,35 @@ def settings_of_one_run(settings: Settings, **changes) -> Settings:
 def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
     """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
     no ticket is to win."""
+    chosen_file = search_settings.out / "mask.pt"
     content = {"settings": search_identity(search_settings), **story}
-    if mask_file is not None:
-        masks, content["meta"] = tamt.read_mask(mask_file)
-        tamt.save_mask(search_settings.out / "mask.pt", masks, content["meta"])
-    tamt.write_json(search_settings.out / "mask.json", content)
-    print_summary_of_search(search_settings, content, time.time() - start_time)
-    return content
-
-
-def print_summary_of_search(search_settings: Settings, content: dict, seconds: float | None = None):
-    """Lines for people and for grep, and what to do next. content: that of mask.json."""
-    mask_file = search_settings.out / "mask.pt"
     print("---")
-    print(f"task: {search_settings.task}")
-    if "meta" in content:
-        print(f"mask: {mask_file}")
-        print(f"sparsity: {content['meta']['sparsity']:.4f}")
+    print(f"task: {named_tasks(search_settings)[0].name}")
+    if mask_file is not None:
+        masks, meta = tamt.read_mask(mask_file)
+        tamt.save_mask(chosen_file, masks, meta)
+        content["meta"] = meta
+        print(f"mask: {chosen_file}")
+        print(f"sparsity: {meta['sparsity']:.4f}")
     else:
         print("no mask.pt: it would be the best of the winning tickets, and --orders leaves them out")
-    if seconds is not None:
-        print(f"seconds: {seconds:.4f}")
-    if "meta" in content:
-        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(mask_file)]
+    tamt.write_json(search_settings.out / "mask.json", content)
+    print(f"seconds: {time.time() - start_time:.4f}")
+    if mask_file is not None:
+        words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(chosen_file)]
         if search_settings.data:
             words += ["--data", str(search_settings.data)]
         if search_settings.weights != "pretrained":  # the same weights again: the seed draws them
             words += ["--weights", search_settings.weights, "--seed", str(search_settings.seed)]
         print(f"next: {shlex.join(words)}")
+    return content
 
 
 def search_identity(settings) -> dict:
     names = ("task", "model", "find", "sparsity", "rank", "scope", "orders", "weights", "epochs", "batch_size",
              "max_len", "lr", "seed", "limit", "eval_every")
     identity = {name: tamt.plain(getattr(settings, name)) for name in names}
+    identity["max_len"] = schedule_of(settings, named_tasks(settings), settings.model)["max_len"]
     identity["dtype"] = "bf16" if tamt.uses_bf16(tamt.choose_device(settings.device), settings.dtype) else "fp32"
     return identity
 
@@ -1666,13 +1644,20 @@ def check_files_of_run(run: Run):
             raise ValueError(f"--results {run.results} is a file that the run itself writes: choose another")
     if (run.out / "search.json").exists():
         raise ValueError(f"{run.out} holds a search (--find): choose another --out")
-    if run.results is not None and run.results.is_file():
-        with open(run.results, "rb") as file:
-            first_bytes = file.read(1)
-        if first_bytes not in (b"", b"{"):  # lines of results are JSON objects
-            raise ValueError(f"--results {run.results} holds something else than results: choose another")
+    if run.results is not None and run.results.is_file() and not holds_results(run.results):
+        raise ValueError(f"--results {run.results} holds something else than results: choose another")
     if run.predict:
         refuse_folder_of_tables(run)
+
+
+def holds_results(file: Path) -> bool:
+    """Whether the first line of a file, if it has any, is a JSON object."""
+    with open(file, "rb") as lines:
+        first_line = next((line for line in lines if line.strip()), b"{}")
+    try:
+        return isinstance(json.loads(first_line), dict)
+    except ValueError:
+        return False
 
 
 def refuse_folder_of_tables(run: Run):

@@ -1108,7 +1108,7 @@ def read_task(path: Path) -> Task:
     folder = path.absolute().parent
     files = {}
     for split in ("train", "dev", "test"):
-        if content.get(split) is not None:
+        if split in content and (split != "test" or content[split] is not None):
             files[split] = (str(folder / str(content[split])),)
     task = Task(
         name=name,

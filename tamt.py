@@ -138,7 +138,8 @@ def find_mask(settings: Settings) -> dict:
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
         export_finished(inputs)  # if --export asks for it
-        print_summary(run.out / "mask.pt", result, run)
+        with damage_named(run.out / "mask.json"):
+            print_summary(run.out / "mask.pt", result, run)
         return result
     masks = learn_masks(inputs, state)  # steps 3 to 7
     return finish(inputs, masks, start_time)  # step 8
@@ -1624,15 +1625,19 @@ def save_state_if_due(training: Training):
 
 
 def restore_state(training: Training, state: dict):
-    restore_parameters(training.parameters, training.optimizer, state, training.run.out / "state.pt")
-    for name, layer in training.masked_layers.items():
-        layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
-    if training.scores is not None:
-        training.scores.all_scores.clamp_(-PINNED_SCORE, PINNED_SCORE)  # earlier versions pinned scores at infinity
-        for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
-            pool.last_ranking.threshold = threshold
-    training.log.restore(state["log"])
-    training.updates_done = state["step"]
+    file = training.run.out / "state.pt"
+    restore_parameters(training.parameters, training.optimizer, state, file)
+    with damage_named(file):
+        for name, layer in training.masked_layers.items():
+            layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
+        if training.scores is not None:
+            training.scores.all_scores.clamp_(-PINNED_SCORE, PINNED_SCORE)  # earlier versions pinned scores at infinity
+            for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
+                pool.last_ranking.threshold = threshold
+        training.log.restore(state["log"])
+        training.updates_done = state["step"]
+        if not 0 <= training.updates_done <= training.run.num_updates:
+            raise ValueError(f"step {training.updates_done}")
 
 
 def restore_parameters(parameters: dict, optimizer, state: dict, file):
@@ -1689,10 +1694,10 @@ def plain(value):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value)  # numpy's floats are floats, too, but not plain
-    if isinstance(value, np.integer):
-        return int(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, float):
+        return float(value)
     return value if value is None or isinstance(value, (bool, int)) else str(value)
 
 
@@ -1925,6 +1930,8 @@ class Run(Settings):
 def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) -> Run:
     """Fills in everything that the settings leave open; what this model cannot do is a ValueError."""
     values = {each.name: getattr(settings, each.name) for each in fields(Settings)}
+    # Numbers of numpy become plain ones.
+    values |= {name: float(value) for name, value in values.items() if isinstance(value, float)}
     values |= {each.name: each.default for each in fields(Settings)
                if each.name in flags_without_effect(settings)}
     if settings.model == "toy":
@@ -1937,8 +1944,7 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
     if values["data"] not in (None, "toy", *data.CORPORA):
         values["data"] = os.path.abspath(values["data"])
     values["model"] = absolute_model(settings.model)
-    refuse_own_folder(values["model"], "--export", settings.export)
-    refuse_own_folder(values["model"], "--out", settings.out)
+    refuse_own_folder(values["model"], settings.export)
 
     if values["rank"] is None:
         values["rank"] = "global" if settings.method == "tamt" else "local"
@@ -2009,10 +2015,8 @@ def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, 
     if values["lr"]:
         return values["lr"], "as asked"
     paper_rate = paper_learning_rate(values["objective"])
-    if values["method"] == "imp" or not values["steps"]:
+    if values["method"] == "imp" or not values["steps"] or num_updates >= HORIZON:  # or longer than the paper's
         return paper_rate, "the paper's"
-    if num_updates >= HORIZON:
-        return paper_rate, "the paper's"  # such a run is longer
     rate = learning_rate_of(values["objective"], values["sparsity"], num_updates)
     full_run = f"{paper_updates(values['sparsity']):,} updates of a full run"
     if rate == HIGHEST_RATE:
@@ -2049,14 +2053,14 @@ def absolute_model(name: str) -> str:
     return os.path.abspath(os.path.expanduser(name))
 
 
-def refuse_own_folder(model: str, flag: str, folder: Path | None):
-    """An export must not replace the original checkpoint, and mask.pt and state.pt are not to be taken for one."""
+def refuse_own_folder(model: str, folder: Path | None):
+    """An export must not replace the original checkpoint."""
     if folder is None:
         return
     path = data.model_path(model)
     own_folder = path if path.is_dir() else path.parent  # where a link lies, not what it points to
     if Path(folder).resolve() == own_folder.resolve():
-        raise ValueError(f"{flag} {folder} is the folder of the model itself: choose another")
+        raise ValueError(f"--export {folder} is the folder of the model itself: choose another")
 
 
 def check_new_folder(flag: str, folder: Path):
@@ -2132,7 +2136,7 @@ def flags_without_effect(settings: Settings) -> list[str]:
     if settings.method in ("omp", "random"):
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
-        has_text = settings.data or settings.evaluate or settings.model == "toy"
+        has_text = settings.data or settings.model == "toy"
         return ignored if has_text else [*ignored, "lines", "seq_len"]
     if settings.method == "imp":
         return ["init", "refresh_every", "eval_every"]
@@ -2202,7 +2206,6 @@ def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
         if index >= torch.cuda.device_count():
             raise ValueError(f"process {index} of this host, counted from 0, has no GPU: expected torchrun with "
                              f"--nproc_per_node={torch.cuda.device_count()}")
-        make_deterministic()
         device = f"cuda:{index}"
         torch.cuda.set_device(device)
 
@@ -2236,9 +2239,11 @@ def choose_device(device: str) -> str:
     has_cuda = torch.cuda.is_available()
     has_mps = torch.backends.mps.is_available()
     if device == "auto":
-        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if device == "cuda" and not has_cuda or device == "mps" and not has_mps:
         raise ValueError(f"--device {device}: torch {torch.__version__} finds none; --device cpu always works")
+    if device == "cuda":
+        make_deterministic()  # before anything else is asked of the GPU
     return device
 
 
@@ -2292,7 +2297,7 @@ def sum_over_processes(tensors: list[torch.Tensor], machine: Machine):
 @contextmanager
 def first_process_first(machine: Machine):
     """The first process of each host downloads, makes the toy and caches token ids; then the others go on."""
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = number_in_environment("LOCAL_RANK", 0) == 0
     if machine.num_processes > 1 and not is_first:
         torch.distributed.barrier()
     try:
@@ -2343,9 +2348,9 @@ def run_command(main):
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last saved state", file=sys.stderr)
         sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_about_memory = isinstance(error, MemoryError) or "memory" in str(error)
-        if not is_about_memory:
+    except (MemoryError, RuntimeError) as error:
+        is_about_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_about_memory and "can't allocate memory" not in str(error):  # the words of torch on a CPU
             raise
         print(f"error: out of memory, try a smaller --batch-size (tamt.py: and --accumulate): {one_line(error)}",
               file=sys.stderr)

@@ -278,7 +278,8 @@ def test_a_word_in_the_environment_is_one_line(inputs, monkeypatch, capsys, vari
     assert_one_error_line(capsys, f"{variable}=two", tamt.main, "--model", inputs / "bert", "--method", "omp")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_one_line(capsys, error):
     def main():
         raise error
@@ -290,17 +291,20 @@ def test_too_little_memory_is_one_line(capsys, error):
 
 def test_another_runtime_error_keeps_its_traceback():
     def main():
-        raise RuntimeError("shapes do not fit")
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        raise RuntimeError("an illegal memory access")
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
         tamt.run_command(main)
 
 
 def test_numbers_of_numpy_give_a_mask_file_that_can_be_read(inputs, tmp_path):
-    tamt.find_mask(mask_settings(inputs, tmp_path, steps=2, sparsity=np.float64(0.6)))
+    settings = mask_settings(inputs, tmp_path, steps=2, sparsity=np.float64(0.6), lr=np.float64(1e-3))
+    content = tamt.find_mask(settings)
+    assert tamt.find_mask(replace(settings, resume=True)) == content  # state.pt can be read, too
     _, meta = tamt.read_mask(tmp_path)
     assert meta["sparsity"] == pytest.approx(0.6, abs=1e-3)
-    tamt.save_mask(tmp_path / "b.pt", tamt.load_mask(tmp_path), {"x": np.float32(1), "y": [np.int64(2)]})
-    assert tamt.read_mask(tmp_path / "b.pt")[1] == {"x": 1.0, "y": [2]}
+    numbers = {"x": np.float32(1), "y": [np.int64(2)], "z": np.bool_(True)}
+    tamt.save_mask(tmp_path / "b.pt", tamt.load_mask(tmp_path), numbers)
+    assert tamt.read_mask(tmp_path / "b.pt")[1] == {"x": 1.0, "y": [2], "z": True}
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -313,10 +317,15 @@ def test_wrong_settings_from_python_are_one_line(inputs, tmp_path, changes, mess
         mask_settings(inputs, tmp_path, **changes)
 
 
-def test_a_run_does_not_write_into_the_folder_of_its_model(inputs, tmp_path):
+def test_a_run_in_the_folder_of_its_model_does_not_hide_the_model(inputs, tmp_path):
+    model = bert.load(inputs / "bert")
     shutil.copytree(inputs / "bert", tmp_path / "model")
-    with pytest.raises(ValueError, match="--out .* is the folder of the model itself"):
-        tamt.find_mask(mask_settings(inputs, tmp_path / "model", model=str(tmp_path / "model"), method="omp"))
+    (tmp_path / "model/model.safetensors").unlink(missing_ok=True)
+    (tmp_path / "model/pytorch_model.bin").unlink(missing_ok=True)
+    torch.save(model.state_dict(), tmp_path / "model/model.pt")
+    settings = mask_settings(inputs, tmp_path / "model", model=str(tmp_path / "model"), steps=2)
+    content = tamt.find_mask(settings)
+    assert tamt.find_mask(replace(settings, resume=True)) == content
 
 
 def test_a_mask_of_other_updates_is_not_overwritten_though_its_state_is_gone(inputs, tmp_path):

@@ -150,12 +150,17 @@ def test_roberta_counts_positions_from_2_and_gives_padding_position_1(inputs):
     assert model.backbone.embeddings.position_ids(input_ids).tolist() == [[2, 3, 4, 5, 1, 1]]
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_is_the_softmax_of_scaled_products_times_the_values(padded):
-    query, key, value = torch.randn(3, 5, 2, 16, 8).unbind()  # each (B, H, T, head size)
-    attention_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
-    products = query @ key.transpose(2, 3) / math.sqrt(8)
+def test_attention_is_the_softmax_of_scaled_products_times_the_values(inputs, padded, training):
+    """Both in evaluation, which calls torch's function, and in training on a CPU, here with next to no dropout."""
+    layer = bert.load(inputs / "bert").backbone.encoder.layer[0].attention.self.train(training)
+    layer.dropout_prob = 1e-9
+    x = torch.randn(5, 16, 32)
+    key_mask = (torch.arange(16) < 11).expand(5, 1, 1, 16) if padded else None
+    query, key, value = (layer.split_heads(linear(x)) for linear in (layer.query, layer.key, layer.value))
+    products = query @ key.transpose(2, 3) / math.sqrt(layer.head_size)
     if padded:
         products[..., 11:] = -math.inf
-    found = bert.attention_with_dropout_on_a_cpu(query, key, value, attention_mask, dropout_prob=0.0)
-    assert_close(found, products.softmax(dim=-1) @ value)
+    expected = (products.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+    assert_close(layer(x, key_mask), expected)

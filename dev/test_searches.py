@@ -94,6 +94,16 @@ def test_a_default_that_is_given_by_hand_does_not_make_another_search(tasks, tmp
     assert numbers == []
 
 
+def test_a_finished_search_is_not_the_result_for_other_tables(tasks, tmp_path, imp_folder):
+    shutil.copytree(imp_folder, tmp_path / "run")
+    shutil.copytree(tasks / "RTE", tmp_path / "data/RTE")
+    table = tmp_path / "data/RTE/train.tsv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[-1] + "\n")
+    settings = dense_settings(tasks, tmp_path, resume=True, **IMP_SEARCH)
+    with pytest.raises(ValueError, match="holds another run .*texts"):
+        finetune.find_imp(replace(settings, data=tmp_path / "data"))
+
+
 def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folder):
     shutil.copytree(imp_folder, tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
