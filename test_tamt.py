@@ -1591,11 +1591,10 @@ def test_on_the_toy_learned_masks_are_better_than_those_of_omp_and_random_ones(t
     # Measured: .10 by kd, .52 by OMP.
     assert dev_loss("kd", "dev_kd_loss") < 0.5 * dev_loss("omp", "dev_kd_loss")
 
-    # Measured: 98 % by kd, 57 % by OMP.
-    accuracies = {"kd": [], "omp": []}
-    for method in accuracies:
-        for seed in (1, 2):
-            settings = finetune.Settings(task="sst2", mask=tmp_path / method / "mask.pt", seed=seed,
-                                         out=tmp_path / f"{method}-{seed}", results=tmp_path / "results.jsonl")
-            accuracies[method].append(finetune.fine_tune(settings)["best"]["accuracy"])
-    assert np.mean(accuracies["kd"]) > np.mean(accuracies["omp"]) + 0.1
+    # Measured: 100 % by kd, 59 % by OMP (with seed 2: 95 and 55).
+    accuracies = {}
+    for method in ("kd", "omp"):
+        settings = finetune.Settings(task="sst2", mask=tmp_path / method / "mask.pt", out=tmp_path / f"{method}-run",
+                                     results=tmp_path / "results.jsonl")
+        accuracies[method] = finetune.fine_tune(settings)["best"]["accuracy"]
+    assert accuracies["kd"] > accuracies["omp"] + 0.1
