@@ -1485,8 +1485,6 @@ def open_search(settings: Settings) -> Settings:
     if task.name not in {*glue_squad.TASKS, "toy"}:
         values["task"] = os.path.abspath(settings.task)
     values["model"] = tamt.absolute_model(values["model"])
-    values |= schedule_of(settings, [task], values["model"])
-    values["max_len"] = settings.max_len  # the default is shortened for a network that has fewer positions
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
     settings = replace(settings, **values)
@@ -1556,10 +1554,13 @@ def finish_search(search_settings, mask_file, story: dict, start_time: float) ->
 
 
 def search_identity(settings) -> dict:
+    """What makes this search this search; its runs compare texts and weights, too. Defaults count as if they were given
+    by hand."""
     names = ("task", "model", "find", "sparsity", "rank", "scope", "orders", "weights", "epochs", "batch_size",
              "max_len", "lr", "seed", "limit", "eval_every")
-    identity = {name: tamt.plain(getattr(settings, name)) for name in names}
-    identity["max_len"] = schedule_of(settings, named_tasks(settings), settings.model)["max_len"]
+    values = {name: getattr(settings, name) for name in names}
+    values |= schedule_of(settings, named_tasks(settings), settings.model)
+    identity = {name: tamt.plain(value) for name, value in values.items()}
     identity["dtype"] = "bf16" if tamt.uses_bf16(tamt.choose_device(settings.device), settings.dtype) else "fp32"
     return identity
 

@@ -104,6 +104,29 @@ def test_a_finished_search_is_not_the_result_for_other_tables(tasks, tmp_path, i
         finetune.find_imp(replace(settings, data=tmp_path / "data"))
 
 
+def test_a_search_is_the_same_with_the_dtype_that_auto_chooses(tasks, tmp_path, monkeypatch, imp_folder):
+    shutil.copytree(imp_folder, tmp_path / "run")
+    numbers = updates_made(monkeypatch)
+    finetune.find_imp(dense_settings(tasks, tmp_path, resume=True, dtype="fp32", **IMP_SEARCH))
+    assert numbers == []
+
+
+def test_a_search_is_the_same_under_another_spelling_of_its_task(tasks, tmp_path, monkeypatch):
+    settings = dense_settings(tasks, tmp_path, str(tasks / "mood.json"), epochs=1, find="imp", sparsity=0.1)
+    finetune.fine_tune(settings)
+    numbers = updates_made(monkeypatch)
+    monkeypatch.chdir(tasks)
+    finetune.fine_tune(replace(settings, task="./mood.json", resume=True))
+    assert numbers == []
+
+
+def test_a_search_on_a_short_network_shortens_the_default_length(tasks, tmp_path):
+    settings = dense_settings(tasks, tmp_path, epochs=1, max_len=None, find="imp", sparsity=0.1)
+    finetune.fine_tune(settings)
+    result = json.loads((tmp_path / "run/round-1/result.json").read_text())
+    assert result["settings"]["max_len"] == 64
+
+
 def test_another_search_is_refused_in_the_same_folder(tasks, tmp_path, imp_folder):
     shutil.copytree(imp_folder, tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds another run \(rank 'global' there, 'local' here\)"):
