@@ -28,8 +28,8 @@ names for the same thing. Left out is the head for next-sentence prediction. The
     cls.predictions                the masked-LM head
 
 key_mask, (B, 1, 1, T) bool, is the attention mask as layers take it: True at keys that may be attended to. Letters in
-shapes: B sequences, T tokens, D hidden size (of the one vector that each token has, its hidden state), H heads, L
-layers, V vocabulary, C classes.
+shapes: B sequences; T tokens; D hidden size (each token has one vector of D numbers, its hidden state); H heads; L
+layers; V vocabulary; C classes.
 """
 
 import argparse
@@ -188,7 +188,11 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, then the feed-forward network."""
+    """Self-attention, then the feed-forward network:
+
+        attended = LayerNorm(x + W^O attention(x))
+        output   = LayerNorm(attended + W_2 gelu(W_1 attended))
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -198,7 +202,8 @@ class Layer(nn.Module):
 
     def forward(self, hidden_states, key_mask):  # (B, T, D), (B, 1, 1, T) or None -> (B, T, D)
         attended = self.attention(hidden_states, key_mask)
-        return self.output(self.intermediate(attended), attended)
+        wide = self.intermediate(attended)  # (B, T, intermediate size)
+        return self.output(wide, attended)
 
 
 class Encoder(nn.Module):

@@ -12,16 +12,17 @@
 
     examples = load_glue("rte", "dev", "glue")                        # Example(text_a, text_b, label)
     sequences = encode(examples, vocabulary, max_len=128)             # (input_ids, token_type_ids) of each
-    batch = pad_batch(sequences[:32], vocabulary.pad_id)              # arrays (B, T); as tensors a model takes them
+    batch = pad_batch(sequences[:32], vocabulary.pad_id)              # input_ids, attention_mask, token_type_ids
     score(TASKS["rte"], predicted_classes, examples)                  # {"accuracy": 0.66}
 
     questions = load_squad(find_file(TASKS["squad"], "dev", "squad"))  # Question(id, question, context, answers)
     windows = make_windows(questions, vocabulary)                      # one or more for each question
-    batch = pad_batch([(window.input_ids, window.token_type_ids) for window in windows[:32]], vocabulary.pad_id)
+    sequences = [(window.input_ids, window.token_type_ids) for window in windows]  # in batches, as above
     answers = best_answers(questions, windows, start_logits, end_logits)  # {question id: text}
     squad_scores(answers, questions)                                   # {"em": 81.2, "f1": 88.5}
 
-There is no model here: finetune.py brings one, and makes classes and logits of the batches. "The paper" is that of
+There is no model here: finetune.py brings one, and makes predicted_classes and the logits (a row for each window) of
+all batches together. "The paper" is that of
 task-agnostic mask training (tamt.py); run_squad.py is a file of BERT's original code.
 
 Letters in shapes: B sequences, T tokens, n examples, N tokens of a paragraph that one window holds. GLUE's metrics are
@@ -679,10 +680,8 @@ def answer_positions(answer, doc_start: int, doc_end: int, doc_offset: int) -> t
 
 
 def find_max_context(num_tokens: int, doc_starts, room: int) -> np.ndarray:
-    """(windows, tokens) bool: True where a token has its largest margin, which is in exactly one window.
-
-    Longer windows count a little more, 0.01 for each token of their length (run_squad.py,
-    _check_is_max_context); of equals the earlier window wins."""
+    """(windows, tokens) bool: True in the one window where a token's margin + 0.01 x the window's length is largest; of
+    equals the earlier window wins (run_squad.py, _check_is_max_context)."""
     doc_start = np.array(doc_starts)[:, None]  # (windows, 1)
     length = np.minimum(room, num_tokens - doc_start)  # (windows, 1)
     num_left = np.arange(num_tokens) - doc_start  # (windows, tokens), negative outside the window
