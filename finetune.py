@@ -14,9 +14,9 @@ for all weights:
         now and then: evaluate                              evaluate_if_due
     report the best evaluation and the last one             finish
 
-Left out: gradients are clipped, the learning rate falls, and there is dropout. A test compares train() with a plain
-loop in which torch.nn.utils.prune multiplies the weights by the mask in each forward pass: the kept weights are equal,
-bit for bit (test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
+Not shown here: gradients are clipped, the learning rate falls, and there is dropout. A test compares train() with a
+plain loop in which torch.nn.utils.prune multiplies the weights by the mask in each forward pass: the kept weights are
+equal, bit for bit (test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
 
     1. One fine-tuning            read, train, finish
     2. Tickets, tasks, network    what a fine-tuning consists of
@@ -33,14 +33,14 @@ Methods of other papers follow. Skip them if you came for TAMT:
     Appendix A                    what differs from the released code; ablations, states, records, predictions, export
     Appendix B                    settings, folders, and the command line
 
-A function that is called in chapters 1 to 8 and not defined there is in an appendix. From the other modules come the
+What chapters 1 to 8 use and do not define is in an appendix. From the other modules come the
 network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
 devices and folders (tamt.py).
 
 Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Training -> the content of result.json.
 
     Settings      what the user asked for; its fields are named like the flags
-    Run           the settings of one fine-tuning, with every default filled in
+    Run           the settings of one fine-tuning, with the defaults filled in
     Inputs        the Run, and the tasks, tickets and network that were read
     Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
 
@@ -122,8 +122,8 @@ def fine_tune(settings: Settings) -> dict:
 class Inputs:
     """The settings of a run, and all that it reads."""
     run: Run
-    identity: dict  # settings and checksums; --resume refuses a run that has others
-    tasks: list[glue_squad.Task]  # one, or several that share the encoder
+    identity: dict  # settings and checksums: a folder that holds a run with others is refused
+    tasks: list[glue_squad.Task]  # nearly always one; or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
     model: bert.Model  # the pre-trained one; prepare_training turns this very object into the network that trains
@@ -141,14 +141,14 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     # The tasks, the tickets, and the network that they belong to.
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
-    model_name = choose_model_name(settings, tickets)
+    model_name = choose_model_name(settings, tickets)  # --model, or the one that the tickets name
     model, vocabulary = tamt.load_model(model_name)
-    fit_tickets_to_model(tickets, model, settings)
+    fit_tickets_to_model(tickets, model, settings)  # ValueError if they are of another network
 
-    # What follows from them: the settings with all defaults, and the examples. The folder comes last, since by default
+    # What follows from them: the settings with the defaults, and the examples. The folder comes last, since by default
     # its name ends with a hash of the identity.
     run = fill_in_defaults(settings, machine, tasks, model_name, model, schedule_stretch)
-    examples = {task.name: read_examples(task, run) for task in tasks}
+    examples = {task.name: read_examples(task, run) for task in tasks}  # without --data they are downloaded
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = replace(run, out=choose_folder(run, tickets, identity))
     check_files_of_run(run)
@@ -157,13 +157,15 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
 
 
 def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
-    """Looks into the folder of the run -> (result, state), of which at least one is None.
+    """Makes the folder of the run ready -> (result, state), of which at least one is None.
 
     what is there                       with --resume       without
     nothing                             (None, None)        (None, None)
     this run, finished                  (result, None)      (None, None), and the result is removed
     this run, interrupted               (None, state)       ValueError
-    a run of other settings or files    ValueError          ValueError"""
+    a run of other settings or files    ValueError          ValueError
+
+    Also a ValueError: a finished run that lacks what --predict or --export now asks for."""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -229,6 +231,16 @@ class Training:
 # 2. Tickets, tasks, network: what a fine-tuning consists of
 # ---------------------------------------------------------------------------------------------------
 
+# How a ticket is applied, and what keeps pruned what it prunes:
+#
+#     an ordinary one, one task      its entries are set to 0 (zero_pruned_weights), and get no gradient
+#                                    (zero_pruned_gradients)
+#     a Super Ticket, one task       its heads and FFNs are cut out of the network (cut_out_units, chapter 7)
+#     one for each of several tasks  in each forward pass the weights are multiplied by the masks of the task of the
+#                                    batch (TaskSwitch, chapter 8), and stay whole
+#
+# So training.masks holds something in the first case alone.
+
 
 @dataclass
 class Ticket:
@@ -269,7 +281,7 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
             is_optional = split in ("dev_mm", "test_mm", "ax")
             if not is_optional:
                 raise
-            print(f"nothing is reported for {split}: {error}")
+            print(f"{split} is left out: {error}")
     return examples
 
 
@@ -358,7 +370,7 @@ def add_or_remove_pooler(model, task: glue_squad.Task):
     needs_pooler = task.predicts != "span" and model.config.model_type == "bert"
     if needs_pooler and not model.has_pooler:
         model.add_pooler()
-        model.backbone.pooler.is_fresh = True
+        model.backbone.pooler.is_fresh = True  # so IMP (chapter 6) does not rank it
         print("the checkpoint has no pooler: a fresh one is trained, dense")
     if not needs_pooler and model.has_pooler:
         del model.backbone.pooler
@@ -375,7 +387,7 @@ def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
     """Prunes the network of a single task. Heads and FFNs of a Super Ticket are cut out. For an ordinary ticket, the
     entries that it prunes become 0.
 
-    -> {name of a matrix: mask} of an ordinary ticket, so that train() can keep the zeros; {} for a Super Ticket."""
+    -> {name of a matrix: mask} of an ordinary ticket, so that train() can keep its zeros; {} for a Super Ticket."""
     if ticket.is_super:
         removed_heads, removed_ffns = units_from_masks(model.config, ticket)
         cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
@@ -544,8 +556,8 @@ def zero_pruned_gradients(training: Training):
 
 def optimizer_step(training: Training, learning_rate: float):
     """AdamW moves the weights against their gradients."""
-    # The learning rate, no weight decay, and an eps with which torch's AdamW computes what the released one does
-    # (tamt.py).
+    # With these options torch's AdamW computes what the released one does, which adds eps before the bias correction.
+    # They depend on the number of the update, from 1. ("fine-tuning" is not "kd", which has an optimizer of its own.)
     options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -604,9 +616,10 @@ def finish(training: Training) -> dict:
 
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
-    best: the evaluation that is highest in the first metric. It is chosen on the dev set that it is reported on, so it
-    is a little too high. final: the last evaluation. floor: the scores of answering every dev example with the most
-    frequent class; 0 for numbers and answers."""
+    best: the evaluation that is highest in the first metric (of several tasks, in their sum). It is chosen on the dev
+    set that it is reported on, so it is a little too high. final: the last evaluation. floor: the scores of answering
+    every dev example with the most frequent class; 0 for numbers and answers. Metrics are fractions, but those of SQuAD
+    percentages, as in its official script."""
     run = training.run
     for encoded_task in training.encoded_tasks:
         if run.predict:
@@ -645,7 +658,7 @@ def floor_scores(training: Training) -> dict[str, float]:
 
 # A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
 # the search. open_search, open_run_of_search, claim_folders and finish_search look after these folders, so that
-# --resume repeats nothing (appendix B).
+# --resume repeats no finished one (appendix B).
 
 
 def find_imp(settings: Settings) -> dict:
@@ -662,8 +675,7 @@ def find_imp(settings: Settings) -> dict:
     and the task reads it (--rank global, --scope encoder). --scope all adds the word embeddings. The IMP of tamt.py
     prunes first and then trains on text.
 
-    The last mask has not been evaluated yet: the command that is printed at the end fine-tunes it. --resume does not
-    repeat a finished round."""
+    The last mask has not been evaluated yet: the command that is printed at the end fine-tunes it."""
     start_time = time.time()
     search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -672,28 +684,36 @@ def find_imp(settings: Settings) -> dict:
     for number, next_sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search_settings.out / f"round-{number}"
-        round_settings = settings_of_one_run(
-            search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
-        # This reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets the
-        # schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
-        inputs = read_inputs(round_settings, schedule_stretch=10)
-        result, state = open_run_of_search(search_settings, inputs)
-        if result is None:
-            training = train_for_search(search_settings, inputs, state)
-            masks = next_masks(training, next_sparsity, search_settings.rank, search_settings.scope)
-            save_ticket(folder / "mask.pt", training, masks, {
-                "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
-            result = finish(training)  # last: its result.json tells --resume that the ticket is there
+        result = imp_round(search_settings, folder, mask_file, next_sparsity)
         # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
+def imp_round(search_settings: Settings, folder: Path, mask_file: str | None, next_sparsity: float) -> dict:
+    """Fine-tunes under a mask, and writes the next one into the folder -> the result of the fine-tuning. With --resume
+    a round that is finished is not repeated."""
+    round_settings = settings_of_one_run(
+        search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
+    # This reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets the
+    # schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
+    inputs = read_inputs(round_settings, schedule_stretch=10)
+    result, state = open_run_of_search(search_settings, inputs)
+    if result is not None:
+        return result
+    training = train_for_search(search_settings, inputs, state)
+    masks = next_masks(training, next_sparsity, search_settings.rank, search_settings.scope)
+    save_ticket(folder / "mask.pt", training, masks, {
+        "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
+    return finish(training)  # last: where --resume finds the result, the mask is there, too
+
+
 def train_for_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
     """Prepares and trains a run of a search. The caller writes the tickets that follow from it, and then its result."""
     training = prepare_training(inputs, state)
-    claim_folders(search_settings, inputs.run)  # of both; no earlier, since prepare_training may raise an error
+    # The folders now become those of this search. This comes late, since up to here an error leaves all as it was.
+    claim_folders(search_settings, inputs.run)
     train(training)
     return training
 
@@ -737,8 +757,8 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
 
 # 7a. The search.
 
-# A unit is an attention head or an FFN. "winning" tickets cut out the least important units first, "losing" ones the
-# most important, and "random" ones any.
+# A unit is an attention head or an FFN. An order says which units are cut out first: of a "winning" ticket the least
+# important ones, of a "losing" ticket the most important, of a "random" ticket any.
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # level 3 removes at most 3 tenths of all heads, and 3 twelfths of all FFNs
 
@@ -758,16 +778,15 @@ def find_super(settings: Settings) -> dict:
     search_settings = open_search(settings)
 
     # Fine-tune the whole network, and write all tickets.
-    result_of = {}  # {name of a ticket: its result}
     inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
-    first_metric = inputs.tasks[0].metrics[0]
-    result_of["dense"], state = open_run_of_search(search_settings, inputs)
-    if result_of["dense"] is None:
+    result, state = open_run_of_search(search_settings, inputs)
+    if result is None:
         training = train_for_search(search_settings, inputs, state)
         save_super_tickets(training, search_settings.out)
-        result_of["dense"] = finish(training)  # last: its result.json tells --resume that the tickets are there
+        result = finish(training)  # last: where --resume finds the result, the tickets are there, too
 
     # Fine-tune the tickets of the orders that --orders asks for. (Those of the others can be fine-tuned with --mask.)
+    result_of = {"dense": result}  # {name of a ticket: its result}
     for order in search_settings.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -775,6 +794,7 @@ def find_super(settings: Settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
+    first_metric = inputs.tasks[0].metrics[0]
     curve = report_curve(result_of, first_metric)
     best_file = None
     if "winning" in search_settings.orders:
@@ -799,7 +819,8 @@ def save_super_tickets(training: Training, folder: Path):
 
 
 def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
-    """How much of the model remains under each ticket, and what it scores. Prints it, too."""
+    """How much of the model remains under each ticket (biases count as if all remained), and what it scores. Prints it,
+    too."""
     curve = []
     for name, result in result_of.items():
         ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
@@ -814,9 +835,13 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
 
 
 def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
-    """How sensitive the loss is to each head (L, H) and each FFN (L,): the mean over the batches of the training set,
-    in eval mode. In each layer the importances of the heads are then divided by
-    their l2 norm (mt_dnn/inference.py). An FFN is alone in its layer, so its importance is not divided by anything."""
+    """How sensitive the loss is to each head (L, H) and each FFN (L,), in eval mode (mt_dnn/inference.py). Let o be the
+    output of one head (its context vector) or of one FFN at one token, and <, > the sum over its dimensions:
+
+        importance = mean over batches ( sum over tokens |<d loss / d o, o>| )
+
+    This is, to first order, how much the loss changes if o is taken away. In each layer the importances of the heads
+    are then divided by their l2 norm. An FFN is alone in its layer, so its importance is not divided by anything."""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -833,9 +858,7 @@ def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def importance_in_batch(training: Training, indices: range) -> tuple[torch.Tensor, torch.Tensor]:
-    """Let o be the output of one head (its context vector) or of one FFN at one token. To first order the loss changes
-    by -<d loss / d o, o> if o is taken away. The absolute value of this is summed over all tokens of the batch
-    -> (L, H) for heads, (L,) for FFNs."""
+    """The sum over the tokens of one batch -> (L, H) for heads, (L,) for FFNs."""
     [encoded_task] = training.encoded_tasks
     num_heads = training.model.config.num_attention_heads
     with recorded_outputs(training.model) as (contexts, ffn_outputs):
@@ -882,23 +905,23 @@ def recorded_outputs(model):
 def choose_units(head_importance, ffn_importance, order: str, level: int, seed: int):
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
-    Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). The order is the same on all levels, so
-    each removes all that the one below removes. Every layer keeps the head that would go last, so no more than
-    L (H - 1) heads go."""
+    Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). They go in the same sequence on all
+    levels, so each level removes all that the one below removes. Every layer keeps the head that would go last, so no
+    more than L (H - 1) heads go."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units of low priority go first.
+    # Units go in the order of their keys, the smallest first.
     if order == "random":
-        head_priority = generator.random(head_importance.shape)
-        ffn_priority = generator.random(ffn_importance.shape)
+        head_keys = generator.random(head_importance.shape)
+        ffn_keys = generator.random(ffn_importance.shape)
     else:
         sign = {"winning": 1, "losing": -1}[order]
-        head_priority = sign * head_importance.numpy()  # a new array, which is written to below
-        ffn_priority = sign * ffn_importance.numpy()
+        head_keys = sign * head_importance.numpy()  # a new array, which is written to below
+        ffn_keys = sign * ffn_importance.numpy()
 
-    head_priority[np.arange(num_layers), head_priority.argmax(axis=1)] = np.inf  # each layer's last head stays
+    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # each layer's last head stays
     num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return mark_smallest(head_priority, num_heads_out), mark_smallest(ffn_priority, num_layers * level // 12)
+    return mark_smallest(head_keys, num_heads_out), mark_smallest(ffn_keys, num_layers * level // 12)
 
 
 def mark_smallest(keys: np.ndarray, count: int) -> np.ndarray:
@@ -912,10 +935,12 @@ def masks_from_units(config, removed_heads, removed_ffns) -> dict[str, torch.Ten
     """removed_heads (L, H), removed_ffns (L,) -> the masks of the six matrices of each layer. A head has rows in query,
     key and value, and columns in the output matrix, which reads its context vector.
 
-    So a Super Ticket is stored as a mask file like any other. units_from_masks() gets the units back. Biases have no
-    masks: a masked head adds nothing, since its output columns are masked, too, but a masked FFN would still add its
-    output bias. So where a Super Ticket is applied, the FFNs that it removes are skipped as a whole. (tamt.py cannot do
-    that, and refuses to evaluate or export one.)"""
+    So a Super Ticket is stored as a mask file like any other. units_from_masks() gets the units back.
+
+    Biases have no masks. For a head that does not matter: whatever its biases make of its context vector, the columns
+    of the output matrix that read it are masked. But a masked FFN would still add its output bias. So where a Super
+    Ticket is applied, the FFNs that it removes are skipped as a whole. (tamt.py cannot do that, and refuses to evaluate
+    or export one.)"""
     D = config.hidden_size
     head_size = D // config.num_attention_heads
     masks = {}
@@ -1067,8 +1092,8 @@ def select_task(training: Training, task: glue_squad.Task):
 #     | IMP rounds       | keep the task head                   | begin with a fresh one
 #     |                  | go on in the order of examples       | all have the same order and dropout
 #     |   on SQuAD       | 4 epochs each, the pooler is ranked  | 2 epochs each, no pooler
-#     | Super Tickets    | Adamax, warm-up, decay .01, lr 5e-5, | AdamW, lr 2e-5 and 3 epochs, as for all tasks
-#     |                  | 3 or 6 epochs                        |
+#     | Super Tickets    | Adamax, warm-up, decay .01, lr 5e-5, | AdamW, lr 2e-5 and 3 epochs, as in any fine-tuning
+#     |                  | 3 or 6 epochs                        | on GLUE
 #     |   importance     | gradients of batches add up          | each batch counts once
 #     |   random tickets | drawn with replacement               | without
 #     | --weights        | shuffled: whole layers change places | the entries of each matrix do
@@ -1080,7 +1105,7 @@ def replace_weights(model, kind: str, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "random":
-            fresh = bert.Model(model.config, with_mlm_head=False)  # with a pooler, which changes what is drawn after it
+            fresh = bert.Model(model.config, with_mlm_head=False)  # with a pooler, whether the model has one or not
             model.backbone.load_state_dict(fresh.backbone.state_dict(), strict=False)  # the model may have no pooler
         if kind == "shuffled":
             for layer in tamt.maskable_layers(model, "encoder").values():
@@ -1106,7 +1131,7 @@ def save_state(training: Training):
         "settings": training.inputs.identity,  # open_run() compares them
         "step": training.updates_done,
         "history": training.history,
-        "total_loss": training.loss_since_evaluation,
+        "total_loss": training.loss_since_evaluation,  # under the name that earlier versions gave it
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
     })
@@ -1237,7 +1262,7 @@ def prediction_files(task) -> dict[str, str]:
 
 
 def export_model(training: Training, encoded_task: EncodedTask):
-    """What transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
+    """Writes what transformers' AutoModelForSequenceClassification or AutoModelForQuestionAnswering loads."""
     model = training.model
     task = encoded_task.task
     architecture = "ForQuestionAnswering"
@@ -1308,7 +1333,8 @@ def task_names(tasks: list[glue_squad.Task]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a user can choose: a field is a flag of the command line. None: the task, or fill_in_defaults(), chooses."""
+    """What a user can choose: a field is a flag of the command line. None: the task, the tickets or fill_in_defaults()
+    choose, or nothing is chosen."""
     task: str = option("sst2", f"{', '.join(glue_squad.TASKS)}; toy, which is made up for the model toy; or the "
                        "FILE.json of a task of your own; several, with commas, share an encoder", required=True)
     mask: str | None = option(None, "mask file or folder of a run, for several tasks one each; without it the dense "
@@ -1372,11 +1398,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Settings):
-    """The settings of one run with nothing left open (the folder comes last, see read_inputs)."""
+    """The settings of one run, with the defaults filled in (the folder comes last, see read_inputs)."""
     machine: tamt.Machine
-    checkpoint: str  # checksum of the pre-trained weights
+    checkpoint: str  # a checksum of the pre-trained weights
     backbone_checksum: str  # the same without heads: a mask belongs to these weights
-    config: str  # checksum of their config.json
+    config: str  # a checksum of config.json
     schedule_stretch: int  # as in read_inputs
     command: str
 
@@ -1453,7 +1479,7 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
 
 
 def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:
-    """epochs, batch_size, max_len, lr and eval_every, as asked for, or else those of the task."""
+    """epochs, batch_size, max_len, lr and eval_every, as asked for, or else those of the (first) task."""
     task = tasks[0]
     schedule = {name: getattr(task, name) for name in ("epochs", "batch_size", "max_len", "lr", "eval_every")}
     if len(tasks) > 1:  # ticket sharing's own
@@ -1513,11 +1539,18 @@ def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict 
 
 
 def claim_folders(search_settings: Settings, run: Run):
-    """Writes into the folder of a search which one it holds, and removes what an earlier search has left there, and in
-    the folder of this run. Called when the Training stands, so that a search that is refused leaves all as it was."""
+    """Writes into the folder of a search which one it holds. Without --resume, the results of an earlier search that
+    was finished there are removed. Called when the Training stands, so that a search that is refused leaves all as it
+    was."""
     (run.out / "mask.pt").unlink(missing_ok=True)
-    if not search_settings.resume:
-        (search_settings.out / "mask.json").unlink(missing_ok=True)
+    out = search_settings.out
+    if (out / "mask.json").exists() and not search_settings.resume:
+        folders = [*out.glob("round-*"), out / "dense"]
+        folders += [out / f"{order}-{level}" for order in ORDERS for level in LEVELS]
+        for folder in folders:
+            (folder / "result.json").unlink(missing_ok=True)
+        (out / "mask.pt").unlink(missing_ok=True)
+        (out / "mask.json").unlink()  # last, so that a kill in between is noticed
     tamt.write_json(search_settings.out / "search.json", {"settings": search_identity(search_settings)})
 
 
@@ -1527,8 +1560,8 @@ def settings_of_one_run(settings: Settings, **changes) -> Settings:
 
 
 def finish_search(search_settings, mask_file, story: dict, start_time: float) -> dict:
-    """Copies the mask file that won to mask.pt, and writes mask.json with the story of the search. mask_file: None if
-    no ticket is to win."""
+    """Copies the mask file that was found to mask.pt, and writes mask.json with the story of the search. mask_file:
+    None if there is none."""
     chosen_file = search_settings.out / "mask.pt"
     content = {"settings": search_identity(search_settings), **story}
     print("---")
@@ -1566,7 +1599,8 @@ def search_identity(settings) -> dict:
 
 
 def task_folder(task, run) -> Path:
-    """Where the files of a task are: --data, the toy's tasks, or the cache, after a download."""
+    """Where the files of a task are: the folder of a task of one's own, --data, the toy's tasks, or the cache, after a
+    download."""
     if run.data is not None and not run.data.is_dir():
         raise FileNotFoundError(f"--data {run.data}: no such folder")
     if task.name == "toy" and (run.model != "toy" or run.data is not None):
@@ -1589,11 +1623,11 @@ def wanted_splits(task, predict: bool) -> list[str]:
 
 
 def identity_of_run(run, tickets: list[Ticket], tasks: list, examples: dict, vocabulary) -> dict:
-    """What makes this run this run; --resume refuses any other. Masks, texts, the tokenizer and weights count by
-    content."""
+    """What makes this run this run: a folder that holds another one is refused. Masks, texts, the tokenizer and weights
+    count by content."""
     names = ("model", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every", "weights", "checkpoint",
              "config")
-    identity = {"task": ",".join(examples)} | {name: tamt.plain(getattr(run, name)) for name in names}
+    identity = {"task": task_names(tasks)} | {name: tamt.plain(getattr(run, name)) for name in names}
     identity["horizon_rounds"] = run.schedule_stretch  # under the name that earlier versions gave it
     identity["metrics"] = ",".join(metric for task in tasks for metric in task.metrics)
     own_labels = [task.labels for task in tasks if task.name not in {*glue_squad.TASKS, "toy"}]
@@ -1637,8 +1671,9 @@ def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Path:
 
 
 def check_files_of_run(run: Run):
-    """Raises ValueError if the run would write one of its files over another, or over what it reads."""
-    written = ["result.json", "state.pt", "log.jsonl", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
+    """Raises ValueError if the run would write one of its files over another, over what it reads, or over what is no
+    run's."""
+    written = ["result.json", "state.pt", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
     written += [f"{task.folder}.tsv" for task in named_tasks(run)]
     for name in written:
         if run.results is not None and run.results.absolute() == (run.out / name).absolute():

@@ -17,6 +17,7 @@ import finetune
 import tamt
 from helpers import (
     assert_masks_differ,
+    edit_json,
     is_subset,
     lines_of_results,
     logits_of_export,
@@ -400,6 +401,15 @@ def test_a_search_begun_anew_and_killed_in_its_first_round_can_be_resumed(tasks,
         patch.setattr(finetune, "train", kill)
         finetune.find_imp(settings)
     assert finetune.find_imp(replace(settings, resume=True))["rounds"] == expected["rounds"]
+
+
+def test_a_finished_search_that_is_run_again_is_not_stopped_by_its_old_rounds(tasks, tmp_path, imp_folder):
+    """On another machine its first round may give another mask, and the old second round is that of another run."""
+    shutil.copytree(imp_folder, tmp_path / "run")
+    old_result = tmp_path / "run/round-2/result.json"
+    edit_json(old_result, settings=json.loads(old_result.read_text())["settings"] | {"masks": "0123456789abcdef"})
+    finetune.find_imp(dense_settings(tasks, tmp_path, **IMP_SEARCH))
+    assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
 
 
 def test_a_search_does_not_touch_the_mask_of_another_run(tasks, tmp_path):

@@ -20,7 +20,7 @@ import torch
 
 import bert
 import tamt
-from dev import bench, sweep, toy
+from dev import bench, reactions, sweep, toy
 from test_tamt import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,3 +273,11 @@ def test_the_distance_of_a_mask_that_keeps_everything_is_0_and_of_another_above(
     whole, pruned = sweep.read_lines(tmp_path / "results.jsonl")
     assert whole["cls_distance"] == pytest.approx(0, abs=1e-6)
     assert pruned["cls_distance"] > 0.01
+
+
+def test_reactions_are_cut_into_atoms_bonds_and_rings():
+    tokens = reactions.TOKEN.findall("CC[C@@H](Cl)%12=N.Br>>[nH]1")
+    assert tokens == ["C", "C", "[C@@H]", "(", "Cl", ")", "%12", "=", "N", ".", "Br", ">>", "[nH]", "1"]
+    tokenizer = reactions.make_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(tokens))])
+    assert tokenizer.encode(" ".join(tokens), " ".join(tokens)).tokens == ["[CLS]", *tokens, "[SEP]", *tokens, "[SEP]"]
+    assert tokenizer.encode("C ?").tokens == ["[CLS]", "C", "[UNK]", "[SEP]"]
