@@ -323,7 +323,7 @@ class Model(nn.Module):
 
         input_ids (B, T) int64; attention_mask (B, T), True or 1 at tokens and False or 0 at padding, None
         without padding; token_type_ids (B, T), None for all 0 -> list of L + 1 tensors (B, T, D).
-        Raises ValueError if T exceeds the position table."""
+        Raises ValueError if T exceeds config.max_tokens."""
         num_tokens = input_ids.shape[1]
         if num_tokens > self.config.max_tokens:
             raise ValueError(f"{num_tokens} tokens, but the model has {self.config.max_tokens} positions")
@@ -405,8 +405,8 @@ def load(path) -> Model:
         the prefix of a TensorFlow checkpoint, or its .index or .data file
         fairseq's model.pt
 
-    All weights become fp32. A printed line names the tensors that the model does not use. (Those of optimizers,
-    buffers, and the task heads of TensorFlow and fairseq are left out without a word.) Raises FileNotFoundError, or a
+    All weights become fp32. A printed line names tensors that the model does not use. (Those of optimizers, buffers,
+    and the classifiers of TensorFlow and fairseq are left out without a word.) Raises FileNotFoundError, or a
     ValueError that says which file is wrong, and how, such as the tensors that are missing, misshapen or not finite."""
     # Read the weights and the settings. Most formats keep the settings in a config.json beside the weights; a fairseq
     # file holds its own, and a config.json beside it, if there is one, wins.
@@ -420,7 +420,7 @@ def load(path) -> Model:
                                 f"{weights_file.name}")
 
     # Settle the family, the names, the config, and whether the decoder is the embedding matrix. Inside these `with`
-    # blocks every error becomes a ValueError that begins with the name of the file.
+    # blocks an error of a parser becomes a ValueError that begins with the name of the file.
     with file_named_in_errors(weights_file):
         family = find_family(tensors, settings)
         tensors = normalise_names(tensors, family)
@@ -454,7 +454,8 @@ def load(path) -> Model:
 def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     """Writes config.json and model.safetensors, which transformers' from_pretrained loads.
 
-    tensors: {name: tensor}, such as model.state_dict().
+    tensors: {name: tensor}, such as model.state_dict(). (Where the masked-LM head has a decoder of its own,
+    transformers wants the bias under two names.)
     architecture: the class of transformers that should load them, without the family's name: "ForMaskedLM".
     extra: further fields of config.json, such as the names of the classes.
     Raises OSError if the disk fails; each of the two files is then either the old or the new one, complete."""
@@ -462,6 +463,9 @@ def save(folder, config: Config, tensors: dict, architecture: str, **extra):
     folder.mkdir(parents=True, exist_ok=True)
     class_name = config.model_type.title() + architecture  # BertForMaskedLM
     settings = asdict(config) | {"architectures": [class_name], "hidden_act": "gelu"} | extra
+    head = MLM_HEADS[config.model_type]
+    if f"{head}.decoder.weight" in tensors:
+        tensors = tensors | {f"{head}.decoder.bias": tensors[f"{head}.bias"]}
     # First the new config is written beside the old one; the flush makes a full disk fail here, before anything is
     # replaced. Then the weights are replaced, and the config last, when this block ends. So whoever finds a new config
     # finds the new weights, too.
@@ -731,7 +735,7 @@ def file_named_in_errors(file):
     """Inside the with block an error of a parser becomes a ValueError of one line that begins with `file`."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:  # torch raises RuntimeErrors
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{file}: {reason:.600}") from None
 
@@ -742,7 +746,7 @@ def file_named_in_errors(file):
 # The files come from strangers: no code in them runs, and no size that they claim is believed unchecked.
 # ---------------------------------------------------------------------------------------------------
 
-# Two functions for files that all modules use.
+# Two functions for files that other modules use, too.
 
 
 def read_json(path) -> dict:
@@ -763,8 +767,8 @@ PART_SUFFIX = ".tamt.part"  # no other program's files end in it, so a run may r
 def atomic_write(path):
     """Yields a binary file that takes the place of `path` when the block ends, or leaves no trace of itself.
 
-    On any failure the part file goes and an old `path` stays; trouble with the disk is an OSError that names
-    `path`. The folder must exist."""
+    On any failure the part file goes and an old `path` stays; trouble with the disk is an OSError that names one of
+    the two. The folder must exist."""
     part = Path(f"{path}.{os.urandom(4).hex()}{PART_SUFFIX}")
     try:
         with open(part, "wb") as file:
@@ -866,7 +870,7 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor]):
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-# PyTorch pickles, .bin .pt .pth .ckpt: a zip archive, or, before 2020, five pickles in a row.
+# PyTorch pickles, .bin .pt .pth .ckpt: a zip archive, or, before 2020, five pickles in a row and then the numbers.
 # torch.load(weights_only=True) reads both and runs no code in them.
 
 
@@ -977,7 +981,7 @@ DTYPE, SHAPE, SHARD, OFFSET, SIZE, CHECKSUM, SLICES = 1, 2, 3, 4, 5, 6, 7
 DIMENSION, DIMENSION_SIZE = 2, 1
 # Types of a field on the wire.
 VARINT, FIXED64, LENGTH_DELIMITED, FIXED32 = 0, 1, 2, 5
-LARGEST_INDEX = 2 << 20  # bytes; BERT-large has 100,000
+LARGEST_INDEX = 2 << 20  # bytes; BERT-large has less than 50,000
 
 
 def read_tensorflow(path) -> dict[str, torch.Tensor]:

@@ -20,7 +20,8 @@
     block    T - 2 token ids that follow each other in the text
     row      [CLS], a block or a line, [SEP], and padding after a line
 
-Functions that the chapters call but do not define are in the appendices; check_... and refuse_... only warn or raise.
+Functions that the chapters call but do not define are in the appendices; check_... and refuse_... return nothing, and
+warn or raise.
 Letters in shapes: n rows, B sequences, T tokens, V vocabulary.
 """
 
@@ -152,7 +153,7 @@ def make_vocabulary(tokenizer: Tokenizer, settings: dict, file: Path, one_row_pe
 def wordpiece(file: Path, settings: dict) -> Tokenizer:
     """BERT's tokenizer from vocab.txt, one token a line. A text is cleaned, perhaps lower-cased, and split into words
     at white space and punctuation. Each word is cut, from left to right, into the longest tokens that there are; those
-    inside a word begin with ##: "unaffable" -> un ##aff ##able. A word that cannot be cut becomes [UNK]."""
+    inside a word begin with ##: "embeddings" -> em ##bed ##ding ##s. A word that cannot be cut becomes [UNK]."""
     tokens = read_lines(file)
     vocab = ids_by_position(tokens, file)
     unknown = name_of_unknown(vocab, settings)  # "[UNK]"
@@ -208,7 +209,7 @@ def corpus_rows(source, vocabulary: Vocabulary, seq_len: int, split: str, one_ro
 def path_of_rows(file, begin, end, vocabulary: Vocabulary, seq_len: int, one_row_per_line: bool) -> Path:
     """The file in the cache for the rows of a text. Its name is a digest of all that they depend on: the bytes of the
     text, the tokenizer, T, one_row_per_line. So equal names mean equal rows, wherever the text is stored. (The code of
-    this chapter is not in it: who changes that has to empty the cache.)"""
+    this chapter and of the tokenizers library is not in it: who changes that has to empty the cache.)"""
     made_by = [vocabulary.tokenizer.to_str(), vocabulary.special_ids, seq_len, one_row_per_line]
     digest = hashlib.sha256(json.dumps(made_by).encode())
     for chunk in read_chunks(file, begin, end):
@@ -365,8 +366,8 @@ def corrupt(input_ids, vocabulary: Vocabulary, generator: np.random.Generator) -
     return corrupted_ids, is_predicted
 
 
-# The uses of randomness in all modules. The position of a purpose is part of its seed, so this list may grow at its
-# end only.
+# The uses of random_stream() in all modules. The position of a purpose is part of its seed, so this list may grow at
+# its end only.
 PURPOSES = (
     "order",  # of the rows, or of the examples of a task
     "corruption",  # of the rows, for masked LM
@@ -398,7 +399,7 @@ SPECIAL_ROLES = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token
 
 def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
     """The tokenizers library's own format. The file may ask to cut and pad each text. That is switched off, since rows
-    and pairs of sentences are made here. Raises ValueError if the settings beside it contradict it, since
+    and pairs of sentences are made here. Raises ValueError if the settings beside it contradict one of its steps, since
     transformers follows now the one, now the other."""
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -415,6 +416,10 @@ def read_tokenizer_json(file: Path, settings: dict) -> Tokenizer:
     for step in steps_of(rules["normalizer"]) + steps_of(rules["pre_tokenizer"]):
         if step["type"] == "BertNormalizer" and step["strip_accents"] is None:
             step["strip_accents"] = step["lowercase"]
+        if step["type"] == "Lowercase":
+            step["lowercase"] = True
+        if step["type"] == "StripAccents":
+            step["strip_accents"] = True
         for setting, name in names.items():
             if setting in settings and name in step and bool(settings[setting]) != step[name]:
                 raise ValueError(f"{file}: {name} is {json.dumps(step[name])}, but tokenizer_config.json has {setting} "
@@ -489,7 +494,7 @@ def is_lower_cased(words: list, file: Path, settings: dict) -> bool:
     1. The settings say it (do_lower_case).
     2. No word of the vocabulary has a capital: yes.
     3. There is a tokenizer_config.json that does not say: yes, as transformers does it.
-    4. There are no settings at all: no.
+    4. There is no tokenizer_config.json: no.
 
     In the cases 2 to 4 a printed line says what was decided, and why."""
     if "do_lower_case" in settings:
@@ -1183,7 +1188,7 @@ def fetch(urls, path, size: int | None = None, sha256: str | None = None) -> Pat
 
 def request(url: str, part: Path, size: int | None, sha256: str | None):
     """Completes the file `part` by one request. Raises TryAgain if another attempt may help, ValueError
-    or an error of requests if not."""
+    if not, and the errors of requests, of which some may pass."""
     num_bytes = part.stat().st_size if part.exists() else 0
     url, headers = hub_request(url)
     headers["User-Agent"] = AGENT

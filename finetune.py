@@ -165,7 +165,7 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
     this run, interrupted               (None, state)       ValueError
     a run of other settings or files    ValueError          ValueError
 
-    Also a ValueError: a finished run that lacks what --predict or --export now asks for."""
+    Also a ValueError: --resume of a finished run that lacks what --predict or --export now asks for."""
     run = inputs.run
     result, state = tamt.open_folder(run.out, inputs.identity, run.resume, "result.json", run.machine)
     if result is not None:
@@ -233,8 +233,8 @@ class Training:
 
 # How a ticket is applied, and what keeps pruned what it prunes:
 #
-#     an ordinary one, one task      its entries are set to 0 (zero_pruned_weights), and get no gradient
-#                                    (zero_pruned_gradients)
+#     an ordinary one, one task      the entries that it prunes are set to 0 (zero_pruned_weights), and get no
+#                                    gradient (zero_pruned_gradients)
 #     a Super Ticket, one task       its heads and FFNs are cut out of the network (cut_out_units, chapter 7)
 #     one for each of several tasks  in each forward pass the weights are multiplied by the masks of the task of the
 #                                    batch (TaskSwitch, chapter 8), and stay whole
@@ -265,7 +265,7 @@ def read_tickets(settings) -> list[Ticket]:
 
 def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
     """{split: examples, or questions of SQuAD}: train, dev, and the test files if they are to be predicted.
-    MNLI's mismatched and diagnostic files may be missing."""
+    MNLI's mismatched and diagnostic files may be missing from --data."""
     folder = task_folder(task, run)
     if run.predict and task.predicts != "span" and "test" not in task.files:
         raise ValueError(f"--predict: task {task.name} names no test file")
@@ -712,7 +712,8 @@ def imp_round(search_settings: Settings, folder: Path, mask_file: str | None, ne
 def train_for_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
     """Prepares and trains a run of a search. The caller writes the tickets that follow from it, and then its result."""
     training = prepare_training(inputs, state)
-    # The folders now become those of this search. This comes late, since up to here an error leaves all as it was.
+    # The folders now become those of this search. This comes late, so that an error up to here costs a finished search
+    # no more than its first result.
     claim_folders(search_settings, inputs.run)
     train(training)
     return training
@@ -841,7 +842,7 @@ def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
         importance = mean over batches ( sum over tokens |<d loss / d o, o>| )
 
     This is, to first order, how much the loss changes if o is taken away. In each layer the importances of the heads
-    are then divided by their l2 norm. An FFN is alone in its layer, so its importance is not divided by anything."""
+    are then divided by their l2 norm. That of an FFN, which is alone in its layer, is not divided by anything here."""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -1085,16 +1086,19 @@ def select_task(training: Training, task: glue_squad.Task):
 #     | evaluation       | every N updates                      | also after each epoch, and so after the last update
 #     | best step, MRPC  | by max(accuracy, mean of it and F1)  | by accuracy
 #     | best step, MNLI  | by mismatched accuracy, as "acc"     | by matched accuracy; both have names of their own
-#     | SQuAD, training  | answers are widened to whole words   | answers are found by their characters
+#     | SQuAD, training  | answers become whole words where no  | answers are found by their characters
+#     |                  | tokens spell them (0.2 %)            |
 #     | SQuAD, loss      | padding takes part in the softmax    | it does not
 #     | SQuAD, answers   | from the 20 best starts and ends of  | from the 20 best starts and ends in the paragraph
-#     |                  | a window, question included          |
+#     |                  | a window, question included; their   |
+#     |                  | text may grow to whole words         |
 #     | IMP rounds       | keep the task head                   | begin with a fresh one
 #     |                  | go on in the order of examples       | all have the same order and dropout
 #     |   on SQuAD       | 4 epochs each, the pooler is ranked  | 2 epochs each, no pooler
 #     | Super Tickets    | Adamax, warm-up, decay .01, lr 5e-5, | AdamW, lr 2e-5 and 3 epochs, as in any fine-tuning
 #     |                  | 3 or 6 epochs                        | on GLUE
-#     |   importance     | gradients of batches add up          | each batch counts once
+#     |   importance     | gradients of batches add up; that of | each batch counts once; that of FFNs is not
+#     |                  | FFNs is divided by its norm          | (their order is the same)
 #     |   random tickets | drawn with replacement               | without
 #     | --weights        | shuffled: whole layers change places | the entries of each matrix do
 
@@ -1211,8 +1215,8 @@ def complete_finished_run(inputs: Inputs, result: dict):
 
 
 def written_files(inputs: Inputs) -> dict[str, list]:
-    """Hashes of the predictions, if --predict asks for them, and of the texts that they were made for; and of the
-    exported weights, if --export does: {"predict": [...], "export": [...]}. None stands for a file that is missing."""
+    """Hashes of the predictions, if --predict asks for them, and of the test texts; and of the exported weights, if
+    --export does: {"predict": [...], "export": [...]}. None stands for weights that are missing."""
     run = inputs.run
     written = {}
     if run.predict:
@@ -1540,8 +1544,8 @@ def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict 
 
 def claim_folders(search_settings: Settings, run: Run):
     """Writes into the folder of a search which one it holds. Without --resume, the results of an earlier search that
-    was finished there are removed. Called when the Training stands, so that a search that is refused leaves all as it
-    was."""
+    was finished there are removed. Called when the Training stands, so that a search that is refused leaves nearly all
+    as it was."""
     (run.out / "mask.pt").unlink(missing_ok=True)
     out = search_settings.out
     if (out / "mask.json").exists() and not search_settings.resume:

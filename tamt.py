@@ -124,7 +124,7 @@ import data
 
 def find_mask(settings: Settings) -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several processes
-    the first one saves, and the others return {}.)
+    the first one saves, and the others return {} instead.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
@@ -176,8 +176,8 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps the run ends
-        # there. Without, it ends as early as in the paper: at 70 % after 17,000 of 27,920 updates.)
+        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps, and for the toy,
+        # the run ends there. Else it ends where the paper takes its masks: at 70 % after 17,000 of 27,920 updates.)
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
@@ -444,7 +444,7 @@ def random_masks(masked_layers: dict, sparsity: float, rank: str, seed: int) -> 
 def first_masks(masked_layers: dict, run: Run) -> dict:
     """Step 3: the OMP mask or the random mask. With omp and random it is the result.
 
-    As in the paper, TAMT starts from a ranking inside each matrix, and all matrices compete later."""
+    TAMT starts from a ranking inside each matrix, as in the paper, even if all matrices compete later."""
     rank = run.rank
     if run.method == "tamt" and rank == "global":
         rank = "local"
@@ -706,7 +706,7 @@ def micro_batch_loss(model, objective: str, micro_batch: MicroBatch, student=Non
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
     one."""
-    student = student or model
+    student = model if student is None else student  # not `or`: a compiled model has no truth value
     input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
     student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
@@ -963,12 +963,13 @@ def imp_levels(sparsity: float) -> list[float]:
 # Appendix A: how paper, released code and this program differ. Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
-# How the paper, the released code and this program differ. An empty cell means "as in the released code", a dash that
-# the paper does not say. n is the number of entries that have a mask, and s the sparsity.
+# How the paper, the released code and this program differ in mask training. (finetune.py has a table of its own.) An
+# empty cell means "as in the released code", a dash that the paper does not say, as far as we know. n is the number of
+# entries that have a mask, and s the sparsity.
 #
 #     |                 | paper                | released code                   | here
 #     | what is ranked  | absolute scores      | signed scores                   |
-#     | who competes    | all entries          | the entries of a matrix         | all; --rank local: those of a matrix
+#     | who competes    | -                    | the entries of a matrix         | all; --rank local: those of a matrix
 #     | how many go     | a fraction s         | int(n s), and all ties at the   | round(n s); of equal scores the
 #     |                 |                      | threshold                       | first ones stay
 #     | when            | -                    | every 1000 (kd: 100) updates; s | after every update;
@@ -981,11 +982,12 @@ def imp_levels(sparsity: float) -> list[float]:
 #     | gradient        |                      | no gradient moves their scores  | and count like all others
 #     | optimizer       | -                    | AdamW; kd: BertAdam             |
 #     | clipping at 1.0 | -                    | all gradients; kd: each tensor  | all gradients
-#     | text of kd      | same as mlm          | sentence pairs, one token of    | the rows of mlm, uncorrupted
+#     | text of kd      | -                    | sentence pairs, one token of    | the rows of mlm, uncorrupted
 #     |                 |                      | each corrupted                  |
 #     | mean of kd      | over tokens          | over tokens and padding         | over tokens
 #     | teacher of kd   | -                    | with dropout; mlm+kd: without   | without
-#     | short runs      | -                    | the rate of full runs           | a higher one: learning_rate_of
+#     | short runs      | -                    | the rate of full runs           | a higher rate (learning_rate_of);
+#     |                 |                      | and their decay                 | it falls to 0
 #     | rewinding (imp) | to the pre-trained W | none: the trained W are copied  | to the pre-trained W;
 #     |                 |                      | onto themselves                 | --no-rewind as released
 #     | corruption      | 15 %                 | 15 % of all but special tokens  | [UNK] is a special token, too
@@ -995,7 +997,7 @@ def imp_levels(sparsity: float) -> list[float]:
 
 HIGHEST_RATE = 0.01  # of those that are raised for short runs
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
-# Updates of the paper's runs at each sparsity (its Table 2). They end before the learning rate reaches 0.
+# After so many updates the paper takes its masks at each sparsity (Table 2), before the learning rate reaches 0.
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
 
 
@@ -1029,7 +1031,7 @@ def apply_old_thresholds(scores: Scores):
 
 def is_refresh_due(run: Run, updates_done: int) -> bool:
     """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
-    updates 1000, 2000, ..., kd after 1, 999, 1999, ...; both when they evaluate or save, and at the end."""
+    updates 1000, 2000, ..., kd after 1, 999, 1999, ...; here both also when they evaluate or save, and at the end."""
     if updates_done % run.eval_every == 0 or updates_done % run.save_every == 0 or updates_done == run.num_updates:
         return True
     if run.objective == "kd":
@@ -1141,7 +1143,7 @@ def split_at(values, low: float, high: float, mask):
     """Writes values > high into `mask` (n,) -> how many those are, and the positions of the values in between,
     low < value <= high, in ascending order.
 
-    On a CPU numpy compares in pieces that stay in its cache: over BERT-base's 108 M scores that takes 0.1 s
+    On a CPU numpy compares in pieces that stay in its cache: over BERT-base's 109 M scores that takes 0.1 s
     and torch 1.4 to 2 s, a fifth of a training step."""
     if values.device.type != "cpu":
         torch.gt(values, high, out=mask)
@@ -1203,7 +1205,7 @@ def load_mask(path) -> dict[str, torch.Tensor]:
 
     path: our mask.pt, the folder of a run, a dict of bool or 0/1 tensors as the released programs save it
     (names ending in .weight or .weight_mask), or a state_dict that torch.nn.utils.prune has masked. Raises
-    ValueError for anything else."""
+    ValueError for anything else, and OSError if the file cannot be read."""
     masks, _ = read_mask(path)
     return masks
 
@@ -1431,7 +1433,7 @@ def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
     """The subnetwork as a folder that transformers' AutoModelForMaskedLM loads, zeros baked in.
 
     The decoder stays dense: where the word embeddings are masked it cannot share their matrix any more, and is
-    written by itself, with the bias under both of its names, as transformers wants it."""
+    written by itself."""
     family = model.config.model_type
     head = bert.MLM_HEADS[family]
     words = f"{family}.embeddings.word_embeddings.weight"
@@ -1445,8 +1447,6 @@ def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
         print("the masked word embeddings differ from the dense decoder: written as two matrices, untied")
         tensors[f"{head}.decoder.weight"] = tensors[words]
         is_tied = False
-    if has_head and not is_tied:
-        tensors[f"{head}.decoder.bias"] = tensors[f"{head}.bias"]
 
     for name, mask in masks.items():
         tensors[name] = tensors[name] * mask
@@ -1480,7 +1480,7 @@ def print_summary(mask, content: dict, run):
 # Appendix D: the folder of a run, and evaluations on the way
 # ---------------------------------------------------------------------------------------------------
 
-SAVE_SECONDS = 300  # state.pt is written at least this often: a crash costs no more work than that
+SAVE_SECONDS = 300  # state.pt is written about this often: a crash costs no more work than that, and an update
 
 
 def identity_of_run(run, rows, dev_rows) -> dict:
@@ -1540,7 +1540,8 @@ def read_state(out: Path) -> dict | None:
 
 def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machine) -> tuple:
     """-> (result, None) if the folder holds the result of this run and --resume is given; (None, state) if it holds
-    the state of an unfinished one; else (None, None), and the result, state and log of an earlier run are removed.
+    the state of an unfinished one and --resume is given; else (None, None), and the result, state and log of an earlier
+    run are removed. Raises ValueError if it holds something else, or an unfinished run without --resume.
 
     Of several processes the first one looks, since the folder lies on its host, and tells the others."""
     if machine.num_processes == 1:
@@ -1741,7 +1742,7 @@ def config_checksum(model: bert.Model) -> str:
 
 
 class Log:
-    """A progress line at each interval on the terminal, and the same figures as a line of log.jsonl."""
+    """A progress line at each interval on the terminal, and most of its figures as a line of log.jsonl."""
 
     def __init__(self, run, masked_layers):
         self.run = run
@@ -2032,7 +2033,7 @@ def choose_learning_rate(values: dict, num_updates: int) -> tuple[float | None, 
     if values["lr"]:
         return values["lr"], "as asked"
     paper_rate = paper_learning_rate(values["objective"])
-    if values["method"] == "imp" or not values["steps"] or num_updates >= HORIZON:  # or longer than the paper's
+    if values["method"] == "imp" or not values["steps"] or num_updates >= HORIZON:  # as long as the decay
         return paper_rate, "the paper's"
     rate = learning_rate_of(values["objective"], values["sparsity"], num_updates)
     full_run = f"{paper_updates(values['sparsity']):,} updates of a full run"
@@ -2154,7 +2155,8 @@ def flags_without_effect(settings: Settings) -> list[str]:
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
         has_text = settings.data or settings.model == "toy"
-        return ignored if has_text else [*ignored, "lines", "seq_len"]
+        ignored += [] if has_text else ["lines", "seq_len"]
+        return ignored if settings.method == "random" else [*ignored, "seed"]
     if settings.method == "imp":
         return ["init", "refresh_every", "eval_every"]
     return ["prune_every", "no_rewind"]
@@ -2210,8 +2212,8 @@ def refuse_several_processes(machine: Machine, what: str):
 
 
 def start_machine(device: str = "auto", dtype: str = "auto") -> Machine:
-    """Chooses the device and the type of the forward pass, prints both with the reason, and joins the other
-    processes if torchrun has started several."""
+    """Chooses the device and the type of the forward pass, prints both, and joins the other processes if torchrun has
+    started several."""
     process_index = number_in_environment("RANK", 0)
     num_processes = number_in_environment("WORLD_SIZE", 1)
     if not 0 <= process_index < num_processes:

@@ -10,6 +10,7 @@ import json
 import re
 import resource
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -611,6 +612,13 @@ def test_a_fairseq_file_without_its_settings_needs_a_config(inputs, roberta_tens
     assert_equal(bert.load(folder).state_dict(), roberta_tensors)
 
 
+def test_a_fairseq_file_with_a_number_in_the_place_of_a_matrix_is_refused_in_one_line(roberta_tensors, tmp_path):
+    tensors = fairseq_tensors(roberta_tensors, fused=True)
+    name = next(name for name in tensors if name.endswith("in_proj_weight"))
+    folder = write_fairseq(tmp_path / "f", tensors | {name: torch.tensor(1.0)}, {"args": FAIRSEQ_ARGS})
+    raises_one_line(bert.load, folder, match="model.pt: .*dimension")
+
+
 def test_a_fairseq_file_with_layers_of_another_kind_is_refused(roberta_tensors, tmp_path):
     more = {"decoder.sentence_encoder.layer_norm.weight": torch.ones(32)}
     folder = write_fairseq(tmp_path / "f", fairseq_tensors(roberta_tensors) | more, {"args": FAIRSEQ_ARGS})
@@ -957,11 +965,16 @@ def test_dropout_is_a_tenth_if_config_json_does_not_say(model, tmp_path):
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
 @torch.no_grad()
-def test_transformers_opens_what_save_writes_with_equal_logits(model, tmp_path):
+def test_transformers_opens_what_save_writes_with_equal_logits(model, tmp_path, is_tied):
     import transformers
 
     family = model.config.model_type
+    if not is_tied:
+        model = bert.Model(replace(model.config, tie_word_embeddings=False)).eval()
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape)
     bert.save(tmp_path, model.config, model.state_dict(), "ForMaskedLM")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
     assert type(theirs).__name__ == f"{family.title()}ForMaskedLM"

@@ -144,8 +144,8 @@ def released_kd_run(tmp_path_factory):
 
 @needs_real_inputs
 def test_the_kd_mask_agrees_with_the_released_code_but_for_scores_near_a_threshold(released_kd_run):
-    """Its scores move little, so that hundreds lie within rounding of a threshold, too many to settle one by one. Where
-    this was written, 464 of the 13,654 entries that changed were different."""
+    """Here roundings grow: an entry that falls on the other side of a threshold changes the gradients of others. Where
+    this was written, 464 of the 13,654 entries that changed were different in the end."""
     assert released_kd_run.num_differing < 0.05 * released_kd_run.num_changed
 
 

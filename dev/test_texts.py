@@ -257,6 +257,16 @@ def test_a_setting_that_contradicts_tokenizer_json_is_refused(tmp_path, setting,
     raises_one_line(data.vocabulary, tmp_path, match=f"tokenizer.json: {words}; make the two agree")
 
 
+@pytest.mark.parametrize("step, setting", [("Lowercase", "do_lower_case"), ("StripAccents", "strip_accents")])
+def test_a_setting_that_contradicts_the_name_of_a_step_is_refused(tmp_path, step, setting):
+    rules = json.loads(data.vocabulary(bert_folder(tmp_path / "plain")).tokenizer.to_str())
+    rules["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": step}]}
+    write_files(tmp_path, tokenizer_json=rules, tokenizer_config_json={setting: True})
+    data.vocabulary(tmp_path)
+    write_files(tmp_path, tokenizer_config_json={setting: False})
+    raises_one_line(data.vocabulary, tmp_path, match=f"is true, but .* {setting} false; make the two agree")
+
+
 @pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
 def test_a_setting_that_contradicts_a_step_of_tokenizer_json_is_refused(tmp_path, part):
     make_folder = bert_folder if part == "normalizer" else roberta_folder
