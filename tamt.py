@@ -2150,13 +2150,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def flags_without_effect(settings: Settings) -> list[str]:
-    """The fields of Settings that a method does not heed."""
+    """The fields of Settings that a method does not heed. (omp ignores the seed, too, but in the name of the folder.)"""
     if settings.method in ("omp", "random"):
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
         has_text = settings.data or settings.model == "toy"
-        ignored += [] if has_text else ["lines", "seq_len"]
-        return ignored if settings.method == "random" else [*ignored, "seed"]
+        return ignored if has_text else [*ignored, "lines", "seq_len"]
     if settings.method == "imp":
         return ["init", "refresh_every", "eval_every"]
     return ["prune_every", "no_rewind"]
