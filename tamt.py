@@ -2150,7 +2150,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def flags_without_effect(settings: Settings) -> list[str]:
-    """The fields of Settings that a method does not heed. (omp ignores the seed, too, but in the name of the folder.)"""
+    """The fields of Settings that a method does not heed."""
     if settings.method in ("omp", "random"):
         ignored = ["objective", "init", "steps", "lr", "clip", "batch_size", "accumulate", "refresh_every", "compile",
                    "log_every", "eval_every", "save_every", "prune_every", "no_rewind"]
