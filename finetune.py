@@ -34,8 +34,9 @@ Methods of other papers follow. Skip them if you came for TAMT:
     Appendix B                    settings, folders, and the command line
 
 What chapters 1 to 8 use and do not define is in an appendix. From the other modules come the
-network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and masks,
-devices and folders (tamt.py).
+network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and what both
+kinds of training need: masks, the optimizer, devices and folders (tamt.py). "Released" is the code of the papers'
+authors.
 
 Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Training -> the content of result.json.
 
@@ -67,6 +68,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +106,11 @@ def fine_tune(settings: Settings) -> dict:
     return finish(training)
 
 
-# A run has a field for each flag of the command line, and a few more. These occur most:
+# A run (class Run, appendix B) has a field for each flag of the command line, and a few more. These occur most:
 #
 #     run.lr, run.epochs, run.batch_size
 #     run.max_len                            tokens of an example
-#     run.limit                              training examples; None: all
+#     run.limit                              training examples (SQuAD: windows); None: all
 #     run.eval_every                         updates between evaluations
 #     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
 #                                            counts, or the weights below it?
@@ -148,7 +150,7 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     # What follows from them: the settings with the defaults, and the examples. The folder comes last, since by default
     # its name ends with a hash of the identity.
     run = fill_in_defaults(settings, machine, tasks, model_name, model, schedule_stretch)
-    examples = {task.name: read_examples(task, run) for task in tasks}  # without --data they are downloaded
+    examples = {task.name: read_examples(task, run) for task in tasks}  # from --data, or a download
     identity = identity_of_run(run, tickets, tasks, examples, vocabulary)
     run = replace(run, out=choose_folder(run, tickets, identity))
     check_files_of_run(run)
@@ -174,8 +176,14 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
 
 
 def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
-    """Encodes the examples, and turns the pre-trained model into the pruned network that trains. state: of an
-    interrupted run, or None."""
+    """Encodes the examples, and turns the pre-trained model into the network that trains. state: of an interrupted run,
+    or None. How tickets are applied, and how what they prune stays pruned:
+
+    an ordinary one, one task       the entries that it prunes become 0 (zero_pruned_weights), and get no gradient
+                                    (zero_pruned_gradients)
+    a Super Ticket, one task        its heads and FFNs are cut out of the network (cut_out_units, chapter 7)
+    one for each of several tasks   each forward pass multiplies the weights, which stay whole, by the masks of the task
+                                    of the batch (TaskSwitch, chapter 8)"""
     run = inputs.run
     model = inputs.model
     tasks = inputs.tasks
@@ -185,12 +193,17 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
 
     masks = {}
     task_switch = None
-    if len(tasks) > 1:  # the weights stay whole, since each task prunes other ones (chapter 8)
+    if len(tasks) > 1:
         task_switch = TaskSwitch(model, tasks, inputs.tickets)
         for encoded_task in encoded_tasks:
             encoded_task.metric_prefix = f"{encoded_task.task.name}_"
     elif inputs.tickets:
-        masks = apply_ticket(model, inputs.tickets[0])
+        [ticket] = inputs.tickets
+        if ticket.is_super:
+            removed_heads, removed_ffns = units_from_masks(model.config, ticket)
+            cut_out_units(model, removed_heads, removed_ffns)
+        else:
+            masks = zero_pruned_weights(model, ticket)
 
     training = Training(inputs, encoded_tasks, masks, task_switch)
     if state is not None:
@@ -230,17 +243,6 @@ class Training:
 # ---------------------------------------------------------------------------------------------------
 # 2. Tickets, tasks, network: what a fine-tuning consists of
 # ---------------------------------------------------------------------------------------------------
-
-# How a ticket is applied, and what keeps pruned what it prunes:
-#
-#     an ordinary one, one task      the entries that it prunes are set to 0 (zero_pruned_weights), and get no
-#                                    gradient (zero_pruned_gradients)
-#     a Super Ticket, one task       its heads and FFNs are cut out of the network (cut_out_units, chapter 7)
-#     one for each of several tasks  in each forward pass the weights are multiplied by the masks of the task of the
-#                                    batch (TaskSwitch, chapter 8), and stay whole
-#
-# So training.masks holds something in the first case alone.
-
 
 @dataclass
 class Ticket:
@@ -291,7 +293,7 @@ class EncodedTask:
     a question and a stretch of its paragraph. task.predicts says what the network predicts: a "class", a "number"
     (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
     task: glue_squad.Task
-    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, all that were read
+    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, as in Inputs
     train_sequences: list  # in file order, or a random choice of --limit
     train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
     dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
@@ -383,27 +385,16 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def apply_ticket(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Prunes the network of a single task. Heads and FFNs of a Super Ticket are cut out. For an ordinary ticket, the
-    entries that it prunes become 0.
-
-    -> {name of a matrix: mask} of an ordinary ticket, so that train() can keep its zeros; {} for a Super Ticket."""
-    if ticket.is_super:
-        removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-        cut_out_units(model, removed_heads, removed_ffns)  # chapter 7
-        return {}
-
-    # A ticket may have a mask for a pooler that this network does without; that one is left out.
+def zero_pruned_weights(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Sets the entries that an ordinary ticket prunes to 0 -> {name of a matrix: its mask}. Masks are fixed here, so
+    once is enough, as long as zero_pruned_gradients keeps the zeros."""
     parameters = dict(model.named_parameters())
-    masks = {name: mask.to(parameters[name].device) for name, mask in ticket.masks.items() if name in parameters}
-    zero_pruned_weights(parameters, masks)
+    masks = {}
+    for name, mask in ticket.masks.items():
+        if name in parameters:  # a ticket may have a mask for a pooler, and this network none
+            masks[name] = mask.to(parameters[name].device)
+            parameters[name].data.mul_(masks[name])
     return masks
-
-
-def zero_pruned_weights(parameters: dict, masks: dict):
-    """Masks are fixed here, so once is enough, as long as zero_pruned_gradients keeps the zeros."""
-    for name, mask in masks.items():
-        parameters[name].data.mul_(mask)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -413,7 +404,6 @@ def zero_pruned_weights(parameters: dict, masks: dict):
 
 def batch_loss(training: Training, encoded_task: EncodedTask, indices):
     """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
-    select_task(training, encoded_task.task)  # where several share the model (chapter 8)
     sequences = [encoded_task.train_sequences[index] for index in indices]
     targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
     logits = task_logits(training, encoded_task.task, sequences)
@@ -422,6 +412,7 @@ def batch_loss(training: Training, encoded_task: EncodedTask, indices):
 
 def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
+    select_task(training, task)  # where several share the model (chapter 8)
     model = training.model
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
@@ -470,7 +461,6 @@ def predict_logits(training: Training, encoded_task: EncodedTask, sequences: lis
     model = training.model
     was_training = model.training
     model.eval()
-    select_task(training, encoded_task.task)
     logits = [None] * len(sequences)
     lengths = [len(input_ids) for input_ids, _ in sequences]
     by_length = np.argsort(lengths, kind="stable")  # neighbours in length share a batch, so there is little padding
@@ -556,8 +546,8 @@ def zero_pruned_gradients(training: Training):
 
 def optimizer_step(training: Training, learning_rate: float):
     """AdamW moves the weights against their gradients."""
-    # With these options torch's AdamW computes what the released one does, which adds eps before the bias correction.
-    # They depend on the number of the update, from 1. ("fine-tuning" is not "kd", which has an optimizer of its own.)
+    # Learning rate, eps, and a weight decay of 0. The released AdamW adds its eps to sqrt(v), and not to the corrected
+    # value, as torch's does. An eps that depends on the number of the update, from 1, makes the two equal (tamt.py).
     options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -657,8 +647,23 @@ def floor_scores(training: Training) -> dict[str, float]:
 
 
 # A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
-# the search. open_search, open_run_of_search, claim_folders and finish_search look after these folders, so that
-# --resume repeats no finished one (appendix B).
+# the search. With --resume finished ones are not repeated. The settings of a search, and all that concerns these
+# folders, are in appendix B: fill_in_search, open_run_of_search, claim_folders, finish_search.
+
+
+def run_of_search(search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1) -> dict:
+    """One fine-tuning of a search -> its result. When it is trained, write_tickets(training) makes tickets from it."""
+    inputs = read_inputs(run_settings, schedule_stretch)
+    result, state = open_run_of_search(search_settings, inputs)
+    if result is not None:
+        return result
+    training = prepare_training(inputs, state)
+    # The folders now become those of this search. This comes late, so that an error up to here costs a finished search
+    # no more than its first result.
+    claim_folders(search_settings, inputs.run)
+    train(training)
+    write_tickets(training)
+    return finish(training)  # last: where --resume finds the result, the tickets are there, too
 
 
 def find_imp(settings: Settings) -> dict:
@@ -677,46 +682,32 @@ def find_imp(settings: Settings) -> dict:
 
     The last mask has not been evaluated yet: the command that is printed at the end fine-tunes it."""
     start_time = time.time()
-    search_settings = open_search(settings)  # fills in the defaults of the search, and checks its folder
+    search_settings = fill_in_search(settings)
+    check_search_folder(search_settings)
     sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
     for number, next_sparsity in enumerate(sparsities, 1):
         print(f"round {number} of {len(sparsities)}; after it {100 * next_sparsity:.4g} % are pruned")
         folder = search_settings.out / f"round-{number}"
-        result = imp_round(search_settings, folder, mask_file, next_sparsity)
+        round_settings = settings_of_one_run(
+            search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
+        # Each round reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets
+        # the schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
+        result = run_of_search(
+            search_settings, round_settings, schedule_stretch=10,
+            write_tickets=partial(save_next_mask, sparsity=next_sparsity, search_settings=search_settings))
         # The sparsity of a result is that of the mask under which the round was trained.
         rounds.append({"sparsity": result["sparsity"], "best": result["best"], "final": result["final"]})
         mask_file = str(folder / "mask.pt")
     return finish_search(search_settings, mask_file, {"rounds": rounds}, start_time)
 
 
-def imp_round(search_settings: Settings, folder: Path, mask_file: str | None, next_sparsity: float) -> dict:
-    """Fine-tunes under a mask, and writes the next one into the folder -> the result of the fine-tuning. With --resume
-    a round that is finished is not repeated."""
-    round_settings = settings_of_one_run(
-        search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
-    # This reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets the
-    # schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
-    inputs = read_inputs(round_settings, schedule_stretch=10)
-    result, state = open_run_of_search(search_settings, inputs)
-    if result is not None:
-        return result
-    training = train_for_search(search_settings, inputs, state)
-    masks = next_masks(training, next_sparsity, search_settings.rank, search_settings.scope)
-    save_ticket(folder / "mask.pt", training, masks, {
+def save_next_mask(training: Training, sparsity: float, search_settings: Settings):
+    """At the end of a round: writes the next mask into its folder."""
+    masks = next_masks(training, sparsity, search_settings.rank, search_settings.scope)
+    save_ticket(training.run.out / "mask.pt", training, masks, {
         "method": "imp", "rank": search_settings.rank, "scope": search_settings.scope})
-    return finish(training)  # last: where --resume finds the result, the mask is there, too
-
-
-def train_for_search(search_settings: Settings, inputs: Inputs, state: dict | None) -> Training:
-    """Prepares and trains a run of a search. The caller writes the tickets that follow from it, and then its result."""
-    training = prepare_training(inputs, state)
-    # The folders now become those of this search. This comes late, so that an error up to here costs a finished search
-    # no more than its first result.
-    claim_folders(search_settings, inputs.run)
-    train(training)
-    return training
 
 
 def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> dict[str, torch.Tensor]:
@@ -776,18 +767,16 @@ def find_super(settings: Settings) -> dict:
 
     (The paper calls only that one, the best, the super ticket; here all of them are called so.)"""
     start_time = time.time()
-    search_settings = open_search(settings)
+    search_settings = fill_in_search(settings)
+    check_search_folder(search_settings)
 
     # Fine-tune the whole network, and write all tickets.
-    inputs = read_inputs(settings_of_one_run(search_settings, out=search_settings.out / "dense"))
-    result, state = open_run_of_search(search_settings, inputs)
-    if result is None:
-        training = train_for_search(search_settings, inputs, state)
-        save_super_tickets(training, search_settings.out)
-        result = finish(training)  # last: where --resume finds the result, the tickets are there, too
+    dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
+    result_of = {}  # {name of a ticket: its result}
+    result_of["dense"] = run_of_search(
+        search_settings, dense_settings, write_tickets=partial(save_super_tickets, folder=search_settings.out))
 
     # Fine-tune the tickets of the orders that --orders asks for. (Those of the others can be fine-tuned with --mask.)
-    result_of = {"dense": result}  # {name of a ticket: its result}
     for order in search_settings.orders:
         for level in LEVELS:
             name = f"{order}-{level}"
@@ -795,7 +784,7 @@ def find_super(settings: Settings) -> dict:
             result_of[name] = fine_tune(
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
-    first_metric = inputs.tasks[0].metrics[0]
+    first_metric = named_tasks(search_settings)[0].metrics[0]
     curve = report_curve(result_of, first_metric)
     best_file = None
     if "winning" in search_settings.orders:
@@ -888,9 +877,10 @@ def recorded_outputs(model):
     ffn_outputs = []
     hooks = []
     for layer in model.backbone.encoder.layer:
-        # The context vectors are what attention.output.dense reads; output.dense ends the FFN.
+        # What the output matrix of the attention reads: the context vectors.
         hooks.append(layer.attention.output.dense.register_forward_pre_hook(
             lambda module, arguments: contexts.append(arguments[0])))
+        # What the second matrix of the FFN gives, before dropout and the residual.
         hooks.append(layer.output.dense.register_forward_hook(
             lambda module, arguments, output: ffn_outputs.append(output)))
     try:
@@ -906,12 +896,12 @@ def recorded_outputs(model):
 def choose_units(head_importance, ffn_importance, order: str, level: int, seed: int):
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
-    Of the L H heads int(L H level / 10) go, of the L FFNs int(L level / 12). They go in the same sequence on all
-    levels, so each level removes all that the one below removes. Every layer keeps the head that would go last, so no
-    more than L (H - 1) heads go."""
+    Of the L H heads int(L H level / 10) are removed, of the L FFNs int(L level / 12), in the same sequence on all
+    levels: so each level removes all that the one below removes. Every layer keeps the head that would be its last, so
+    no more than L (H - 1) heads are removed."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
-    # Units go in the order of their keys, the smallest first.
+    # Units are removed in the order of their keys, the smallest first.
     if order == "random":
         head_keys = generator.random(head_importance.shape)
         ffn_keys = generator.random(ffn_importance.shape)
@@ -921,8 +911,8 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         ffn_keys = sign * ffn_importance.numpy()
 
     head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # each layer's last head stays
-    num_heads_out = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
-    return mark_smallest(head_keys, num_heads_out), mark_smallest(ffn_keys, num_layers * level // 12)
+    num_heads_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
+    return mark_smallest(head_keys, num_heads_removed), mark_smallest(ffn_keys, num_layers * level // 12)
 
 
 def mark_smallest(keys: np.ndarray, count: int) -> np.ndarray:
@@ -1068,7 +1058,8 @@ class TaskSwitch:
 
 
 def select_task(training: Training, task: glue_squad.Task):
-    """Called before the model computes anything for a task: if there are several, it becomes the model of this one."""
+    """Called before the model computes for a task, or is exported: if there are several, it becomes the model of this
+    one."""
     if training.task_switch is not None:
         training.task_switch.select(task)
 
@@ -1483,7 +1474,8 @@ def fill_in_defaults(settings: Settings, machine, tasks: list, model_name: str, 
 
 
 def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:
-    """epochs, batch_size, max_len, lr and eval_every, as asked for, or else those of the (first) task."""
+    """epochs, batch_size, max_len, lr and eval_every: as asked for; or else the toy's, or those of ticket sharing, or
+    those of the (first) task."""
     task = tasks[0]
     schedule = {name: getattr(task, name) for name in ("epochs", "batch_size", "max_len", "lr", "eval_every")}
     if len(tasks) > 1:  # ticket sharing's own
@@ -1496,8 +1488,8 @@ def schedule_of(settings: Settings, tasks: list, model_name: str) -> dict:
     return schedule
 
 
-def open_search(settings: Settings) -> Settings:
-    """Fills in the defaults of a search, and checks its folder."""
+def fill_in_search(settings: Settings) -> Settings:
+    """The settings of a search, with its defaults filled in."""
     values = {"model": settings.model or "toy"}
     if settings.find == "imp":
         values["sparsity"] = 0.7 if settings.sparsity is None else settings.sparsity
@@ -1517,7 +1509,11 @@ def open_search(settings: Settings) -> Settings:
     values["model"] = tamt.absolute_model(values["model"])
     name = f"{task.name}-{Path(values['model']).name}-{kind}-s{settings.seed}"
     values["out"] = Path(settings.out or Path("out", name))
-    settings = replace(settings, **values)
+    return replace(settings, **values)
+
+
+def check_search_folder(settings: Settings):
+    """Raises ValueError if the folder holds something else, or an unfinished search without --resume."""
     identity = search_identity(settings)
     if (settings.out / "result.json").exists():
         raise ValueError(f"{settings.out} holds another run (a fine-tuning): choose another --out, or remove that "
@@ -1529,23 +1525,21 @@ def open_search(settings: Settings) -> Settings:
     if is_begun and not is_finished and not settings.resume and (settings.out / "search.json").exists():
         raise ValueError(f"{settings.out} holds this search, unfinished: continue with --resume, or choose another "
                          "--out, or remove that folder")
-    return settings
 
 
 def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, dict | None]:
     """open_run() for a run of a search. If an earlier one was killed before its result was written, its mask goes,
     which is made again."""
     folder = inputs.run.out
-    is_this_search = (search_settings.out / "search.json").exists()
-    if is_this_search and not (folder / "result.json").exists():
+    is_begun = (search_settings.out / "search.json").exists()  # and of this search, as check_search_folder has seen
+    if is_begun and not (folder / "result.json").exists():
         (folder / "mask.pt").unlink(missing_ok=True)  # else open_run() would take it for the mask of something else
     return open_run(inputs)
 
 
 def claim_folders(search_settings: Settings, run: Run):
-    """Writes into the folder of a search which one it holds. Without --resume, the results of an earlier search that
-    was finished there are removed. Called when the Training stands, so that a search that is refused leaves nearly all
-    as it was."""
+    """Writes into the folder of a search which one it holds. Removes the old mask of this run, and, without --resume,
+    the results of an earlier search that was finished there."""
     (run.out / "mask.pt").unlink(missing_ok=True)
     out = search_settings.out
     if (out / "mask.json").exists() and not search_settings.resume:

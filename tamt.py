@@ -24,14 +24,14 @@ find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Ste
 screen, where it counts updates.) These lines leave out that gradients are clipped, that the learning rate falls, and
 that the student has dropout. Besides, there are weights of which they do not speak:
 
-    * Biases, LayerNorms and position embeddings have no masks. The pooler has one, but no loss reads the pooler, so
-      its mask stays that of step 3.
+    * Biases, LayerNorms, position and token type embeddings have no masks. The pooler has one, but no loss reads the
+      pooler, so its mask stays that of step 3.
     * With mlm and mlm+kd the head that predicts masked words is trained, too, and set back afterwards, so that all
       masks are measured with the same one.
 
-Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, ends after step 3; `--method
-random` draws a random mask there; `--method imp`, iterative magnitude pruning, trains the weights themselves between
-prunings.
+Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, leaves out steps 4 to 7; `--method
+random` does so, too, and draws a random mask in step 3; `--method imp`, iterative magnitude pruning, trains the weights
+themselves between prunings.
 
 The chapters:
 
@@ -58,8 +58,8 @@ Functions hand on these objects:
     Batch       the rows of one update; a MicroBatch those of one forward pass
 
 bert.py has the network: model(input_ids, attention_mask) returns the hidden states, those of the embeddings and of each
-layer, and model.mlm_logits(hidden_states) the predictions of the masked-LM head. data.py has the vocabulary, the rows
-of a text, and their corruption for masked LM.
+layer, and model.mlm_logits(last_hidden_states) the predictions of the masked-LM head. data.py has the vocabulary, the
+rows of a text, and their corruption for masked LM.
 
 Words and letters:
 
@@ -124,7 +124,7 @@ import data
 
 def find_mask(settings: Settings) -> dict:
     """Finds a mask, saves it in the folder of the run, and returns the content of its mask.json. (Of several processes
-    the first one saves, and the others return {} instead.)
+    the first one saves. The others return {}, unless the run was finished before.)
 
     Raises ValueError or OSError, with one line that a user understands, for input that is wrong."""
     start_time = time.time()
@@ -153,7 +153,7 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
         learn_by_tamt(inputs, masked_layers, state)
     elif run.method == "imp":
         learn_by_imp(inputs, masked_layers, state)  # a chapter of its own
-    else:  # omp and random end with step 3
+    else:  # omp and random go on with step 8
         set_masks(masked_layers, first_masks(masked_layers, run))
     return current_masks(masked_layers)
 
@@ -267,7 +267,8 @@ class StraightThrough(torch.autograd.Function):
 
         d loss / d S  :=  d loss / d M  =  d loss / d (W * M) * W
 
-    On the right-hand side the factor is W, and not W * M. So pruned weights get a gradient, too, and can come back.
+    On the right-hand side the factor is W, and not W * M. So the scores of pruned entries get a gradient, too, and the
+    entries can come back.
     """
 
     @staticmethod
@@ -701,8 +702,8 @@ def dense_teacher(model):
 
 
 def micro_batch_loss(model, objective: str, micro_batch: MicroBatch, student=None):
-    """The share of a micro-batch in the loss of its batch. student: the model as torch.compile has made it, if it was
-    asked to; else the model itself.
+    """The share of a micro-batch in the loss of its batch. student: the model as torch.compile has made it, or None for
+    the model itself.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
     one."""
@@ -713,8 +714,9 @@ def micro_batch_loss(model, objective: str, micro_batch: MicroBatch, student=Non
 
     if "mlm" in objective:
         # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
-        hidden_states = student_states[-1].flatten(0, 1)[micro_batch.predicted_positions]  # (P, D)
-        loss = loss + mlm_loss(model.mlm_logits(hidden_states), micro_batch.labels, micro_batch.batch_num_predicted)
+        predicting_states = student_states[-1].flatten(0, 1)[micro_batch.predicted_positions]  # (P, D)
+        logits = model.mlm_logits(predicting_states)  # (P, V)
+        loss = loss + mlm_loss(logits, micro_batch.labels, micro_batch.batch_num_predicted)
 
     if "kd" in objective:
         with dense_teacher(model):
@@ -1092,8 +1094,6 @@ class LastRanking:
         """Guesses that the threshold will move by about as much as this time."""
         moved = abs(threshold - self.guess)
         self.radius = min(max(2 * moved, self.radius / 2, 1e-9), 1.0)
-        if moved > START_SCORE / 4:  # the first ranking jumps from the middle to a start score, and the next will not
-            self.radius = 1e-5
         self.threshold = threshold
 
 
@@ -1107,8 +1107,8 @@ def fast_keep_largest(pool: Pool):
 
 
 def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
-    """Writes into `mask` what keep_largest(values, len(values) - num_pruned) returns, faster, and returns where the
-    threshold now lies.
+    """Writes into `mask` what keep_largest(values, len(values) - num_pruned) returns, faster, and returns about where
+    the threshold now lies.
 
     Nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
     radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
@@ -1127,6 +1127,8 @@ def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float
     num_undecided_to_prune = num_pruned - num_below  # of the undecided
     if not 0 <= num_undecided_to_prune <= len(undecided):
         return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
+    if len(undecided) == 0:  # as in the first updates of a run: kept and pruned scores are far apart
+        return threshold
 
     undecided_values = values[undecided]
     undecided_mask = keep_largest(undecided_values, len(undecided_values) - num_undecided_to_prune)

@@ -327,7 +327,7 @@ def test_prune_smallest_near_equals_keep_largest_whatever_the_guess():
 
 
 def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
-    """Their threshold is a large negative number after a refresh, and moves away without end otherwise."""
+    """Their threshold is a large negative number after a refresh."""
     start = tamt.magnitude_masks(masked_layers, 0.0, "local")
     scores = tamt.Scores(masked_layers, start, 0.0, "local")
     for _ in range(1200):
@@ -335,3 +335,17 @@ def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
     tamt.set_thresholds(scores)
     scores.renew_masks()
     assert scores.all_masks.all()
+
+
+def test_nothing_is_sorted_while_kept_and_pruned_scores_are_far_apart(masked_layers, monkeypatch):
+    scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.5, "local"), 0.5, "local")
+    start = scores.all_masks.clone()
+
+    def refuse(*_):
+        raise AssertionError("sorted")
+
+    monkeypatch.setattr(tamt, "keep_largest", refuse)
+    for _ in range(20):
+        scores.all_scores += 1e-4 * torch.randn(len(scores.all_scores))
+        scores.renew_masks()
+    assert torch.equal(scores.all_masks, start)
