@@ -136,10 +136,7 @@ def find_mask(settings: Settings) -> dict:
     # result: of a finished run, and state: of an interrupted one; both are None without --resume (appendix D).
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
-        export_finished(inputs)  # if --export asks for it
-        with damage_named(run.out / "mask.json"):  # an error in here says which file is damaged
-            print_summary(run.out / "mask.pt", result, run)
-        return result
+        return report_finished(inputs, result)
     masks = learn_masks(inputs, state)  # steps 3 to 7
     return finish(inputs, masks, start_time)  # step 8
 
@@ -489,12 +486,14 @@ class Scores:
         for name, layer in masked_layers.items():
             layer.mask = mask_views[name]
             layer.scores = nn.Parameter(score_views[name])
-        self.pools = []  # none for N:M, where groups of a row compete
+        # Each pool competes by itself.
         if rank == "global":
             self.pools = [Pool(self.all_scores, self.all_masks, sparsity)]
-        if rank == "local":
+        elif rank == "local":
             self.pools = [Pool(layer.scores.data.view(-1), layer.mask.view(-1), sparsity)
                           for layer in masked_layers.values()]
+        else:  # N:M: groups of a row compete, which are too many for pools
+            self.pools = []
 
     @torch.no_grad()
     def renew_masks(self):
@@ -504,7 +503,7 @@ class Scores:
         for pool in self.pools:
             # This is pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)), made fast in appendix B.
             fast_keep_largest(pool)
-        if is_pattern(self.rank):  # N:M
+        if not self.pools:  # N:M
             layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
             for name, mask in masks_of_largest(layer_scores, self.sparsity, self.rank).items():
                 self.masked_layers[name].mask.copy_(mask)
@@ -647,8 +646,8 @@ def micro_batches(batch: Batch, run: Run):
     """Yields the micro-batches of this process, one for each forward pass. With 2 processes and a run.batch_size of 16
     those of the first process have the rows 0 .. 7, 16 .. 23, and so on."""
     share = run.batch_size // run.machine.num_processes
-    starts = range(run.machine.process_index * share, len(batch.input_ids), run.batch_size)
-    for start in starts:
+    for first_row in range(0, len(batch.input_ids), run.batch_size):  # of a forward pass of all processes
+        start = first_row + run.machine.process_index * share
         yield make_micro_batch(batch, slice(start, start + share), run.machine.device)
 
 
@@ -866,7 +865,8 @@ def clip_and_check(training, loss: torch.Tensor, max_norm: float) -> float:
 def optimizer_step(training: Training, learning_rate: float, update_number: int):
     """Step 6: Adam moves what trains against its gradients. update_number: that of the optimizer, from 1; with imp it
     starts anew in each round."""
-    # With these settings torch's AdamW computes what the released optimizers do.
+    # AdamW without weight decay; with kd, without bias correction and with a decay of .01. With these options torch's
+    # AdamW computes what the released optimizers do (appendix A).
     options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -877,27 +877,6 @@ def make_optimizer(parameters, device):
     """AdamW, whose learning rate, eps and weight decay optimizer_settings() sets at each update."""
     is_fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
-
-
-def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """What makes torch's AdamW compute the released optimizers in update number t (from 1). m and v are the
-    moving averages of the gradient and of its square, x is what trains.
-
-        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
-                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
-        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
-                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
-        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
-                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
-
-    With c_m = 1 - .9^t and c_v = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (c_v / c_m) m / (sqrt(v) + c_v eps). So
-    torch computes the released formulas if its eps is divided by c_v, and for BertAdam its rate multiplied by
-    c_m / c_v. (torch multiplies the decay by its rate, so the decay is divided by c_m / c_v.)"""
-    c_m = 1 - 0.9**t
-    c_v = math.sqrt(1 - 0.999**t)
-    if objective == "kd":
-        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
-    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
 
 
 def restore_weights(training: Training, prefix: str = ""):
@@ -1001,6 +980,27 @@ HIGHEST_RATE = 0.01  # of those that are raised for short runs
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
 # After so many updates the paper takes its masks at each sparsity (Table 2), before the learning rate reaches 0.
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
+
+
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """What makes torch's AdamW compute the released optimizers in update number t (from 1). m and v are the
+    moving averages of the gradient and of its square, x is what trains.
+
+        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
+                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
+        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
+                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
+                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
+
+    With c_m = 1 - .9^t and c_v = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (c_v / c_m) m / (sqrt(v) + c_v eps). So
+    torch computes the released formulas if its eps is divided by c_v, and for BertAdam its rate multiplied by
+    c_m / c_v. (torch multiplies the decay by its rate, so the decay is divided by c_m / c_v.)"""
+    c_m = 1 - 0.9**t
+    c_v = math.sqrt(1 - 0.999**t)
+    if objective == "kd":
+        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
+    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
 
 
 def refresh_as_released(training: Training):
@@ -1423,12 +1423,15 @@ def settings_of_mask(settings: Settings, meta: dict) -> Settings:
     return dataclasses.replace(settings, **known)
 
 
-def export_finished(inputs: Inputs):
-    """--resume with --export, of a run that is finished."""
+def report_finished(inputs: Inputs, result: dict) -> dict:
+    """What is left to do with --resume where a run is finished: the export, if it is asked for, and the summary."""
     run = inputs.run
     if run.export and run.machine.process_index == 0:
         masks = fit_masks(maskable_layers(inputs.model, run.scope), load_mask(run.out), run.out)
         export_model(inputs.model, masks, inputs.vocabulary, run.export)
+    with damage_named(run.out / "mask.json"):
+        print_summary(run.out / "mask.pt", result, run)
+    return result
 
 
 def export_model(model: bert.Model, masks: dict, vocabulary, folder: Path):
