@@ -22,11 +22,11 @@ in eight steps, with the function that takes each, and the equation of the paper
 
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Step" also occurs in file names and on the
 screen, where it counts updates.) These lines leave out that gradients are clipped, that the learning rate falls, and
-that the student has dropout. Besides, there are weights of which they do not speak:
+that the student has dropout. They also leave out
 
-    * Biases, LayerNorms, position and token type embeddings have no masks. The pooler has one, but no loss reads the
-      pooler, so its mask stays that of step 3.
-    * With mlm and mlm+kd the head that predicts masked words is trained, too, and set back afterwards, so that all
+    * what has no mask: biases, LayerNorms, position and token type embeddings;
+    * the pooler, which has a mask, but is read by no loss: it keeps the mask of step 3;
+    * the head that predicts masked words: with mlm and mlm+kd it is trained, too, and set back afterwards, so that all
       masks are measured with the same one.
 
 Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, leaves out steps 4 to 7; `--method
@@ -160,9 +160,8 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     run = inputs.run
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
-    if run.rank == "global":  # two corrections before all matrices are ranked together: end of the chapter on scores
-        pin_unlearnable_scores(scores, inputs)  # what no gradient reaches, such as the pooler, keeps its mask
-        make_start_exact(scores)  # step 3 has rounded in each matrix; now the count of all is exact, too
+    if run.rank == "global":
+        correct_first_scores(scores, inputs)  # small corrections before all matrices are ranked together (appendix A)
     training = prepare_training(inputs, masked_layers, scores, state)
     train_scores(training)  # steps 5 to 7
 
@@ -457,8 +456,6 @@ def first_masks(masked_layers: dict, run: Run) -> dict:
 
 
 START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
-PINNED_SCORE = 1e30  # plus or minus, of entries that can get no gradient (pin_unlearnable_scores)
-PINNED_LIMIT = 1e20  # pinned scores lie beyond it, though kd's weight decay lets them shrink, and all others within
 
 
 class Scores:
@@ -499,11 +496,13 @@ class Scores:
     def renew_masks(self):
         """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In terms of Eq. 3, entries
         are kept whose scores reach a threshold; of those that equal it, the first ones. (Eq. 3 compares |S|. Here, as
-        in the released code, the sign counts.)"""
-        for pool in self.pools:
-            # This is pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)), made fast in appendix B.
-            fast_keep_largest(pool)
-        if not self.pools:  # N:M
+        in the released code, the sign counts.)
+
+        This is what step 3 does with |weights|: masks_of_largest(scores of the layers, self.sparsity, self.rank)."""
+        if self.pools:
+            for pool in self.pools:
+                fast_keep_largest(pool)  # the same, made fast in appendix B
+        else:  # N:M
             layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
             for name, mask in masks_of_largest(layer_scores, self.sparsity, self.rank).items():
                 self.masked_layers[name].mask.copy_(mask)
@@ -517,67 +516,6 @@ class Pool:
         self.mask = mask
         self.num_kept = num_kept_of(len(scores), sparsity)
         self.last_ranking = LastRanking()  # where the line was drawn last, which makes the next ranking fast
-
-
-# Two corrections of the first scores, where all matrices are ranked together: entries that can get no gradient keep
-# their first mask, and the count is made exact. (With --rank local there are none, as in the released code, and with
-# N:M none, either.)
-
-
-def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
-    """Entries that can get no gradient keep their first mask, and still count among those that are kept or pruned.
-
-    Their scores would stay where they start (or, by kd's weight decay, near it), while the threshold drifts. Say it
-    starts at .01 and rises: as soon as it passes .02, all kept entries of the pooler would go at once. So the score
-    becomes PINNED_SCORE if an entry starts as kept, and minus that if it starts as pruned. (Not infinity: weight decay
-    subtracts a share of each score, and infinity minus infinity is no number.)"""
-    for name, is_unlearnable in entries_without_gradient(scores.masked_layers, inputs).items():
-        layer = scores.masked_layers[name]
-        layer.scores.data.masked_fill_(is_unlearnable & layer.mask, PINNED_SCORE)
-        layer.scores.data.masked_fill_(is_unlearnable & ~layer.mask, -PINNED_SCORE)
-
-
-def is_pinned(scores):
-    return scores.abs() > PINNED_LIMIT
-
-
-def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
-    """{name: bool tensor, True where no gradient can come, whatever part of the text is read}: the pooler, the
-    embedding of [PAD], and with the objective kd, which reads clean text, those of all words that the text does not
-    contain. (With masked LM any may be read, since a tenth of the tokens to be predicted become random words.)
-
-    The tensor of the word embeddings has the shape (V, 1), since a word gets a gradient for its whole row or not at
-    all, and that of the pooler (1, 1). Both broadcast over the matrix."""
-    without = {}
-    vocabulary = inputs.vocabulary
-    for name, layer in masked_layers.items():
-        device = layer.weight.device
-        if name.endswith("pooler.dense.weight"):
-            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
-        if name.endswith("word_embeddings.weight"):
-            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
-            if inputs.run.objective == "kd":
-                is_read[:] = False
-                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(inputs.rows, vocabulary))
-            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
-            is_read[vocabulary.pad_id] = False
-            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
-            without[name] = ~is_read.to(device)[:, None]
-    return without
-
-
-def make_start_exact(scores: Scores):
-    """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
-    rounded in each matrix: with a sparsity of .5 two matrices of 3 entries lose round(1.5) = 2 each, together 4, where
-    3 are due.
-
-    But for pinned ones, all kept scores are still equal, and so are all pruned ones. So a ranking, in which the first
-    of equal scores win, does no more than this: if too few are kept, the first pruned ones (in the order of the model)
-    come back; if too many, the last kept ones go. Each gets the start score of its new side."""
-    [pool] = scores.pools  # of all entries
-    pool.mask.copy_(keep_largest(pool.scores, pool.num_kept))
-    start_scores = START_SCORE * scores.all_masks
-    scores.all_scores.copy_(torch.where(is_pinned(scores.all_scores), scores.all_scores, start_scores))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -700,24 +638,23 @@ def dense_teacher(model):
         model.train(was_training)
 
 
-def micro_batch_loss(model, objective: str, micro_batch: MicroBatch, student=None):
-    """The share of a micro-batch in the loss of its batch. student: the model as torch.compile has made it, or None for
-    the model itself.
+def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
+    """The share of a micro-batch in the loss of its batch. There is one network: student is the model, or what
+    torch.compile has made of it, and the teacher is the model with its masks switched off.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
     one."""
-    student = model if student is None else student  # not `or`: a compiled model has no truth value
     input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
     student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
 
-    if "mlm" in objective:
+    if "mlm" in objective:  # mlm, mlm+kd
         # Other positions do not count in this loss, so no logits are computed there. The head itself has no mask.
         predicting_states = student_states[-1].flatten(0, 1)[micro_batch.predicted_positions]  # (P, D)
         logits = model.mlm_logits(predicting_states)  # (P, V)
         loss = loss + mlm_loss(logits, micro_batch.labels, micro_batch.batch_num_predicted)
 
-    if "kd" in objective:
+    if "kd" in objective:  # kd, mlm+kd
         with dense_teacher(model):
             teacher_states = model(input_ids, micro_batch.attention_mask)
         loss = loss + kd_loss(teacher_states, student_states, micro_batch.attention_mask, micro_batch.batch_num_tokens)
@@ -748,7 +685,7 @@ def dev_losses(model: bert.Model, rows, vocabulary, machine, batch_size: int = 1
             if objective == "mlm" and batch.num_predicted == 0:
                 continue  # a last batch may be so short that it says nothing
             with autocast(machine):
-                loss = micro_batch_loss(model, objective, micro_batch)
+                loss = micro_batch_loss(model, model, objective, micro_batch)
             batch_losses[objective].append(max(float(loss), 0.0))  # for equal states 1 - cosine may round to below 0
     model.train(was_training)
 
@@ -842,7 +779,7 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     total_loss = torch.zeros((), device=machine.device)
     for micro_batch in micro_batches(batch, run):
         with autocast(machine):
-            loss = micro_batch_loss(training.model, run.objective, micro_batch, training.student)
+            loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch)
         loss.backward()  # adds to the gradients
         total_loss += loss.detach()
     gradients = [parameter.grad for parameter in training.parameters.values()]
@@ -946,7 +883,7 @@ def imp_levels(sparsity: float) -> list[float]:
 
 # How the paper, the released code and this program differ in mask training. (finetune.py has a table of its own.) An
 # empty cell means "as in the released code", a dash that the paper does not say, as far as we know. n is the number of
-# entries that have a mask, and s the sparsity.
+# entries that compete, and s the sparsity.
 #
 #     |                 | paper                | released code                   | here
 #     | what is ranked  | absolute scores      | signed scores                   |
@@ -980,6 +917,77 @@ HIGHEST_RATE = 0.01  # of those that are raised for short runs
 HORIZON = 27920  # updates of the released schedule: two epochs of WikiText-103 in batches of 16 x 512 tokens
 # After so many updates the paper takes its masks at each sparsity (Table 2), before the learning rate reaches 0.
 PAPER_UPDATES = {0.2: 3000, 0.3: 6000, 0.4: 8000, 0.5: 11000, 0.6: 14000, 0.7: 17000, 0.8: 20000, 0.9: 22000}
+
+
+PINNED_SCORE = 1e30  # plus or minus, of entries that can get no gradient (pin_unlearnable_scores)
+PINNED_LIMIT = 1e20  # pinned scores lie beyond it, though kd's weight decay lets them shrink, and all others within
+
+
+def correct_first_scores(scores: Scores, inputs: Inputs):
+    """Two corrections where all matrices are ranked together. (With --rank local there are none, as in the released
+    code, and with N:M none, either.)
+
+    A score without a gradient stands still while the threshold moves, and would be passed by accident. So entries that
+    can get no gradient, such as those of the pooler, keep their first mask. Besides, step 3 has rounded in each matrix;
+    here the count of all becomes exact."""
+    pin_unlearnable_scores(scores, inputs)
+    make_start_exact(scores)
+
+
+def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
+    """Entries that can get no gradient keep their first mask, and still count among those that are kept or pruned.
+
+    Say the threshold starts at .01 and rises: as soon as it passed .02, all kept entries of the pooler would go at
+    once. So the score becomes PINNED_SCORE if an entry starts as kept, and minus that if it starts as pruned. (Not
+    infinity: kd's weight decay subtracts a share of each score, and infinity minus infinity is no number.)"""
+    for name, is_unlearnable in entries_without_gradient(scores.masked_layers, inputs).items():
+        layer = scores.masked_layers[name]
+        layer.scores.data.masked_fill_(is_unlearnable & layer.mask, PINNED_SCORE)
+        layer.scores.data.masked_fill_(is_unlearnable & ~layer.mask, -PINNED_SCORE)
+
+
+def is_pinned(scores):
+    return scores.abs() > PINNED_LIMIT
+
+
+def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
+    """{name: bool tensor, True where no gradient can come, whatever part of the text is read}: the pooler; the
+    embedding of [PAD], and those beyond the vocabulary; and with the objective kd, which reads clean text, those of all
+    words that the text does not contain. (With masked LM any may be read, since a tenth of the tokens to be predicted
+    become random words.)
+
+    The tensor of the word embeddings has the shape (V, 1), since a word gets a gradient for its whole row or not at
+    all, and that of the pooler (1, 1). Both broadcast over the matrix."""
+    without = {}
+    vocabulary = inputs.vocabulary
+    for name, layer in masked_layers.items():
+        device = layer.weight.device
+        if name.endswith("pooler.dense.weight"):
+            without[name] = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if name.endswith("word_embeddings.weight"):
+            is_read = torch.ones(len(layer.weight), dtype=torch.bool)
+            if inputs.run.objective == "kd":
+                is_read[:] = False
+                is_read[:vocabulary.size] = torch.from_numpy(data.tokens_in(inputs.rows, vocabulary))
+            is_read[vocabulary.size:] = False  # some matrices have more rows than there are words
+            is_read[vocabulary.pad_id] = False
+            is_read[layer.padding_idx] = False  # the same row, unless config.json says otherwise
+            without[name] = ~is_read.to(device)[:, None]
+    return without
+
+
+def make_start_exact(scores: Scores):
+    """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
+    rounded in each matrix: with a sparsity of .5 two matrices of 3 entries lose round(1.5) = 2 each, together 4, where
+    3 are due.
+
+    But for pinned ones, all kept scores are still equal, and so are all pruned ones. So a ranking, in which the first
+    of equal scores win, does no more than this: if too few are kept, the first pruned ones (in the order of the model)
+    come back; if too many, the last kept ones go. Each gets the start score of its new side."""
+    [pool] = scores.pools  # a single one, of all entries
+    pool.mask.copy_(keep_largest(pool.scores, pool.num_kept))
+    start_scores = START_SCORE * scores.all_masks
+    scores.all_scores.copy_(torch.where(is_pinned(scores.all_scores), scores.all_scores, start_scores))
 
 
 def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
@@ -1032,8 +1040,9 @@ def apply_old_thresholds(scores: Scores):
 
 
 def is_refresh_due(run: Run, updates_done: int) -> bool:
-    """Whether the released code moves its thresholds after this update. With --refresh-every 1000: mlm after the
-    updates 1000, 2000, ..., kd after 1, 999, 1999, ...; here both also when they evaluate or save, and at the end."""
+    """Whether the thresholds move after this update. With --refresh-every 1000, as in the released code, mlm moves them
+    after the updates 1000, 2000, ..., and kd after 1, 999, 1999, ...; and here both do when they evaluate or save, and
+    at the end."""
     if updates_done % run.eval_every == 0 or updates_done % run.save_every == 0 or updates_done == run.num_updates:
         return True
     if run.objective == "kd":
@@ -1058,7 +1067,7 @@ def paper_learning_rate(objective: str) -> float:
 
 
 def paper_updates(sparsity: float) -> int:
-    """The paper's number of updates at this sparsity; between its values a straight line, beyond them the last one."""
+    """The paper's number of updates at this sparsity; between its values a straight line, beyond them the nearest."""
     return round(float(np.interp(sparsity, [*PAPER_UPDATES], [*PAPER_UPDATES.values()])))
 
 
@@ -1082,7 +1091,7 @@ class LastRanking:
     """Where the last ranking of a pool has drawn the line. Kept scores lie at or above the threshold, pruned ones at or
     below it. (With --refresh-every it decides between two rankings.)"""
     threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
-    radius: float = START_SCORE / 4  # how far the threshold may move up to the next ranking, a guess
+    radius: float = START_SCORE / 4  # how far the threshold may move until the next ranking, a guess
 
     @property
     def guess(self) -> float:
@@ -1522,7 +1531,7 @@ def check_folder(out: Path, identity: dict, result_name: str):
 
     if not isinstance(held, dict):
         raise ValueError(f"{result} is not a file of this program: choose another --out, or move it away")
-    held = {"num_processes": 1} | held  # states of earlier versions do not say it
+    held = dict(held)
     if state is None or result.exists():
         held["num_processes"] = identity.get("num_processes")  # of a finished run it does not matter any more
     differences = [f"{name} {held.get(name)!r} there, {identity[name]!r} here"
@@ -1646,8 +1655,7 @@ def restore_state(training: Training, state: dict):
         for name, layer in training.masked_layers.items():
             layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
         if training.scores is not None:
-            training.scores.all_scores.clamp_(-PINNED_SCORE, PINNED_SCORE)  # earlier versions pinned scores at infinity
-            for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=False):
+            for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=True):
                 pool.last_ranking.threshold = threshold
         training.log.restore(state["log"])
         training.updates_done = state["step"]
@@ -1664,6 +1672,8 @@ def restore_parameters(parameters: dict, optimizer, state: dict, file):
         if saved[name].shape != parameter.shape:
             raise ValueError(f"{file}: {name} has the shape {list(saved[name].shape)}, not {list(parameter.shape)}; "
                              "remove the file to start anew")
+        if not saved[name].isfinite().all():
+            raise ValueError(f"{file}: numbers of {name} are not finite; remove the file to start anew")
         parameter.data.copy_(saved[name])
     with damage_named(file):
         optimizer.load_state_dict(state["optimizer"])
@@ -1989,8 +1999,8 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
     if settings.method == "tamt" and values["objective"] == "kd":
-        # Weight decay, .01 of the learning rate, shrinks all scores: here by a factor of exp(-20) over the whole run,
-        # so that pinned ones stay beyond PINNED_LIMIT.
+        # Weight decay, .01 of the learning rate, shrinks all scores. Over the whole run the factor may be exp(-20), and
+        # no less, so that pinned ones stay beyond PINNED_LIMIT.
         highest = min(10, 20 / 0.01 / travel(num_updates, horizon, "mlm"))
         if values["lr"] > highest:
             raise ValueError(f"--lr {values['lr']:g}: expected at most {highest:.3g} with kd and {num_updates:,} "
