@@ -25,7 +25,8 @@ screen, where it counts updates.) These lines leave out that gradients are clipp
 that the student has dropout. They also leave out
 
     * what has no mask: biases, LayerNorms, position and token type embeddings;
-    * the pooler, which has a mask, but is read by no loss: it keeps the mask of step 3;
+    * what has a mask, but no gradient, above all the pooler, which no loss reads, and with kd the embeddings of words
+      that the text does not contain: it keeps the mask of step 3;
     * the head that predicts masked words: with mlm and mlm+kd it is trained, too, and set back afterwards, so that all
       masks are measured with the same one.
 
@@ -161,7 +162,9 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
     if run.rank == "global":
-        correct_first_scores(scores, inputs)  # small corrections before all matrices are ranked together (appendix A)
+        # All matrices are ranked together from here on: what can get no gradient is taken out of the competition, and
+        # the count, which step 3 has rounded in each matrix, becomes exact (appendix A).
+        correct_first_scores(scores, inputs)
     training = prepare_training(inputs, masked_layers, scores, state)
     train_scores(training)  # steps 5 to 7
 
@@ -184,7 +187,7 @@ def train_scores(training: Training):
             training.scores.renew_masks()  # step 7
         else:
             refresh_as_released(training)  # --refresh-every, to compare with the released code (appendix A)
-        report_progress(training, loss_value, learning_rate)  # a line of the log; now and then dev losses, a mask file
+        report_progress(training, loss_value, learning_rate)  # now and then a line of the log, dev losses, a mask file
         save_state_if_due(training)
     restore_weights(training)  # of the head, if it was trained: only the masks are kept
 
@@ -498,7 +501,7 @@ class Scores:
         are kept whose scores reach a threshold; of those that equal it, the first ones. (Eq. 3 compares |S|. Here, as
         in the released code, the sign counts.)
 
-        This is what step 3 does with |weights|: masks_of_largest(scores of the layers, self.sparsity, self.rank)."""
+        As in step 3, but for scores in place of |weights|: masks_of_largest(scores, self.sparsity, self.rank)."""
         if self.pools:
             for pool in self.pools:
                 fast_keep_largest(pool)  # the same, made fast in appendix B
@@ -836,6 +839,8 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
 
         sparsity .7    prune to .1; train, prune to .2, rewind; train, prune to .3, rewind; ... train, prune to .7
 
+    (Pruned word embeddings train, too, within a round: the decoder of the masked-LM head reads them.)
+
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
     losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The learning
     rate would reach 0 after ten rounds' worth of updates (unless --steps says otherwise), so within one it falls by a
@@ -1040,9 +1045,9 @@ def apply_old_thresholds(scores: Scores):
 
 
 def is_refresh_due(run: Run, updates_done: int) -> bool:
-    """Whether the thresholds move after this update. With --refresh-every 1000, as in the released code, mlm moves them
-    after the updates 1000, 2000, ..., and kd after 1, 999, 1999, ...; and here both do when they evaluate or save, and
-    at the end."""
+    """Whether the thresholds move after this update. With --refresh-every N mlm moves them after the updates N, 2 N,
+    ..., and kd after 1, N - 1, 2 N - 1, ..., as the released code does; here both also do when they evaluate or save,
+    and at the end."""
     if updates_done % run.eval_every == 0 or updates_done % run.save_every == 0 or updates_done == run.num_updates:
         return True
     if run.objective == "kd":
@@ -1813,7 +1818,7 @@ class Log:
 
 
 def report_progress(training: Training, loss: float, learning_rate: float):
-    """A line of the log, and now and then the dev losses and the mask as a file."""
+    """Now and then a line of the log, the dev losses, and the mask as a file."""
     run = training.run
     losses = {}
     is_last = training.updates_done == run.num_updates  # then finish() evaluates
