@@ -4,7 +4,7 @@
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
 
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
-the task head, and others). In tamt.py it is the other way round. In short, for one task and an ordinary ticket, with W
+the task head, and others). With TAMT it is the other way round. In short, for one task and an ordinary ticket, with W
 for all weights:
 
     W = W * mask                                            zero_pruned_weights
@@ -33,10 +33,11 @@ Methods of other papers follow. Skip them if you came for TAMT:
     Appendix A                    what differs from the released code; ablations, states, records, predictions, export
     Appendix B                    settings, folders, and the command line
 
-What chapters 1 to 8 use and do not define is in an appendix. From the other modules come the
-network (bert.py), vocabularies and random streams (data.py), tasks, batches and metrics (glue_squad.py), and what both
-kinds of training need: masks, the optimizer, devices and folders (tamt.py). "Released" is the code of the papers'
-authors.
+What chapters 1 to 8 use and do not define is in an appendix or in another module: the network (bert.py), vocabularies
+and random streams (data.py), tasks, batches and metrics (glue_squad.py), and what both kinds of training need: masks,
+the optimizer, devices and folders (tamt.py). "Released" is the code of the papers' authors: that of BERT-Tickets (Chen
+et al. 2020; LT_glue.py) for one task, which TAMT's authors use, too, and of Liang et al. 2021 (mt_dnn) for chapters 7
+and 8.
 
 Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Training -> the content of result.json.
 
@@ -50,7 +51,7 @@ Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Tra
     EncodedTask   a task as token ids
 
     task head     the layer on top: a classifier, or for SQuAD the span layer
-    dense         without a mask
+    dense         without a mask (in the names of layers: a Linear)
     update        one batch, and one step of the optimizer; a "step" in files and on the screen is the number of an
                   update
 
@@ -113,7 +114,7 @@ def fine_tune(settings: Settings) -> dict:
 #     run.limit                              training examples (SQuAD: windows); None: all
 #     run.eval_every                         updates between evaluations
 #     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
-#                                            counts, or the weights below it?
+#                                            counts, or the weights that it keeps?
 #     run.predict, run.export                what else to write: predictions for test sets (SQuAD: for dev); an export
 #     run.schedule_stretch                   the learning rate falls as if the run were this many times as long
 #     run.out                                the folder of the run
@@ -143,9 +144,9 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     # The tasks, the tickets, and the network that they belong to.
     tasks = named_tasks(settings)
     tickets = read_tickets(settings)
-    model_name = choose_model_name(settings, tickets)  # --model, or the one that the tickets name
+    model_name = choose_model_name(settings, tickets)  # --model, or the one that the tickets name, or the toy
     model, vocabulary = tamt.load_model(model_name)
-    fit_tickets_to_model(tickets, model, settings)  # ValueError if they are of another network
+    fit_tickets_to_model(tickets, model, settings)  # full names, in the order of the model; or a ValueError
 
     # What follows from them: the settings with the defaults, and the examples. The folder comes last, since by default
     # its name ends with a hash of the identity.
@@ -191,7 +192,7 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     prepare_network(model, tasks, run)  # on the CPU, so that task heads are the same on every device
     model.to(run.machine.device)
 
-    masks = {}
+    masks = {}  # those that train() has to keep
     task_switch = None
     if len(tasks) > 1:
         task_switch = TaskSwitch(model, tasks, inputs.tickets)
@@ -417,7 +418,7 @@ def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
         hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
-    # The task head computes in fp32, since the three digits of bf16 are too few for logits.
+    # The task head computes in fp32, since the two or three digits of bf16 are too few for logits.
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
     if task.predicts != "span":
         return model.class_logits(last_hidden_state)
@@ -493,8 +494,8 @@ def train(training: Training):
     """Trains all weights; those that an ordinary ticket of a single task prunes stay 0. Ends with the network in eval
     mode.
 
-    The order of the examples is drawn anew for each epoch, and the dropout for each update, from the seed and its
-    number, so that an interrupted run continues exactly."""
+    The order of the examples is drawn anew for each epoch, from the seed and the number of the epoch, and the dropout
+    for each update, from the seed and its number. So an interrupted run continues exactly."""
     run = training.run
     schedule_length = training.num_updates * run.schedule_stretch  # the update at which the learning rate would reach 0
     progress = Progress(training.updates_done, training.num_updates)
@@ -546,8 +547,8 @@ def zero_pruned_gradients(training: Training):
 
 def optimizer_step(training: Training, learning_rate: float):
     """AdamW moves the weights against their gradients."""
-    # Learning rate, eps, and a weight decay of 0. The released AdamW adds its eps to sqrt(v), and not to the corrected
-    # value, as torch's does. An eps that depends on the number of the update, from 1, makes the two equal (tamt.py).
+    # These options are the learning rate, a weight decay of 0, and an eps that depends on the number of the update
+    # (from 1). With it torch's AdamW computes what the released one does (the derivation is in tamt.py, appendix A).
     options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -608,8 +609,8 @@ def finish(training: Training) -> dict:
 
     best: the evaluation that is highest in the first metric (of several tasks, in their sum). It is chosen on the dev
     set that it is reported on, so it is a little too high. final: the last evaluation. floor: the scores of answering
-    every dev example with the most frequent class; 0 for numbers and answers. Metrics are fractions, but those of SQuAD
-    percentages, as in its official script."""
+    every dev example with the most frequent class; 0 for numbers and answers. Metrics are fractions or correlations,
+    but those of SQuAD percentages, as in its official script."""
     run = training.run
     for encoded_task in training.encoded_tasks:
         if run.predict:
@@ -617,7 +618,7 @@ def finish(training: Training) -> dict:
         if run.export:
             export_model(training, encoded_task)
     best, final = best_and_final(training)
-    result = make_result(training, best, final, floor_scores(training))  # with all that is needed to repeat it
+    result = make_result(training, best, final, floor_scores(training))  # with the command, settings and versions
     tamt.write_json(run.out / "result.json", result)
     append_to_results(run, result)
     (run.out / "state.pt").unlink(missing_ok=True)  # three times the size of the model, and of no more use
@@ -644,26 +645,6 @@ def floor_scores(training: Training) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------
 # 6. Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
-
-
-# A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
-# the search. With --resume finished ones are not repeated. The settings of a search, and all that concerns these
-# folders, are in appendix B: fill_in_search, open_run_of_search, claim_folders, finish_search.
-
-
-def run_of_search(search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1) -> dict:
-    """One fine-tuning of a search -> its result. When it is trained, write_tickets(training) makes tickets from it."""
-    inputs = read_inputs(run_settings, schedule_stretch)
-    result, state = open_run_of_search(search_settings, inputs)
-    if result is not None:
-        return result
-    training = prepare_training(inputs, state)
-    # The folders now become those of this search. This comes late, so that an error up to here costs a finished search
-    # no more than its first result.
-    claim_folders(search_settings, inputs.run)
-    train(training)
-    write_tickets(training)
-    return finish(training)  # last: where --resume finds the result, the tickets are there, too
 
 
 def find_imp(settings: Settings) -> dict:
@@ -694,7 +675,7 @@ def find_imp(settings: Settings) -> dict:
             search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
         # Each round reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets
         # the schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
-        result = run_of_search(
+        result = fine_tune_in_search(
             search_settings, round_settings, schedule_stretch=10,
             write_tickets=partial(save_next_mask, sparsity=next_sparsity, search_settings=search_settings))
         # The sparsity of a result is that of the mask under which the round was trained.
@@ -722,6 +703,26 @@ def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> di
         if name in training.masks:
             magnitudes[name].masked_fill_(~training.masks[name], -1.0)  # below every magnitude
     return tamt.masks_of_largest(magnitudes, sparsity, rank)
+
+
+# A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
+# the search. With --resume finished ones are not repeated. Appendix B has the settings of a search (fill_in_search,
+# settings_of_one_run), and what looks after the folders (check_search_folder, open_run_of_search, claim_folders,
+# finish_search).
+
+
+def fine_tune_in_search(search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1):
+    """fine_tune(), which also calls write_tickets(training), to make tickets of the trained weights before they are
+    gone -> the result of the fine-tuning."""
+    inputs = read_inputs(run_settings, schedule_stretch)
+    result, state = open_run_of_search(search_settings, inputs)
+    if result is not None:
+        return result
+    training = prepare_training(inputs, state)
+    claim_folders(search_settings, inputs.run)  # the folders now become those of this search
+    train(training)
+    write_tickets(training)
+    return finish(training)  # last: where --resume finds the result, the tickets are there, too
 
 
 def save_ticket(path, training: Training, masks: dict, how_found: dict):
@@ -773,7 +774,7 @@ def find_super(settings: Settings) -> dict:
     # Fine-tune the whole network, and write all tickets.
     dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
     result_of = {}  # {name of a ticket: its result}
-    result_of["dense"] = run_of_search(
+    result_of["dense"] = fine_tune_in_search(
         search_settings, dense_settings, write_tickets=partial(save_super_tickets, folder=search_settings.out))
 
     # Fine-tune the tickets of the orders that --orders asks for. (Those of the others can be fine-tuned with --mask.)
@@ -781,7 +782,7 @@ def find_super(settings: Settings) -> dict:
         for level in LEVELS:
             name = f"{order}-{level}"
             mask_file = str(search_settings.out / f"{name}.pt")
-            result_of[name] = fine_tune(
+            result_of[name] = fine_tune(  # no tickets are made from these
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
     first_metric = named_tasks(search_settings)[0].metrics[0]
@@ -826,12 +827,13 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
 
 def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
     """How sensitive the loss is to each head (L, H) and each FFN (L,), in eval mode (mt_dnn/inference.py). Let o be the
-    output of one head (its context vector) or of one FFN at one token, and <, > the sum over its dimensions:
+    output of one head (its context vector) or of one FFN at one token:
 
-        importance = mean over batches ( sum over tokens |<d loss / d o, o>| )
+        importance = mean over batches ( sum over tokens | sum over dimensions (d loss / d o) * o | )
 
-    This is, to first order, how much the loss changes if o is taken away. In each layer the importances of the heads
-    are then divided by their l2 norm. That of an FFN, which is alone in its layer, is not divided by anything here."""
+    The inner sum is, to first order, how much the loss falls if this o is set to 0. The importances of the heads of a
+    layer are then divided by their l2 norm. Those of FFNs stay as they are. (The released code divides all of them by
+    one norm, which leaves their order the same.)"""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -897,8 +899,8 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
     Of the L H heads int(L H level / 10) are removed, of the L FFNs int(L level / 12), in the same sequence on all
-    levels: so each level removes all that the one below removes. Every layer keeps the head that would be its last, so
-    no more than L (H - 1) heads are removed."""
+    levels: so each level removes all that the one below removes. Every layer keeps the last of its heads in this
+    sequence, so no more than L (H - 1) are removed."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
     # Units are removed in the order of their keys, the smallest first.
@@ -984,8 +986,8 @@ def cut_out_units(model, removed_heads, removed_ffns):
         for linear in (attention.query, attention.key, attention.value):  # bert.py infers the heads from their rows
             linear.weight = nn.Parameter(linear.weight.data[kept_dims])
             linear.bias = nn.Parameter(linear.bias.data[kept_dims])
-        dense = layer.attention.output.dense
-        dense.weight = nn.Parameter(dense.weight.data[:, kept_dims])
+        output_matrix = layer.attention.output.dense
+        output_matrix.weight = nn.Parameter(output_matrix.weight.data[:, kept_dims])
         if removed_ffns[index]:
             layer.output.is_skipped = True
             layer.output.dense = None  # so the layer keeps only the LayerNorm of its FFN
@@ -1006,21 +1008,23 @@ class TaskParts:
 
 
 def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
-    """A classifier for each of several tasks. TaskSwitch sets one of them as model.classifier."""
+    """A classifier for each of several tasks."""
     model.task_heads = nn.ModuleList()  # so that all of them are among the model's parameters
     for task in tasks:
         model.add_classifier(task.num_outputs)  # in the place of the one before
         model.task_heads.append(model.classifier)
-    del model.classifier
+    del model.classifier  # TaskSwitch.select() puts one of them back
 
 
 class TaskSwitch:
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. No weight is
-    set to 0, and each gets gradients only from the tasks that keep it. (In the batches of other tasks, AdamW's momentum
-    still moves it a little, unless their ticket removes its whole FFN. And a task head makes fewer updates than
-    optimizer_step() counts for it.)"""
+    set to 0, and each gets gradients only from the tasks that keep it. In the batches of other tasks
+
+        a weight that their ticket prunes has a gradient of 0: AdamW's momentum still moves it a little
+        an FFN that it skips, and the other task heads, have no gradient: AdamW leaves them alone (and then makes fewer
+        updates of them than optimizer_step() counts)"""
 
     def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
         """model: with its task heads. tickets: none, or one for each task."""
@@ -1539,7 +1543,8 @@ def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict 
 
 def claim_folders(search_settings: Settings, run: Run):
     """Writes into the folder of a search which one it holds. Removes the old mask of this run, and, without --resume,
-    the results of an earlier search that was finished there."""
+    the results of an earlier search that was finished there. This is called as late as possible, so that an error
+    before costs an earlier search no more than its first result."""
     (run.out / "mask.pt").unlink(missing_ok=True)
     out = search_settings.out
     if (out / "mask.json").exists() and not search_settings.resume:
