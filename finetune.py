@@ -1517,7 +1517,8 @@ def fill_in_search(settings: Settings) -> Settings:
 
 
 def check_search_folder(settings: Settings):
-    """Raises ValueError if the folder holds something else, or an unfinished search without --resume."""
+    """Raises ValueError if the folder holds something else, or an unfinished search without --resume. Removes the files
+    that a killed one has left half-written."""
     identity = search_identity(settings)
     if (settings.out / "result.json").exists():
         raise ValueError(f"{settings.out} holds another run (a fine-tuning): choose another --out, or remove that "
@@ -1529,6 +1530,8 @@ def check_search_folder(settings: Settings):
     if is_begun and not is_finished and not settings.resume and (settings.out / "search.json").exists():
         raise ValueError(f"{settings.out} holds this search, unfinished: continue with --resume, or choose another "
                          "--out, or remove that folder")
+    for part in settings.out.glob(f"*{bert.PART_SUFFIX}"):  # what a killed search was writing
+        part.unlink(missing_ok=True)
 
 
 def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict | None, dict | None]:
@@ -1536,7 +1539,8 @@ def open_run_of_search(search_settings: Settings, inputs: Inputs) -> tuple[dict 
     which is made again."""
     folder = inputs.run.out
     is_begun = (search_settings.out / "search.json").exists()  # and of this search, as check_search_folder has seen
-    if is_begun and not (folder / "result.json").exists():
+    is_of_tamt = (folder / "mask.json").exists()  # a run of a search writes none
+    if is_begun and not is_of_tamt and not (folder / "result.json").exists():
         (folder / "mask.pt").unlink(missing_ok=True)  # else open_run() would take it for the mask of something else
     return open_run(inputs)
 
@@ -1548,13 +1552,18 @@ def claim_folders(search_settings: Settings, run: Run):
     (run.out / "mask.pt").unlink(missing_ok=True)
     out = search_settings.out
     if (out / "mask.json").exists() and not search_settings.resume:
-        folders = [*out.glob("round-*"), out / "dense"]
-        folders += [out / f"{order}-{level}" for order in ORDERS for level in LEVELS]
-        for folder in folders:
-            (folder / "result.json").unlink(missing_ok=True)
+        for name in names_of_runs(search_settings):
+            (out / name / "result.json").unlink(missing_ok=True)
         (out / "mask.pt").unlink(missing_ok=True)
         (out / "mask.json").unlink()  # last, so that a kill in between is noticed
     tamt.write_json(search_settings.out / "search.json", {"settings": search_identity(search_settings)})
+
+
+def names_of_runs(search_settings: Settings) -> list[str]:
+    """The folders of its runs, inside that of the search."""
+    if search_settings.find == "imp":
+        return [f"round-{number}" for number, _ in enumerate(tamt.imp_levels(search_settings.sparsity), 1)]
+    return ["dense", *[f"{order}-{level}" for order in search_settings.orders for level in LEVELS]]
 
 
 def settings_of_one_run(settings: Settings, **changes) -> Settings:

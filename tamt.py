@@ -1648,9 +1648,16 @@ def save_state_if_due(training: Training):
         "parameters": {name: parameter.data for name, parameter in training.parameters.items()},
         "optimizer": training.optimizer.state_dict(),
         "masks": {name: pack(layer.mask) for name, layer in training.masked_layers.items()},
-        "thresholds": [pool.last_ranking.threshold for pool in training.scores.pools] if training.scores else [],
+        "thresholds": thresholds_of(training),
         "log": training.log.state(),
     })
+
+
+def thresholds_of(training: Training) -> list[float]:
+    """With --refresh-every they decide between two rankings. Otherwise they are only guesses for the next one."""
+    if training.scores is None or training.run.refresh_every == 1:
+        return []
+    return [pool.last_ranking.threshold for pool in training.scores.pools]
 
 
 def restore_state(training: Training, state: dict):
@@ -1659,9 +1666,9 @@ def restore_state(training: Training, state: dict):
     with damage_named(file):
         for name, layer in training.masked_layers.items():
             layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
-        if training.scores is not None:
+        if thresholds_of(training):
             for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=True):
-                pool.last_ranking.threshold = threshold
+                pool.last_ranking.threshold = float(threshold)
         training.log.restore(state["log"])
         training.updates_done = state["step"]
         if not 0 <= training.updates_done <= training.run.num_updates:
@@ -1671,7 +1678,8 @@ def restore_state(training: Training, state: dict):
 def restore_parameters(parameters: dict, optimizer, state: dict, file):
     """Puts parameters and the optimizer's moments back. ValueError if they are not those of this model."""
     saved = state.get("parameters")
-    if not isinstance(saved, dict) or saved.keys() != parameters.keys():
+    is_dict = isinstance(saved, dict) and all(isinstance(value, torch.Tensor) for value in saved.values())
+    if not is_dict or saved.keys() != parameters.keys():
         raise ValueError(f"{file}: its parameters are not those of this run; remove it to start anew")
     for name, parameter in parameters.items():
         if saved[name].shape != parameter.shape:
@@ -1682,6 +1690,11 @@ def restore_parameters(parameters: dict, optimizer, state: dict, file):
         parameter.data.copy_(saved[name])
     with damage_named(file):
         optimizer.load_state_dict(state["optimizer"])
+        for name, parameter in parameters.items():
+            moments = optimizer.state.get(parameter, {})
+            for kind in moments.keys() & {"exp_avg", "exp_avg_sq"}:
+                if moments[kind].shape != parameter.shape or not moments[kind].isfinite().all():
+                    raise ValueError(f"{kind} of {name}")
 
 
 @contextmanager
@@ -1689,7 +1702,7 @@ def damage_named(file):
     """Turns the errors of a state that lacks something, or holds something else, into a ValueError of one line."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: damaged ({type(error).__name__}: {error}); remove it to start anew") from None
 
 
@@ -1812,7 +1825,7 @@ class Log:
         return {"total_loss": self.total_loss, "num_updates": self.num_updates, "bits": torch.from_numpy(self.bits)}
 
     def restore(self, state: dict):
-        self.total_loss = state["total_loss"]
+        self.total_loss = float(state["total_loss"])
         self.num_updates = state["num_updates"]
         self.bits = state["bits"].numpy()
 
@@ -2004,11 +2017,12 @@ def fill_in_defaults(settings: Settings, machine: Machine, model: bert.Model) ->
     num_updates, horizon = schedule(values)
     values["lr"], lr_reason = choose_learning_rate(values, num_updates)
     if settings.method == "tamt" and values["objective"] == "kd":
-        # Weight decay, .01 of the learning rate, shrinks all scores. Over the whole run the factor may be exp(-20), and
-        # no less, so that pinned ones stay beyond PINNED_LIMIT.
-        highest = min(10, 20 / 0.01 / travel(num_updates, horizon, "mlm"))
+        # Weight decay, .01 of the learning rate, shrinks all scores: by about exp(-20) over the whole run at most, so
+        # that pinned ones stay beyond PINNED_LIMIT.
+        sum_of_decay = num_updates - num_updates * (num_updates - 1) / (2 * horizon)  # 1 + (1 - 1 / horizon) + ...
+        highest = min(10.0, float(f"{20 / 0.01 / sum_of_decay:.2g}"))
         if values["lr"] > highest:
-            raise ValueError(f"--lr {values['lr']:g}: expected at most {highest:.3g} with kd and {num_updates:,} "
+            raise ValueError(f"--lr {values['lr']:g}: expected at most {highest:g} with kd and {num_updates:,} "
                              f"updates; scores start at {START_SCORE}")
     return Run(**values, machine=machine, family=model.config.model_type, weights=weights_checksum(model),
                backbone_checksum=weights_checksum(model.backbone), config=config_checksum(model),

@@ -412,6 +412,17 @@ def test_a_finished_search_that_is_run_again_is_not_stopped_by_its_old_rounds(ta
     assert (tmp_path / "run/mask.pt").read_bytes() == (imp_folder / "mask.pt").read_bytes()
 
 
+def test_a_search_that_is_run_again_leaves_other_runs_in_its_folder_alone(tasks, tmp_path, imp_folder):
+    shutil.copytree(imp_folder, tmp_path / "run")
+    for name in ("dense", "winning-1", "round-9", "round-2-sst2"):  # such as fine-tunings that a user has put there
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "result.json").write_text("{}")
+    (tmp_path / "run/mask.json.55dce32d.tamt.part").touch()  # half-written by a search that was killed
+    finetune.find_imp(dense_settings(tasks, tmp_path, **IMP_SEARCH))
+    assert all((tmp_path / "run" / name / "result.json").exists() for name in ("dense", "winning-1", "round-9"))
+    assert not [*(tmp_path / "run").glob("*.part")]
+
+
 def test_a_search_does_not_touch_the_mask_of_another_run(tasks, tmp_path):
     folder = tmp_path / "run" / "round-1"
     folder.mkdir(parents=True)
