@@ -67,7 +67,8 @@ def test_every_mean_over_seeds_is_that_of_the_results():
             settings = line["settings"]
             network = (line["model"], settings.get("checkpoint"))
             mask = settings.get("masks") or json.dumps(line["mask"])  # a hash of its entries, or how it was made
-            experiment = (network, line["task"], mask, settings["limit"], settings.get("weights"))
+            options = tuple(settings.get(name) for name in ("limit", "weights", "epochs"))
+            experiment = (network, line["task"], mask, options)
             scores[experiment][line["seed"]] = 100 * next(iter(line["best"].values()))
     known = set()
     for by_seed in scores.values():
