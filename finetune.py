@@ -1685,7 +1685,8 @@ def choose_folder(run: Run, tickets: list[Ticket], identity: dict) -> Path:
 def check_files_of_run(run: Run):
     """Raises ValueError if the run would write one of its files over another, over what it reads, or over what is no
     run's."""
-    written = ["result.json", "state.pt", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
+    # (tamt.open_folder removes a log.jsonl, such as that of a run of tamt.py.)
+    written = ["result.json", "state.pt", "log.jsonl", "predictions.json", *glue_squad.SUBMISSION_FILES.values()]
     written += [f"{task.folder}.tsv" for task in named_tasks(run)]
     for name in written:
         if run.results is not None and run.results.absolute() == (run.out / name).absolute():
