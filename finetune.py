@@ -245,6 +245,7 @@ class Training:
 # 2. Tickets, tasks, network: what a fine-tuning consists of
 # ---------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Ticket:
     """The content of a mask file."""
@@ -711,7 +712,9 @@ def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> di
 # finish_search).
 
 
-def fine_tune_in_search(search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1):
+def fine_tune_in_search(
+    search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1
+) -> dict:
     """fine_tune(), which also calls write_tickets(training), to make tickets of the trained weights before they are
     gone -> the result of the fine-tuning."""
     inputs = read_inputs(run_settings, schedule_stretch)

@@ -44,9 +44,9 @@ The chapters:
     Losses               masked LM, distillation, dev losses (5 and 8)
     Training             what an update computes (5 and 6)
     IMP                  the baseline that trains weights
-    Appendices           A how paper, released code and this program differ; B fast rankings; C mask files; D the folder
-                         of a run; E settings; F devices and processes. What a chapter uses and no chapter defines is
-                         in an appendix; a first reading may skip them.
+    Appendices           A how paper, released code and this program differ (also: first scores, optimizer, schedule);
+                         B fast rankings; C mask files; D the folder of a run; E settings; F devices and processes.
+                         What a chapter uses and no chapter defines is in an appendix; a first reading may skip them.
 
 Functions hand on these objects:
 
@@ -883,7 +883,8 @@ def imp_levels(sparsity: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Appendix A: how paper, released code and this program differ. Skip it at a first reading, like all appendices.
+# Appendix A: how paper, released code and this program differ; with it the corrections of the first scores, the
+# optimizer and the schedule. Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
 # How the paper, the released code and this program differ in mask training. (finetune.py has a table of its own.) An
@@ -1668,6 +1669,8 @@ def restore_state(training: Training, state: dict):
             layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
         if thresholds_of(training):
             for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=True):
+                if not math.isfinite(threshold):
+                    raise ValueError(f"threshold {threshold}")
                 pool.last_ranking.threshold = float(threshold)
         training.log.restore(state["log"])
         training.updates_done = state["step"]

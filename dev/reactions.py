@@ -62,7 +62,7 @@ def to_tokens(reaction: str) -> str:
 
 def canonical(smiles: str) -> str:
     """RDKit's spelling, without the numbers that say which atom of the product is which of the reactants."""
-    from rdkit import Chem
+    from rdkit import Chem  # not one of the project's packages, and the tests do without it
 
     molecule = Chem.MolFromSmiles(smiles)
     for atom in molecule.GetAtoms():
