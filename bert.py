@@ -117,6 +117,7 @@ class Embeddings(nn.Module):
 
 class SelfAttention(nn.Module):
     """The H attention heads of a layer: the context vectors of each token, concatenated."""
+    kept_dims = None  # set by finetune.py where it cuts heads out: (D,) bool, which rows of the matrices are left
 
     def __init__(self, config: Config):
         super().__init__()

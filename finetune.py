@@ -4,8 +4,8 @@
     python finetune.py --task sst2 --model bert-base                the whole network, to compare
 
 Here masks are fixed, and weights are trained: those that the masks keep, and all that has no mask (biases, LayerNorms,
-the task head, and others). With TAMT it is the other way round. In short, for one task and an ordinary ticket, with W
-for all weights:
+the task head, and others). With TAMT it is the other way round. In short, for one task, with W for all weights (and 1
+as the mask of those that have none):
 
     W = W * mask                                            zero_pruned_weights
     for batch in batches:                                   train
@@ -19,9 +19,9 @@ plain loop in which torch.nn.utils.prune multiplies the weights by the mask in e
 equal, bit for bit (test_tamt.py: test_fine_tuning_equals_a_plain_loop_with_torch_prune_bit_for_bit).
 
     1. One fine-tuning            read, train, finish
-    2. Tickets, tasks, network    what a fine-tuning consists of
+    2. The training loop
     3. Losses, predictions
-    4. The training loop
+    4. Tickets, tasks, network    what a fine-tuning is made of
     5. The result
 
 Methods of other papers follow. Skip them if you came for TAMT:
@@ -35,25 +35,30 @@ Methods of other papers follow. Skip them if you came for TAMT:
 
 What chapters 1 to 8 use and do not define is in an appendix or in another module: the network (bert.py), vocabularies
 and random streams (data.py), tasks, batches and metrics (glue_squad.py), and what both kinds of training need: masks,
-the optimizer, devices and folders (tamt.py). "Released" is the code of the papers' authors: that of BERT-Tickets (Chen
-et al. 2020; LT_glue.py) for one task, which TAMT's authors use, too, and of Liang et al. 2021 (mt_dnn) for chapters 7
-and 8.
+the optimizer, devices and folders (tamt.py). "Released" is the code of the papers' authors: that of TAMT for chapters 1
+to 5, of BERT-Tickets (Chen et al. 2020) for chapter 6, and of Liang et al. 2021 for chapters 7 and 8. A table at the
+head of appendix A says what differs.
 
-Functions hand on these objects, as in tamt.py: Settings -> Run -> Inputs -> Training -> the content of result.json.
+The words:
+
+    ticket        the content of a mask file. (From "lottery ticket".) An ordinary one prunes single entries of the
+                  matrices, a Super Ticket whole attention heads and FFNs.
+    task head     the layer on top: a classifier, or for SQuAD the span layer
+    sequence      token ids, and token type ids, of an example; SQuAD's long paragraphs give several, called windows
+    dense         without a mask (in the names of layers: a Linear)
+    update        one batch, and one move of the optimizer; in files and on the screen "step" is the number of an update
+
+A task predicts a class, a number (STS-B), or a span (SQuAD: the first and the last token of an answer).
+
+The objects, in the order in which they are made. (Settings, Run, Inputs and Training have namesakes in tamt.py, with
+other contents.)
 
     Settings      what the user asked for; its fields are named like the flags
+    Ticket        the content of a mask file
     Run           the settings of one fine-tuning, with the defaults filled in
     Inputs        the Run, and the tasks, tickets and network that were read
-    Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
-
-    Ticket        the content of a mask file: masks, and how they were found. (From "lottery ticket".) An ordinary
-                  one prunes single entries, a Super Ticket whole heads and FFNs.
     EncodedTask   a task as token ids
-
-    task head     the layer on top: a classifier, or for SQuAD the span layer
-    dense         without a mask (in the names of layers: a Linear)
-    update        one batch, and one step of the optimizer; a "step" in files and on the screen is the number of an
-                  update
+    Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -88,6 +93,21 @@ from tamt import option
 # ---------------------------------------------------------------------------------------------------
 
 
+# A run (class Run, appendix B) has a field for each flag of the command line, and a few more. These occur most:
+#
+#     run.lr, run.epochs, run.batch_size
+#     run.max_len                            tokens of an example
+#     run.limit                              training examples (SQuAD: windows); None: all
+#     run.eval_every                         updates between evaluations
+#     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
+#                                            counts, or the weights that it keeps?
+#     run.predict, run.export                what else to write: predictions for test sets (SQuAD: for dev); an export
+#     run.schedule_stretch                   the learning rate falls as if the run were so many times as long: 10 in a
+#                                            round of IMP (chapter 6), otherwise 1
+#     run.out                                the folder of the run
+#     run.machine                            the device, and the type of numbers
+
+
 def fine_tune(settings: Settings) -> dict:
     """Fine-tunes on the task, writes result.json into the folder of the run, adds a line to --results, and
     returns the content of result.json. (With --find it looks for a ticket, and returns the content of mask.json.)
@@ -107,25 +127,11 @@ def fine_tune(settings: Settings) -> dict:
     return finish(training)
 
 
-# A run (class Run, appendix B) has a field for each flag of the command line, and a few more. These occur most:
-#
-#     run.lr, run.epochs, run.batch_size
-#     run.max_len                            tokens of an example
-#     run.limit                              training examples (SQuAD: windows); None: all
-#     run.eval_every                         updates between evaluations
-#     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
-#                                            counts, or the weights that it keeps?
-#     run.predict, run.export                what else to write: predictions for test sets (SQuAD: for dev); an export
-#     run.schedule_stretch                   the learning rate falls as if the run were this many times as long
-#     run.out                                the folder of the run
-#     run.machine                            the device, and the type of numbers
-
-
 @dataclass
 class Inputs:
     """The settings of a run, and all that it reads."""
     run: Run
-    identity: dict  # settings and checksums: a folder that holds a run with others is refused
+    identity: dict  # settings and checksums; open_run compares them with those of the run that a folder holds
     tasks: list[glue_squad.Task]  # nearly always one; or several that share the encoder
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
@@ -135,8 +141,7 @@ class Inputs:
 
 
 def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
-    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    schedule_stretch: 10 in a round of IMP (chapter 6)."""
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -146,7 +151,7 @@ def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
     tickets = read_tickets(settings)
     model_name = choose_model_name(settings, tickets)  # --model, or the one that the tickets name, or the toy
     model, vocabulary = tamt.load_model(model_name)
-    fit_tickets_to_model(tickets, model, settings)  # full names, in the order of the model; or a ValueError
+    fit_tickets_to_model(tickets, model, settings)  # gives masks the model's names and order; or a ValueError
 
     # What follows from them: the settings with the defaults, and the examples. The folder comes last, since by default
     # its name ends with a hash of the identity.
@@ -178,52 +183,56 @@ def open_run(inputs: Inputs) -> tuple[dict | None, dict | None]:
 
 def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     """Encodes the examples, and turns the pre-trained model into the network that trains. state: of an interrupted run,
-    or None. How tickets are applied, and how what they prune stays pruned:
+    or None."""
+    run = inputs.run
+    model = inputs.model
+    encoded_tasks = [encode_task(task, inputs, run) for task in inputs.tasks]
+    prepare_network(model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
+    model.to(run.machine.device)
+    masks, task_switch = apply_tickets(model, inputs.tasks, inputs.tickets)
+    training = Training(inputs, encoded_tasks, masks, task_switch)  # last, since tickets may replace parameters
+    if state is not None:
+        restore_state(training, state)
+    return training
 
+
+def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tuple[dict, TaskSwitch | None]:
+    """How tickets are applied, and how what they prune stays pruned:
+
+    none                            the whole network trains
     an ordinary one, one task       the entries that it prunes become 0 (zero_pruned_weights), and get no gradient
                                     (zero_pruned_gradients)
     a Super Ticket, one task        its heads and FFNs are cut out of the network (cut_out_units, chapter 7)
     one for each of several tasks   each forward pass multiplies the weights, which stay whole, by the masks of the task
-                                    of the batch (TaskSwitch, chapter 8)"""
-    run = inputs.run
-    model = inputs.model
-    tasks = inputs.tasks
-    encoded_tasks = [encode_task(task, inputs.examples[task.name], inputs.vocabulary, run) for task in tasks]
-    prepare_network(model, tasks, run)  # on the CPU, so that task heads are the same on every device
-    model.to(run.machine.device)
+                                    of the batch (TaskSwitch, chapter 8; without tickets it changes task heads alone)
 
-    masks = {}  # those that train() has to keep
-    task_switch = None
+    -> the masks of an ordinary ticket of one task, otherwise {}; the TaskSwitch of several tasks, otherwise None"""
     if len(tasks) > 1:
-        task_switch = TaskSwitch(model, tasks, inputs.tickets)
-        for encoded_task in encoded_tasks:
-            encoded_task.metric_prefix = f"{encoded_task.task.name}_"
-    elif inputs.tickets:
-        [ticket] = inputs.tickets
-        if ticket.is_super:
-            removed_heads, removed_ffns = units_from_masks(model.config, ticket)
-            cut_out_units(model, removed_heads, removed_ffns)
-        else:
-            masks = zero_pruned_weights(model, ticket)
-
-    training = Training(inputs, encoded_tasks, masks, task_switch)
-    if state is not None:
-        restore_state(training, state)
-    return training
+        return {}, TaskSwitch(model, tasks, tickets)
+    if not tickets:
+        return {}, None
+    [ticket] = tickets
+    if ticket.is_super:
+        removed_heads, removed_ffns = units_from_masks(model.config, ticket)
+        cut_out_units(model, removed_heads, removed_ffns)
+        return {}, None
+    return zero_pruned_weights(model, ticket), None
 
 
 class Training:
     """A fine-tuning in progress. state.pt keeps what cannot be made again from the Inputs."""
 
     def __init__(self, inputs: Inputs, encoded_tasks: list[EncodedTask], masks: dict, task_switch: TaskSwitch | None):
-        """masks: of an ordinary ticket of a single task, otherwise {}. task_switch: None unless there are several."""
+        """masks, task_switch: as apply_tickets returns them."""
         self.inputs = inputs
         self.run = inputs.run
         self.encoded_tasks = encoded_tasks
         self.model = inputs.model
         self.masks = masks
         self.task_switch = task_switch
-        self.parameters = dict(self.model.named_parameters())  # all of them train
+        # All of them train. (With several tasks this comes before the first TaskSwitch.select(), which would give a
+        # task head a second name.)
+        self.parameters = dict(self.model.named_parameters())
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
         self.updates_done = 0
         self.batches = None  # of the current epoch, made by next_batch
@@ -242,7 +251,217 @@ class Training:
 
 
 # ---------------------------------------------------------------------------------------------------
-# 2. Tickets, tasks, network: what a fine-tuning consists of
+# 2. The training loop
+# ---------------------------------------------------------------------------------------------------
+
+
+def train(training: Training):
+    """Trains all weights; those that an ordinary ticket of a single task prunes stay 0. Ends with the network in eval
+    mode.
+
+    The order of the examples is drawn anew for each epoch, from the seed and the number of the epoch, and the dropout
+    for each update, from the seed and its number. So an interrupted run continues exactly."""
+    run = training.run
+    schedule_length = training.num_updates * run.schedule_stretch  # the update at which the learning rate would reach 0
+    progress = Progress(training.updates_done, training.num_updates)
+    training.model.train()
+    while training.updates_done < training.num_updates:
+        learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
+        encoded_task, indices = next_batch(training)
+        tamt.seed_dropout(run.seed, training.updates_done)
+        loss = batch_loss(training, encoded_task, indices)
+        loss.backward()
+        zero_pruned_gradients(training)
+        loss_value = tamt.clip_and_check(training, loss, max_norm=1.0)  # stops if it is not finite
+        optimizer_step(training, learning_rate)
+        training.loss_since_evaluation += loss_value
+        training.updates_done += 1
+        evaluate_if_due(training, progress)
+        save_state_if_due(training)
+    training.model.eval()
+
+
+def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
+    """The batch of the next update: a task, and indices into its training set."""
+    epoch, place = divmod(training.updates_done, training.updates_per_epoch)
+    if place == 0 or training.batches is None:  # an epoch begins, or a resumed run goes on inside one
+        training.batches = epoch_batches(training.encoded_tasks, training.run, epoch)
+    return training.batches[place]
+
+
+def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
+    """The batches of an epoch, as pairs (task, indices into its training set). Each batch is of one task; those of
+    several tasks are shuffled together."""
+    generator = data.random_stream(run.seed, "order", epoch)
+    batches = []
+    for encoded_task in encoded_tasks:
+        lengths = [len(input_ids) for input_ids, _ in encoded_task.train_sequences]
+        for indices in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
+            batches.append((encoded_task, indices))
+    if len(encoded_tasks) > 1:
+        batches = [batches[index] for index in generator.permutation(len(batches))]
+    return batches
+
+
+def zero_pruned_weights(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Sets the entries that an ordinary ticket prunes to 0 -> {name of a matrix: its mask}. Masks are fixed here, so
+    once is enough, as long as zero_pruned_gradients keeps the zeros."""
+    parameters = dict(model.named_parameters())
+    masks = {}
+    for name, mask in ticket.masks.items():
+        if name in parameters:  # a ticket may have a mask for a pooler, and this network none
+            masks[name] = mask.to(parameters[name].device)
+            parameters[name].data.mul_(masks[name])
+    return masks
+
+
+def zero_pruned_gradients(training: Training):
+    """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, so it never moves the weight. (This comes
+    before clipping, so that pruned weights do not count in the norm.)"""
+    for name, mask in training.masks.items():
+        training.parameters[name].grad.mul_(mask)
+
+
+def optimizer_step(training: Training, learning_rate: float):
+    """AdamW moves the weights against their gradients."""
+    # The rate, no weight decay, and an eps with which torch's AdamW computes what the released one does: it depends on
+    # the number of the update, from 1.
+    options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
+    training.optimizer.param_groups[0].update(options)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+
+
+def evaluate_if_due(training: Training, progress: Progress):
+    """Every --eval-every updates, and after each epoch."""
+    if is_epoch_end(training) or training.updates_done % training.run.eval_every == 0:
+        record_evaluation(training)
+        progress.show_evaluation(training.history[-1])
+    else:
+        progress.show_time_left(training.updates_done)
+
+
+def save_state_if_due(training: Training):
+    """After each epoch (the last one, too, since finish may be killed), and when the last state is old."""
+    if is_epoch_end(training) or time.time() - training.saved_at > tamt.SAVE_SECONDS:
+        training.saved_at = time.time()
+        save_state(training)
+
+
+def is_epoch_end(training: Training) -> bool:
+    return training.updates_done % training.updates_per_epoch == 0
+
+
+def record_evaluation(training: Training):
+    """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
+    last_step = training.history[-1]["step"] if training.history else 0
+    mean_loss = training.loss_since_evaluation / (training.updates_done - last_step)
+    training.history.append({"step": training.updates_done, "loss": mean_loss, **evaluate(training)})
+    training.loss_since_evaluation = 0.0
+
+
+def evaluate(training: Training) -> dict[str, float]:
+    """The metrics of all tasks on their dev sets: {"accuracy": .9}, with several tasks {"rte_accuracy": .6, ...}."""
+    metrics = {}
+    for encoded_task in training.encoded_tasks:
+        task = encoded_task.task
+        for split, sequences in encoded_task.dev_sequences.items():
+            predictions = to_predictions(encoded_task, predict_logits(training, task, sequences))
+            if task.predicts == "span":
+                of_split = glue_squad.squad_scores(predictions, encoded_task.examples[split])
+            else:  # the metrics of MNLI's second dev set, dev_mm, have names of their own
+                of_split = glue_squad.score(task, predictions, encoded_task.examples[split], split)
+            metrics |= {encoded_task.metric_prefix + name: value for name, value in of_split.items()}
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Losses and predictions
+# ---------------------------------------------------------------------------------------------------
+
+
+def batch_loss(training: Training, encoded_task: EncodedTask, indices):
+    """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
+    sequences = [encoded_task.train_sequences[index] for index in indices]
+    targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
+    logits = task_logits(training, encoded_task.task, sequences)
+    return task_loss(encoded_task.task, logits, targets)
+
+
+def task_logits(training: Training, task: glue_squad.Task, sequences: list):
+    """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for spans."""
+    select_task(training, task)  # where several share the model, it becomes that of this one (chapter 8)
+    model = training.model
+    input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
+    with tamt.autocast(training.run.machine):
+        hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
+    # The task head computes in fp32, since the two or three digits of bf16 are too few for logits.
+    last_hidden_state = hidden_states[-1].float()  # (B, T, D)
+    if task.predicts != "span":
+        return model.class_logits(last_hidden_state)
+    logits = model.span_logits(last_hidden_state)
+    if attention_mask is not None:
+        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # so far down that padding gets no probability
+    return logits
+
+
+def batch_tensors(model, sequences: list) -> tuple:
+    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None where the network
+    has a single type, as RoBERTa), (B, T) each, on the device of the model."""
+    device = next(model.parameters()).device
+    input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, model.config.pad_token_id)
+    attention_mask = None if attention_mask.all() else tamt.to_device(attention_mask, device)
+    token_type_ids = tamt.to_device(token_type_ids, device) if model.config.type_vocab_size > 1 else None
+    return tamt.to_device(input_ids, device), attention_mask, token_type_ids
+
+
+def task_loss(task: glue_squad.Task, logits, targets):
+    """The mean loss of a batch. Logits and targets are
+
+    (B, C) and (B,)          for classes: cross-entropy
+    (B, 1) and (B,)          for numbers: squared error
+    (B, T, 2) and (B, 2)     for spans: the mean of the cross-entropies of first and last position"""
+    if task.predicts == "class":
+        return F.cross_entropy(logits, targets)
+    if task.predicts == "number":
+        return F.mse_loss(logits[:, 0], targets)
+    start_loss = F.cross_entropy(logits[..., 0], targets[:, 0])
+    end_loss = F.cross_entropy(logits[..., 1], targets[:, 1])
+    return (start_loss + end_loss) / 2
+
+
+@torch.no_grad()
+def predict_logits(training: Training, task: glue_squad.Task, sequences: list, batch_size: int = 64) -> list:
+    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
+    of its batch."""
+    model = training.model
+    was_training = model.training
+    model.eval()
+    logits = [None] * len(sequences)
+    lengths = [len(input_ids) for input_ids, _ in sequences]
+    by_length = np.argsort(lengths, kind="stable")  # neighbours in length share a batch, so there is little padding
+    for start in range(0, len(sequences), batch_size):
+        indices = by_length[start:start + batch_size]
+        batch_logits = task_logits(training, task, [sequences[index] for index in indices])
+        for index, row in zip(indices, batch_logits.cpu().numpy(), strict=True):
+            logits[index] = row
+    model.train(was_training)
+    return logits
+
+
+def to_predictions(encoded_task: EncodedTask, logits: list):
+    """Logits -> class ids (n,), numbers (n,), or, for SQuAD's dev questions, {question id: text}."""
+    if encoded_task.task.predicts == "class":
+        return np.array([row.argmax() for row in logits])
+    if encoded_task.task.predicts == "number":
+        return np.array([row[0] for row in logits])
+    start_logits = [row[:, 0] for row in logits]
+    end_logits = [row[:, 1] for row in logits]
+    return glue_squad.best_answers(encoded_task.examples["dev"], encoded_task.dev_windows, start_logits, end_logits)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Tickets, tasks, network: what a fine-tuning consists of
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -292,8 +511,7 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
 @dataclass
 class EncodedTask:
     """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD each window gives one:
-    a question and a stretch of its paragraph. task.predicts says what the network predicts: a "class", a "number"
-    (STS-B), or a "span" (SQuAD), the first and the last token of an answer."""
+    a question and a stretch of its paragraph."""
     task: glue_squad.Task
     examples: dict[str, list]  # {split: examples, or questions of SQuAD}, as in Inputs
     train_sequences: list  # in file order, or a random choice of --limit
@@ -303,14 +521,17 @@ class EncodedTask:
     metric_prefix: str = ""  # "rte_", in front of "accuracy", if rte is one of several tasks
 
 
-def encode_task(task: glue_squad.Task, examples: dict[str, list], vocabulary, run: Run) -> EncodedTask:
+def encode_task(task: glue_squad.Task, inputs: Inputs, run: Run) -> EncodedTask:
     """Token ids of train and dev."""
+    examples = inputs.examples[task.name]
     if task.predicts == "span":
-        encoded_task = encode_squad(task, examples, vocabulary, run.max_len)
+        encoded_task = encode_squad(task, examples, inputs.vocabulary, run.max_len)
     else:
-        encoded_task = encode_glue(task, examples, vocabulary, run.max_len)
+        encoded_task = encode_glue(task, examples, inputs.vocabulary, run.max_len)
     if run.limit:  # after encoding, since for SQuAD it counts windows
         limit_training_set(encoded_task, run.limit, run.seed)
+    if len(inputs.tasks) > 1:
+        encoded_task.metric_prefix = f"{task.name}_"
     return encoded_task
 
 
@@ -387,216 +608,6 @@ def add_task_head(model, task: glue_squad.Task):
         model.add_classifier(task.num_outputs)
 
 
-def zero_pruned_weights(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets the entries that an ordinary ticket prunes to 0 -> {name of a matrix: its mask}. Masks are fixed here, so
-    once is enough, as long as zero_pruned_gradients keeps the zeros."""
-    parameters = dict(model.named_parameters())
-    masks = {}
-    for name, mask in ticket.masks.items():
-        if name in parameters:  # a ticket may have a mask for a pooler, and this network none
-            masks[name] = mask.to(parameters[name].device)
-            parameters[name].data.mul_(masks[name])
-    return masks
-
-
-# ---------------------------------------------------------------------------------------------------
-# 3. Losses and predictions
-# ---------------------------------------------------------------------------------------------------
-
-
-def batch_loss(training: Training, encoded_task: EncodedTask, indices):
-    """The mean loss of these examples of a task's training set, as a scalar with a gradient."""
-    sequences = [encoded_task.train_sequences[index] for index in indices]
-    targets = tamt.to_device(encoded_task.train_targets[indices], training.run.machine.device)
-    logits = task_logits(training, encoded_task.task, sequences)
-    return task_loss(encoded_task.task, logits, targets)
-
-
-def task_logits(training: Training, task: glue_squad.Task, sequences: list):
-    """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for answers."""
-    select_task(training, task)  # where several share the model (chapter 8)
-    model = training.model
-    input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
-    with tamt.autocast(training.run.machine):
-        hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
-    # The task head computes in fp32, since the two or three digits of bf16 are too few for logits.
-    last_hidden_state = hidden_states[-1].float()  # (B, T, D)
-    if task.predicts != "span":
-        return model.class_logits(last_hidden_state)
-    logits = model.span_logits(last_hidden_state)
-    if attention_mask is not None:
-        logits = logits.masked_fill(~attention_mask[..., None], -1e4)  # so small that padding gets no probability
-    return logits
-
-
-def batch_tensors(model, sequences: list) -> tuple:
-    """B sequences -> input_ids, attention_mask (None without padding) and token_type_ids (None where the network
-    has a single type, as RoBERTa), (B, T) each, on the device of the model."""
-    device = next(model.parameters()).device
-    input_ids, attention_mask, token_type_ids = glue_squad.pad_batch(sequences, model.config.pad_token_id)
-    is_padded = not attention_mask.all()
-    has_token_types = model.config.type_vocab_size > 1
-    return (tamt.to_device(input_ids, device),
-            tamt.to_device(attention_mask, device) if is_padded else None,
-            tamt.to_device(token_type_ids, device) if has_token_types else None)
-
-
-def task_loss(task: glue_squad.Task, logits, targets):
-    """The mean loss of a batch. Logits and targets are
-
-    (B, C) and (B,)          for classes: cross-entropy
-    (B, 1) and (B,)          for numbers: squared error
-    (B, T, 2) and (B, 2)     for answers: the mean of the cross-entropies of first and last position"""
-    if task.predicts == "class":
-        return F.cross_entropy(logits, targets)
-    if task.predicts == "number":
-        return F.mse_loss(logits[:, 0], targets)
-    start_loss = F.cross_entropy(logits[..., 0], targets[:, 0])
-    end_loss = F.cross_entropy(logits[..., 1], targets[:, 1])
-    return (start_loss + end_loss) / 2
-
-
-@torch.no_grad()
-def predict_logits(training: Training, encoded_task: EncodedTask, sequences: list, batch_size: int = 64) -> list:
-    """The logits of each sequence, in order, in eval mode: arrays (C,) or (T, 2), T the length of the longest sequence
-    of its batch."""
-    model = training.model
-    was_training = model.training
-    model.eval()
-    logits = [None] * len(sequences)
-    lengths = [len(input_ids) for input_ids, _ in sequences]
-    by_length = np.argsort(lengths, kind="stable")  # neighbours in length share a batch, so there is little padding
-    for start in range(0, len(sequences), batch_size):
-        indices = by_length[start:start + batch_size]
-        batch_logits = task_logits(training, encoded_task.task, [sequences[index] for index in indices])
-        for index, row in zip(indices, batch_logits.cpu().numpy(), strict=True):
-            logits[index] = row
-    model.train(was_training)
-    return logits
-
-
-def to_predictions(encoded_task: EncodedTask, logits: list):
-    """Logits -> class ids (n,), numbers (n,), or, for SQuAD's dev questions, {question id: text}."""
-    if encoded_task.task.predicts == "class":
-        return np.array([row.argmax() for row in logits])
-    if encoded_task.task.predicts == "number":
-        return np.array([row[0] for row in logits])
-    start_logits = [row[:, 0] for row in logits]
-    end_logits = [row[:, 1] for row in logits]
-    return glue_squad.best_answers(encoded_task.examples["dev"], encoded_task.dev_windows, start_logits, end_logits)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 4. The training loop
-# ---------------------------------------------------------------------------------------------------
-
-
-def train(training: Training):
-    """Trains all weights; those that an ordinary ticket of a single task prunes stay 0. Ends with the network in eval
-    mode.
-
-    The order of the examples is drawn anew for each epoch, from the seed and the number of the epoch, and the dropout
-    for each update, from the seed and its number. So an interrupted run continues exactly."""
-    run = training.run
-    schedule_length = training.num_updates * run.schedule_stretch  # the update at which the learning rate would reach 0
-    progress = Progress(training.updates_done, training.num_updates)
-    training.model.train()
-    while training.updates_done < training.num_updates:
-        learning_rate = run.lr * (1 - training.updates_done / schedule_length)  # linear decay, no warm-up
-        encoded_task, indices = next_batch(training)
-        tamt.seed_dropout(run.seed, training.updates_done)
-        loss = batch_loss(training, encoded_task, indices)
-        loss.backward()
-        zero_pruned_gradients(training)
-        loss_value = tamt.clip_and_check(training, loss, max_norm=1.0)
-        optimizer_step(training, learning_rate)
-        training.loss_since_evaluation += loss_value
-        training.updates_done += 1
-        evaluate_if_due(training, progress)
-        save_state_if_due(training)
-    training.model.eval()
-
-
-def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
-    """The batch of the next update: a task, and indices into its training set."""
-    epoch, place = divmod(training.updates_done, training.updates_per_epoch)
-    if place == 0 or training.batches is None:  # an epoch begins, or a resumed run goes on inside one
-        training.batches = epoch_batches(training.encoded_tasks, training.run, epoch)
-    return training.batches[place]
-
-
-def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
-    """The batches of an epoch, as pairs (task, indices into its training set). Each batch is of one task; those of
-    several tasks are shuffled together."""
-    generator = data.random_stream(run.seed, "order", epoch)
-    batches = []
-    for encoded_task in encoded_tasks:
-        lengths = [len(input_ids) for input_ids, _ in encoded_task.train_sequences]
-        for indices in glue_squad.bucketed_batches(lengths, run.batch_size, generator):
-            batches.append((encoded_task, indices))
-    if len(encoded_tasks) > 1:
-        batches = [batches[index] for index in generator.permutation(len(batches))]
-    return batches
-
-
-def zero_pruned_gradients(training: Training):
-    """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, so it never moves the weight. (This comes
-    before clipping, so that pruned weights do not count in the norm.)"""
-    for name, mask in training.masks.items():
-        training.parameters[name].grad.mul_(mask)
-
-
-def optimizer_step(training: Training, learning_rate: float):
-    """AdamW moves the weights against their gradients."""
-    # These options are the learning rate, a weight decay of 0, and an eps that depends on the number of the update
-    # (from 1). With it torch's AdamW computes what the released one does (the derivation is in tamt.py, appendix A).
-    options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
-    training.optimizer.param_groups[0].update(options)
-    training.optimizer.step()
-    training.optimizer.zero_grad()
-
-
-def evaluate_if_due(training: Training, progress: Progress):
-    """Every --eval-every updates, and after each epoch."""
-    if is_epoch_end(training) or training.updates_done % training.run.eval_every == 0:
-        record_evaluation(training)
-        progress.show(training.history[-1])
-
-
-def save_state_if_due(training: Training):
-    """After each epoch (the last one, too, since finish may be killed), and when the last state is old."""
-    if is_epoch_end(training) or time.time() - training.saved_at > tamt.SAVE_SECONDS:
-        training.saved_at = time.time()
-        save_state(training)
-
-
-def is_epoch_end(training: Training) -> bool:
-    return training.updates_done % training.updates_per_epoch == 0
-
-
-def record_evaluation(training: Training):
-    """Evaluates, and adds the metrics and the mean loss since the last evaluation to the history."""
-    last_step = training.history[-1]["step"] if training.history else 0
-    mean_loss = training.loss_since_evaluation / (training.updates_done - last_step)
-    training.history.append({"step": training.updates_done, "loss": mean_loss, **evaluate(training)})
-    training.loss_since_evaluation = 0.0
-
-
-def evaluate(training: Training) -> dict[str, float]:
-    """The metrics of all tasks on their dev sets: {"accuracy": .9}, with several tasks {"rte_accuracy": .6, ...}."""
-    metrics = {}
-    for encoded_task in training.encoded_tasks:
-        task = encoded_task.task
-        for split, sequences in encoded_task.dev_sequences.items():
-            predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
-            if task.predicts == "span":
-                scores = glue_squad.squad_scores(predictions, encoded_task.examples[split])
-            else:
-                scores = glue_squad.score(task, predictions, encoded_task.examples[split], split)
-            metrics |= {encoded_task.metric_prefix + name: value for name, value in scores.items()}
-    return metrics
-
-
 # ---------------------------------------------------------------------------------------------------
 # 5. The result
 # ---------------------------------------------------------------------------------------------------
@@ -609,8 +620,8 @@ def finish(training: Training) -> dict:
         {"task": "sst2", "best": {"accuracy": .95}, "final": {"accuracy": .94}, "floor": {"accuracy": .51}, ...}
 
     best: the evaluation that is highest in the first metric (of several tasks, in their sum). It is chosen on the dev
-    set that it is reported on, so it is a little too high. final: the last evaluation. floor: the scores of answering
-    every dev example with the most frequent class; 0 for numbers and answers. Metrics are fractions or correlations,
+    set that it is reported on, so it is a little too high. final: the last evaluation. floor: the metrics of answering
+    every dev example with the most frequent class; 0 for numbers and spans. Metrics are fractions or correlations,
     but those of SQuAD percentages, as in its official script."""
     run = training.run
     for encoded_task in training.encoded_tasks:
@@ -619,7 +630,7 @@ def finish(training: Training) -> dict:
         if run.export:
             export_model(training, encoded_task)
     best, final = best_and_final(training)
-    result = make_result(training, best, final, floor_scores(training))  # with the command, settings and versions
+    result = make_result(training, best, final, floor_metrics(training))  # with the command, settings and versions
     tamt.write_json(run.out / "result.json", result)
     append_to_results(run, result)
     (run.out / "state.pt").unlink(missing_ok=True)  # three times the size of the model, and of no more use
@@ -634,18 +645,23 @@ def best_and_final(training: Training) -> tuple[dict, dict]:
     return best, training.history[-1]
 
 
-def floor_scores(training: Training) -> dict[str, float]:
-    scores = {}
+def floor_metrics(training: Training) -> dict[str, float]:
+    metrics = {}
     for encoded_task in training.encoded_tasks:
         for split in encoded_task.dev_sequences:
-            floor = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
-            scores |= {encoded_task.metric_prefix + name: value for name, value in floor.items()}
-    return scores
+            of_split = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
+            metrics |= {encoded_task.metric_prefix + name: value for name, value in of_split.items()}
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------
 # 6. Iterative magnitude pruning on a task
 # ---------------------------------------------------------------------------------------------------
+
+
+# A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
+# the search. With --resume finished ones are not repeated. The functions with "search" in their names, and
+# settings_of_one_run and claim_folders, look after settings and folders (appendix B); the method does without them.
 
 
 def find_imp(settings: Settings) -> dict:
@@ -659,14 +675,15 @@ def find_imp(settings: Settings) -> dict:
             mask = largest(abs(W), as many as this sparsity leaves)
 
     By default all matrices of the encoder are ranked as one, and that of the pooler with them if the checkpoint has one
-    and the task reads it (--rank global, --scope encoder). --scope all adds the word embeddings. The IMP of tamt.py
-    prunes first and then trains on text.
+    and the task reads it (--rank global, --scope encoder). --scope all adds the word embeddings. Each round begins with
+    a fresh task head. (The IMP of tamt.py trains on text, prunes before its first round, and ranks each matrix by
+    itself.)
 
     The last mask has not been evaluated yet: the command that is printed at the end fine-tunes it."""
     start_time = time.time()
     search_settings = fill_in_search(settings)
     check_search_folder(search_settings)
-    sparsities = tamt.imp_levels(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
+    sparsities = tamt.imp_sparsities(search_settings.sparsity)  # .1, .2, ... up to the one that was asked for
     mask_file = None  # the first round trains the whole network
     rounds = []
     for number, next_sparsity in enumerate(sparsities, 1):
@@ -674,8 +691,9 @@ def find_imp(settings: Settings) -> dict:
         folder = search_settings.out / f"round-{number}"
         round_settings = settings_of_one_run(
             search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
-        # Each round reads the checkpoint again: the weights are back at their pre-trained values. As in BERT-Tickets
-        # the schedule begins anew, too, and is as long as ten rounds, whatever the sparsity.
+        # Each round reads the checkpoint again: the weights are back at their pre-trained values. The schedule begins
+        # anew, too. As in BERT-Tickets it is as long as ten rounds, so the learning rate falls by a tenth in each. The
+        # next mask is made of the trained weights, by write_tickets.
         result = fine_tune_in_search(
             search_settings, round_settings, schedule_stretch=10,
             write_tickets=partial(save_next_mask, sparsity=next_sparsity, search_settings=search_settings))
@@ -693,8 +711,8 @@ def save_next_mask(training: Training, sparsity: float, search_settings: Setting
 
 
 def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> dict[str, torch.Tensor]:
-    """Masks that prune this share of all entries of the matrices: what is pruned already, and the smallest trained
-    entries. (As tamt.magnitude_masks, for a network without masked layers.)"""
+    """Masks that prune this share of all entries of the matrices: the smallest ones, as they are trained. What is
+    pruned already stays so, since it is ranked below all others."""
     magnitudes = {}
     for name in tamt.maskable_layers(training.model, scope):
         is_pooler = name.endswith("pooler.dense.weight")
@@ -706,17 +724,11 @@ def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> di
     return tamt.masks_of_largest(magnitudes, sparsity, rank)
 
 
-# A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
-# the search. With --resume finished ones are not repeated. Appendix B has the settings of a search (fill_in_search,
-# settings_of_one_run), and what looks after the folders (check_search_folder, open_run_of_search, claim_folders,
-# finish_search).
-
-
 def fine_tune_in_search(
     search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1
 ) -> dict:
-    """fine_tune(), which also calls write_tickets(training), to make tickets of the trained weights before they are
-    gone -> the result of the fine-tuning."""
+    """fine_tune() for a run of a search -> its result. It also calls write_tickets(training), which makes tickets of
+    the trained weights before they are gone, and it uses the folders of the search."""
     inputs = read_inputs(run_settings, schedule_stretch)
     result, state = open_run_of_search(search_settings, inputs)
     if result is not None:
@@ -728,8 +740,8 @@ def fine_tune_in_search(
     return finish(training)  # last: where --resume finds the result, the tickets are there, too
 
 
-def save_ticket(path, training: Training, masks: dict, how_found: dict):
-    """Writes a mask file. Its metadata say how it was made; how_found: what the caller adds to them."""
+def save_ticket(path, training: Training, masks: dict, origin: dict):
+    """Writes a mask file. Its metadata say how it was made; origin: what the caller adds to them."""
     run = training.run
     report = tamt.sparsity_report(training.model, masks)
     meta = {
@@ -741,10 +753,10 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
         "data": tamt.plain(run.data),
         "task": task_names(training.inputs.tasks),
         "sparsity": report["masked_set"],
-        # The fractions removed: of the entries that have a mask, of the encoder, of the whole model.
+        # The fractions that are pruned: of the entries that have a mask, of the encoder, of the whole model.
         "found": {name: report[name] for name in ("masked_set", "encoder", "whole_model")},
     }
-    tamt.save_mask(path, masks, meta | how_found)
+    tamt.save_mask(path, masks, meta | origin)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -754,7 +766,8 @@ def save_ticket(path, training: Training, masks: dict, how_found: dict):
 # 7a. The search.
 
 # A unit is an attention head or an FFN. An order says which units are cut out first: of a "winning" ticket the least
-# important ones, of a "losing" ticket the most important, of a "random" ticket any.
+# important ones, of a "losing" ticket the most important, of a "random" ticket any. With all of them a search has 25
+# fine-tunings.
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # level 3 removes at most 3 tenths of all heads, and 3 twelfths of all FFNs
 
@@ -818,8 +831,8 @@ def report_curve(result_of: dict[str, dict], metric: str) -> list[dict]:
     curve = []
     for name, result in result_of.items():
         ticket_meta = result["mask"]  # how the ticket was made (save_ticket), None for "dense"
-        removed = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0
-        remaining = 1.0 - removed
+        pruned = ticket_meta["found"]["whole_model"] if ticket_meta else 0.0  # a fraction
+        remaining = 1.0 - pruned
         curve.append({"ticket": name, "remaining": remaining, "best": result["best"], "final": result["final"]})
         print(f"{name:10} {remaining:.1%} of the weights remain  best_{metric}: {result['best'][metric]:.4f}")
     return curve
@@ -835,8 +848,8 @@ def measure_importance(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
         importance = mean over batches ( sum over tokens | sum over dimensions (d loss / d o) * o | )
 
     The inner sum is, to first order, how much the loss falls if this o is set to 0. The importances of the heads of a
-    layer are then divided by their l2 norm. Those of FFNs stay as they are. (The released code divides all of them by
-    one norm, which leaves their order the same.)"""
+    layer are then divided by their l2 norm, as in the released code, so that every layer has heads that count. Those of
+    FFNs stay as they are. (The released code divides all of them by one norm, which leaves their order the same.)"""
     config = training.model.config
     batch_size = training.run.batch_size
     training.model.eval()
@@ -901,9 +914,9 @@ def recorded_outputs(model):
 def choose_units(head_importance, ffn_importance, order: str, level: int, seed: int):
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
-    Of the L H heads int(L H level / 10) are removed, of the L FFNs int(L level / 12), in the same sequence on all
-    levels: so each level removes all that the one below removes. Every layer keeps the last of its heads in this
-    sequence, so no more than L (H - 1) are removed."""
+    The units are sorted once. Then a level removes the first of them: int(L H level / 10) heads, but no more than
+    L (H - 1), and int(L level / 12) FFNs. So each level removes all that the one below removes. The head that would be
+    the last of its layer to go always stays."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
     num_layers, num_heads = head_importance.shape
     # Units are removed in the order of their keys, the smallest first.
@@ -1026,8 +1039,8 @@ class TaskSwitch:
     set to 0, and each gets gradients only from the tasks that keep it. In the batches of other tasks
 
         a weight that their ticket prunes has a gradient of 0: AdamW's momentum still moves it a little
-        an FFN that it skips, and the other task heads, have no gradient: AdamW leaves them alone (and then makes fewer
-        updates of them than optimizer_step() counts)"""
+        an FFN that it skips, and the other task heads, have no gradient: AdamW leaves them alone. (The count of their
+        updates, on which eps depends, is then too high, which matters little.)"""
 
     def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
         """model: with its task heads. tickets: none, or one for each task."""
@@ -1170,19 +1183,27 @@ def make_result(training: Training, best: dict, final: dict, floor: dict) -> dic
 
 
 class Progress:
-    """A line for each evaluation, with the time that is left."""
+    """A line for each evaluation, with the time that is left. (A slow run has shorter lines in between.)"""
 
     def __init__(self, step: int, num_updates: int):
         self.first_step = step
         self.num_updates = num_updates
         self.began = time.time()
+        self.shown_at = self.began  # when the terminal had its last line
 
-    def show(self, evaluation: dict):
-        step = evaluation["step"]
+    def show_evaluation(self, evaluation: dict):
+        values = [f"{name} {value:.4f}" for name, value in evaluation.items() if name != "step"]
+        self.show(evaluation["step"], values)
+
+    def show_time_left(self, step: int):
+        if time.time() - self.shown_at > tamt.SHOW_SECONDS:
+            self.show(step, [])
+
+    def show(self, step: int, values: list[str]):
         seconds_per_update = (time.time() - self.began) / max(step - self.first_step, 1)
-        minutes, seconds = divmod(round(seconds_per_update * (self.num_updates - step)), 60)
-        values = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items() if name != "step")
-        print(f"step {step}/{self.num_updates}  {values}  ETA {minutes}:{seconds:02}", flush=True)
+        time_left = tamt.minutes_and_seconds(seconds_per_update * (self.num_updates - step))
+        print("  ".join([f"step {step}/{self.num_updates}", *values, f"ETA {time_left}"]), flush=True)
+        self.shown_at = time.time()
 
 
 def append_to_results(run, result: dict, is_resumed: bool = False):
@@ -1249,7 +1270,7 @@ def write_predictions(training: Training, encoded_task: EncodedTask):
         sequences = encoded_task.dev_sequences.get(split)
         if sequences is None:
             sequences = glue_squad.encode(encoded_task.examples[split], training.inputs.vocabulary, run.max_len)
-        predictions = to_predictions(encoded_task, predict_logits(training, encoded_task, sequences))
+        predictions = to_predictions(encoded_task, predict_logits(training, encoded_task.task, sequences))
         glue_squad.write_submission(task, predictions, run.out / name)
         print(f"{run.out / name}: {len(predictions):,} predictions")
 
@@ -1449,6 +1470,8 @@ def fit_tickets_to_model(tickets: list[Ticket], model: bert.Model, settings: Set
     layers = tamt.maskable_layers(model)
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
+        if ticket.is_super:
+            units_from_masks(model.config, ticket)  # raises ValueError for what is none
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
         tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
@@ -1565,7 +1588,7 @@ def claim_folders(search_settings: Settings, run: Run):
 def names_of_runs(search_settings: Settings) -> list[str]:
     """The folders of its runs, inside that of the search."""
     if search_settings.find == "imp":
-        return [f"round-{number}" for number, _ in enumerate(tamt.imp_levels(search_settings.sparsity), 1)]
+        return [f"round-{number}" for number, _ in enumerate(tamt.imp_sparsities(search_settings.sparsity), 1)]
     return ["dense", *[f"{order}-{level}" for order in search_settings.orders for level in LEVELS]]
 
 
@@ -1593,12 +1616,22 @@ def finish_search(search_settings, mask_file, story: dict, start_time: float) ->
     print(f"seconds: {time.time() - start_time:.4f}")
     if mask_file is not None:
         words = ["python", "finetune.py", "--task", search_settings.task, "--mask", str(chosen_file)]
-        if search_settings.data:
-            words += ["--data", str(search_settings.data)]
-        if search_settings.weights != "pretrained":  # the same weights again: the seed draws them
-            words += ["--weights", search_settings.weights, "--seed", str(search_settings.seed)]
-        print(f"next: {shlex.join(words)}")
+        print(f"next: {shlex.join(words + fine_tuning_flags(search_settings))}")
     return content
+
+
+def fine_tuning_flags(settings: Settings) -> list[str]:
+    """The flags of a search that its user gave, and that a fine-tuning has, too."""
+    words = []
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if setting.name in FINE_TUNING_SETTINGS and value != setting.default:
+            words += [f"--{setting.name.replace('_', '-')}", str(value)]
+    return words
+
+
+FINE_TUNING_SETTINGS = ("data", "weights", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every",
+                        "dtype")
 
 
 def search_identity(settings) -> dict:

@@ -14,20 +14,22 @@ in eight steps, with the function that takes each, and the equation of the paper
     3  first mask: keep the largest |weights| of each matrix         first_masks
     4  scores: 0.02 where the mask keeps, 0 where it prunes          Scores                 Eq. 5
        repeat, each time with the next rows:                         train_scores
-    5      the loss of W * mask; its gradient with respect to the    backpropagate          Eq. 4, 6
-           mask is used as that of the scores
-    6      Adam moves the scores (kd: with a weight decay of .01)    optimizer_step
+    5      the loss of W * mask (kd: Eq. 6)                          micro_batch_loss
+           its gradient with respect to the mask, which is used as   StraightThrough        Eq. 4
+           that of the scores
+    6      Adam moves the scores (kd: without bias correction,       optimizer_step
+           with a weight decay of .01)
     7      new mask: keep the highest scores of all matrices         Scores.renew_masks     Eq. 2, 3
     8  save the mask, and its losses on held-out text                finish
 
-find_mask() takes them in this order, and learn_masks() those from 3 to 7. ("Step" also occurs in file names and on the
-screen, where it counts updates.) These lines leave out that gradients are clipped, that the learning rate falls, and
-that the student has dropout. They also leave out
+find_mask() takes them in this order, and learn_masks() those from 3 to 7. (In file names and on the screen "step" is
+the number of an update, which is one turn of steps 5 to 7.) Gradients are also clipped, the learning rate falls, and
+the student has dropout. Three kinds of parameters are treated otherwise:
 
-    * what has no mask: biases, LayerNorms, position and token type embeddings;
-    * what has a mask, but no gradient, above all the pooler, which no loss reads, and with kd the embeddings of words
-      that the text does not contain: it keeps the mask of step 3;
-    * the head that predicts masked words: with mlm and mlm+kd it is trained, too, and set back afterwards, so that all
+    * biases, LayerNorms, position and token type embeddings have no mask;
+    * the pooler has a mask, but no loss reads it, so it gets no gradient. With kd this is so for the embeddings of
+      words that the text does not contain, too. Where all matrices compete, such entries keep the mask of step 3;
+    * the head that predicts masked words is trained, too, with mlm and mlm+kd, and set back afterwards, so that all
       masks are measured with the same one.
 
 Three baselines are in the same program: `--method omp`, one-shot magnitude pruning, leaves out steps 4 to 7; `--method
@@ -44,36 +46,39 @@ The chapters:
     Losses               masked LM, distillation, dev losses (5 and 8)
     Training             what an update computes (5 and 6)
     IMP                  the baseline that trains weights
-    Appendices           A how paper, released code and this program differ (also: first scores, optimizer, schedule);
+    Appendices           A how paper, released code and this program differ (also: first scores, refreshes, schedule);
                          B fast rankings; C mask files; D the folder of a run; E settings; F devices and processes.
                          What a chapter uses and no chapter defines is in an appendix; a first reading may skip them.
-
-Functions hand on these objects:
-
-    Settings    what the user chose on the command line (appendix E)
-    Run         the same with the defaults filled in (appendix E; the fields that occur most follow below)
-    Machine     the device, the type of numbers, and which of several processes this is (appendix F)
-    Inputs      the Run, and the model, vocabulary and rows of text that were read
-    Training    the Inputs, what trains, the optimizer, and how many updates are done
-    Scores      all scores, and the masks that follow from them
-    Batch       the rows of one update; a MicroBatch those of one forward pass
 
 bert.py has the network: model(input_ids, attention_mask) returns the hidden states, those of the embeddings and of each
 layer, and model.mlm_logits(last_hidden_states) the predictions of the masked-LM head. data.py has the vocabulary, the
 rows of a text, and their corruption for masked LM.
 
-Words and letters:
+A table at the start of appendix A says how the paper, the released code ("TAMT FILE.py" is a file of it) and this
+program differ. Above all, scores are ranked with their signs, as in the released code, so that -.02 is below 0; the
+paper ranks |scores|.
+
+To look up later: the objects that most functions take,
+
+    Settings    what the user chose on the command line (appendix E)
+    Machine     the device, the dtype, and which of several processes this is (appendix F)
+    Run         the Settings with the defaults filled in, and the Machine (appendix E; its main fields follow below)
+    Inputs      the Run, and the model, vocabulary and rows of text that were read
+    Training    the Inputs, what trains, the optimizer, and how many updates are done
+    Scores      all scores, and the masks that follow from them
+    Batch       the rows of one update; a MicroBatch those of one forward pass
+
+and words and letters:
 
     entry       a single number of a weight matrix; it is kept or pruned
     masks       {name of a matrix: its mask}, which is what a run finds
+    layer       in most names a module with one matrix, such as a masked layer; L counts the layers of the network
+    row         T tokens of text; or a row of a matrix
     dense       without a mask
     W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
     b, T        rows of a micro-batch, which is what a forward pass takes; tokens of a row
     D, L, V     hidden size; layers; rows of the word embeddings
     P           positions that masked LM predicts
-
-"TAMT FILE.py" is a file of the released code. A table at the head of appendix A says how the paper, the released code
-and this program differ. Above all, the signs of the scores count, as in the released code; the paper has |scores|.
 """
 
 from __future__ import annotations
@@ -112,7 +117,7 @@ import data
 #     run.method, run.objective      tamt, imp, omp or random; mlm, kd or mlm+kd (imp: always mlm)
 #     run.sparsity                   the fraction of entries that is pruned
 #     run.rank                       which entries compete: those of all matrices ("global"), of each matrix ("local"),
-#                                    or of groups of a row ("2:4": two of four stay)
+#                                    or of neighbours in a row of a matrix ("2:4": two of four stay)
 #     run.scope                      whether the word embeddings have a mask ("all") or not ("encoder")
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
@@ -134,7 +139,7 @@ def find_mask(settings: Settings) -> dict:
         inputs = read_inputs(settings, machine)  # steps 1 and 2
     run = inputs.run
 
-    # result: of a finished run, and state: of an interrupted one; both are None without --resume (appendix D).
+    # With --resume a finished run gives its result, and an interrupted one its state; else both are None (appendix D).
     result, state = open_folder(run.out, inputs.identity, run.resume, "mask.json", machine)
     if result is not None:
         return report_finished(inputs, result)
@@ -157,36 +162,34 @@ def learn_masks(inputs: Inputs, state: dict | None) -> dict[str, torch.Tensor]:
 
 
 def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
-    """Steps 3 to 7 of task-agnostic mask training. They leave the masks in the layers."""
+    """Steps 3 to 7 of task-agnostic mask training. The layers have the masks in the end."""
     run = inputs.run
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
     if run.rank == "global":
-        # All matrices are ranked together from here on: what can get no gradient is taken out of the competition, and
-        # the count, which step 3 has rounded in each matrix, becomes exact (appendix A).
-        correct_first_scores(scores, inputs)
+        # From now on all matrices compete. What can get no gradient is taken out of the competition; and the count,
+        # which step 3 has rounded in each matrix, becomes exact, for which a few entries change sides (appendix A).
+        pin_unlearnable_scores(scores, inputs)
+        make_start_exact(scores)
     training = prepare_training(inputs, masked_layers, scores, state)
     train_scores(training)  # steps 5 to 7
 
 
 def train_scores(training: Training):
-    """Steps 5 to 7, from where the training stands to its end. (A test has them as a plain loop, without dropout and
-    clipping, and compares: test_tamt.py, test_mask_training_gives_the_masks_of_a_plain_loop.)"""
+    """Steps 5 to 7, from where the training stands to its end. (The whole method as a plain loop of 30 lines, without
+    dropout and clipping, is a test that compares the masks: test_mask_training_gives_the_masks_of_a_plain_loop.)"""
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps, and for the toy,
-        # the run ends there. Else it ends where the paper takes its masks: at 70 % after 17,000 of 27,920 updates.)
+        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps the run ends
+        # there. Else it ends earlier, where the paper takes its masks.)
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
         loss_value = clip_and_check(training, loss, run.clip)
-        optimizer_step(training, learning_rate, training.updates_done + 1)  # step 6; its number counts from 1
+        optimizer_step(training, learning_rate, training.updates_done + 1)  # step 6
         training.updates_done += 1
-        if run.refresh_every == 1:
-            training.scores.renew_masks()  # step 7
-        else:
-            refresh_as_released(training)  # --refresh-every, to compare with the released code (appendix A)
+        renew_masks_if_due(training)  # step 7: Scores.renew_masks, after each update unless --refresh-every says more
         report_progress(training, loss_value, learning_rate)  # now and then a line of the log, dev losses, a mask file
         save_state_if_due(training)
     restore_weights(training)  # of the head, if it was trained: only the masks are kept
@@ -224,14 +227,6 @@ def read_model(settings, machine) -> tuple[bert.Model, data.Vocabulary]:
     return model.requires_grad_(False).to(machine.device), vocabulary
 
 
-def add_fresh_head(model: bert.Model, seed: int):
-    """A masked-LM head that is used for training alone."""
-    torch.manual_seed(seed)
-    model.add_mlm_head()
-    model.mlm_head.is_fresh = True
-    model.mlm_head.decoder = None  # the word embeddings serve as its decoder, whatever config.json says
-
-
 def read_rows(run, vocabulary, split: str):
     """Step 2: rows of token ids (rows, T), of "train" or "dev"."""
     source = toy_folder("text") if run.data == "toy" else run.data
@@ -264,10 +259,9 @@ class StraightThrough(torch.autograd.Function):
     M is a step function of S, so its true derivative is zero almost everywhere. The straight-through
     estimator treats M in the backward pass as if it were S (Eq. 4):
 
-        d loss / d S  :=  d loss / d M  =  d loss / d (W * M) * W
+        d loss / d S  :=  d loss / d M  =  W * (d loss / d (W * M))
 
-    On the right-hand side the factor is W, and not W * M. So the scores of pruned entries get a gradient, too, and the
-    entries can come back.
+    The factor is W, and not W * M. So the scores of pruned entries get a gradient, too, and the entries can come back.
     """
 
     @staticmethod
@@ -278,7 +272,7 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_masked_weight):
         (weight,) = ctx.saved_tensors
-        grad_scores = grad_masked_weight * weight
+        grad_scores = weight * grad_masked_weight
         return None, grad_scores, None  # W is frozen, and M follows from S
 
 
@@ -292,8 +286,8 @@ class MaskedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.weight = layer.weight
-        # Everything is kept at first. Later the class Scores puts its scores here, and a mask that it can change. (The
-        # mask is a plain attribute, so it is in no state_dict.)
+        # Everything is kept at first, and the class Scores puts its scores here later. (The mask is a plain attribute,
+        # so it is in no state_dict.)
         self.mask = torch.ones_like(layer.weight, dtype=torch.bool)
         self.register_parameter("scores", None)
         self.is_dense = False
@@ -320,7 +314,7 @@ class MaskedLinear(MaskedLayer):
 
 class MaskedEmbedding(MaskedLayer):
     """Looks up rows of the weight, the scores and the mask, and masks only those. The decoder of the masked-LM head,
-    if it shares the weight, reads that directly, without forward(): so it stays dense, as in the released code."""
+    if it shares the weight, uses self.weight itself, unmasked, as in the released code."""
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__(embedding)
@@ -335,13 +329,13 @@ class MaskedEmbedding(MaskedLayer):
 
 
 def maskable_layers(model: bert.Model, scope: str = "all") -> dict[str, nn.Module]:
-    """{name of the weight, as in checkpoints: layer} of the matrices that get a mask, in model order: word embeddings
+    """{name of the weight, as in checkpoints: module} of the matrices that get a mask, in model order: word embeddings
     (not with scope "encoder"), six matrices in each layer, the pooler if there is one (TAMT masking/maskers.py)."""
     layers = {}
     for name, module in model.backbone.named_modules(prefix=model.config.model_type):
-        is_linear = isinstance(module, nn.Linear)  # the backbone has no heads: these are six a layer, and the pooler
-        is_embedding = name.endswith("word_embeddings")
-        if is_linear or (is_embedding and scope == "all"):
+        is_linear = isinstance(module, nn.Linear)  # in the backbone these are six a layer, and the pooler
+        is_word_embedding = isinstance(module, nn.Embedding) and name.endswith("word_embeddings")
+        if is_linear or (is_word_embedding and scope == "all"):
             layers[f"{name}.weight"] = module
     return layers
 
@@ -358,8 +352,7 @@ def install_masked_layers(model: bert.Model, scope: str = "all") -> dict[str, Ma
 
 
 def set_masks(masked_layers: dict, masks: dict):
-    """Sets the mask of each layer; one that has none in `masks` keeps everything. (Not for layers with scores, whose
-    masks are views of a vector in Scores.)"""
+    """Sets the mask of each layer; one that has none in `masks` keeps everything."""
     for name, layer in masked_layers.items():
         layer.mask = masks[name] if name in masks else torch.ones_like(layer.weight, dtype=torch.bool)
 
@@ -375,26 +368,29 @@ def current_masks(masked_layers: dict) -> dict[str, torch.Tensor]:
 
 def masks_of_largest(values: dict, sparsity: float, rank: str) -> dict:
     """{name: values} -> {name: mask}: the largest values stay. rank, as in --rank, says which entries compete: all of
-    them ("global"), those of each matrix ("local"), or those of each group of a row ("2:4": two of four stay, whatever
-    the sparsity)."""
-    if rank == "global":  # all matrices as one vector
-        vector = torch.cat([matrix.flatten() for matrix in values.values()])
+    them ("global"), those of each matrix ("local"), or neighbours in a row of a matrix ("2:4": two of four stay,
+    whatever the sparsity)."""
+    if rank not in ("global", "local"):
+        num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
+        return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
+
+    masks = {}
+    for competing in competitions(values, rank):
+        vector = torch.cat([matrix.flatten() for matrix in competing.values()])
         vector_mask = keep_largest(vector, num_kept_of(len(vector), sparsity))
-        return cut_into_matrices(vector_mask, values)
+        masks |= cut_into_matrices(vector_mask, competing)
+    return masks
 
-    if rank == "local":
-        masks = {}
-        for name, matrix in values.items():
-            mask = keep_largest(matrix.flatten(), num_kept_of(matrix.numel(), sparsity))
-            masks[name] = mask.view(matrix.shape)
-        return masks
 
-    num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
-    return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
+def competitions(values: dict, rank: str) -> list[dict]:
+    """{name: anything} -> the same in parts, whose entries compete with each other and with no others."""
+    if rank == "global":
+        return [values]
+    return [{name: value} for name, value in values.items()]
 
 
 def cut_into_matrices(vector, matrices: dict) -> dict:
-    """Views of stretches of a vector, with the names and shapes of these matrices, one after the other."""
+    """Cuts a vector into pieces (views), one after the other, with the names and shapes of these matrices."""
     pieces = vector.split([matrix.numel() for matrix in matrices.values()])
     return {name: piece.view(matrices[name].shape) for name, piece in zip(matrices, pieces, strict=True)}
 
@@ -462,63 +458,27 @@ START_SCORE = 0.02  # of kept entries; pruned ones start at 0 (Eq. 5)
 
 
 class Scores:
-    """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask.
-
-    All scores lie in one long vector, and so do all masks:
-
-        all_scores  | scores of the first matrix, row by row | scores of the second | ...
-        all_masks   | mask of the first matrix               | mask of the second   | ...
-
-    layer.scores and layer.mask are views of stretches of these: what the optimizer writes into layer.scores is what is
-    ranked here, and what the ranking writes here is what the layer multiplies with. So both vectors are only ever
-    changed in place."""
+    """One score for each entry that has a mask, in layer.scores, and the masks that follow from them, in layer.mask."""
 
     def __init__(self, masked_layers: dict, masks: dict, sparsity: float, rank: str):
-        """masks {name: mask}, those of step 3; rank as in masks_of_largest."""
+        """Puts masks and scores into the layers. masks {name: mask}: those of step 3; sparsity and rank as in
+        masks_of_largest."""
         self.masked_layers = masked_layers
         self.sparsity = sparsity
         self.rank = rank
-        self.all_masks = torch.cat([masks[name].flatten() for name in masked_layers])
-        self.all_scores = START_SCORE * self.all_masks.float()  # Eq. 5
-        weights = {name: layer.weight for name, layer in masked_layers.items()}
-        mask_views = cut_into_matrices(self.all_masks, weights)
-        score_views = cut_into_matrices(self.all_scores, weights)
         for name, layer in masked_layers.items():
-            layer.mask = mask_views[name]
-            layer.scores = nn.Parameter(score_views[name])
-        # Each pool competes by itself.
-        if rank == "global":
-            self.pools = [Pool(self.all_scores, self.all_masks, sparsity)]
-        elif rank == "local":
-            self.pools = [Pool(layer.scores.data.view(-1), layer.mask.view(-1), sparsity)
-                          for layer in masked_layers.values()]
-        else:  # N:M: groups of a row compete, which are too many for pools
-            self.pools = []
+            layer.mask = masks[name]
+            layer.scores = nn.Parameter(START_SCORE * masks[name].float())  # Eq. 5
+        self.ranking = FastRanking(masks, sparsity, rank)
 
     @torch.no_grad()
     def renew_masks(self):
-        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (Eq. 2). In terms of Eq. 3, entries
-        are kept whose scores reach a threshold; of those that equal it, the first ones. (Eq. 3 compares |S|. Here, as
-        in the released code, the sign counts.)
-
-        As in step 3, but for scores in place of |weights|: masks_of_largest(scores, self.sparsity, self.rank)."""
-        if self.pools:
-            for pool in self.pools:
-                fast_keep_largest(pool)  # the same, made fast in appendix B
-        else:  # N:M
-            layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
-            for name, mask in masks_of_largest(layer_scores, self.sparsity, self.rank).items():
-                self.masked_layers[name].mask.copy_(mask)
-
-
-class Pool:
-    """Entries that compete with each other and with no others: a stretch of both long vectors."""
-
-    def __init__(self, scores, mask, sparsity: float):  # (n,) both, n = the number of entries
-        self.scores = scores
-        self.mask = mask
-        self.num_kept = num_kept_of(len(scores), sparsity)
-        self.last_ranking = LastRanking()  # where the line was drawn last, which makes the next ranking fast
+        """Step 7: keep the highest scores, exactly as many as the sparsity asks for (the constraint of Eq. 2). In terms
+        of Eq. 3: those that reach a threshold, which moves so that the count stays right."""
+        layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
+        # As masks_of_largest(layer_scores, self.sparsity, self.rank), but several times as fast (appendix B).
+        masks = self.ranking.masks_of_largest(layer_scores)
+        set_masks(self.masked_layers, masks)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -526,10 +486,9 @@ class Pool:
 # ---------------------------------------------------------------------------------------------------
 
 
-# A batch is what an update takes, in numpy, and a micro-batch what a forward pass takes, on the device. Mind that
-# run.batch_size, like --batch-size, counts the rows of a forward pass: a batch has run.rows_per_update of them,
-# run.accumulate times as many. (If several processes share the work, a forward pass of each takes its share of
-# run.batch_size rows.)
+# A batch has the rows of one update, in numpy, and a micro-batch those of one forward pass, on the device. By default
+# there is one forward pass for each update. With --accumulate N there are N, and a batch has N times run.batch_size
+# rows. (If several processes share the work, each takes its share of the run.batch_size rows of a forward pass.)
 
 
 @dataclass
@@ -597,21 +556,21 @@ def micro_batches(batch: Batch, run: Run):
 # ---------------------------------------------------------------------------------------------------
 
 
-def mlm_loss(logits, labels, num_predicted: int):  # (P, V), (P,) -> scalar
-    """The sum of the cross-entropies at the predicted positions / num_predicted, their count in the whole batch."""
+def mlm_loss(logits, labels, batch_num_predicted: int):  # (P, V), (P,) -> scalar
+    """The sum of the cross-entropies at the P predicted positions, divided by their number in the whole batch."""
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total / max(num_predicted, 1)  # 0 if no token is to be predicted
+    return total / max(batch_num_predicted, 1)  # 0 if no token is to be predicted
 
 
-def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
+def kd_loss(teacher_states, student_states, attention_mask, batch_num_tokens: int):
     """Eq. 6: the mean of 1 - cosine between the hidden states of the teacher (the whole network) and of the student
     (the same under its mask), over the tokens and the layers 1 .. L: 0 for equal states, 2 for opposite ones.
 
     Two lists of L + 1 tensors (b, T, D); attention_mask (b, T) or None -> scalar:
 
-        the sum of 1 - cosine over the layers 1 .. L and all tokens / (L * num_tokens)
+        the sum of 1 - cosine over the layers 1 .. L and all tokens / (L * batch_num_tokens)
 
-    num_tokens is the count of the whole batch."""
+    batch_num_tokens is the number in the whole batch."""
     total = 0.0
     for teacher_state, student_state in zip(teacher_states[1:], student_states[1:], strict=True):
         cosine = F.cosine_similarity(teacher_state.float(), student_state.float(), dim=-1)  # (b, T)
@@ -620,7 +579,7 @@ def kd_loss(teacher_states, student_states, attention_mask, num_tokens: int):
             distance = distance * attention_mask
         total = total + distance.sum()
     num_layers = len(teacher_states) - 1
-    return total / (num_layers * num_tokens)
+    return total / (num_layers * batch_num_tokens)
 
 
 @contextmanager
@@ -641,14 +600,14 @@ def dense_teacher(model):
         model.train(was_training)
 
 
-def micro_batch_loss(model, student, objective: str, micro_batch: MicroBatch):
-    """The share of a micro-batch in the loss of its batch. There is one network: student is the model, or what
-    torch.compile has made of it, and the teacher is the model with its masks switched off.
+def micro_batch_loss(model, student_forward, objective: str, micro_batch: MicroBatch):
+    """The share of a micro-batch in the loss of its batch. Student and teacher are one network: the model, for the
+    teacher with its masks switched off. student_forward is the model, too, or with --compile its compiled form.
 
     With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
     one."""
     input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
-    student_states = student(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
+    student_states = student_forward(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
 
     if "mlm" in objective:  # mlm, mlm+kd
@@ -717,8 +676,8 @@ class Training:
         self.masked_layers = masked_layers
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
-        self.student = compile_if_asked(self.model, run)
-        # What the trained weights are at the start: with kd there are none, with mlm those of the head, with imp nearly
+        self.student_forward = compile_if_asked(self.model, run)
+        # Of what trains besides the scores, for restore_weights(): with kd nothing, with mlm the head, with imp nearly
         # all.
         self.starting_weights = {}
         for name, parameter in self.parameters.items():
@@ -782,7 +741,7 @@ def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
     total_loss = torch.zeros((), device=machine.device)
     for micro_batch in micro_batches(batch, run):
         with autocast(machine):
-            loss = micro_batch_loss(training.model, training.student, run.objective, micro_batch)
+            loss = micro_batch_loss(training.model, training.student_forward, run.objective, micro_batch)
         loss.backward()  # adds to the gradients
         total_loss += loss.detach()
     gradients = [parameter.grad for parameter in training.parameters.values()]
@@ -796,21 +755,41 @@ def clip_and_check(training, loss: torch.Tensor, max_norm: float) -> float:
     with a training of its own.)"""
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), max_norm)
     loss_value, norm = torch.stack([loss.detach(), norm]).tolist()  # together: a GPU is waited for only once
-    if not math.isfinite(loss_value + norm):
+    if not (math.isfinite(loss_value) and math.isfinite(norm)):
         raise ValueError(f"the loss is {loss_value:.3g} and the norm of its gradient {norm:.3g} at update "
                          f"{training.updates_done + 1}: try a lower --lr (here {training.run.lr:.2g}) or --dtype fp32")
     return loss_value
 
 
 def optimizer_step(training: Training, learning_rate: float, update_number: int):
-    """Step 6: Adam moves what trains against its gradients. update_number: that of the optimizer, from 1; with imp it
-    starts anew in each round."""
-    # AdamW without weight decay; with kd, without bias correction and with a decay of .01. With these options torch's
-    # AdamW computes what the released optimizers do (appendix A).
+    """Step 6: one update by Adam of all parameters that train. update_number: that of the optimizer, from 1; with imp
+    it starts anew in each round."""
     options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
+
+
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """With these settings torch's AdamW computes in update number t (from 1) what the released optimizers do: AdamW
+    without weight decay, and for kd BertAdam, which has no bias correction and a decay of .01. Let m and v be the
+    moving averages of the gradient and of its square, and x what trains:
+
+        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
+                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
+        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
+                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
+                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
+
+    With c_m = 1 - .9^t and c_v = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (c_v / c_m) m / (sqrt(v) + c_v eps). So
+    torch computes the released formulas if its eps is divided by c_v, and for BertAdam its rate multiplied by
+    c_m / c_v. (torch multiplies the decay by its rate, so the decay is divided by c_m / c_v.)"""
+    c_m = 1 - 0.9**t
+    c_v = math.sqrt(1 - 0.999**t)
+    if objective == "kd":
+        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
+    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
 
 
 def make_optimizer(parameters, device):
@@ -820,8 +799,8 @@ def make_optimizer(parameters, device):
 
 
 def restore_weights(training: Training, prefix: str = ""):
-    """Sets all weights that were trained, or those with names that begin like this, back to their starting values. The
-    scores stay."""
+    """Sets the weights that were trained, and whose names start with the prefix, back to their first values. The scores
+    stay."""
     for name, weight in training.starting_weights.items():
         if name.startswith(prefix):
             training.parameters[name].data.copy_(weight)
@@ -833,24 +812,24 @@ def restore_weights(training: Training, prefix: str = ""):
 
 
 def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
-    """Iterative magnitude pruning (Chen et al. 2020): prune 10 % of each matrix (with --rank global, of all together);
-    then train all weights but the pooler's under the mask with the masked-LM loss, prune 10 % more, set all weights but
-    the head's back to their pre-trained values (rewind them), and repeat.
+    """Iterative magnitude pruning (Chen et al. 2020), here with the masked-LM loss on text:
 
         sparsity .7    prune to .1; train, prune to .2, rewind; train, prune to .3, rewind; ... train, prune to .7
 
-    (Pruned word embeddings train, too, within a round: the decoder of the masked-LM head reads them.)
+    To prune is to take the smallest entries of each matrix out (with --rank global, of all together), and to rewind is
+    to set all weights but the head's back to their pre-trained values. All weights but the pooler's train under the
+    mask. (Pruned word embeddings train, too, within a round: the decoder of the masked-LM head reads them.)
 
-    A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. There are no dev
-    losses before the end, since W is in motion. In each round the optimizer and the schedule start anew. The learning
-    rate would reach 0 after ten rounds' worth of updates (unless --steps says otherwise), so within one it falls by a
-    tenth (TAMT LT_pretrain.py)."""
+    A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. In each round the
+    optimizer and the schedule start anew; within one the learning rate falls by a tenth, as if there were ten rounds
+    without a restart (unless --steps says otherwise; TAMT LT_pretrain.py). There are no dev losses before the end,
+    since W is in motion."""
     run = inputs.run
     training = prepare_training(inputs, masked_layers, None, state)  # without scores
-    levels = imp_levels(run.sparsity)  # .1, .2, ... up to the one that was asked for
+    sparsities = imp_sparsities(run.sparsity)  # .1, .2, ... up to the one that was asked for
     training.model.train()
     if training.updates_done == 0:  # not resumed
-        prune(training, levels[0])
+        prune(training, sparsities[0])
     while training.updates_done < run.num_updates:
         update_in_round = training.updates_done % run.prune_every
         learning_rate = run.lr * (1 - update_in_round / run.horizon)
@@ -859,8 +838,8 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
         loss_value = clip_and_check(training, loss, run.clip)
         optimizer_step(training, learning_rate, update_in_round + 1)
         training.updates_done += 1
-        if training.updates_done % run.prune_every == 0:  # a round ends
-            prune(training, levels[training.updates_done // run.prune_every])
+        if training.updates_done % run.prune_every == 0:  # a round ends; prune for the next one
+            prune(training, sparsities[training.updates_done // run.prune_every])
             if not run.no_rewind:  # the weights below the head have names with bert. or roberta. in front
                 restore_weights(training, f"{run.family}.")
             training.optimizer = make_optimizer(training.parameters.values(), run.machine.device)  # a fresh one
@@ -869,22 +848,22 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
     restore_weights(training)  # of all that was trained the masks alone are the result
 
 
-def prune(training: Training, level: float):
-    """Prunes up to a sparsity of `level`, by the weights as they are trained, and saves the mask in a file."""
-    set_masks(training.masked_layers, magnitude_masks(training.masked_layers, level, training.run.rank))
-    save_mask_of_step(training, level)
+def prune(training: Training, sparsity: float):
+    """Prunes up to this sparsity, by the weights as they are trained, and saves the mask in a file."""
+    set_masks(training.masked_layers, magnitude_masks(training.masked_layers, sparsity, training.run.rank))
+    save_mask_of_step(training, sparsity)
 
 
-def imp_levels(sparsity: float) -> list[float]:
-    """Sparsities .1, .2, ...: fractions of all entries, not of those that are left. A target that is not a multiple
-    of 10 % ends with a smaller step."""
+def imp_sparsities(target: float) -> list[float]:
+    """.1, .2, ... up to the target: fractions of all entries, not of those that are left. If the target is not a
+    multiple of 10 %, the last round prunes less than the others."""
     tenths = [tenth / 10 for tenth in range(1, 10)]
-    return [level for level in tenths if level < sparsity - 1e-9] + [sparsity]  # 1e-9: no level .7 before .7000000001
+    return [tenth for tenth in tenths if tenth < target - 1e-9] + [target]  # a target of .7000000001 counts as .7
 
 
 # ---------------------------------------------------------------------------------------------------
 # Appendix A: how paper, released code and this program differ; with it the corrections of the first scores, the
-# optimizer and the schedule. Skip it at a first reading, like all appendices.
+# released refreshes and the schedule. Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
 # How the paper, the released code and this program differ in mask training. (finetune.py has a table of its own.) An
@@ -929,23 +908,14 @@ PINNED_SCORE = 1e30  # plus or minus, of entries that can get no gradient (pin_u
 PINNED_LIMIT = 1e20  # pinned scores lie beyond it, though kd's weight decay lets them shrink, and all others within
 
 
-def correct_first_scores(scores: Scores, inputs: Inputs):
-    """Two corrections where all matrices are ranked together. (With --rank local there are none, as in the released
-    code, and with N:M none, either.)
-
-    A score without a gradient stands still while the threshold moves, and would be passed by accident. So entries that
-    can get no gradient, such as those of the pooler, keep their first mask. Besides, step 3 has rounded in each matrix;
-    here the count of all becomes exact."""
-    pin_unlearnable_scores(scores, inputs)
-    make_start_exact(scores)
-
-
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
     """Entries that can get no gradient keep their first mask, and still count among those that are kept or pruned.
+    (Only where all matrices are ranked together. With --rank local the released code does not do so, either.)
 
-    Say the threshold starts at .01 and rises: as soon as it passed .02, all kept entries of the pooler would go at
-    once. So the score becomes PINNED_SCORE if an entry starts as kept, and minus that if it starts as pruned. (Not
-    infinity: kd's weight decay subtracts a share of each score, and infinity minus infinity is no number.)"""
+    A score without a gradient stands still while the threshold moves. Say the threshold starts at .01 and rises: as
+    soon as it passed .02, all kept entries of the pooler would go at once. So the score becomes PINNED_SCORE if an
+    entry starts as kept, and minus that if it starts as pruned. (Not infinity: kd's weight decay subtracts a share of
+    each score, and infinity minus infinity is no number.)"""
     for name, is_unlearnable in entries_without_gradient(scores.masked_layers, inputs).items():
         layer = scores.masked_layers[name]
         layer.scores.data.masked_fill_(is_unlearnable & layer.mask, PINNED_SCORE)
@@ -990,38 +960,21 @@ def make_start_exact(scores: Scores):
     But for pinned ones, all kept scores are still equal, and so are all pruned ones. So a ranking, in which the first
     of equal scores win, does no more than this: if too few are kept, the first pruned ones (in the order of the model)
     come back; if too many, the last kept ones go. Each gets the start score of its new side."""
-    [pool] = scores.pools  # a single one, of all entries
-    pool.mask.copy_(keep_largest(pool.scores, pool.num_kept))
-    start_scores = START_SCORE * scores.all_masks
-    scores.all_scores.copy_(torch.where(is_pinned(scores.all_scores), scores.all_scores, start_scores))
+    layers = scores.masked_layers
+    first_scores = {name: layer.scores.data for name, layer in layers.items()}
+    set_masks(layers, masks_of_largest(first_scores, scores.sparsity, scores.rank))
+    for layer in layers.values():
+        start_scores = START_SCORE * layer.mask
+        layer.scores.data.copy_(torch.where(is_pinned(layer.scores), layer.scores, start_scores))
 
 
-def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """What makes torch's AdamW compute the released optimizers in update number t (from 1). m and v are the
-    moving averages of the gradient and of its square, x is what trains.
-
-        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
-                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
-        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
-                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
-        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
-                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
-
-    With c_m = 1 - .9^t and c_v = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (c_v / c_m) m / (sqrt(v) + c_v eps). So
-    torch computes the released formulas if its eps is divided by c_v, and for BertAdam its rate multiplied by
-    c_m / c_v. (torch multiplies the decay by its rate, so the decay is divided by c_m / c_v.)"""
-    c_m = 1 - 0.9**t
-    c_v = math.sqrt(1 - 0.999**t)
-    if objective == "kd":
-        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
-    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
-
-
-def refresh_as_released(training: Training):
-    """Step 7 with --refresh-every: the masks follow from new thresholds only now and then, and from the old ones in
-    between."""
+def renew_masks_if_due(training: Training):
+    """Step 7. With --refresh-every, to compare with the released code, the masks follow from new thresholds only now
+    and then, and from the old ones in between."""
     scores = training.scores
-    if is_refresh_due(training.run, training.updates_done):
+    if training.run.refresh_every == 1:
+        scores.renew_masks()
+    elif is_refresh_due(training.run, training.updates_done):
         scores.renew_masks()
         set_thresholds(scores)
     else:
@@ -1030,19 +983,20 @@ def refresh_as_released(training: Training):
 
 @torch.no_grad()
 def set_thresholds(scores: Scores):
-    """The threshold of a pool becomes its largest pruned score; if only pinned entries are pruned, or none, a number
+    """Each threshold becomes the largest score that was pruned; if only pinned entries are pruned, or none, a number
     between these and all others."""
-    for pool in scores.pools:
-        pruned_scores = pool.scores[~pool.mask]
+    for layers, last in zip(competitions(scores.masked_layers, scores.rank), scores.ranking.last_rankings, strict=True):
+        pruned_scores = torch.cat([layer.scores[~layer.mask] for layer in layers.values()])
         threshold = float(pruned_scores.max()) if len(pruned_scores) else -PINNED_LIMIT
-        pool.last_ranking.threshold = max(threshold, -PINNED_LIMIT)
+        last.threshold = max(threshold, -PINNED_LIMIT)
 
 
 @torch.no_grad()
 def apply_old_thresholds(scores: Scores):
     """In place of renew_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
-    for pool in scores.pools:
-        torch.gt(pool.scores, pool.last_ranking.threshold, out=pool.mask)
+    for layers, last in zip(competitions(scores.masked_layers, scores.rank), scores.ranking.last_rankings, strict=True):
+        for layer in layers.values():
+            layer.mask = layer.scores > last.threshold
 
 
 def is_refresh_due(run: Run, updates_done: int) -> bool:
@@ -1094,8 +1048,8 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 
 @dataclass
 class LastRanking:
-    """Where the last ranking of a pool has drawn the line. Kept scores lie at or above the threshold, pruned ones at or
-    below it. (With --refresh-every it decides between two rankings.)"""
+    """Where the last ranking has drawn the line between entries that compete. Kept scores lie at or above the
+    threshold, pruned ones at or below it. (With --refresh-every it decides between two rankings.)"""
     threshold: float = START_SCORE / 2  # halfway between the two start scores, as in the paper
     radius: float = START_SCORE / 4  # how far the threshold may move until the next ranking, a guess
 
@@ -1112,71 +1066,99 @@ class LastRanking:
         self.threshold = threshold
 
 
-def fast_keep_largest(pool: Pool):
-    """pool.mask.copy_(keep_largest(pool.scores, pool.num_kept)). Between two updates the threshold moves little, so
-    nearly every entry is settled by a comparison with the last one."""
-    last = pool.last_ranking
-    num_pruned = len(pool.scores) - pool.num_kept
-    threshold = prune_smallest_near(pool.scores, num_pruned, last.guess, last.radius, pool.mask)
-    last.update(threshold)
+class FastRanking:
+    """masks_of_largest() for values that move little from call to call."""
+
+    def __init__(self, values: dict, sparsity: float, rank: str):
+        """values {name: anything}: only the names count."""
+        self.sparsity = sparsity
+        self.rank = rank
+        self.last_rankings = [LastRanking() for _ in competitions(values, rank)]
+
+    def masks_of_largest(self, values: dict) -> dict:
+        if self.rank not in ("global", "local"):  # N:M: many small competitions, in which a guess gains nothing
+            return masks_of_largest(values, self.sparsity, self.rank)
+        masks = {}
+        for competing, last in zip(competitions(values, self.rank), self.last_rankings, strict=True):
+            masks |= self.masks_of_competition(competing, last)
+        return masks
+
+    def masks_of_competition(self, values: dict, last: LastRanking) -> dict:
+        vectors = [matrix.detach().flatten() for matrix in values.values()]
+        if vectors[0].device.type != "cpu":
+            vectors = [torch.cat(vectors)]  # a GPU likes one long vector; on a CPU copying takes as long as ranking
+        num_kept = num_kept_of(sum(len(vector) for vector in vectors), self.sparsity)
+        vector_masks, threshold = keep_largest_near(vectors, num_kept, last.guess, last.radius)
+        last.update(threshold)
+        if len(vectors) < len(values):
+            return cut_into_matrices(vector_masks[0], values)
+        return {name: mask.view(values[name].shape) for name, mask in zip(values, vector_masks, strict=True)}
 
 
-def prune_smallest_near(values, num_pruned: int, threshold: float, radius: float, mask) -> float:
-    """Writes into `mask` what keep_largest(values, len(values) - num_pruned) returns, faster, and returns about where
-    the threshold now lies.
+def keep_largest_near(vectors: list, num_kept: int, threshold: float, radius: float) -> tuple[list, float]:
+    """The mask of each vector, in which together the num_kept largest values are kept, as keep_largest does it for one
+    vector; and about where the threshold now lies.
 
     Nearly every entry is settled by a comparison with the old threshold: it is kept if it lies above threshold +
     radius, and pruned if it lies at or below threshold - radius. Only the few in between are sorted:
 
-        values .1 .4 .2 .3, num_pruned 2, threshold .25, radius .1
-        .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to go   ->   mask 0 1 0 1, threshold .2
+        values .1 .4 .2 .3, num_kept 2, threshold .25, radius .1
+        .4 > .35 stays, .1 <= .15 goes, and of .2 and .3 one more has to stay   ->   mask 0 1 0 1, threshold .2
 
     If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
     is exact in any case."""
     low = threshold - radius
     high = threshold + radius
-    # split_at() writes values > high into mask; undecided: the positions where low < value <= high
-    num_above, undecided = split_at(values, low, high, mask)
+    masks = []  # of each vector: values > high
+    undecided = []  # of each vector: the positions where low < value <= high
+    num_above = 0
+    for vector in vectors:
+        mask, num_above_here, positions = split_at(vector, low, high)
+        masks.append(mask)
+        undecided.append(positions)
+        num_above += num_above_here
 
-    num_below = len(values) - num_above - len(undecided)
-    num_undecided_to_prune = num_pruned - num_below  # of the undecided
-    if not 0 <= num_undecided_to_prune <= len(undecided):
-        return prune_smallest_near(values, num_pruned, threshold, 8 * radius, mask)
-    if len(undecided) == 0:  # as in the first updates of a run: kept and pruned scores are far apart
-        return threshold
+    num_undecided = sum(len(positions) for positions in undecided)
+    num_undecided_to_keep = num_kept - num_above
+    if not 0 <= num_undecided_to_keep <= num_undecided:
+        return keep_largest_near(vectors, num_kept, threshold, 8 * radius)
+    if num_undecided == 0:  # as in the first updates of a run: kept and pruned scores are far apart
+        return masks, threshold
 
-    undecided_values = values[undecided]
-    undecided_mask = keep_largest(undecided_values, len(undecided_values) - num_undecided_to_prune)
-    mask[undecided] = undecided_mask
-    if num_undecided_to_prune == 0:
-        return low  # a lower bound of where the threshold lies is good enough as the next guess
-    return float(undecided_values[~undecided_mask].max())
+    undecided_values = torch.cat([vector[positions] for vector, positions in zip(vectors, undecided, strict=True)])
+    undecided_mask = keep_largest(undecided_values, num_undecided_to_keep)
+    pieces = undecided_mask.split([len(positions) for positions in undecided])
+    for mask, positions, piece in zip(masks, undecided, pieces, strict=True):
+        mask[positions] = piece
+    if num_undecided_to_keep == num_undecided:
+        return masks, low  # a lower bound of where the threshold lies is good enough as the next guess
+    return masks, float(undecided_values[~undecided_mask].max())
 
 
 PIECE_SIZE = 1 << 18  # so many values fit into the processor's cache
 
 
-def split_at(values, low: float, high: float, mask):
-    """Writes values > high into `mask` (n,) -> how many those are, and the positions of the values in between,
-    low < value <= high, in ascending order.
+def split_at(values, low: float, high: float):
+    """(n,) -> the mask of values > high, how many those are, and the positions of the values in between, low < value <=
+    high, in ascending order.
 
     On a CPU numpy compares in pieces that stay in its cache: over BERT-base's 109 M scores that takes 0.1 s
     and torch 1.4 to 2 s, a fifth of a training step."""
     if values.device.type != "cpu":
-        torch.gt(values, high, out=mask)
+        mask = values > high
         is_between = (values > low) ^ mask
-        return int(mask.sum()), is_between.nonzero().squeeze(1)
+        return mask, int(mask.sum()), is_between.nonzero().squeeze(1)
 
     values = values.numpy()
-    output = mask.numpy()
+    mask = np.empty(len(values), bool)
     num_above = 0
     between = []
     for begin in range(0, len(values), PIECE_SIZE):
         piece = values[begin:begin + PIECE_SIZE]
-        above = np.greater(piece, high, out=output[begin:begin + PIECE_SIZE])
+        above = np.greater(piece, high, out=mask[begin:begin + PIECE_SIZE])
         num_above += np.count_nonzero(above)
         between.append(begin + np.flatnonzero((piece > low) ^ above))
-    return num_above, torch.from_numpy(np.concatenate(between))
+    return torch.from_numpy(mask), num_above, torch.from_numpy(np.concatenate(between))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1570,11 +1552,7 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     outcome = [None, None]  # what was found, or the error
     if machine.process_index == 0:
         try:
-            result, state = open_own_folder(out, identity, resume, result_name)
-            if state is not None and isinstance(state.get("parameters"), dict):  # else restore_parameters refuses it
-                # Scores are views of one vector, and each would be sent with the whole of it.
-                state["parameters"] = {name: tensor.clone() for name, tensor in state["parameters"].items()}
-            outcome[0] = (result, state)
+            outcome[0] = open_own_folder(out, identity, resume, result_name)
         except (ValueError, OSError) as error:
             outcome[1] = error
     torch.distributed.broadcast_object_list(outcome, src=0)
@@ -1658,7 +1636,7 @@ def thresholds_of(training: Training) -> list[float]:
     """With --refresh-every they decide between two rankings. Otherwise they are only guesses for the next one."""
     if training.scores is None or training.run.refresh_every == 1:
         return []
-    return [pool.last_ranking.threshold for pool in training.scores.pools]
+    return [last.threshold for last in training.scores.ranking.last_rankings]
 
 
 def restore_state(training: Training, state: dict):
@@ -1668,10 +1646,10 @@ def restore_state(training: Training, state: dict):
         for name, layer in training.masked_layers.items():
             layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
         if thresholds_of(training):
-            for pool, threshold in zip(training.scores.pools, state["thresholds"], strict=True):
+            for last, threshold in zip(training.scores.ranking.last_rankings, state["thresholds"], strict=True):
                 if not math.isfinite(threshold):
                     raise ValueError(f"threshold {threshold}")
-                pool.last_ranking.threshold = float(threshold)
+                last.threshold = float(threshold)
         training.log.restore(state["log"])
         training.updates_done = state["step"]
         if not 0 <= training.updates_done <= training.run.num_updates:
@@ -1777,13 +1755,23 @@ def config_checksum(model: bert.Model) -> str:
     return f"{zlib.crc32(json.dumps(dataclasses.asdict(model.config)).encode()):08x}"
 
 
+SHOW_SECONDS = 60  # after so much silence a slow run says how far it is
+
+
+def minutes_and_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
+
+
 class Log:
-    """A progress line at each interval on the terminal, and most of its figures as a line of log.jsonl."""
+    """A progress line at each interval on the terminal, and most of its figures as a line of log.jsonl. (A slow run has
+    shorter lines in between, on the terminal alone.)"""
 
     def __init__(self, run, masked_layers):
         self.run = run
         self.masked_layers = masked_layers
         self.began = time.time()
+        self.shown_at = self.began  # when the terminal had its last line
         self.total_loss = 0.0  # since the last line
         self.num_updates = 0
         self.num_timed = 0  # of these, those since the program was started: after --resume only a part of them
@@ -1798,22 +1786,25 @@ class Log:
         self.num_updates += 1
         self.num_timed += 1
         is_due = step % run.log_every == 0 or step == run.num_updates or losses
-        if not is_due or run.machine.process_index > 0:
+        if run.machine.process_index > 0:
+            return
+        if not is_due:
+            if time.time() - self.shown_at > SHOW_SECONDS:
+                self.show(f"step {step}/{run.num_updates}  ETA {self.time_left(step)}")
             return
 
         bits = self.pack_masks()
         num_entries = sum(layer.mask.numel() for layer in self.masked_layers.values())
         kept = int(np.bitwise_count(bits).sum()) / num_entries
         flips = int(np.bitwise_count(bits ^ self.bits).sum()) / num_entries
-        seconds = (time.time() - self.began) / self.num_timed  # per update
-        tokens_per_second = run.batch_size * run.accumulate * run.seq_len / seconds
-        minutes_left, seconds_left = divmod(round(seconds * (run.num_updates - step)), 60)
+        seconds = self.seconds_per_update()
+        tokens_per_second = run.rows_per_update * run.seq_len / seconds
         mean_loss = self.total_loss / self.num_updates
 
         shown_losses = "".join(f"  {name} {value:.4f}" for name, value in losses.items())
-        print(f"step {step}/{run.num_updates}  loss {mean_loss:.4f}  kept {kept:.4%}  flips {flips:.4%}  "
-              f"lr {learning_rate:.2e}  {seconds * 1e3:.0f} ms/step  {tokens_per_second:,.0f} tokens/s  "
-              f"ETA {minutes_left}:{seconds_left:02}{shown_losses}", flush=True)
+        self.show(f"step {step}/{run.num_updates}  loss {mean_loss:.4f}  kept {kept:.4%}  flips {flips:.4%}  "
+                  f"lr {learning_rate:.2e}  {seconds * 1e3:.0f} ms/step  {tokens_per_second:,.0f} tokens/s  "
+                  f"ETA {self.time_left(step)}{shown_losses}")
         data.append_line(run.out / "log.jsonl", {
             "step": step, "loss": mean_loss, "kept": kept, "flips": flips, "lr": learning_rate, **losses,
             "ms_per_step": round(seconds * 1e3, 3), "time": round(time.time(), 1)})
@@ -1823,6 +1814,16 @@ class Log:
         self.num_updates = 0
         self.num_timed = 0
         self.bits = bits
+
+    def show(self, line: str):
+        print(line, flush=True)
+        self.shown_at = time.time()
+
+    def seconds_per_update(self) -> float:
+        return (time.time() - self.began) / self.num_timed
+
+    def time_left(self, step: int) -> str:
+        return minutes_and_seconds(self.seconds_per_update() * (self.run.num_updates - step))
 
     def state(self) -> dict:
         return {"total_loss": self.total_loss, "num_updates": self.num_updates, "bits": torch.from_numpy(self.bits)}
@@ -2052,7 +2053,7 @@ def schedule(values: dict) -> tuple[int, int]:
     if values["method"] in ("omp", "random"):
         return 0, 0
     if values["method"] == "imp":
-        num_rounds = len(imp_levels(values["sparsity"])) - 1
+        num_rounds = len(imp_sparsities(values["sparsity"])) - 1
         horizon = values["steps"] or 10 * values["prune_every"]
         if horizon < values["prune_every"]:
             raise ValueError(f"--steps {horizon}: imp's learning rate would be 0 from there on in each round of "
@@ -2384,6 +2385,14 @@ def load_model(name: str) -> tuple[bert.Model, data.Vocabulary]:
         raise ValueError(f"{path}: the vocabulary has {vocabulary.size} tokens, the model only "
                          f"{model.config.vocab_size}")
     return model, vocabulary
+
+
+def add_fresh_head(model: bert.Model, seed: int):
+    """A masked-LM head that is used for training alone."""
+    torch.manual_seed(seed)
+    model.add_mlm_head()
+    model.mlm_head.is_fresh = True
+    model.mlm_head.decoder = None  # the word embeddings serve as its decoder, whatever config.json says
 
 
 def toy_folder(name: str) -> Path:

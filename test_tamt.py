@@ -617,8 +617,8 @@ def test_scores_start_at_0_02_where_the_mask_keeps_and_at_0_where_it_prunes(mask
 def test_kd_loss_is_0_for_equal_states_and_2_for_opposite_ones():
     states = [torch.randn(2, 5, 8) for _ in range(3)]
     opposite = [-state for state in states]
-    assert tamt.kd_loss(states, states, None, num_tokens=10).item() == pytest.approx(0, abs=1e-6)
-    assert tamt.kd_loss(states, opposite, None, num_tokens=10).item() == pytest.approx(2, abs=1e-6)
+    assert tamt.kd_loss(states, states, None, batch_num_tokens=10).item() == pytest.approx(0, abs=1e-6)
+    assert tamt.kd_loss(states, opposite, None, batch_num_tokens=10).item() == pytest.approx(2, abs=1e-6)
 
 
 EMBEDDINGS = torch.ones(1, 2, 2)  # kd_loss skips the embeddings, so even opposite ones cost nothing
@@ -631,7 +631,7 @@ NORTH_NORTH = torch.tensor([[NORTH, NORTH]])
 def test_kd_loss_is_a_mean_over_layers_without_the_embeddings():
     teacher = [EMBEDDINGS, EAST_NORTH, EAST_NORTH]
     student = [-EMBEDDINGS, NORTH_NORTH, EAST_NORTH]
-    loss = tamt.kd_loss(teacher, student, None, num_tokens=2)
+    loss = tamt.kd_loss(teacher, student, None, batch_num_tokens=2)
     assert loss.item() == 0.25  # one of two tokens differs, in one of two layers
 
 
@@ -640,13 +640,13 @@ def test_kd_loss_counts_every_token_once_however_long_its_sequence():
     student = torch.tensor([[EAST, EAST, EAST], [NORTH, EAST, EAST]])
     is_token = torch.tensor([[True, True, True], [True, False, False]])
     embeddings = torch.ones(2, 3, 2)
-    loss = tamt.kd_loss([embeddings, teacher], [embeddings, student], is_token, num_tokens=4)
+    loss = tamt.kd_loss([embeddings, teacher], [embeddings, student], is_token, batch_num_tokens=4)
     assert loss.item() == pytest.approx(1 / 4)
 
 
 def test_mlm_loss_is_the_mean_negative_log_probability_of_the_right_tokens():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])
-    loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]), num_predicted=2)
+    loss = tamt.mlm_loss(probabilities.log(), torch.tensor([0, 2]), batch_num_predicted=2)
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
 
 
@@ -1553,8 +1553,8 @@ def assert_each_task_predicts_as_it_would_alone(inputs, out, mask_paths):
         name = encoded_task.task.name
         alone = new_training(finetune_settings(inputs, out / name, task=name, mask=mask))
         alone.model.classifier = shared.task_switch.parts[name].task_head
-        found = finetune.predict_logits(shared, encoded_task, encoded_task.train_sequences)
-        expected = finetune.predict_logits(alone, alone.encoded_tasks[0], encoded_task.train_sequences)
+        found = finetune.predict_logits(shared, encoded_task.task, encoded_task.train_sequences)
+        expected = finetune.predict_logits(alone, encoded_task.task, encoded_task.train_sequences)
         assert np.allclose(np.stack(found), np.stack(expected), atol=1e-5)
 
 

@@ -239,7 +239,8 @@ def part_equal(args):
     for objective in ("mlm", "kd", "mlm+kd"):
         training = gpu.make_training(size, objective, cpu())
         # The released threshold stands at half of START_SCORE.
-        training.scores.all_scores.copy_(tamt.START_SCORE * training.scores.all_masks)
+        for layer in training.masked_layers.values():
+            layer.scores.data.copy_(tamt.START_SCORE * layer.mask)
         released = Released(size, objective)
         copy_weights(training, released)
 

@@ -234,9 +234,10 @@ def make_training(size: Size, objective: str, machine, rank: str = "global", com
 def spread(scores: tamt.Scores):
     """Gives scores the values that they have after some training, around 0 and around START_SCORE. The two values of
     the start are cheaper to rank. Pinned scores stay."""
-    noise = 0.005 * torch.randn(len(scores.all_scores)).to(scores.all_scores.device)
-    spread_scores = tamt.START_SCORE * scores.all_masks + noise
-    scores.all_scores.copy_(torch.where(tamt.is_pinned(scores.all_scores), scores.all_scores, spread_scores))
+    for layer in scores.masked_layers.values():
+        noise = 0.005 * torch.randn(layer.scores.shape).to(layer.scores.device)
+        spread_scores = tamt.START_SCORE * layer.mask + noise
+        layer.scores.data.copy_(torch.where(tamt.is_pinned(layer.scores), layer.scores, spread_scores))
     scores.renew_masks()
 
 
@@ -316,6 +317,10 @@ def part_agreement(bench: Bench):
         bench.add("b", f"{dtype}: tensors that differ after a resume", num_different, "", "must <= 0")
 
 
+def mask_vector(training: tamt.Training):
+    return torch.cat([layer.mask.flatten() for layer in training.masked_layers.values()]).cpu()
+
+
 def compare_with_cpu(device: str, objective: str = "mlm+kd") -> dict[str, float]:
     """Relative differences of loss and gradient, and shares of the mask's entries."""
     with quiet():
@@ -325,7 +330,7 @@ def compare_with_cpu(device: str, objective: str = "mlm+kd") -> dict[str, float]
     reference = make_training(TOY, objective, cpu)
     measured = make_training(TOY, objective, exact)
     in_bf16 = make_training(TOY, objective, rounded)
-    start = reference.scores.all_masks.clone()
+    start = mask_vector(reference)
 
     loss = float(tamt.backpropagate(reference, tamt.next_batch(reference)))
     measured_loss = float(tamt.backpropagate(measured, tamt.next_batch(measured)))
@@ -340,8 +345,8 @@ def compare_with_cpu(device: str, objective: str = "mlm+kd") -> dict[str, float]
         training.optimizer.zero_grad()
         for _ in range(20):
             one_step(training, learning_rate=1e-3)
-    is_different = reference.scores.all_masks != measured.scores.all_masks.cpu()
-    is_flipped = reference.scores.all_masks != start
+    is_different = mask_vector(reference) != mask_vector(measured)
+    is_flipped = mask_vector(reference) != start
     return {
         "loss": abs(measured_loss / loss - 1),
         "gradient": max(gradient_differences),
@@ -564,11 +569,14 @@ def part_ranking(bench: Bench):
         free_memory(bench.device)
         training = make_training(bench.size, "mlm", machine, rank)
         scores = training.scores
-        move = LEARNING_RATE * torch.randn_like(scores.all_scores).clamp_(-1, 1)
+        moves = []
+        for layer in training.masked_layers.values():
+            moves.append((layer.scores.data, LEARNING_RATE * torch.randn_like(layer.scores).clamp_(-1, 1)))
         seconds = []
         for _ in range(3 + bench.num_calls):
-            scores.all_scores.add_(move)
-            move.neg_()  # back and forth, so that the threshold moves at every call
+            for layer_scores, move in moves:
+                layer_scores.add_(move)
+                move.neg_()  # back and forth, so that the threshold moves at every call
             synchronize(bench.device)
             began = time.perf_counter()
             scores.renew_masks()
@@ -581,9 +589,9 @@ def part_ranking(bench: Bench):
                       "<= 5" if rank == "global" else "")
         if rank == "global":
             count_waits(bench, training)
-            [pool] = scores.pools
-            full = median_seconds(partial(tamt.keep_largest, scores.all_scores, pool.num_kept), bench.device, 1,
-                                  num_warm_up=0)
+            layer_scores = {name: layer.scores.data for name, layer in training.masked_layers.items()}
+            rank_in_full = partial(tamt.masks_of_largest, layer_scores, scores.sparsity, rank)
+            full = median_seconds(rank_in_full, bench.device, 1, num_warm_up=0)
             bench.add("d", "ranking, global, without a guess of the threshold", full * 1e3, "ms")
 
     batch_seconds = median_seconds(lambda: tamt.next_batch(training), "cpu", bench.num_calls)

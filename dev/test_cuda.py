@@ -50,8 +50,7 @@ def test_the_ranking_is_exact(num_values):
         num_pruned = round(0.7 * num_values)
         expected = tamt.keep_largest(values, len(values) - num_pruned)
         assert torch.equal(tamt.keep_largest(values.cuda(), len(values) - num_pruned).cpu(), expected)
-        mask = torch.empty(num_values, dtype=torch.bool, device="cuda")
-        threshold = tamt.prune_smallest_near(values.cuda(), num_pruned, 0.4, 0.1, mask)
+        [mask], threshold = tamt.keep_largest_near([values.cuda()], len(values) - num_pruned, 0.4, 0.1)
         assert torch.equal(mask.cpu(), expected)
         assert num_pruned == 0 or threshold <= float(values[~expected].max())
 
@@ -90,8 +89,7 @@ def test_cuda_agrees_with_the_cpu(inputs, tmp_path):
 def test_the_ranking_on_cuda_settles_ties_as_on_the_cpu():
     values = torch.randint(-5, 5, (10_000,)).float()
     for count in (0, 1, 3333, 9999, 10_000):
-        mask = torch.zeros(10_000, dtype=torch.bool, device="cuda")
-        tamt.prune_smallest_near(values.cuda(), count, 1.0, 1e-3, mask)
+        [mask], _ = tamt.keep_largest_near([values.cuda()], len(values) - count, 1.0, 1e-3)
         expected = tamt.keep_largest(values, len(values) - count)
         assert torch.equal(mask.cpu(), expected)
         assert torch.equal(tamt.keep_largest(values.cuda(), len(values) - count).cpu(), expected)

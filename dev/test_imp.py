@@ -23,9 +23,9 @@ from test_tamt import (
 
 
 def test_the_levels_of_imp_rise_by_tenths_and_end_at_the_sparsity_asked_for():
-    assert tamt.imp_levels(0.35) == [0.1, 0.2, 0.3, 0.35]
-    assert tamt.imp_levels(0.3) == [0.1, 0.2, 0.3]
-    assert tamt.imp_levels(0.05) == [0.05]
+    assert tamt.imp_sparsities(0.35) == [0.1, 0.2, 0.3, 0.35]
+    assert tamt.imp_sparsities(0.3) == [0.1, 0.2, 0.3]
+    assert tamt.imp_sparsities(0.05) == [0.05]
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])

@@ -20,7 +20,7 @@ from test_tamt import EAST_NORTH, EMBEDDINGS, NORTH_NORTH, mask_settings, ordina
 def test_mlm_loss_of_a_batch_in_which_nothing_was_chosen_is_0():
     no_logits = torch.empty(0, 10)
     no_labels = torch.empty(0, dtype=torch.long)
-    assert tamt.mlm_loss(no_logits, no_labels, num_predicted=0).item() == 0
+    assert tamt.mlm_loss(no_logits, no_labels, batch_num_predicted=0).item() == 0
 
 
 def test_the_teacher_shares_the_weights_of_the_student(model):
@@ -102,7 +102,8 @@ def test_without_any_chosen_token_there_is_no_dev_mlm_loss(inputs, empty_row):
 
 @pytest.mark.parametrize("is_token, expected", [([True, False], 1.0), ([False, True], 0.0)])
 def test_kd_loss_leaves_padding_out(is_token, expected):
-    loss = tamt.kd_loss([EMBEDDINGS, EAST_NORTH], [-EMBEDDINGS, NORTH_NORTH], torch.tensor([is_token]), num_tokens=1)
+    states = [EMBEDDINGS, EAST_NORTH], [-EMBEDDINGS, NORTH_NORTH]
+    loss = tamt.kd_loss(*states, torch.tensor([is_token]), batch_num_tokens=1)
     assert loss.item() == expected
 
 

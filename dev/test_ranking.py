@@ -16,19 +16,22 @@ from helpers import begin, expected_pins, is_subset, masks_of, num_different, on
 from test_tamt import mask_settings, num_entries, num_pruned, ordinary_ids, random_case, same_masks
 
 
-def prune_from_a_fixed_guess(values, count):
-    """prune_smallest_near() around the threshold 0.5 -> mask, the new threshold."""
-    mask = torch.zeros(len(values), dtype=torch.bool)
-    threshold = tamt.prune_smallest_near(values, count, 0.5, 0.1, mask)
+def keep_largest_near(values, num_kept, threshold, radius):
+    """tamt.keep_largest_near() for a single vector -> mask, the new threshold."""
+    [mask], threshold = tamt.keep_largest_near([values], num_kept, threshold, radius)
     return mask, threshold
 
 
-def test_the_threshold_of_prune_smallest_near_lies_between_pruned_and_kept_values():
+def keep_from_a_fixed_guess(values, num_kept):
+    return keep_largest_near(values, num_kept, 0.5, 0.1)
+
+
+def test_the_threshold_of_keep_largest_near_lies_between_pruned_and_kept_values():
     """Of tied values some may be kept and some pruned; then all of them equal the threshold."""
     generator = random.Random(2)
     for _ in range(300):
         values, count = random_case(generator)
-        mask, threshold = prune_from_a_fixed_guess(values, count)
+        mask, threshold = keep_from_a_fixed_guess(values, count)
         assert (values[~mask] <= threshold).all() and (values[mask] >= threshold).all()
 
 
@@ -36,27 +39,38 @@ def test_without_ties_the_values_above_the_threshold_are_those_that_are_kept():
     generator = random.Random(3)
     for _ in range(50):
         values = torch.randn(1000)
-        mask, threshold = prune_from_a_fixed_guess(values, generator.randint(0, 1000))
+        mask, threshold = keep_from_a_fixed_guess(values, generator.randint(0, 1000))
         assert torch.equal(values > threshold, mask)
 
 
-def test_prune_smallest_near_prunes_vectors_that_are_longer_than_one_piece():
+def test_keep_largest_near_ranks_vectors_that_are_longer_than_one_piece():
     assert tamt.PIECE_SIZE < 300_000  # as many values are compared at a time
     values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])
-    mask = torch.empty(600_000, dtype=torch.bool)
     for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
-        tamt.prune_smallest_near(values, count, 0.5, 1e-3, mask)  # no value is near .5
-        assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
+        mask, _ = keep_largest_near(values, count, 0.5, 1e-3)  # no value is near .5
+        assert torch.equal(mask, tamt.keep_largest(values, count))
 
 
-def test_prune_smallest_near_keeps_plus_infinity_and_prunes_minus_infinity():
-    """(The number to prune leaves room for them.)"""
+def test_keep_largest_near_keeps_plus_infinity_and_prunes_minus_infinity():
+    """(The number to keep leaves room for them.)"""
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
     for count in (2, 3, 4, 5):
-        mask = torch.empty(7, dtype=torch.bool)
-        tamt.prune_smallest_near(values, count, 5.0, 0.001, mask)
+        mask, _ = keep_largest_near(values, count, 5.0, 0.001)
         assert mask[[0, 5]].all() and not mask[[2, 6]].any()
-        assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
+        assert torch.equal(mask, tamt.keep_largest(values, count))
+
+
+def test_keep_largest_near_ranks_several_vectors_as_one():
+    """Ties at the border may lie in different vectors: those of the first stay."""
+    generator = random.Random(4)
+    for _ in range(300):
+        values, num_kept = random_case(generator)
+        if len(values) < 2:
+            continue
+        border = generator.randint(1, len(values) - 1)
+        vectors = [values[:border], values[border:]]
+        masks, _ = tamt.keep_largest_near(vectors, num_kept, generator.uniform(-4, 4), 10 ** generator.uniform(-6, 1))
+        assert torch.equal(torch.cat(masks), tamt.keep_largest(values, num_kept))
 
 
 def test_pinned_scores_survive_the_weight_decay_of_a_gpu():
@@ -72,12 +86,13 @@ def test_between_refreshes_pinned_scores_stay_pruned_though_they_decay(masked_la
     """Also if no others are pruned, so that the threshold lies between them and the rest."""
     start = tamt.magnitude_masks(masked_layers, 0.1, "local")
     scores = tamt.Scores(masked_layers, start, 0.1, "local")
-    scores.all_scores.copy_(torch.where(scores.all_masks, scores.all_scores, -tamt.PINNED_SCORE))
-    expected = scores.all_masks.clone()
+    for layer in masked_layers.values():
+        layer.scores.data[~layer.mask] = -tamt.PINNED_SCORE
     tamt.set_thresholds(scores)
-    scores.all_scores.mul_(0.999)
+    for layer in masked_layers.values():
+        layer.scores.data *= 0.999
     tamt.apply_old_thresholds(scores)
-    assert torch.equal(scores.all_masks, expected)
+    assert same_masks(masks_of(masked_layers), start)
 
 
 def test_groups_may_be_large():
@@ -95,16 +110,16 @@ def local_scores(masked_layers):
 
 def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
-    scores.all_masks.fill_(False)
+    tamt.set_masks(masked_layers, {})
     scores.renew_masks()
     assert same_masks(masks_of(masked_layers), start)
 
 
 def test_thresholding_at_phi_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
-    for pool in scores.pools:
-        assert pool.last_ranking.threshold == tamt.START_SCORE / 2
-    scores.all_masks.fill_(False)
+    for last in scores.ranking.last_rankings:
+        assert last.threshold == tamt.START_SCORE / 2
+    tamt.set_masks(masked_layers, {})
     tamt.apply_old_thresholds(scores)
     assert same_masks(masks_of(masked_layers), start)
 
@@ -126,7 +141,8 @@ def test_scores_have_the_masks_of_a_sort_of_all_scores(masked_layers, rank):
     scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.7, rank), 0.7, rank)
     generator = torch.Generator().manual_seed(0)
     for size in [1e-4] * 5 + [1e-2] * 5 + [1.0] * 2:
-        scores.all_scores.add_(size * torch.randn(scores.all_scores.shape, generator=generator))
+        for layer in masked_layers.values():
+            layer.scores.data += size * torch.randn(layer.scores.shape, generator=generator)
         scores.renew_masks()
         expected = tamt.masks_of_largest({name: layer.scores for name, layer in masked_layers.items()}, 0.7, rank)
         assert same_masks(masks_of(masked_layers), expected)
@@ -135,7 +151,9 @@ def test_scores_have_the_masks_of_a_sort_of_all_scores(masked_layers, rank):
 def test_scores_have_the_masks_of_a_count_in_each_group(masked_layers):
     """2:4: an entry stays if fewer than two of its group are larger, or equal and further left."""
     scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.5, "2:4"), 0.5, "2:4")
-    scores.all_scores.copy_(torch.randint(-3, 4, scores.all_scores.shape, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    for layer in masked_layers.values():
+        layer.scores.data.copy_(torch.randint(-3, 4, layer.scores.shape, generator=generator))
     scores.renew_masks()
     position = torch.arange(4)
     is_left = position[None, :] < position[:, None]
@@ -162,7 +180,8 @@ def test_the_first_global_mask_differs_from_omp_in_no_more_entries_than_there_ar
 
 def test_global_scores_start_at_two_phi_exactly_where_their_first_mask_keeps(global_scores):
     _, scores = global_scores
-    assert torch.equal(scores.all_scores, tamt.START_SCORE * scores.all_masks)
+    for layer in scores.masked_layers.values():
+        assert torch.equal(layer.scores, tamt.START_SCORE * layer.mask)
 
 
 def test_tokens_in_finds_the_ids_that_occur(vocabulary):
@@ -218,26 +237,34 @@ def test_locally_ranked_scores_start_with_the_mask_that_they_were_given(masked_l
 
 @pytest.fixture
 def between_refreshes(masked_layers, local_scores):
-    """Scores that have moved since the last refresh -> the masked layers, their pools, and the thresholds of that
-    refresh."""
+    """Scores that have moved since the last refresh -> the scores, and the thresholds of that refresh."""
     _, scores = local_scores
-    scores.all_scores.normal_()
+    move_at_random(masked_layers)
     scores.renew_masks()
-    thresholds = [pool.last_ranking.threshold for pool in scores.pools]
+    thresholds = thresholds_of(scores)
     assert thresholds != [tamt.START_SCORE / 2] * len(masked_layers)
-    scores.all_scores.normal_()
+    move_at_random(masked_layers)
     tamt.apply_old_thresholds(scores)
-    return masked_layers, scores.pools, thresholds
+    return scores, thresholds
+
+
+def move_at_random(masked_layers):
+    for layer in masked_layers.values():
+        layer.scores.data.normal_()
+
+
+def thresholds_of(scores):
+    return [last.threshold for last in scores.ranking.last_rankings]
 
 
 def test_between_refreshes_the_thresholds_stand_still(between_refreshes):
-    _, pools, thresholds = between_refreshes
-    assert [pool.last_ranking.threshold for pool in pools] == thresholds
+    scores, thresholds = between_refreshes
+    assert thresholds_of(scores) == thresholds
 
 
 def test_between_refreshes_the_scores_above_the_old_threshold_are_kept(between_refreshes):
-    layers, _, thresholds = between_refreshes
-    for layer, threshold in zip(layers.values(), thresholds, strict=True):
+    scores, thresholds = between_refreshes
+    for layer, threshold in zip(scores.masked_layers.values(), thresholds, strict=True):
         assert torch.equal(layer.mask, layer.scores > threshold)
 
 
@@ -270,11 +297,9 @@ def test_random_masks_depend_on_their_seed_alone(masked_layers):
 
 
 def test_renew_masks_prunes_the_smallest_of_the_scores_that_the_layers_hold(model):
-    """A layer's scores and mask are views of the long vectors that are ranked."""
     layers = tamt.install_masked_layers(model)
     scores = tamt.Scores(layers, tamt.magnitude_masks(layers, 0.5, "local"), 0.5, "global")
-    for layer in layers.values():
-        layer.scores.data.normal_()
+    move_at_random(layers)
     scores.renew_masks()
     learned = torch.cat([layer.scores.detach().flatten() for layer in layers.values()])
     mask = torch.cat([layer.mask.flatten() for layer in layers.values()])
@@ -291,17 +316,17 @@ def test_pinned_entries_keep_their_start_mask_even_when_the_threshold_passes_the
         training.scores.renew_masks()
         for name, rows in expected_pins(training).items():
             assert torch.equal(training.masked_layers[name].mask[rows], start[name][rows])
-    [pool] = training.scores.pools
+    [threshold] = thresholds_of(training.scores)
     # Without pins these scores would stay at 0 or 2 phi. The threshold has left that interval, so all of them would now
     # be kept, or all pruned.
-    assert not 0 <= pool.last_ranking.threshold < tamt.START_SCORE
+    assert not 0 <= threshold < tamt.START_SCORE
 
 
 @pytest.mark.parametrize("rank", ["local", "global"])
 def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
     layers = tamt.install_masked_layers(model)
     before = masks_of(layers)
-    for level in tamt.imp_levels(0.65):
+    for level in tamt.imp_sparsities(0.65):
         for layer in layers.values():
             layer.weight.data[~layer.mask] = 100.0  # as if pruned weights had grown
         masks = tamt.magnitude_masks(layers, level, rank)
@@ -310,20 +335,19 @@ def test_magnitude_masks_never_bring_a_pruned_weight_back(model, rank):
         before = masks
 
 
-# prune_smallest_near() is the fast way: it guesses that the threshold has moved by no more than a radius since the
+# keep_largest_near() is the fast way: it guesses that the threshold has moved by no more than a radius since the
 # last update, and sorts only the values within that radius.
 
 
-def test_prune_smallest_near_equals_keep_largest_whatever_the_guess():
+def test_keep_largest_near_equals_keep_largest_whatever_the_guess():
     """The guess may be far off, and the radius as small as a millionth."""
     generator = random.Random(1)
     for _ in range(300):
         values, count = random_case(generator)
         threshold = generator.uniform(-4, 4)
         radius = 10 ** generator.uniform(-6, 1)
-        mask = torch.rand(len(values)) < 0.5  # whatever was there before
-        tamt.prune_smallest_near(values, count, threshold, radius, mask)
-        assert torch.equal(mask, tamt.keep_largest(values, len(values) - count))
+        mask, _ = keep_largest_near(values, count, threshold, radius)
+        assert torch.equal(mask, tamt.keep_largest(values, count))
 
 
 def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
@@ -334,18 +358,19 @@ def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
         scores.renew_masks()
     tamt.set_thresholds(scores)
     scores.renew_masks()
-    assert scores.all_masks.all()
+    assert num_pruned(masks_of(masked_layers)) == 0
 
 
 def test_nothing_is_sorted_while_kept_and_pruned_scores_are_far_apart(masked_layers, monkeypatch):
-    scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.5, "local"), 0.5, "local")
-    start = scores.all_masks.clone()
+    start = tamt.magnitude_masks(masked_layers, 0.5, "local")
+    scores = tamt.Scores(masked_layers, start, 0.5, "local")
 
     def refuse(*_):
         raise AssertionError("sorted")
 
     monkeypatch.setattr(tamt, "keep_largest", refuse)
     for _ in range(20):
-        scores.all_scores += 1e-4 * torch.randn(len(scores.all_scores))
+        for layer in masked_layers.values():
+            layer.scores.data += 1e-4 * torch.randn(layer.scores.shape)
         scores.renew_masks()
-    assert torch.equal(scores.all_masks, start)
+    assert same_masks(masks_of(masked_layers), start)

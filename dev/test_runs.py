@@ -362,23 +362,11 @@ def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, mo
     assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3
 
 
-def test_a_state_is_sent_to_other_processes_without_the_vector_behind_its_scores(inputs, tmp_path, monkeypatch):
-    """Saved together, the scores share one vector, and pickle would send it with each of them."""
-    tamt.find_mask(mask_settings(inputs, tmp_path))
-    (tmp_path / "mask.json").unlink()  # as if it were not finished
-    identity = tamt.read_state(tmp_path)["settings"]
-    monkeypatch.setattr(tamt, "refuse_different_inputs", lambda *_: None)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda outcome, src: None)
-    machine = tamt.Machine(torch.device("cpu"), num_processes=2)
-    _, state = tamt.open_folder(tmp_path, identity, True, "mask.json", machine)
-    for tensor in state["parameters"].values():
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_state_with_scores_that_are_not_finite_is_refused(inputs, tmp_path, value):
     training = begin(mask_settings(inputs, tmp_path, objective="kd"))
-    training.scores.all_scores[3] = value
+    some_layer = next(iter(training.masked_layers.values()))
+    some_layer.scores.data[0, 3] = value
     training.run = replace(training.run, save_every=1)
     tamt.save_state_if_due(training)
     with pytest.raises(ValueError, match="state.pt: .* not finite; remove the file to start anew"):

@@ -297,11 +297,17 @@ def test_each_round_of_imp_runs_the_first_tenth_of_a_schedule_made_for_ten_round
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
-def test_the_next_command_of_a_search_fine_tunes_below_the_weights_of_the_search(tasks, tmp_path, capsys, weights):
-    finetune.find_imp(dense_settings(tasks, tmp_path, find="imp", sparsity=0.1, weights=weights, epochs=1, limit=8))
+def test_the_next_command_of_a_search_fine_tunes_as_the_search_did(tasks, tmp_path, capsys, weights):
+    """Below the same weights, on the same examples, at the same learning rate."""
+    settings = dense_settings(tasks, tmp_path, find="imp", sparsity=0.1, weights=weights, epochs=1, limit=8, seed=3)
+    finetune.find_imp(settings)
     next_command = capsys.readouterr().out.splitlines()[-1]
     assert next_command.startswith("next: python finetune.py")
-    assert next_command.endswith("--weights random --seed 1") == (weights == "random")
+    flags = next_command.split()
+    assert ("--weights" in flags) == (weights == "random")
+    for flag in ("epochs", "limit", "seed", "lr"):
+        assert flags[flags.index(f"--{flag}") + 1] == str(getattr(settings, flag))
+    assert "--sparsity" not in flags  # which is the mask's
 
 
 def test_find_super_writes_a_ticket_for_each_order_and_level_from_what_it_measures(tasks, tmp_path):

@@ -76,7 +76,7 @@ def test_transformers_loads_the_exports_of_several_tasks_with_equal_logits(tasks
         sequences = encoded_task.train_sequences[:8]
         folder = tmp_path / "x" / encoded_task.task.name
         theirs, _ = transformers_logits(folder, encoded_task, sequences, training.model.config)
-        ours = np.stack(finetune.predict_logits(training, encoded_task, sequences))
+        ours = np.stack(finetune.predict_logits(training, encoded_task.task, sequences))
         assert_close(torch.from_numpy(ours), theirs)
 
 
