@@ -6,6 +6,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -311,3 +312,12 @@ def test_the_loss_of_an_answer_is_the_mean_of_the_losses_of_its_first_and_its_la
     logits = torch.stack([starts, ends], dim=-1).log()[None]  # (1, 3, 2): one sequence of three tokens
     loss = finetune.task_loss(glue_squad.TASKS["squad"], logits, torch.tensor([[0, 1]]))
     assert loss.item() == pytest.approx((math.log(2) + math.log(8)) / 2)
+
+
+def test_a_slow_run_says_between_its_evaluations_how_far_it_is(tasks, tmp_path, capsys, monkeypatch):
+    """Here each update counts as slow."""
+    monkeypatch.setattr(tamt, "SHOW_SECONDS", -1)
+    finetune.fine_tune(finetune_settings(tasks, tmp_path, epochs=1, limit=24))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [re.sub(r"\d+:\d\d", "M:SS", line) for line in lines[:2]] == ["step 1/3  ETA M:SS", "step 2/3  ETA M:SS"]
+    assert len(lines) == 3 and "accuracy" in lines[2]

@@ -6,6 +6,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def test_init_random_starts_from_a_random_mask(inputs, tmp_path):
     # The learning rate is too small to flip anything.
     tamt.find_mask(mask_settings(inputs, tmp_path / "run", init="random", lr=1e-6, rank="local"))
     assert same_masks(tamt.load_mask(tmp_path / "start"), tamt.load_mask(tmp_path / "run"))
+
+
+def test_a_slow_run_says_between_its_progress_lines_how_far_it_is(inputs, tmp_path, capsys, monkeypatch):
+    """Here each update counts as slow."""
+    monkeypatch.setattr(tamt, "SHOW_SECONDS", -1)
+    tamt.find_mask(mask_settings(inputs, tmp_path, steps=4, log_every=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    for number, line in enumerate(lines[:3], 1):
+        assert re.fullmatch(rf"step {number}/4  ETA \d+:\d\d", line)
+    assert lines[3].startswith("step 4/4  loss ")
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
 def test_with_lines_each_row_is_a_line_of_the_text_padded(inputs, tmp_path, monkeypatch):
