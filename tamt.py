@@ -46,7 +46,7 @@ The chapters:
     Losses               masked LM, distillation, dev losses (5 and 8)
     Training             what an update computes (5 and 6)
     IMP                  the baseline that trains weights
-    Appendices           A how paper, released code and this program differ (also: first scores, refreshes, schedule);
+    Appendices           A how paper, released code and this program differ (also: first scores, optimizer, schedule);
                          B fast rankings; C mask files; D the folder of a run; E settings; F devices and processes.
                          What a chapter uses and no chapter defines is in an appendix; a first reading may skip them.
 
@@ -55,30 +55,23 @@ layer, and model.mlm_logits(last_hidden_states) the predictions of the masked-LM
 rows of a text, and their corruption for masked LM.
 
 A table at the start of appendix A says how the paper, the released code ("TAMT FILE.py" is a file of it) and this
-program differ. Above all, scores are ranked with their signs, as in the released code, so that -.02 is below 0; the
-paper ranks |scores|.
+program differ.
 
-To look up later: the objects that most functions take,
+Most functions take one of these objects:
 
     Settings    what the user chose on the command line (appendix E)
-    Machine     the device, the dtype, and which of several processes this is (appendix F)
-    Run         the Settings with the defaults filled in, and the Machine (appendix E; its main fields follow below)
+    Run         the same with the defaults filled in, and the Machine: device, dtype, processes (appendices E, F)
     Inputs      the Run, and the model, vocabulary and rows of text that were read
     Training    the Inputs, what trains, the optimizer, and how many updates are done
-    Scores      all scores, and the masks that follow from them
-    Batch       the rows of one update; a MicroBatch those of one forward pass
 
-and words and letters:
+Words and letters:
 
     entry       a single number of a weight matrix; it is kept or pruned
     masks       {name of a matrix: its mask}, which is what a run finds
-    layer       in most names a module with one matrix, such as a masked layer; L counts the layers of the network
-    row         T tokens of text; or a row of a matrix
     dense       without a mask
     W, M, S     a weight matrix (theta in the paper), its mask, its scores (the paper's underlined M)
-    b, T        rows of a micro-batch, which is what a forward pass takes; tokens of a row
-    D, L, V     hidden size; layers; rows of the word embeddings
-    P           positions that masked LM predicts
+    b, T        rows of a forward pass, and tokens of a row; P of these tokens masked LM predicts
+    D, L, V     hidden size; layers of the network; rows of the word embeddings
 """
 
 from __future__ import annotations
@@ -121,11 +114,12 @@ import data
 #     run.scope                      whether the word embeddings have a mask ("all") or not ("encoder")
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
-#     run.lr, run.horizon            the first learning rate; after how many updates its decay would reach 0
+#     run.lr, run.horizon            the first learning rate; after how many updates it would have fallen to 0
 #     run.batch_size                 rows of a forward pass, of all processes together
 #     run.accumulate                 forward passes of an update
 #     run.rows_per_update            batch_size * accumulate
 #     run.trains                     False for omp and random
+#     run.trains_head                whether the masked-LM head trains, too: with mlm, mlm+kd and imp
 
 
 def find_mask(settings: Settings) -> dict:
@@ -167,10 +161,10 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
     if run.rank == "global":
-        # From now on all matrices compete. What can get no gradient is taken out of the competition; and the count,
-        # which step 3 has rounded in each matrix, becomes exact, for which a few entries change sides (appendix A).
+        # Scores without a gradient stand still, while the threshold between kept and pruned ones moves, and passes
+        # them one day. So they are pinned: their entries keep the mask of step 3, and still count (appendix A).
         pin_unlearnable_scores(scores, inputs)
-        make_start_exact(scores)
+        make_start_exact(scores)  # step 3 has rounded in each matrix, so the count of all may be off by a few
     training = prepare_training(inputs, masked_layers, scores, state)
     train_scores(training)  # steps 5 to 7
 
@@ -189,7 +183,10 @@ def train_scores(training: Training):
         loss_value = clip_and_check(training, loss, run.clip)
         optimizer_step(training, learning_rate, training.updates_done + 1)  # step 6
         training.updates_done += 1
-        renew_masks_if_due(training)  # step 7: Scores.renew_masks, after each update unless --refresh-every says more
+        if run.refresh_every == 1:
+            training.scores.renew_masks()  # step 7
+        else:
+            refresh_as_released(training)  # the same now and then, to compare with the released code (appendix A)
         report_progress(training, loss_value, learning_rate)  # now and then a line of the log, dev losses, a mask file
         save_state_if_due(training)
     restore_weights(training)  # of the head, if it was trained: only the masks are kept
@@ -469,15 +466,15 @@ class Scores:
         for name, layer in masked_layers.items():
             layer.mask = masks[name]
             layer.scores = nn.Parameter(START_SCORE * masks[name].float())  # Eq. 5
-        self.ranking = FastRanking(masks, sparsity, rank)
+        self.fast_ranking = FastRanking(masks, sparsity, rank)  # appendix B
 
     @torch.no_grad()
     def renew_masks(self):
         """Step 7: keep the highest scores, exactly as many as the sparsity asks for (the constraint of Eq. 2). In terms
-        of Eq. 3: those that reach a threshold, which moves so that the count stays right."""
+        of Eq. 3: those that reach a threshold, which moves so that the count stays right. A score below 0 says that the
+        entry does harm, so the sign counts, as in the released code. (The paper ranks |S|.)"""
         layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
-        # As masks_of_largest(layer_scores, self.sparsity, self.rank), but several times as fast (appendix B).
-        masks = self.ranking.masks_of_largest(layer_scores)
+        masks = self.fast_ranking.masks(layer_scores)  # = masks_of_largest(layer_scores, self.sparsity, self.rank)
         set_masks(self.masked_layers, masks)
 
 
@@ -763,33 +760,15 @@ def clip_and_check(training, loss: torch.Tensor, max_norm: float) -> float:
 
 def optimizer_step(training: Training, learning_rate: float, update_number: int):
     """Step 6: one update by Adam of all parameters that train. update_number: that of the optimizer, from 1; with imp
-    it starts anew in each round."""
+    it starts anew in each round.
+
+    The optimizers are those of the released code: AdamW without weight decay; with kd, Adam without bias correction and
+    with a weight decay of .01. (Without the correction its first updates move a score by up to 6.6 times the learning
+    rate.) optimizer_settings() sets torch's AdamW so that it computes the same (appendix A)."""
     options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
-
-
-def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
-    """With these settings torch's AdamW computes in update number t (from 1) what the released optimizers do: AdamW
-    without weight decay, and for kd BertAdam, which has no bias correction and a decay of .01. Let m and v be the
-    moving averages of the gradient and of its square, and x what trains:
-
-        torch's AdamW        x <- x - lr m^ / (sqrt(v^) + eps) - lr decay x
-                             with m^ = m / (1 - .9^t),  v^ = v / (1 - .999^t)
-        released AdamW       adds its eps, 1e-8, to sqrt(v) instead of sqrt(v^); no decay
-                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
-        released BertAdam    x <- x - lr (m / (sqrt(v) + 1e-6) + .01 x), without m^ and v^
-                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
-
-    With c_m = 1 - .9^t and c_v = sqrt(1 - .999^t), m^ / (sqrt(v^) + eps) = (c_v / c_m) m / (sqrt(v) + c_v eps). So
-    torch computes the released formulas if its eps is divided by c_v, and for BertAdam its rate multiplied by
-    c_m / c_v. (torch multiplies the decay by its rate, so the decay is divided by c_m / c_v.)"""
-    c_m = 1 - 0.9**t
-    c_v = math.sqrt(1 - 0.999**t)
-    if objective == "kd":
-        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
-    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
 
 
 def make_optimizer(parameters, device):
@@ -821,9 +800,9 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
     mask. (Pruned word embeddings train, too, within a round: the decoder of the masked-LM head reads them.)
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. In each round the
-    optimizer and the schedule start anew; within one the learning rate falls by a tenth, as if there were ten rounds
-    without a restart (unless --steps says otherwise; TAMT LT_pretrain.py). There are no dev losses before the end,
-    since W is in motion."""
+    optimizer and the schedule start anew; within one the learning rate falls to nine tenths, since run.horizon is that
+    of ten rounds, or the number given as --steps (TAMT LT_pretrain.py). There are no dev losses before the end, since W
+    is in motion."""
     run = inputs.run
     training = prepare_training(inputs, masked_layers, None, state)  # without scores
     sparsities = imp_sparsities(run.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -863,7 +842,7 @@ def imp_sparsities(target: float) -> list[float]:
 
 # ---------------------------------------------------------------------------------------------------
 # Appendix A: how paper, released code and this program differ; with it the corrections of the first scores, the
-# released refreshes and the schedule. Skip it at a first reading, like all appendices.
+# optimizer, the released refreshes and the schedule. Skip it at a first reading, like all appendices.
 # ---------------------------------------------------------------------------------------------------
 
 # How the paper, the released code and this program differ in mask training. (finetune.py has a table of its own.) An
@@ -968,13 +947,32 @@ def make_start_exact(scores: Scores):
         layer.scores.data.copy_(torch.where(is_pinned(layer.scores), layer.scores, start_scores))
 
 
-def renew_masks_if_due(training: Training):
-    """Step 7. With --refresh-every, to compare with the released code, the masks follow from new thresholds only now
-    and then, and from the old ones in between."""
+def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
+    """Settings with which torch's AdamW computes in update number t (from 1) what the released optimizers do. Let m and
+    v be the moving averages of the gradient and of its square, x what trains, and for the bias correction
+    c_m = 1 - .9^t, c_v = sqrt(1 - .999^t):
+
+        torch's AdamW        x <- x - lr (c_v / c_m) m / (sqrt(v) + c_v eps) - lr decay x
+        released AdamW       x <- x - lr (c_v / c_m) m / (sqrt(v) + 1e-8)
+                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+        released BertAdam    x <- x - lr             m / (sqrt(v) + 1e-6)    - lr .01 x
+                             (kd: mask_training/train_kd.py with TinyBERT's optimizer)
+
+    (The first line is torch's m^ / (sqrt(v^) + eps), with m^ = m / c_m and sqrt(v^) = sqrt(v) / c_v.) So eps is divided
+    by c_v; and for BertAdam the rate is multiplied by c_m / c_v, and the decay divided by it, since torch multiplies
+    the decay by the rate."""
+    c_m = 1 - 0.9**t
+    c_v = math.sqrt(1 - 0.999**t)
+    if objective == "kd":
+        return {"lr": learning_rate * c_m / c_v, "eps": 1e-6 / c_v, "weight_decay": 0.01 * c_v / c_m}
+    return {"lr": learning_rate, "eps": 1e-8 / c_v, "weight_decay": 0.0}
+
+
+def refresh_as_released(training: Training):
+    """Step 7 with --refresh-every: the masks follow from new thresholds only now and then, and from the old ones in
+    between."""
     scores = training.scores
-    if training.run.refresh_every == 1:
-        scores.renew_masks()
-    elif is_refresh_due(training.run, training.updates_done):
+    if is_refresh_due(training.run, training.updates_done):
         scores.renew_masks()
         set_thresholds(scores)
     else:
@@ -985,7 +983,8 @@ def renew_masks_if_due(training: Training):
 def set_thresholds(scores: Scores):
     """Each threshold becomes the largest score that was pruned; if only pinned entries are pruned, or none, a number
     between these and all others."""
-    for layers, last in zip(competitions(scores.masked_layers, scores.rank), scores.ranking.last_rankings, strict=True):
+    parts = competitions(scores.masked_layers, scores.rank)
+    for layers, last in zip(parts, scores.fast_ranking.last_rankings, strict=True):
         pruned_scores = torch.cat([layer.scores[~layer.mask] for layer in layers.values()])
         threshold = float(pruned_scores.max()) if len(pruned_scores) else -PINNED_LIMIT
         last.threshold = max(threshold, -PINNED_LIMIT)
@@ -994,7 +993,8 @@ def set_thresholds(scores: Scores):
 @torch.no_grad()
 def apply_old_thresholds(scores: Scores):
     """In place of renew_masks: the thresholds stand still, S > threshold decides, and the sparsity drifts."""
-    for layers, last in zip(competitions(scores.masked_layers, scores.rank), scores.ranking.last_rankings, strict=True):
+    parts = competitions(scores.masked_layers, scores.rank)
+    for layers, last in zip(parts, scores.fast_ranking.last_rankings, strict=True):
         for layer in layers.values():
             layer.mask = layer.scores > last.threshold
 
@@ -1075,7 +1075,7 @@ class FastRanking:
         self.rank = rank
         self.last_rankings = [LastRanking() for _ in competitions(values, rank)]
 
-    def masks_of_largest(self, values: dict) -> dict:
+    def masks(self, values: dict) -> dict:
         if self.rank not in ("global", "local"):  # N:M: many small competitions, in which a guess gains nothing
             return masks_of_largest(values, self.sparsity, self.rank)
         masks = {}
@@ -1636,7 +1636,7 @@ def thresholds_of(training: Training) -> list[float]:
     """With --refresh-every they decide between two rankings. Otherwise they are only guesses for the next one."""
     if training.scores is None or training.run.refresh_every == 1:
         return []
-    return [last.threshold for last in training.scores.ranking.last_rankings]
+    return [last.threshold for last in training.scores.fast_ranking.last_rankings]
 
 
 def restore_state(training: Training, state: dict):
@@ -1646,7 +1646,7 @@ def restore_state(training: Training, state: dict):
         for name, layer in training.masked_layers.items():
             layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
         if thresholds_of(training):
-            for last, threshold in zip(training.scores.ranking.last_rankings, state["thresholds"], strict=True):
+            for last, threshold in zip(training.scores.fast_ranking.last_rankings, state["thresholds"], strict=True):
                 if not math.isfinite(threshold):
                     raise ValueError(f"threshold {threshold}")
                 last.threshold = float(threshold)

@@ -117,7 +117,7 @@ def test_ranking_the_start_scores_gives_the_start_mask(masked_layers, local_scor
 
 def test_thresholding_at_phi_gives_the_start_mask(masked_layers, local_scores):
     start, scores = local_scores
-    for last in scores.ranking.last_rankings:
+    for last in scores.fast_ranking.last_rankings:
         assert last.threshold == tamt.START_SCORE / 2
     tamt.set_masks(masked_layers, {})
     tamt.apply_old_thresholds(scores)
@@ -254,7 +254,7 @@ def move_at_random(masked_layers):
 
 
 def thresholds_of(scores):
-    return [last.threshold for last in scores.ranking.last_rankings]
+    return [last.threshold for last in scores.fast_ranking.last_rankings]
 
 
 def test_between_refreshes_the_thresholds_stand_still(between_refreshes):

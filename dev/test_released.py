@@ -105,7 +105,7 @@ UNIT_IN_THE_LAST_PLACE = 2.0**-30  # of a float32 near .01, where the thresholds
 def settle_ties(scores) -> int:
     """Puts scores that lie within two units in the last place of their threshold onto it -> how many those are."""
     num_tied = 0
-    for layer, last in zip(scores.masked_layers.values(), scores.ranking.last_rankings, strict=True):
+    for layer, last in zip(scores.masked_layers.values(), scores.fast_ranking.last_rankings, strict=True):
         is_tied = (layer.scores - last.threshold).abs() <= 2 * UNIT_IN_THE_LAST_PLACE
         layer.scores.data[is_tied] = last.threshold
         num_tied += int(is_tied.sum())
