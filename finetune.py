@@ -660,8 +660,8 @@ def floor_metrics(training: Training) -> dict[str, float]:
 
 
 # A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
-# the search. With --resume finished ones are not repeated. The functions with "search" in their names, and
-# settings_of_one_run and claim_folders, look after settings and folders (appendix B); the method does without them.
+# the search. With --resume finished ones are not repeated. Settings and folders are looked after in appendix B, by
+# functions with "search" in their names, settings_of_one_run and claim_folders; the method does without these.
 
 
 def find_imp(settings: Settings) -> dict:
@@ -1631,7 +1631,7 @@ def fine_tuning_flags(settings: Settings) -> list[str]:
 
 
 FINE_TUNING_SETTINGS = ("data", "weights", "epochs", "batch_size", "max_len", "lr", "seed", "limit", "eval_every",
-                        "dtype")
+                        "device", "dtype")
 
 
 def search_identity(settings) -> dict:

@@ -175,8 +175,8 @@ def train_scores(training: Training):
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps the run ends
-        # there. Else it ends earlier, where the paper takes its masks.)
+        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps, and for the toy,
+        # the run ends there. Else it ends earlier, where the paper takes its masks.)
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
@@ -380,7 +380,8 @@ def masks_of_largest(values: dict, sparsity: float, rank: str) -> dict:
 
 
 def competitions(values: dict, rank: str) -> list[dict]:
-    """{name: anything} -> the same in parts, whose entries compete with each other and with no others."""
+    """{name: anything} -> the same in parts, whose entries compete with each other and with no others. (rank: "global",
+    or "local".)"""
     if rank == "global":
         return [values]
     return [{name: value} for name, value in values.items()]
@@ -817,7 +818,7 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
         loss_value = clip_and_check(training, loss, run.clip)
         optimizer_step(training, learning_rate, update_in_round + 1)
         training.updates_done += 1
-        if training.updates_done % run.prune_every == 0:  # a round ends; prune for the next one
+        if training.updates_done % run.prune_every == 0:  # a round ends
             prune(training, sparsities[training.updates_done // run.prune_every])
             if not run.no_rewind:  # the weights below the head have names with bert. or roberta. in front
                 restore_weights(training, f"{run.family}.")
@@ -931,6 +932,7 @@ def entries_without_gradient(masked_layers: dict, inputs: Inputs) -> dict:
     return without
 
 
+@torch.no_grad()
 def make_start_exact(scores: Scores):
     """Lets a few entries change sides, so that the count is exact before the first update, too. The first mask is
     rounded in each matrix: with a sparsity of .5 two matrices of 3 entries lose round(1.5) = 2 each, together 4, where
@@ -1073,7 +1075,7 @@ class FastRanking:
         """values {name: anything}: only the names count."""
         self.sparsity = sparsity
         self.rank = rank
-        self.last_rankings = [LastRanking() for _ in competitions(values, rank)]
+        self.last_rankings = [LastRanking() for _ in competitions(values, rank)]  # N:M does without them
 
     def masks(self, values: dict) -> dict:
         if self.rank not in ("global", "local"):  # N:M: many small competitions, in which a guess gains nothing
@@ -1085,7 +1087,7 @@ class FastRanking:
 
     def masks_of_competition(self, values: dict, last: LastRanking) -> dict:
         vectors = [matrix.detach().flatten() for matrix in values.values()]
-        if vectors[0].device.type != "cpu":
+        if len(vectors) > 1 and vectors[0].device.type != "cpu":
             vectors = [torch.cat(vectors)]  # a GPU likes one long vector; on a CPU copying takes as long as ranking
         num_kept = num_kept_of(sum(len(vector) for vector in vectors), self.sparsity)
         vector_masks, threshold = keep_largest_near(vectors, num_kept, last.guess, last.radius)
@@ -1107,24 +1109,25 @@ def keep_largest_near(vectors: list, num_kept: int, threshold: float, radius: fl
 
     If the radius, which is above 0, is too small, another attempt follows with one eight times as large; the result
     is exact in any case."""
-    low = threshold - radius
-    high = threshold + radius
-    masks = []  # of each vector: values > high
-    undecided = []  # of each vector: the positions where low < value <= high
-    num_above = 0
-    for vector in vectors:
-        mask, num_above_here, positions = split_at(vector, low, high)
-        masks.append(mask)
-        undecided.append(positions)
-        num_above += num_above_here
+    while True:
+        low = threshold - radius
+        high = threshold + radius
+        masks = []  # of each vector: values > high
+        undecided = []  # of each vector: the positions where low < value <= high
+        num_above = 0
+        for vector in vectors:
+            mask, num_above_here, positions = split_at(vector, low, high)
+            masks.append(mask)
+            undecided.append(positions)
+            num_above += num_above_here
+        num_undecided = sum(len(positions) for positions in undecided)
+        num_undecided_to_keep = num_kept - num_above
+        if 0 <= num_undecided_to_keep <= num_undecided:
+            break
+        radius *= 8
 
-    num_undecided = sum(len(positions) for positions in undecided)
-    num_undecided_to_keep = num_kept - num_above
-    if not 0 <= num_undecided_to_keep <= num_undecided:
-        return keep_largest_near(vectors, num_kept, threshold, 8 * radius)
     if num_undecided == 0:  # as in the first updates of a run: kept and pruned scores are far apart
         return masks, threshold
-
     undecided_values = torch.cat([vector[positions] for vector, positions in zip(vectors, undecided, strict=True)])
     undecided_mask = keep_largest(undecided_values, num_undecided_to_keep)
     pieces = undecided_mask.split([len(positions) for positions in undecided])
@@ -1552,7 +1555,11 @@ def open_folder(out: Path, identity: dict, resume: bool, result_name: str, machi
     outcome = [None, None]  # what was found, or the error
     if machine.process_index == 0:
         try:
-            outcome[0] = open_own_folder(out, identity, resume, result_name)
+            result, state = open_own_folder(out, identity, resume, result_name)
+            if state is not None and isinstance(state.get("parameters"), dict):  # else restore_parameters refuses it
+                # In states of earlier versions scores are views of one vector, and each would be sent with all of it.
+                state["parameters"] = {name: tensor.clone() for name, tensor in state["parameters"].items()}
+            outcome[0] = (result, state)
         except (ValueError, OSError) as error:
             outcome[1] = error
     torch.distributed.broadcast_object_list(outcome, src=0)
@@ -1644,7 +1651,7 @@ def restore_state(training: Training, state: dict):
     restore_parameters(training.parameters, training.optimizer, state, file)
     with damage_named(file):
         for name, layer in training.masked_layers.items():
-            layer.mask.copy_(unpack(state["masks"][name], list(layer.mask.shape)))
+            layer.mask = unpack(state["masks"][name], list(layer.mask.shape)).to(layer.mask.device)
         if thresholds_of(training):
             for last, threshold in zip(training.scores.fast_ranking.last_rankings, state["thresholds"], strict=True):
                 if not math.isfinite(threshold):

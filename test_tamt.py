@@ -537,7 +537,7 @@ def prune_by_sorting(values, count):
 
 
 def random_case(generator):
-    """Up to 60 values, and how many of them to prune. In seven cases of ten they are whole numbers from -3 to 3, many
+    """Up to 60 values, and a number, at most theirs. In seven cases of ten they are whole numbers from -3 to 3, many
     of them equal; in the others they are Gaussian."""
     num_values = generator.randint(1, 60)
     values = [float(generator.randint(-3, 3)) for _ in range(num_values)]

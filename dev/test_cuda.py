@@ -55,6 +55,17 @@ def test_the_ranking_is_exact(num_values):
         assert num_pruned == 0 or threshold <= float(values[~expected].max())
 
 
+@pytest.mark.parametrize("rank", ["global", "local"])
+def test_the_fast_ranking_of_several_matrices_is_exact(rank):
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(rows, 100, generator=generator).cuda() for name, rows in (("a", 30), ("b", 70))}
+    ranking = tamt.FastRanking(values, 0.7, rank)
+    for _ in range(5):
+        values = {name: matrix + 0.01 for name, matrix in values.items()}
+        expected = tamt.masks_of_largest(values, 0.7, rank)
+        assert same_masks(ranking.masks(values), expected)
+
+
 def test_groups_of_four_are_ranked_as_on_the_cpu():
     values = torch.randint(0, 5, (64, 128), generator=torch.Generator().manual_seed(0)).float()
     expected = tamt.keep_largest_of_groups(values, 2, 4)

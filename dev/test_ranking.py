@@ -30,8 +30,8 @@ def test_the_threshold_of_keep_largest_near_lies_between_pruned_and_kept_values(
     """Of tied values some may be kept and some pruned; then all of them equal the threshold."""
     generator = random.Random(2)
     for _ in range(300):
-        values, count = random_case(generator)
-        mask, threshold = keep_from_a_fixed_guess(values, count)
+        values, num_kept = random_case(generator)
+        mask, threshold = keep_from_a_fixed_guess(values, num_kept)
         assert (values[~mask] <= threshold).all() and (values[mask] >= threshold).all()
 
 
@@ -46,18 +46,18 @@ def test_without_ties_the_values_above_the_threshold_are_those_that_are_kept():
 def test_keep_largest_near_ranks_vectors_that_are_longer_than_one_piece():
     assert tamt.PIECE_SIZE < 300_000  # as many values are compared at a time
     values = torch.cat([torch.zeros(300_000), torch.ones(300_000)])
-    for count in (0, 1, 299_999, 300_000, 300_001, 600_000):
-        mask, _ = keep_largest_near(values, count, 0.5, 1e-3)  # no value is near .5
-        assert torch.equal(mask, tamt.keep_largest(values, count))
+    for num_kept in (0, 1, 299_999, 300_000, 300_001, 600_000):
+        mask, _ = keep_largest_near(values, num_kept, 0.5, 1e-3)  # no value is near .5
+        assert torch.equal(mask, tamt.keep_largest(values, num_kept))
 
 
 def test_keep_largest_near_keeps_plus_infinity_and_prunes_minus_infinity():
     """(The number to keep leaves room for them.)"""
     values = torch.tensor([math.inf, 0.0, -math.inf, 0.02, 0.01, math.inf, -math.inf])
-    for count in (2, 3, 4, 5):
-        mask, _ = keep_largest_near(values, count, 5.0, 0.001)
+    for num_kept in (2, 3, 4, 5):
+        mask, _ = keep_largest_near(values, num_kept, 5.0, 0.001)
         assert mask[[0, 5]].all() and not mask[[2, 6]].any()
-        assert torch.equal(mask, tamt.keep_largest(values, count))
+        assert torch.equal(mask, tamt.keep_largest(values, num_kept))
 
 
 def test_keep_largest_near_ranks_several_vectors_as_one():
@@ -84,8 +84,8 @@ def test_pinned_scores_survive_the_weight_decay_of_a_gpu():
 
 def test_between_refreshes_pinned_scores_stay_pruned_though_they_decay(masked_layers):
     """Also if no others are pruned, so that the threshold lies between them and the rest."""
-    start = tamt.magnitude_masks(masked_layers, 0.1, "local")
-    scores = tamt.Scores(masked_layers, start, 0.1, "local")
+    scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.1, "local"), 0.1, "local")
+    start = masks_of(masked_layers)
     for layer in masked_layers.values():
         layer.scores.data[~layer.mask] = -tamt.PINNED_SCORE
     tamt.set_thresholds(scores)
@@ -343,11 +343,11 @@ def test_keep_largest_near_equals_keep_largest_whatever_the_guess():
     """The guess may be far off, and the radius as small as a millionth."""
     generator = random.Random(1)
     for _ in range(300):
-        values, count = random_case(generator)
+        values, num_kept = random_case(generator)
         threshold = generator.uniform(-4, 4)
         radius = 10 ** generator.uniform(-6, 1)
-        mask, _ = keep_largest_near(values, count, threshold, radius)
-        assert torch.equal(mask, tamt.keep_largest(values, count))
+        mask, _ = keep_largest_near(values, num_kept, threshold, radius)
+        assert torch.equal(mask, tamt.keep_largest(values, num_kept))
 
 
 def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
@@ -362,8 +362,8 @@ def test_rankings_in_which_nothing_is_pruned_never_fail(masked_layers):
 
 
 def test_nothing_is_sorted_while_kept_and_pruned_scores_are_far_apart(masked_layers, monkeypatch):
-    start = tamt.magnitude_masks(masked_layers, 0.5, "local")
-    scores = tamt.Scores(masked_layers, start, 0.5, "local")
+    scores = tamt.Scores(masked_layers, tamt.magnitude_masks(masked_layers, 0.5, "local"), 0.5, "local")
+    start = masks_of(masked_layers)
 
     def refuse(*_):
         raise AssertionError("sorted")

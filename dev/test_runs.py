@@ -374,6 +374,23 @@ def test_the_time_of_an_update_does_not_include_evaluations(inputs, tmp_path, mo
     assert [line["ms_per_step"] for line in read_log(tmp_path)] == [3000] * 3
 
 
+def test_a_state_is_sent_to_other_processes_without_a_vector_behind_its_scores(inputs, tmp_path, monkeypatch):
+    """In states of earlier versions the scores share one vector, and pickle would send it with each of them."""
+    tamt.find_mask(mask_settings(inputs, tmp_path))
+    (tmp_path / "mask.json").unlink()  # as if it were not finished
+    state = tamt.read_state(tmp_path)
+    vector = torch.cat([tensor.flatten() for tensor in state["parameters"].values()])
+    state["parameters"] = tamt.cut_into_matrices(vector, state["parameters"])
+    tamt.write_torch(tmp_path / "state.pt", state)
+    monkeypatch.setattr(tamt, "refuse_different_inputs", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda outcome, src: None)
+    machine = tamt.Machine(torch.device("cpu"), num_processes=2)
+    _, sent = tamt.open_folder(tmp_path, state["settings"], True, "mask.json", machine)
+    for name, tensor in sent["parameters"].items():
+        assert torch.equal(tensor, state["parameters"][name])
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_state_with_scores_that_are_not_finite_is_refused(inputs, tmp_path, value):
     training = begin(mask_settings(inputs, tmp_path, objective="kd"))

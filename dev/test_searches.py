@@ -305,7 +305,7 @@ def test_the_next_command_of_a_search_fine_tunes_as_the_search_did(tasks, tmp_pa
     assert next_command.startswith("next: python finetune.py")
     flags = next_command.split()
     assert ("--weights" in flags) == (weights == "random")
-    for flag in ("epochs", "limit", "seed", "lr"):
+    for flag in ("data", "epochs", "limit", "seed", "lr"):
         assert flags[flags.index(f"--{flag}") + 1] == str(getattr(settings, flag))
     assert "--sparsity" not in flags  # which is the mask's
 
