@@ -50,15 +50,8 @@ The words:
 
 A task predicts a class, a number (STS-B), or a span (SQuAD: the first and the last token of an answer).
 
-The objects, in the order in which they are made. (Settings, Run, Inputs and Training have namesakes in tamt.py, with
-other contents.)
-
-    Settings      what the user asked for; its fields are named like the flags
-    Ticket        the content of a mask file
-    Run           the settings of one fine-tuning, with the defaults filled in
-    Inputs        the Run, and the tasks, tickets and network that were read
-    EncodedTask   a task as token ids
-    Training      a fine-tuning in progress: the Inputs, the optimizer, how many updates are done, the evaluations
+The objects are made in the order Settings, Ticket, Run, Inputs, EncodedTask, Training. (Settings, Run, Inputs and
+Training have namesakes in tamt.py, with other contents.)
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -93,19 +86,15 @@ from tamt import option
 # ---------------------------------------------------------------------------------------------------
 
 
-# A run (class Run, appendix B) has a field for each flag of the command line, and a few more. These occur most:
+# A Run (appendix B) has the Settings, which are the flags of the command line, with the defaults filled in. Among them:
 #
-#     run.lr, run.epochs, run.batch_size
-#     run.max_len                            tokens of an example
-#     run.limit                              training examples (SQuAD: windows); None: all
-#     run.eval_every                         updates between evaluations
-#     run.weights                            "pretrained"; "random" or "shuffled" for an ablation: is it the mask that
-#                                            counts, or the weights that it keeps?
-#     run.predict, run.export                what else to write: predictions for test sets (SQuAD: for dev); an export
-#     run.schedule_stretch                   the learning rate falls as if the run were so many times as long: 10 in a
-#                                            round of IMP (chapter 6), otherwise 1
-#     run.out                                the folder of the run
-#     run.machine                            the device, and the type of numbers
+#     run.seed                   of task head, order of the examples, dropout, and the choice of --limit
+#     run.limit                  training examples (SQuAD: windows); None: all
+#     run.max_len                tokens of an example
+#     run.weights                "pretrained"; "random" or "shuffled" for an ablation: is it the mask that counts, or
+#                                the weights that it keeps?
+#     run.predict, run.export    what else to write: predictions for test sets (SQuAD: for dev); an export
+#     run.machine                the device, and the dtype
 
 
 def fine_tune(settings: Settings) -> dict:
@@ -128,6 +117,18 @@ def fine_tune(settings: Settings) -> dict:
 
 
 @dataclass
+class Ticket:
+    """The content of a mask file. An ordinary ticket prunes single entries, a Super Ticket whole heads and FFNs."""
+    file: Path  # or a folder with mask.pt in it
+    masks: dict[str, torch.Tensor]  # {name of a matrix: True where an entry is kept}
+    meta: dict  # how it was made: "model", "method", "sparsity", ...
+
+    @property
+    def is_super(self) -> bool:
+        return self.meta.get("method") == "super"
+
+
+@dataclass
 class Inputs:
     """The settings of a run, and all that it reads."""
     run: Run
@@ -140,8 +141,22 @@ class Inputs:
     start_time: float  # for the seconds in result.json
 
 
+@dataclass
+class EncodedTask:
+    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD each window gives one:
+    a question and a stretch of its paragraph."""
+    task: glue_squad.Task
+    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, as in Inputs
+    train_sequences: list  # in file order, or a random choice of --limit
+    train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
+    dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
+    dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
+    metric_prefix: str = ""  # "rte_", in front of "accuracy", if rte is one of several tasks
+
+
 def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
-    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
+    schedule_stretch: the learning rate falls as if the run were so many times as long; 10 in a round of IMP, else 1."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -186,7 +201,7 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
     or None."""
     run = inputs.run
     model = inputs.model
-    encoded_tasks = [encode_task(task, inputs, run) for task in inputs.tasks]
+    encoded_tasks = [encode_task(task, inputs) for task in inputs.tasks]
     prepare_network(model, inputs.tasks, run)  # on the CPU, so that task heads are the same on every device
     model.to(run.machine.device)
     masks, task_switch = apply_tickets(model, inputs.tasks, inputs.tickets)
@@ -197,14 +212,17 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
 
 
 def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tuple[dict, TaskSwitch | None]:
-    """How tickets are applied, and how what they prune stays pruned:
+    """How each kind of ticket is applied, and what keeps pruned weights at 0:
 
     none                            the whole network trains
     an ordinary one, one task       the entries that it prunes become 0 (zero_pruned_weights), and get no gradient
                                     (zero_pruned_gradients)
     a Super Ticket, one task        its heads and FFNs are cut out of the network (cut_out_units, chapter 7)
-    one for each of several tasks   each forward pass multiplies the weights, which stay whole, by the masks of the task
-                                    of the batch (TaskSwitch, chapter 8; without tickets it changes task heads alone)
+    one for each of several tasks   each forward pass multiplies the weights, which stay whole, by the masks of its task
+                                    (TaskSwitch, chapter 8; without tickets it changes task heads alone)
+
+    The first way costs no time in an update, the second makes the network smaller and faster, and the third is the only
+    one that lets tasks share weights.
 
     -> the masks of an ordinary ticket of one task, otherwise {}; the TaskSwitch of several tasks, otherwise None"""
     if len(tasks) > 1:
@@ -230,8 +248,7 @@ class Training:
         self.model = inputs.model
         self.masks = masks
         self.task_switch = task_switch
-        # All of them train. (With several tasks this comes before the first TaskSwitch.select(), which would give a
-        # task head a second name.)
+        # Every parameter trains.
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = tamt.make_optimizer(self.parameters.values(), self.run.machine.device)
         self.updates_done = 0
@@ -283,10 +300,10 @@ def train(training: Training):
 
 def next_batch(training: Training) -> tuple[EncodedTask, np.ndarray]:
     """The batch of the next update: a task, and indices into its training set."""
-    epoch, place = divmod(training.updates_done, training.updates_per_epoch)
-    if place == 0 or training.batches is None:  # an epoch begins, or a resumed run goes on inside one
+    epoch, batch_number = divmod(training.updates_done, training.updates_per_epoch)
+    if batch_number == 0 or training.batches is None:  # an epoch begins, or a resumed run goes on inside one
         training.batches = epoch_batches(training.encoded_tasks, training.run, epoch)
-    return training.batches[place]
+    return training.batches[batch_number]
 
 
 def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> list[tuple[EncodedTask, np.ndarray]]:
@@ -304,8 +321,8 @@ def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> lis
 
 
 def zero_pruned_weights(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets the entries that an ordinary ticket prunes to 0 -> {name of a matrix: its mask}. Masks are fixed here, so
-    once is enough, as long as zero_pruned_gradients keeps the zeros."""
+    """Sets the entries that an ordinary ticket prunes to 0, before the loop -> {name of a matrix: its mask}. Masks are
+    fixed here, so once is enough, as long as zero_pruned_gradients keeps the zeros."""
     parameters = dict(model.named_parameters())
     masks = {}
     for name, mask in ticket.masks.items():
@@ -323,11 +340,11 @@ def zero_pruned_gradients(training: Training):
 
 
 def optimizer_step(training: Training, learning_rate: float):
-    """AdamW moves the weights against their gradients."""
-    # The rate, no weight decay, and an eps with which torch's AdamW computes what the released one does: it depends on
-    # the number of the update, from 1.
-    options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
-    training.optimizer.param_groups[0].update(options)
+    """AdamW without weight decay. The released one adds its eps, 1e-8, to sqrt(v), where v is the moving average of the
+    squared gradient, and torch's adds its own to sqrt(v / (1 - .999^t)), in update number t (from 1)."""
+    t = training.updates_done + 1
+    eps = 1e-8 / math.sqrt(1 - 0.999**t)
+    training.optimizer.param_groups[0].update(lr=learning_rate, eps=eps, weight_decay=0.0)
     training.optimizer.step()
     training.optimizer.zero_grad()
 
@@ -390,11 +407,11 @@ def batch_loss(training: Training, encoded_task: EncodedTask, indices):
 
 def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     """B sequences -> logits (B, C), for numbers C = 1; or (B, T, 2) for spans."""
-    select_task(training, task)  # where several share the model, it becomes that of this one (chapter 8)
+    select_task(training, task)  # with several tasks: switches the network to this one (chapter 8)
     model = training.model
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
-        hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 times (B, T, D)
+        hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 tensors (B, T, D)
     # The task head computes in fp32, since the two or three digits of bf16 are too few for logits.
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
     if task.predicts != "span":
@@ -465,18 +482,6 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Ticket:
-    """The content of a mask file."""
-    file: Path  # or a folder with mask.pt in it
-    masks: dict[str, torch.Tensor]  # {name of a matrix: True where an entry is kept}
-    meta: dict  # how it was made: "model", "method", "sparsity", ...
-
-    @property
-    def is_super(self) -> bool:
-        return self.meta.get("method") == "super"
-
-
 def read_tickets(settings) -> list[Ticket]:
     """The mask files of --mask: none, one, or one for each of several tasks."""
     tickets = []
@@ -508,21 +513,9 @@ def read_examples(task: glue_squad.Task, run) -> dict[str, list]:
     return examples
 
 
-@dataclass
-class EncodedTask:
-    """A task as token ids. A sequence is a pair (input_ids (T,), token_type_ids (T,)). For SQuAD each window gives one:
-    a question and a stretch of its paragraph."""
-    task: glue_squad.Task
-    examples: dict[str, list]  # {split: examples, or questions of SQuAD}, as in Inputs
-    train_sequences: list  # in file order, or a random choice of --limit
-    train_targets: np.ndarray  # (n,) class ids or numbers, or (n, 2) first and last position of an answer
-    dev_sequences: dict[str, list]  # {"dev": sequences}, for MNLI also "dev_mm"
-    dev_windows: list = field(default_factory=list)  # of SQuAD's dev questions, to turn logits back into answers
-    metric_prefix: str = ""  # "rte_", in front of "accuracy", if rte is one of several tasks
-
-
-def encode_task(task: glue_squad.Task, inputs: Inputs, run: Run) -> EncodedTask:
+def encode_task(task: glue_squad.Task, inputs: Inputs) -> EncodedTask:
     """Token ids of train and dev."""
+    run = inputs.run
     examples = inputs.examples[task.name]
     if task.predicts == "span":
         encoded_task = encode_squad(task, examples, inputs.vocabulary, run.max_len)
@@ -574,9 +567,9 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # tasks that share an encoder need the same: SQuAD is never among them
+    add_or_remove_pooler(model, tasks[0])  # tasks that share an encoder all need one: SQuAD is never among them
     if run.weights != "pretrained":
-        replace_weights(model, run.weights, run.seed)  # an ablation, which has random numbers of its own
+        replace_weights(model, run.weights, run.seed)  # an ablation; task heads are the same with and without it
     if len(tasks) == 1:
         add_task_head(model, tasks[0])
     else:
@@ -660,8 +653,9 @@ def floor_metrics(training: Training) -> dict[str, float]:
 
 
 # A search (--find) is several fine-tunings, which in IMP are called rounds, each in a folder of its own inside that of
-# the search. With --resume finished ones are not repeated. Settings and folders are looked after in appendix B, by
-# functions with "search" in their names, settings_of_one_run and claim_folders; the method does without these.
+# the search. With --resume finished ones are not repeated. What looks after its settings and folders is in appendix B,
+# and can be passed over: fill_in_search, check_search_folder, settings_of_one_run, open_run_of_search, claim_folders,
+# finish_search.
 
 
 def find_imp(settings: Settings) -> dict:
@@ -692,8 +686,8 @@ def find_imp(settings: Settings) -> dict:
         round_settings = settings_of_one_run(
             search_settings, mask=mask_file, out=folder, results=None)  # rounds add no lines to --results
         # Each round reads the checkpoint again: the weights are back at their pre-trained values. The schedule begins
-        # anew, too. As in BERT-Tickets it is as long as ten rounds, so the learning rate falls by a tenth in each. The
-        # next mask is made of the trained weights, by write_tickets.
+        # anew, too. As in BERT-Tickets it is as long as ten rounds, so the learning rate falls by a tenth in each. In
+        # the end save_next_mask makes the next mask of the trained weights.
         result = fine_tune_in_search(
             search_settings, round_settings, schedule_stretch=10,
             write_tickets=partial(save_next_mask, sparsity=next_sparsity, search_settings=search_settings))
@@ -711,7 +705,7 @@ def save_next_mask(training: Training, sparsity: float, search_settings: Setting
 
 
 def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> dict[str, torch.Tensor]:
-    """Masks that prune this share of all entries of the matrices: the smallest ones, as they are trained. What is
+    """Masks that prune this share of all entries of the matrices: the smallest ones, by their trained values. What is
     pruned already stays so, since it is ranked below all others."""
     magnitudes = {}
     for name in tamt.maskable_layers(training.model, scope):
@@ -765,9 +759,13 @@ def save_ticket(path, training: Training, masks: dict, origin: dict):
 
 # 7a. The search.
 
-# A unit is an attention head or an FFN. An order says which units are cut out first: of a "winning" ticket the least
-# important ones, of a "losing" ticket the most important, of a "random" ticket any. With all of them a search has 25
-# fine-tunings.
+# A unit is an attention head or an FFN. An order says which units are cut out first:
+#
+#     "winning"   the least important ones
+#     "losing"    the most important ones
+#     "random"    any
+#
+# With all three, and eight levels each, a search has 25 fine-tunings; the first is that of the whole network.
 ORDERS = ("winning", "random", "losing")
 LEVELS = range(1, 9)  # level 3 removes at most 3 tenths of all heads, and 3 twelfths of all FFNs
 
@@ -928,7 +926,7 @@ def choose_units(head_importance, ffn_importance, order: str, level: int, seed: 
         head_keys = sign * head_importance.numpy()  # a new array, which is written to below
         ffn_keys = sign * ffn_importance.numpy()
 
-    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # each layer's last head stays
+    head_keys[np.arange(num_layers), head_keys.argmax(axis=1)] = np.inf  # of each layer the head that would go last
     num_heads_removed = min(num_layers * num_heads * level // 10, num_layers * (num_heads - 1))
     return mark_smallest(head_keys, num_heads_removed), mark_smallest(ffn_keys, num_layers * level // 12)
 
@@ -946,7 +944,7 @@ def masks_from_units(config, removed_heads, removed_ffns) -> dict[str, torch.Ten
 
     So a Super Ticket is stored as a mask file like any other. units_from_masks() gets the units back.
 
-    Biases have no masks. For a head that does not matter: whatever its biases make of its context vector, the columns
+    Biases have no masks. For heads this makes no difference: whatever the biases make of a context vector, the columns
     of the output matrix that read it are masked. But a masked FFN would still add its output bias. So where a Super
     Ticket is applied, the FFNs that it removes are skipped as a whole. (tamt.py cannot do that, and refuses to evaluate
     or export one.)"""
@@ -1006,7 +1004,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
         output_matrix.weight = nn.Parameter(output_matrix.weight.data[:, kept_dims])
         if removed_ffns[index]:
             layer.output.is_skipped = True
-            layer.output.dense = None  # so the layer keeps only the LayerNorm of its FFN
+            layer.output.dense = None  # so the layer keeps only the residual and the LayerNorm of its FFN
             layer.intermediate = nn.Identity()  # its output is not read any more
 
 
@@ -1036,11 +1034,12 @@ class TaskSwitch:
     """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. No weight is
-    set to 0, and each gets gradients only from the tasks that keep it. In the batches of other tasks
+    set to 0. In a batch of one task
 
-        a weight that their ticket prunes has a gradient of 0: AdamW's momentum still moves it a little
-        an FFN that it skips, and the other task heads, have no gradient: AdamW leaves them alone. (The count of their
-        updates, on which eps depends, is then too high, which matters little.)"""
+        a weight that its ticket prunes has a gradient of 0: AdamW's momentum, from batches of tasks that keep the
+        weight, still moves it a little
+        an FFN that its ticket skips, and the heads of the other tasks, have no gradient: AdamW leaves them alone. (The
+        count of their updates, on which eps depends, is then too high, which matters little.)"""
 
     def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
         """model: with its task heads. tickets: none, or one for each task."""
@@ -1078,8 +1077,7 @@ class TaskSwitch:
 
 
 def select_task(training: Training, task: glue_squad.Task):
-    """Called before the model computes for a task, or is exported: if there are several, it becomes the model of this
-    one."""
+    """Called before the model computes for a task, or is exported: if there are several, switches it to this one."""
     if training.task_switch is not None:
         training.task_switch.select(task)
 

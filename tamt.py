@@ -956,7 +956,7 @@ def optimizer_settings(objective: str, learning_rate: float, t: int) -> dict:
 
         torch's AdamW        x <- x - lr (c_v / c_m) m / (sqrt(v) + c_v eps) - lr decay x
         released AdamW       x <- x - lr (c_v / c_m) m / (sqrt(v) + 1e-8)
-                             (mlm, mlm+kd, imp, fine-tuning: transformers 2.10, optimization.py)
+                             (mlm, mlm+kd, imp, and finetune.py: transformers 2.10, optimization.py)
         released BertAdam    x <- x - lr             m / (sqrt(v) + 1e-6)    - lr .01 x
                              (kd: mask_training/train_kd.py with TinyBERT's optimizer)
 
