@@ -24,11 +24,19 @@ in eight steps, with the function that takes each, and the equation of the paper
 
 find_mask() takes them in this order, and learn_masks() those from 3 to 7. (In file names and on the screen "step" is
 the number of an update, which is one turn of steps 5 to 7.) Gradients are also clipped, the learning rate falls, and
-the student has dropout. Three kinds of parameters are treated otherwise:
+the student has dropout. The test test_mask_training_gives_the_masks_of_a_plain_loop, in test_tamt.py, has the method as
+a loop of 30 lines, for mlm+kd and without dropout and clipping.
+
+Not from the equations of the paper is that step 7 ranks all matrices together (the released code, which is that of the
+authors, ranks each by itself: --rank local), that it does so after each update (there after every 1,000, with kd 100:
+--refresh-every), and that the signs of the scores count, as in the released code (the paper ranks |scores|). A table
+at the start of appendix A has the rest. "TAMT FILE.py" is a file of the released code.
+
+Three kinds of parameters are treated otherwise:
 
     * biases, LayerNorms, position and token type embeddings have no mask;
-    * the pooler has a mask, but no loss reads it, so it gets no gradient. With kd this is so for the embeddings of
-      words that the text does not contain, too. Where all matrices compete, such entries keep the mask of step 3;
+    * the pooler, which no loss reads, and the embedding of [PAD] have a mask, but get no gradient; with kd neither do
+      those of words that the text does not contain. Where all matrices compete, these are held at the mask of step 3;
     * the head that predicts masked words is trained, too, with mlm and mlm+kd, and set back afterwards, so that all
       masks are measured with the same one.
 
@@ -53,9 +61,6 @@ The chapters:
 bert.py has the network: model(input_ids, attention_mask) returns the hidden states, those of the embeddings and of each
 layer, and model.mlm_logits(last_hidden_states) the predictions of the masked-LM head. data.py has the vocabulary, the
 rows of a text, and their corruption for masked LM.
-
-A table at the start of appendix A says how the paper, the released code ("TAMT FILE.py" is a file of it) and this
-program differ.
 
 Most functions take one of these objects:
 
@@ -115,6 +120,7 @@ import data
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
 #     run.lr, run.horizon            the first learning rate; after how many updates it would have fallen to 0
+#     run.refresh_every              updates between new masks: 1, but to reproduce the released code
 #     run.batch_size                 rows of a forward pass, of all processes together
 #     run.accumulate                 forward passes of an update
 #     run.rows_per_update            batch_size * accumulate
@@ -161,8 +167,8 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
     if run.rank == "global":
-        # Scores without a gradient stand still, while the threshold between kept and pruned ones moves, and passes
-        # them one day. So they are pinned: their entries keep the mask of step 3, and still count (appendix A).
+        # Scores that can get no gradient stand still, while the threshold between kept and pruned ones moves and would
+        # pass them. So they become plus or minus 1e30: their entries keep the mask of step 3, and still count.
         pin_unlearnable_scores(scores, inputs)
         make_start_exact(scores)  # step 3 has rounded in each matrix, so the count of all may be off by a few
     training = prepare_training(inputs, masked_layers, scores, state)
@@ -170,13 +176,12 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
 
 
 def train_scores(training: Training):
-    """Steps 5 to 7, from where the training stands to its end. (The whole method as a plain loop of 30 lines, without
-    dropout and clipping, is a test that compares the masks: test_mask_training_gives_the_masks_of_a_plain_loop.)"""
+    """Steps 5 to 7, from where the training stands to its end."""
     run = training.run
     training.model.train()
     while training.updates_done < run.num_updates:
-        # The learning rate falls linearly, and would reach 0 after run.horizon updates. (With --steps, and for the toy,
-        # the run ends there. Else it ends earlier, where the paper takes its masks.)
+        # Linear decay without warm-up, to 0 after run.horizon updates. (With --steps, and for the toy, the run ends
+        # there. Else it ends earlier, where the paper takes its masks.)
         learning_rate = run.lr * (1 - training.updates_done / run.horizon)
         batch = next_batch(training)
         loss = backpropagate(training, batch)  # step 5
@@ -203,7 +208,7 @@ class Inputs:
     dev_rows: np.ndarray | None  # for dev losses; omp and random may have none
 
 
-# The first two steps and the last follow; what the others call has chapters of its own.
+# Steps 1, 2 and 8 follow here; what the others call has chapters of its own.
 
 
 def read_inputs(settings: Settings, machine: Machine) -> Inputs:
@@ -367,24 +372,20 @@ def masks_of_largest(values: dict, sparsity: float, rank: str) -> dict:
     """{name: values} -> {name: mask}: the largest values stay. rank, as in --rank, says which entries compete: all of
     them ("global"), those of each matrix ("local"), or neighbours in a row of a matrix ("2:4": two of four stay,
     whatever the sparsity)."""
-    if rank not in ("global", "local"):
-        num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
-        return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
-
-    masks = {}
-    for competing in competitions(values, rank):
-        vector = torch.cat([matrix.flatten() for matrix in competing.values()])
+    if rank == "global":  # all matrices as one vector
+        vector = torch.cat([matrix.flatten() for matrix in values.values()])
         vector_mask = keep_largest(vector, num_kept_of(len(vector), sparsity))
-        masks |= cut_into_matrices(vector_mask, competing)
-    return masks
+        return cut_into_matrices(vector_mask, values)
 
+    if rank == "local":
+        masks = {}
+        for name, matrix in values.items():
+            mask = keep_largest(matrix.flatten(), num_kept_of(matrix.numel(), sparsity))
+            masks[name] = mask.view(matrix.shape)
+        return masks
 
-def competitions(values: dict, rank: str) -> list[dict]:
-    """{name: anything} -> the same in parts, whose entries compete with each other and with no others. (rank: "global",
-    or "local".)"""
-    if rank == "global":
-        return [values]
-    return [{name: value} for name, value in values.items()]
+    num_kept, group_size = parse_pattern(rank)  # "2:4" -> 2, 4
+    return {name: keep_largest_of_groups(matrix, num_kept, group_size) for name, matrix in values.items()}
 
 
 def cut_into_matrices(vector, matrices: dict) -> dict:
@@ -602,8 +603,8 @@ def micro_batch_loss(model, student_forward, objective: str, micro_batch: MicroB
     """The share of a micro-batch in the loss of its batch. Student and teacher are one network: the model, for the
     teacher with its masks switched off. student_forward is the model, too, or with --compile its compiled form.
 
-    With kd teacher and student read the clean text. With mlm+kd, which adds the two losses, both read the corrupted
-    one."""
+    mlm+kd adds the two losses. Teacher and student always read the same text: with kd the clean one, with mlm+kd the
+    corrupted one."""
     input_ids = micro_batch.input_ids if objective == "kd" else micro_batch.corrupted_ids
     student_states = student_forward(input_ids, micro_batch.attention_mask)  # L + 1 times (b, T, D)
     loss = 0.0
@@ -675,8 +676,7 @@ class Training:
         self.scores = scores
         self.parameters = unfreeze(self.model, run)  # {name: parameter}
         self.student_forward = compile_if_asked(self.model, run)
-        # Of what trains besides the scores, for restore_weights(): with kd nothing, with mlm the head, with imp nearly
-        # all.
+        # The first values of the trained parameters that are not scores. kd: none; mlm: the head; imp: nearly all.
         self.starting_weights = {}
         for name, parameter in self.parameters.items():
             if not name.endswith(".scores"):
@@ -731,8 +731,9 @@ def next_batch(training: Training) -> Batch:
 
 
 def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
-    """Step 5: the loss of a batch, and its gradients, which StraightThrough hands to the scores -> the loss, a scalar
-    on the device. Both are sums over the micro-batches, and over the processes, if there are several."""
+    """Step 5: the loss of a batch, and its gradients, which StraightThrough hands to the scores (with imp they are those
+    of the weights) -> the loss, a scalar on the device. Both are sums over the micro-batches, and over the processes,
+    if there are several."""
     run = training.run
     machine = run.machine
     seed_dropout(run.seed, training.updates_done, machine.process_index)  # so a resumed run draws the same
@@ -765,7 +766,8 @@ def optimizer_step(training: Training, learning_rate: float, update_number: int)
 
     The optimizers are those of the released code: AdamW without weight decay; with kd, Adam without bias correction and
     with a weight decay of .01. (Without the correction its first updates move a score by up to 6.6 times the learning
-    rate.) optimizer_settings() sets torch's AdamW so that it computes the same (appendix A)."""
+    rate.) torch's AdamW always corrects; optimizer_settings() chooses its rate, eps and decay so that it computes the
+    same (appendix A)."""
     options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -802,8 +804,8 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. In each round the
     optimizer and the schedule start anew; within one the learning rate falls to nine tenths, since run.horizon is that
-    of ten rounds, or the number given as --steps (TAMT LT_pretrain.py). There are no dev losses before the end, since W
-    is in motion."""
+    of ten rounds, or the number given as --steps (TAMT LT_pretrain.py). There are no dev losses before the
+    end, since they would be those of trained weights. (After the last pruning all weights are set back.)"""
     run = inputs.run
     training = prepare_training(inputs, masked_layers, None, state)  # without scores
     sparsities = imp_sparsities(run.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -1046,6 +1048,14 @@ def travel(num_updates: int, horizon: int, objective: str) -> float:
 # ---------------------------------------------------------------------------------------------------
 # Appendix B: fast rankings
 # ---------------------------------------------------------------------------------------------------
+
+
+def competitions(values: dict, rank: str) -> list[dict]:
+    """{name: anything} -> the same in parts, whose entries compete with each other and with no others. (rank: "global",
+    or "local".)"""
+    if rank == "global":
+        return [values]
+    return [{name: value} for name, value in values.items()]
 
 
 @dataclass
