@@ -731,9 +731,9 @@ def next_batch(training: Training) -> Batch:
 
 
 def backpropagate(training: Training, batch: Batch) -> torch.Tensor:
-    """Step 5: the loss of a batch, and its gradients, which StraightThrough hands to the scores (with imp they are those
-    of the weights) -> the loss, a scalar on the device. Both are sums over the micro-batches, and over the processes,
-    if there are several."""
+    """Step 5: the loss of a batch, and its gradients, which StraightThrough hands to the scores (with imp they are
+    those of the weights) -> the loss, a scalar on the device. Both are sums over the micro-batches, and over the
+    processes, if there are several."""
     run = training.run
     machine = run.machine
     seed_dropout(run.seed, training.updates_done, machine.process_index)  # so a resumed run draws the same
