@@ -37,14 +37,14 @@ What chapters 1 to 8 use and do not define is in an appendix or in another modul
 and random streams (data.py), tasks, batches and metrics (glue_squad.py), and what both kinds of training need: masks,
 the optimizer, devices and folders (tamt.py). "Released" is the code of the papers' authors: that of TAMT for chapters 1
 to 5, of BERT-Tickets (Chen et al. 2020) for chapter 6, and of Liang et al. 2021 for chapters 7 and 8. A table at the
-head of appendix A says what differs.
+start of appendix A says what differs.
 
 The words:
 
     ticket        the content of a mask file. (From "lottery ticket".) An ordinary one prunes single entries of the
                   matrices, a Super Ticket whole attention heads and FFNs.
     task head     the layer on top: a classifier, or for SQuAD the span layer
-    sequence      token ids, and token type ids, of an example; SQuAD's long paragraphs give several, called windows
+    sequence      token ids, and token type ids, of an example; of SQuAD, where long paragraphs give several, a window
     dense         without a mask (in the names of layers: a Linear)
     update        one batch, and one move of the optimizer; in files and on the screen "step" is the number of an update
 
@@ -86,11 +86,11 @@ from tamt import option
 # ---------------------------------------------------------------------------------------------------
 
 
-# A Run (appendix B) has the Settings, which are the flags of the command line, with the defaults filled in. Among them:
+# A Run (appendix B) has the Settings, which are the flags of the command line, with the defaults filled in, and more:
 #
-#     run.seed                   of task head, order of the examples, dropout, and the choice of --limit
+#     run.seed                   of task head, order of the examples, dropout, --weights, and the choice of --limit
 #     run.limit                  training examples (SQuAD: windows); None: all
-#     run.max_len                tokens of an example
+#     run.max_len                tokens of an example, at most
 #     run.weights                "pretrained"; "random" or "shuffled" for an ablation: is it the mask that counts, or
 #                                the weights that it keeps?
 #     run.predict, run.export    what else to write: predictions for test sets (SQuAD: for dev); an export
@@ -212,7 +212,7 @@ def prepare_training(inputs: Inputs, state: dict | None = None) -> Training:
 
 
 def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tuple[dict, TaskSwitch | None]:
-    """How each kind of ticket is applied, and what keeps pruned weights at 0:
+    """How each kind of ticket is applied:
 
     none                            the whole network trains
     an ordinary one, one task       the entries that it prunes become 0 (zero_pruned_weights), and get no gradient
@@ -221,8 +221,8 @@ def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tupl
     one for each of several tasks   each forward pass multiplies the weights, which stay whole, by the masks of its task
                                     (TaskSwitch, chapter 8; without tickets it changes task heads alone)
 
-    The first way costs no time in an update, the second makes the network smaller and faster, and the third is the only
-    one that lets tasks share weights.
+    An ordinary ticket costs hardly any time in an update, a Super Ticket makes the network smaller and faster, and only
+    the last way lets tasks share weights.
 
     -> the masks of an ordinary ticket of one task, otherwise {}; the TaskSwitch of several tasks, otherwise None"""
     if len(tasks) > 1:
@@ -478,7 +478,7 @@ def to_predictions(encoded_task: EncodedTask, logits: list):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 4. Tickets, tasks, network: what a fine-tuning consists of
+# 4. Tickets, tasks, network: what a fine-tuning is made of
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -567,7 +567,7 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # tasks that share an encoder all need one: SQuAD is never among them
+    add_or_remove_pooler(model, tasks[0])  # tasks that share an encoder all need one (RoBERTa's: none)
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation; task heads are the same with and without it
     if len(tasks) == 1:
@@ -1038,7 +1038,7 @@ class TaskSwitch:
 
         a weight that its ticket prunes has a gradient of 0: AdamW's momentum, from batches of tasks that keep the
         weight, still moves it a little
-        an FFN that its ticket skips, and the heads of the other tasks, have no gradient: AdamW leaves them alone. (The
+        an FFN that its ticket skips, and the other task heads, have no gradient: AdamW leaves them alone. (The
         count of their updates, on which eps depends, is then too high, which matters little.)"""
 
     def __init__(self, model: bert.Model, tasks: list[glue_squad.Task], tickets: list[Ticket]):
@@ -1469,7 +1469,7 @@ def fit_tickets_to_model(tickets: list[Ticket], model: bert.Model, settings: Set
     for ticket in tickets:
         ticket.masks = tamt.fit_masks(layers, ticket.masks, ticket.file)
         if ticket.is_super:
-            units_from_masks(model.config, ticket)  # raises ValueError for what is none
+            units_from_masks(model.config, ticket)  # ValueError if it does not prune whole units
         tamt.say_if_weights_differ(ticket.meta, tamt.weights_checksum(model.backbone), ticket.file)
         tamt.say_if_ablation_differs(ticket.meta, ticket.file, settings.weights, settings.seed)
 
@@ -1619,7 +1619,7 @@ def finish_search(search_settings, mask_file, story: dict, start_time: float) ->
 
 
 def fine_tuning_flags(settings: Settings) -> list[str]:
-    """The flags of a search that its user gave, and that a fine-tuning has, too."""
+    """The flags of a search that differ from the defaults, and that a fine-tuning has, too."""
     words = []
     for setting in fields(settings):
         value = getattr(settings, setting.name)

@@ -27,16 +27,18 @@ the number of an update, which is one turn of steps 5 to 7.) Gradients are also 
 the student has dropout. The test test_mask_training_gives_the_masks_of_a_plain_loop, in test_tamt.py, has the method as
 a loop of 30 lines, for mlm+kd and without dropout and clipping.
 
-Not from the equations of the paper is that step 7 ranks all matrices together (the released code, which is that of the
-authors, ranks each by itself: --rank local), that it does so after each update (there after every 1,000, with kd 100:
---refresh-every), and that the signs of the scores count, as in the released code (the paper ranks |scores|). A table
-at the start of appendix A has the rest. "TAMT FILE.py" is a file of the released code.
+Three choices in step 7 are not the paper's: all matrices are ranked together (the paper does not say; the released
+code, which is that of the authors, ranks each by itself: --rank local); this happens after each update (there after
+every 1,000, with kd 100: --refresh-every); and the signs of the scores count, as in Eq. 3 and the released code (the
+paper's text ranks |scores|). A table at the start of appendix A has the rest. "TAMT FILE.py" is a file of the released
+code.
 
 Three kinds of parameters are treated otherwise:
 
     * biases, LayerNorms, position and token type embeddings have no mask;
-    * the pooler, which no loss reads, and the embedding of [PAD] have a mask, but get no gradient; with kd neither do
-      those of words that the text does not contain. Where all matrices compete, these are held at the mask of step 3;
+    * the pooler, which no loss reads, and the embedding of [PAD] (and rows beyond the vocabulary) have a mask, but get
+      no gradient; with kd neither do the embeddings of words that the text does not contain. Where all matrices
+      compete, these are held at the mask of step 3;
     * the head that predicts masked words is trained, too, with mlm and mlm+kd, and set back afterwards, so that all
       masks are measured with the same one.
 
@@ -120,7 +122,7 @@ import data
 #     run.init                       the first mask: "omp" or "random"
 #     run.num_updates                of the whole run (with imp run.prune_every in each round)
 #     run.lr, run.horizon            the first learning rate; after how many updates it would have fallen to 0
-#     run.refresh_every              updates between new masks: 1, but to reproduce the released code
+#     run.refresh_every              updates between two rankings: 1, except to reproduce the released code
 #     run.batch_size                 rows of a forward pass, of all processes together
 #     run.accumulate                 forward passes of an update
 #     run.rows_per_update            batch_size * accumulate
@@ -167,7 +169,7 @@ def learn_by_tamt(inputs: Inputs, masked_layers: dict, state: dict | None):
     masks = first_masks(masked_layers, run)  # step 3
     scores = Scores(masked_layers, masks, run.sparsity, run.rank)  # step 4: the layers now hold masks and scores
     if run.rank == "global":
-        # Scores that can get no gradient stand still, while the threshold between kept and pruned ones moves and would
+        # Scores that can get no gradient stand still, while the threshold between kept and pruned ones moves and could
         # pass them. So they become plus or minus 1e30: their entries keep the mask of step 3, and still count.
         pin_unlearnable_scores(scores, inputs)
         make_start_exact(scores)  # step 3 has rounded in each matrix, so the count of all may be off by a few
@@ -191,7 +193,7 @@ def train_scores(training: Training):
         if run.refresh_every == 1:
             training.scores.renew_masks()  # step 7
         else:
-            refresh_as_released(training)  # the same now and then, to compare with the released code (appendix A)
+            refresh_as_released(training)  # ranks now and then; in between old thresholds decide (appendix A)
         report_progress(training, loss_value, learning_rate)  # now and then a line of the log, dev losses, a mask file
         save_state_if_due(training)
     restore_weights(training)  # of the head, if it was trained: only the masks are kept
@@ -766,8 +768,8 @@ def optimizer_step(training: Training, learning_rate: float, update_number: int)
 
     The optimizers are those of the released code: AdamW without weight decay; with kd, Adam without bias correction and
     with a weight decay of .01. (Without the correction its first updates move a score by up to 6.6 times the learning
-    rate.) torch's AdamW always corrects; optimizer_settings() chooses its rate, eps and decay so that it computes the
-    same (appendix A)."""
+    rate, if its gradient is constant.) torch's AdamW always corrects; optimizer_settings() chooses its rate, eps and
+    decay so that it computes the same (appendix A)."""
     options = optimizer_settings(training.run.objective, learning_rate, update_number)
     training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
@@ -775,7 +777,7 @@ def optimizer_step(training: Training, learning_rate: float, update_number: int)
 
 
 def make_optimizer(parameters, device):
-    """AdamW, whose learning rate, eps and weight decay optimizer_settings() sets at each update."""
+    """AdamW, whose learning rate, eps and weight decay are set at each update."""
     is_fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(parameters, betas=(0.9, 0.999), fused=is_fused)
 
@@ -803,9 +805,9 @@ def learn_by_imp(inputs: Inputs, masked_layers: dict, state: dict | None):
     mask. (Pruned word embeddings train, too, within a round: the decoder of the masked-LM head reads them.)
 
     A round of training has run.prune_every updates: in this example run.num_updates is 6 times that. In each round the
-    optimizer and the schedule start anew; within one the learning rate falls to nine tenths, since run.horizon is that
-    of ten rounds, or the number given as --steps (TAMT LT_pretrain.py). There are no dev losses before the
-    end, since they would be those of trained weights. (After the last pruning all weights are set back.)"""
+    optimizer and the schedule start anew. run.horizon is ten rounds long, so within one the learning rate falls to nine
+    tenths, unless --steps gives another horizon (TAMT LT_pretrain.py). There are no dev losses before the end, since
+    they would be those of trained weights. (After the last pruning all weights are set back.)"""
     run = inputs.run
     training = prepare_training(inputs, masked_layers, None, state)  # without scores
     sparsities = imp_sparsities(run.sparsity)  # .1, .2, ... up to the one that was asked for
@@ -892,7 +894,7 @@ PINNED_LIMIT = 1e20  # pinned scores lie beyond it, though kd's weight decay let
 
 def pin_unlearnable_scores(scores: Scores, inputs: Inputs):
     """Entries that can get no gradient keep their first mask, and still count among those that are kept or pruned.
-    (Only where all matrices are ranked together. With --rank local the released code does not do so, either.)
+    (Only where all matrices are ranked together. With --rank local they compete, as in the released code.)
 
     A score without a gradient stands still while the threshold moves. Say the threshold starts at .01 and rises: as
     soon as it passed .02, all kept entries of the pooler would go at once. So the score becomes PINNED_SCORE if an
