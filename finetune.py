@@ -28,7 +28,7 @@ Methods of other papers follow. Skip them if you came for TAMT:
 
     6. IMP on a task              --find imp: a mask by iterative magnitude pruning on the task itself
     7. Super Tickets              --find super: cut out whole attention heads and feed-forward networks, FFNs
-    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one encoder; each task has its task head and ticket
+    8. Several tasks              --task sst2,rte --mask a.pt,b.pt: one backbone; each task has its task head and ticket
 
     Appendix A                    what differs from the released code; ablations, states, records, predictions, export
     Appendix B                    settings, folders, and the command line
@@ -36,22 +36,26 @@ Methods of other papers follow. Skip them if you came for TAMT:
 What chapters 1 to 8 use and do not define is in an appendix or in another module: the network (bert.py), vocabularies
 and random streams (data.py), tasks, batches and metrics (glue_squad.py), and what both kinds of training need: masks,
 the optimizer, devices and folders (tamt.py). "Released" is the code of the papers' authors: that of TAMT for chapters 1
-to 5, of BERT-Tickets (Chen et al. 2020) for chapter 6, and of Liang et al. 2021 for chapters 7 and 8. A table at the
-start of appendix A says what differs.
+to 5, of BERT-Tickets (Chen et al. 2020; LT_glue.py) for chapter 6, and of Liang et al. 2021 (mt_dnn) for chapters 7 and
+8. A table at the start of appendix A says what differs.
 
 The words:
 
     ticket        the content of a mask file. (From "lottery ticket".) An ordinary one prunes single entries of the
                   matrices, a Super Ticket whole attention heads and FFNs.
-    task head     the layer on top: a classifier, or for SQuAD the span layer
+    backbone      what lies below the task head: embeddings, layers, pooler; "encoder" is its layers alone
+    task head     what lies on top: a classifier, or for SQuAD the span layer
     sequence      token ids, and token type ids, of an example; of SQuAD, where long paragraphs give several, a window
     dense         without a mask (in the names of layers: a Linear)
     update        one batch, and one move of the optimizer; in files and on the screen "step" is the number of an update
+    search        a run with --find: several fine-tunings, which IMP calls rounds
+    unit          an attention head or an FFN (chapters 7 and 8)
 
 A task predicts a class, a number (STS-B), or a span (SQuAD: the first and the last token of an answer).
 
-The objects are made in the order Settings, Ticket, Run, Inputs, EncodedTask, Training. (Settings, Run, Inputs and
-Training have namesakes in tamt.py, with other contents.)
+The objects are made in the order Settings, Ticket, Run, Inputs, EncodedTask, Training. (These and other
+names, such as read_inputs and optimizer_step, are also in tamt.py, for the same role in the training of masks. tamt.X
+always means theirs.)
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -86,14 +90,17 @@ from tamt import option
 # ---------------------------------------------------------------------------------------------------
 
 
-# A Run (appendix B) has the Settings, which are the flags of the command line, with the defaults filled in, and more:
+# A Run (appendix B) is the Settings, one field for each flag, with the defaults filled in, and a few fields more:
 #
+#     run.lr, run.epochs, run.batch_size, run.eval_every    as the flags; by default those of the task
+#     run.out                    the folder of the run
 #     run.seed                   of task head, order of the examples, dropout, --weights, and the choice of --limit
 #     run.limit                  training examples (SQuAD: windows); None: all
 #     run.max_len                tokens of an example, at most
 #     run.weights                "pretrained"; "random" or "shuffled" for an ablation: is it the mask that counts, or
 #                                the weights that it keeps?
 #     run.predict, run.export    what else to write: predictions for test sets (SQuAD: for dev); an export
+#     run.schedule_stretch       1; in a round of IMP 10: the learning rate falls as if the run were 10 times as long
 #     run.machine                the device, and the dtype
 
 
@@ -133,7 +140,7 @@ class Inputs:
     """The settings of a run, and all that it reads."""
     run: Run
     identity: dict  # settings and checksums; open_run compares them with those of the run that a folder holds
-    tasks: list[glue_squad.Task]  # nearly always one; or several that share the encoder
+    tasks: list[glue_squad.Task]  # nearly always one; or several that share the backbone
     examples: dict[str, dict[str, list]]  # {name of a task: {"train": examples, "dev": ..., ...}}
     tickets: list[Ticket]  # none, one, or one for each of several tasks
     model: bert.Model  # the pre-trained one; prepare_training turns this very object into the network that trains
@@ -155,8 +162,7 @@ class EncodedTask:
 
 
 def read_inputs(settings: Settings, schedule_stretch: int = 1) -> Inputs:
-    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained.
-    schedule_stretch: the learning rate falls as if the run were so many times as long; 10 in a round of IMP, else 1."""
+    """Reads and checks what the user names. Nearly all that can be wrong shows here, before anything is trained."""
     start_time = time.time()
     machine = tamt.start_machine(settings.device, settings.dtype)
     tamt.refuse_several_processes(machine, "fine-tuning")
@@ -237,6 +243,18 @@ def apply_tickets(model: bert.Model, tasks: list, tickets: list[Ticket]) -> tupl
     return zero_pruned_weights(model, ticket), None
 
 
+def zero_pruned_weights(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
+    """Sets the entries that an ordinary ticket prunes to 0, before the loop -> {name of a matrix: its mask}. Masks are
+    fixed here, so once is enough, as long as zero_pruned_gradients keeps the zeros."""
+    parameters = dict(model.named_parameters())
+    masks = {}
+    for name, mask in ticket.masks.items():
+        if name in parameters:  # a ticket may have a mask for a pooler, and this network none
+            masks[name] = mask.to(parameters[name].device)
+            parameters[name].data.mul_(masks[name])
+    return masks
+
+
 class Training:
     """A fine-tuning in progress. state.pt keeps what cannot be made again from the Inputs."""
 
@@ -289,7 +307,7 @@ def train(training: Training):
         loss = batch_loss(training, encoded_task, indices)
         loss.backward()
         zero_pruned_gradients(training)
-        loss_value = tamt.clip_and_check(training, loss, max_norm=1.0)  # stops if it is not finite
+        loss_value = tamt.clip_and_check(training, loss, max_norm=1.0)  # the gradients; ValueError if not finite
         optimizer_step(training, learning_rate)
         training.loss_since_evaluation += loss_value
         training.updates_done += 1
@@ -320,18 +338,6 @@ def epoch_batches(encoded_tasks: list[EncodedTask], run: Run, epoch: int) -> lis
     return batches
 
 
-def zero_pruned_weights(model: bert.Model, ticket: Ticket) -> dict[str, torch.Tensor]:
-    """Sets the entries that an ordinary ticket prunes to 0, before the loop -> {name of a matrix: its mask}. Masks are
-    fixed here, so once is enough, as long as zero_pruned_gradients keeps the zeros."""
-    parameters = dict(model.named_parameters())
-    masks = {}
-    for name, mask in ticket.masks.items():
-        if name in parameters:  # a ticket may have a mask for a pooler, and this network none
-            masks[name] = mask.to(parameters[name].device)
-            parameters[name].data.mul_(masks[name])
-    return masks
-
-
 def zero_pruned_gradients(training: Training):
     """A pruned weight is 0. With a gradient of 0 AdamW's moments stay 0, so it never moves the weight. (This comes
     before clipping, so that pruned weights do not count in the norm.)"""
@@ -340,11 +346,12 @@ def zero_pruned_gradients(training: Training):
 
 
 def optimizer_step(training: Training, learning_rate: float):
-    """AdamW without weight decay. The released one adds its eps, 1e-8, to sqrt(v), where v is the moving average of the
-    squared gradient, and torch's adds its own to sqrt(v / (1 - .999^t)), in update number t (from 1)."""
+    """AdamW without weight decay. But for the correction of m, which is the same, the released one computes
+    m / (sqrt(v) + 1e-8), and torch's m / (sqrt(v / c) + eps) with c = 1 - .999^t in update number t (from 1). With
+    eps = 1e-8 / sqrt(c) torch's is the released one."""
     t = training.updates_done + 1
     eps = 1e-8 / math.sqrt(1 - 0.999**t)
-    training.optimizer.param_groups[0].update(lr=learning_rate, eps=eps, weight_decay=0.0)
+    training.optimizer.param_groups[0].update(lr=learning_rate, eps=eps, weight_decay=0.0)  # torch's default is .01
     training.optimizer.step()
     training.optimizer.zero_grad()
 
@@ -385,10 +392,10 @@ def evaluate(training: Training) -> dict[str, float]:
         for split, sequences in encoded_task.dev_sequences.items():
             predictions = to_predictions(encoded_task, predict_logits(training, task, sequences))
             if task.predicts == "span":
-                of_split = glue_squad.squad_scores(predictions, encoded_task.examples[split])
+                split_metrics = glue_squad.squad_scores(predictions, encoded_task.examples[split])
             else:  # the metrics of MNLI's second dev set, dev_mm, have names of their own
-                of_split = glue_squad.score(task, predictions, encoded_task.examples[split], split)
-            metrics |= {encoded_task.metric_prefix + name: value for name, value in of_split.items()}
+                split_metrics = glue_squad.score(task, predictions, encoded_task.examples[split], split)
+            metrics |= {encoded_task.metric_prefix + name: value for name, value in split_metrics.items()}
     return metrics
 
 
@@ -412,7 +419,7 @@ def task_logits(training: Training, task: glue_squad.Task, sequences: list):
     input_ids, attention_mask, token_type_ids = batch_tensors(model, sequences)
     with tamt.autocast(training.run.machine):
         hidden_states = model(input_ids, attention_mask, token_type_ids)  # L + 1 tensors (B, T, D)
-    # The task head computes in fp32, since the two or three digits of bf16 are too few for logits.
+    # What follows (pooler, task head) computes in fp32, since the two or three digits of bf16 are too few for logits.
     last_hidden_state = hidden_states[-1].float()  # (B, T, D)
     if task.predicts != "span":
         return model.class_logits(last_hidden_state)
@@ -567,7 +574,7 @@ def prepare_network(model: bert.Model, tasks: list[glue_squad.Task], run: Run):
     """Turns the pre-trained model into one for these tasks, with task heads that are drawn at random."""
     torch.manual_seed(run.seed)  # for a fresh pooler and the task heads
     remove_pretraining_heads(model)
-    add_or_remove_pooler(model, tasks[0])  # tasks that share an encoder all need one (RoBERTa's: none)
+    add_or_remove_pooler(model, tasks[0])  # tasks that share a backbone all need one (RoBERTa's: none)
     if run.weights != "pretrained":
         replace_weights(model, run.weights, run.seed)  # an ablation; task heads are the same with and without it
     if len(tasks) == 1:
@@ -642,8 +649,8 @@ def floor_metrics(training: Training) -> dict[str, float]:
     metrics = {}
     for encoded_task in training.encoded_tasks:
         for split in encoded_task.dev_sequences:
-            of_split = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
-            metrics |= {encoded_task.metric_prefix + name: value for name, value in of_split.items()}
+            split_metrics = glue_squad.majority_scores(encoded_task.task, encoded_task.examples[split], split)
+            metrics |= {encoded_task.metric_prefix + name: value for name, value in split_metrics.items()}
     return metrics
 
 
@@ -721,8 +728,8 @@ def next_masks(training: Training, sparsity: float, rank: str, scope: str) -> di
 def fine_tune_in_search(
     search_settings: Settings, run_settings: Settings, write_tickets, schedule_stretch: int = 1
 ) -> dict:
-    """fine_tune() for a run of a search -> its result. It also calls write_tickets(training), which makes tickets of
-    the trained weights before they are gone, and it uses the folders of the search."""
+    """fine_tune() for a run of a search -> its result. It differs in two ways: the folder is that of the search; and
+    write_tickets(training) makes tickets of the trained weights before they are gone."""
     inputs = read_inputs(run_settings, schedule_stretch)
     result, state = open_run_of_search(search_settings, inputs)
     if result is not None:
@@ -787,7 +794,7 @@ def find_super(settings: Settings) -> dict:
 
     # Fine-tune the whole network, and write all tickets.
     dense_settings = settings_of_one_run(search_settings, out=search_settings.out / "dense")
-    result_of = {}  # {name of a ticket: its result}
+    result_of = {}  # {"dense", or the name of a ticket: its result}
     result_of["dense"] = fine_tune_in_search(
         search_settings, dense_settings, write_tickets=partial(save_super_tickets, folder=search_settings.out))
 
@@ -796,7 +803,7 @@ def find_super(settings: Settings) -> dict:
         for level in LEVELS:
             name = f"{order}-{level}"
             mask_file = str(search_settings.out / f"{name}.pt")
-            result_of[name] = fine_tune(  # no tickets are made from these
+            result_of[name] = fine_tune(  # an ordinary one, since nothing but its result is needed
                 settings_of_one_run(search_settings, mask=mask_file, out=search_settings.out / name))
 
     first_metric = named_tasks(search_settings)[0].metrics[0]
@@ -912,7 +919,7 @@ def recorded_outputs(model):
 def choose_units(head_importance, ffn_importance, order: str, level: int, seed: int):
     """Which units an order removes on a level: (L, H), (L,) -> removed_heads (L, H), removed_ffns (L,), bool.
 
-    The units are sorted once. Then a level removes the first of them: int(L H level / 10) heads, but no more than
+    All levels sort the units alike. Then each removes the first of them: int(L H level / 10) heads, but no more than
     L (H - 1), and int(L level / 12) FFNs. So each level removes all that the one below removes. The head that would be
     the last of its layer to go always stays."""
     generator = data.random_stream(seed, "tickets")  # draws the same on every level, so random tickets are nested, too
@@ -1009,7 +1016,7 @@ def cut_out_units(model, removed_heads, removed_ffns):
 
 
 # ---------------------------------------------------------------------------------------------------
-# 8. Several tasks, one encoder
+# 8. Several tasks, one backbone
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -1031,7 +1038,7 @@ def add_several_task_heads(model: bert.Model, tasks: list[glue_squad.Task]):
 
 
 class TaskSwitch:
-    """Ticket sharing (Liang et al. 2021): one encoder, a task head for each task, every batch under its task's ticket.
+    """Ticket sharing (Liang et al. 2021): one backbone, a task head for each task, every batch under its task's ticket.
 
     As in tamt.py, masked layers multiply the weights by masks, here by those of the ticket of the batch. No weight is
     set to 0. In a batch of one task
@@ -1313,7 +1320,7 @@ def full_size_tensors(model) -> dict[str, torch.Tensor]:
         if not name.startswith("task_heads."):
             tensors[name] = parameter.data
     for name, layer in model.named_modules():
-        if isinstance(layer, tamt.MaskedLayer):  # tasks share the encoder
+        if isinstance(layer, tamt.MaskedLayer):  # tasks share the backbone
             tensors[f"{name}.weight"] = layer.weight.data * layer.mask
         if isinstance(layer, bert.DenseAddNorm) and layer.is_skipped and layer.dense is not None:
             tensors[f"{name}.dense.bias"] = torch.zeros_like(layer.dense.bias)  # what skips the FFN skips its bias
@@ -1357,7 +1364,7 @@ class Settings:
     """What a user can choose: a field is a flag of the command line. None: the task, the tickets or fill_in_defaults()
     choose, or nothing is chosen."""
     task: str = option("sst2", f"{', '.join(glue_squad.TASKS)}; toy, which is made up for the model toy; or the "
-                       "FILE.json of a task of your own; several, with commas, share an encoder", required=True)
+                       "FILE.json of a task of your own; several, with commas, share a backbone", required=True)
     mask: str | None = option(None, "mask file or folder of a run, for several tasks one each; without it the dense "
                               "model is fine-tuned")
     model: str | None = option(None, "name or path of the checkpoint (the one the mask's metadata names; toy)")
@@ -1398,7 +1405,7 @@ class Settings:
             is_repeated = (len({task.name for task in tasks}) < len(tasks)
                            or len({(task.folder, str(task.files)) for task in tasks}) < len(tasks))  # toy is an SST-2
             if is_repeated or any(task.predicts == "span" for task in tasks):
-                raise ValueError("--task: tasks that share an encoder are different ones with different names, without "
+                raise ValueError("--task: tasks that share a backbone are different ones with different names, without "
                                  "squad")
             num_masks = len(split_per_task(self.mask or "", self))
             if self.mask and num_masks != len(names):

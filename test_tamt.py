@@ -1522,7 +1522,7 @@ def test_cutting_units_out_gives_the_same_logits_as_multiplying_them_by_0(inputs
 
 
 # ---------------------------------------------------------------------------------------------------
-# finetune: several tasks, one encoder
+# finetune: several tasks, one backbone
 # ---------------------------------------------------------------------------------------------------
 
 # Training of several tasks is in dev/test_several_tasks.py.

@@ -1,4 +1,4 @@
-"""Several tasks with one encoder: reports, exports, and --resume.
+"""Several tasks with one backbone: reports, exports, and --resume.
 
     python -m pytest dev/test_several_tasks.py
 """
@@ -43,7 +43,7 @@ def test_two_tasks_of_one_name_do_not_share_an_encoder(tasks, tmp_path):
     write(tmp_path / "other.tsv", ["the cat\tglad", "the dog\tsad"] * 8)
     write(tmp_path / "first.json", mood)
     write(tmp_path / "second.json", mood | {"train": str(tmp_path / "other.tsv")})
-    with pytest.raises(ValueError, match="tasks that share an encoder are different ones"):
+    with pytest.raises(ValueError, match="tasks that share a backbone are different ones"):
         dense_settings(tasks, tmp_path, task=f"{tmp_path / 'first.json'},{tmp_path / 'second.json'}")
 
 
