@@ -53,9 +53,8 @@ The words:
 
 A task predicts a class, a number (STS-B), or a span (SQuAD: the first and the last token of an answer).
 
-The objects are made in the order Settings, Ticket, Run, Inputs, EncodedTask, Training. (These and other
-names, such as read_inputs and optimizer_step, are also in tamt.py, for the same role in the training of masks. tamt.X
-always means theirs.)
+The objects are made in the order Settings, Ticket, Run, Inputs, EncodedTask, Training. (These and other names, such
+as read_inputs and optimizer_step, are also in tamt.py, for the same role in the training of masks.)
 
 Letters in shapes: B sequences, T tokens, C classes, n examples, D hidden size, L layers, H attention heads.
 """
@@ -346,12 +345,10 @@ def zero_pruned_gradients(training: Training):
 
 
 def optimizer_step(training: Training, learning_rate: float):
-    """AdamW without weight decay. But for the correction of m, which is the same, the released one computes
-    m / (sqrt(v) + 1e-8), and torch's m / (sqrt(v / c) + eps) with c = 1 - .999^t in update number t (from 1). With
-    eps = 1e-8 / sqrt(c) torch's is the released one."""
-    t = training.updates_done + 1
-    eps = 1e-8 / math.sqrt(1 - 0.999**t)
-    training.optimizer.param_groups[0].update(lr=learning_rate, eps=eps, weight_decay=0.0)  # torch's default is .01
+    """AdamW without weight decay. Its eps depends on the number of the update, from 1: with it torch's AdamW computes
+    what the released one does (tamt.optimizer_settings)."""
+    options = tamt.optimizer_settings("fine-tuning", learning_rate, training.updates_done + 1)
+    training.optimizer.param_groups[0].update(options)
     training.optimizer.step()
     training.optimizer.zero_grad()
 

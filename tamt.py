@@ -27,11 +27,11 @@ the number of an update, which is one turn of steps 5 to 7.) Gradients are also 
 the student has dropout. The test test_mask_training_gives_the_masks_of_a_plain_loop, in test_tamt.py, has the method as
 a loop of 30 lines, for mlm+kd and without dropout and clipping.
 
-Three choices in step 7 are not the paper's: all matrices are ranked together (the paper does not say; the released
-code, which is that of the authors, ranks each by itself: --rank local); this happens after each update (there after
-every 1,000, with kd 100: --refresh-every); and the signs of the scores count, as in Eq. 3 and the released code (the
-paper's text ranks |scores|). A table at the start of appendix A has the rest. "TAMT FILE.py" is a file of the released
-code.
+In three things step 7 departs from the paper or from the released code, which is that of its authors: all matrices are
+ranked together (the paper does not say; the code ranks each by itself: --rank local); this happens after each update
+(in the code after every 1,000, with kd 100: --refresh-every); and the signs of the scores count, as in the code and in
+Eq. 3 (the paper's text ranks |scores|). A table at the start of appendix A has the rest. "TAMT FILE.py" is a file of
+the released code.
 
 Three kinds of parameters are treated otherwise:
 
@@ -476,7 +476,7 @@ class Scores:
     def renew_masks(self):
         """Step 7: keep the highest scores, exactly as many as the sparsity asks for (the constraint of Eq. 2). In terms
         of Eq. 3: those that reach a threshold, which moves so that the count stays right. A score below 0 says that the
-        entry does harm, so the sign counts, as in the released code. (The paper ranks |S|.)"""
+        entry does harm, so the sign counts, as in the released code. (The paper's text ranks |S|.)"""
         layer_scores = {name: layer.scores for name, layer in self.masked_layers.items()}
         masks = self.fast_ranking.masks(layer_scores)  # = masks_of_largest(layer_scores, self.sparsity, self.rank)
         set_masks(self.masked_layers, masks)
